@@ -1,0 +1,226 @@
+"""CoralDraftConfig: every setting of a CORAL drafter, its default and where it comes from."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+SHAPES = ("eagle", "eagle3")
+FEATURE_LAYER_LAST = -1
+
+# What `PreTrainedConfig` itself accepts beside its declared fields; everything else unknown is an error.
+_BASE_KEYS = {
+    "_attn_implementation",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "tie_last_hidden_states",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+class CoralDraftConfig(PreTrainedConfig):
+    r"""Configuration of a [`CoralDraftModel`]: one decoder layer that drafts for one target model.
+
+    Use [`CoralDraftConfig.from_target`] to derive every dimension from a target; the defaults below are Llama-2-7B's.
+
+    Args:
+        shape (`str`, defaults to `"eagle3"`):
+            Layer layout. `"eagle"`: the paper's (CORAL section 3, EAGLE-1): `fc` over embedding and feature, no input
+            and no final norm. `"eagle3"`: EAGLE-3's normed layer. The default is the one that trained better on
+            SmolLM2-135M (see the results in the drafter's folder under `model_cards/`).
+        vocab_size (`int`, defaults to 32000):
+            V, the target's vocabulary size (`generate` requires both to be equal).
+        hidden_size (`int`, defaults to 4096):
+            H, the width of the drafter: always the target's, whose embedding and LM head it uses.
+        intermediate_size (`int`, defaults to 11008):
+            Width of the MLP (the target's).
+        num_attention_heads (`int`, defaults to 32), num_key_value_heads (`int`, *optional*), head_dim (`int`, *optional*):
+            Attention geometry. [`~CoralDraftConfig.from_target`] takes the target's.
+        hidden_act (`str`, defaults to `"silu"`):
+            Activation of the gated MLP (the target's).
+        rms_norm_eps (`float`, defaults to 1e-6):
+            Epsilon of the norms (the target's).
+        max_position_embeddings (`int`, defaults to 4096):
+            Longest context (the target's); positions past it are warned about by the target itself.
+        rope_parameters (`dict`, *optional*):
+            RoPE settings in Transformers' format (the target's full-attention ones).
+        attention_bias (`bool`, defaults to `False`):
+            Bias on q/k/v. False: what the serving engines load for every target family.
+        fc_bias (`bool`, defaults to `False`):
+            Bias of `fc` (`"eagle"` only). False: vLLM refuses one; some old EAGLE checkpoints have one.
+        norm_output (`bool`, defaults to `True`):
+            `"eagle3"` only: feed the output of `norm` (True, EAGLE-3.1's choice) or its input (False, EAGLE-3) back as
+            the next step's feature.
+        norm_before_residual (`bool`, defaults to `False`):
+            `"eagle3"` only: the residual stream starts from the normed feature (True) or the raw one (False, the only
+            form that SGLang serves).
+        target_feature_layers (`list[int]`, *optional*, defaults to `[-1]`):
+            Target features to read: -1 is the last hidden state after the final norm, i >= 0 the residual stream
+            before layer i. More than one needs `shape="eagle3"` and gives it an `fc`.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of randomly initialised matrices (Llama's).
+        target_name_or_path (`str`, *optional*), target_revision (`str`, *optional*), target_model_type (`str`, *optional*),
+        target_num_hidden_layers (`int`, *optional*):
+            Which model the drafter was trained for; type and depth are checked by `generate`.
+        target_vocab_hash (`str`, *optional*):
+            [`vocab_hash`] of the target's tokenizer, checked wherever a tokenizer is at hand.
+        draft_depth (`int`, defaults to 5), draft_top_k (`int`, defaults to 1), draft_total_tokens (`int`, *optional*):
+            Size of a draft: levels below the root, branches per node (1: a chain), nodes verified with the root. See
+            `generation.settings.DraftSettings`, also for overriding them per call.
+    """
+
+    model_type = "coral"
+
+    shape: str = "eagle3"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 4096
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    fc_bias: bool = False
+    norm_output: bool = True
+    norm_before_residual: bool = False
+    target_feature_layers: list[int] | None = None
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    target_name_or_path: str | None = None
+    target_revision: str | None = None
+    target_model_type: str | None = None
+    target_num_hidden_layers: int | None = None
+    target_vocab_hash: str | None = None
+    draft_depth: int = 5
+    draft_top_k: int = 1
+    draft_total_tokens: int | None = None
+
+    def __post_init__(self, **kwargs):
+        unknown = sorted(key for key in kwargs if key not in _BASE_KEYS)
+        if unknown:
+            known = ", ".join(sorted(field.name for field in dataclasses.fields(CoralDraftConfig)))
+            raise ValueError(f"Unknown setting(s) {unknown} for CoralDraftConfig. Known settings: {known}.")
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.target_feature_layers is None:
+            self.target_feature_layers = [FEATURE_LAYER_LAST]
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        self._check()
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape={self.shape!r} is unknown; choose one of {list(SHAPES)}.")
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "head_dim",
+            "draft_depth",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.num_hidden_layers != 1:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers}: a CORAL drafter has exactly 1 layer.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}."
+            )
+        if self.shape == "eagle" and self.target_feature_layers != [FEATURE_LAYER_LAST]:
+            raise ValueError(
+                f"shape='eagle' reads one feature, target_feature_layers=[-1]; got {self.target_feature_layers}. "
+                "Use shape='eagle3' for several."
+            )
+        if self.shape == "eagle3" and self.fc_bias:
+            raise ValueError("fc_bias=True exists for shape='eagle' only; set it to False.")
+
+    @property
+    def num_target_features(self) -> int:
+        return len(self.target_feature_layers)
+
+    @classmethod
+    def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "CoralDraftConfig":
+        """Derives a drafter's configuration from its target's.
+
+        Args:
+            target_config ([`PreTrainedConfig`]): configuration of a Llama-shaped causal LM (its text part is used).
+            **overrides: any setting of [`CoralDraftConfig`].
+
+        Returns:
+            [`CoralDraftConfig`]
+
+        Raises:
+            ValueError: if the target is an encoder-decoder or lacks a dimension that the drafter needs.
+        """
+        if getattr(target_config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"target model_type={target_config.model_type!r} is an encoder-decoder; CORAL drafts for decoder-only "
+                "causal language models."
+            )
+        text = target_config.get_text_config()
+        missing = [name for name in ("hidden_size", "num_attention_heads", "vocab_size") if not hasattr(text, name)]
+        if missing:
+            raise ValueError(
+                f"target model_type={text.model_type!r} has no {missing}: it is not a Llama-shaped model."
+            )
+        heads = text.num_attention_heads
+        settings = {
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+            # Gemma calls it hidden_activation
+            "hidden_act": getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None) or "silu",
+            "rms_norm_eps": getattr(text, "rms_norm_eps", None) or 1e-6,
+            "max_position_embeddings": getattr(text, "max_position_embeddings", None) or 4096,
+            "rope_parameters": _target_rope_parameters(text),
+            "target_name_or_path": getattr(target_config, "_name_or_path", None) or None,
+            "target_model_type": text.model_type,
+            "target_num_hidden_layers": getattr(text, "num_hidden_layers", None),
+        }
+        return cls(**{**settings, **overrides})
+
+
+def _target_rope_parameters(text: PreTrainedConfig) -> dict:
+    """RoPE settings for the drafter's one full-attention layer, in full rotary width."""
+    rope = copy.deepcopy(getattr(text, "rope_parameters", None)) or {}
+    if "full_attention" in rope:  # one dict per layer type (Gemma 3)
+        rope = rope["full_attention"]
+    theta = rope.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0
+    partial = rope.pop("partial_rotary_factor", None)
+    if rope.get("rope_type", "default") == "default" or (partial or 1.0) != 1.0:
+        # Scaling tables of partially rotated heads do not fit a fully rotated one: keep the base alone.
+        return {"rope_type": "default", "rope_theta": float(theta)}
+    return {**rope, "rope_theta": float(theta)}
+
+
+def vocab_hash(tokenizer) -> str:
+    """SHA-256 over a tokenizer's sorted (token, id) pairs: equal hashes mean that ids mean the same text."""
+    pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
+    return hashlib.sha256(json.dumps(pairs, ensure_ascii=True).encode()).hexdigest()
+
+
+__all__ = ["CoralDraftConfig", "vocab_hash"]

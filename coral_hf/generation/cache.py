@@ -1,0 +1,83 @@
+"""What a tree does to the target's KV cache: masks before the verify forward, compaction after it."""
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .draft_tree import DraftTree
+
+
+def check_cache(cache: Cache, branches: bool) -> None:
+    """Raises `ValueError` for a cache that cannot hold and drop drafts (`branches`: more than one path)."""
+    for layer in cache.layers:
+        kind = type(layer).__name__
+        if "LinearAttention" in kind:
+            if branches:
+                raise ValueError(
+                    f"This target has recurrent or linear-attention layers ({kind}), whose state cannot branch. Set "
+                    "draft_top_k=1 and draft_stock_loop=True to verify chains."
+                )
+        elif not isinstance(layer, DynamicLayer) or "Quantized" in kind or "Indexed" in kind:
+            raise ValueError(
+                f"CORAL verifies drafts in a dynamic cache, not in {kind}. Remove cache_implementation (or pass a "
+                "DynamicCache)."
+            )
+
+
+def tree_attention_mask(
+    tree: DraftTree,
+    prefix_length: int,
+    key_length: int,
+    key_offset: int,
+    sliding_window: int | None = None,
+    prefix_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What each tree node may attend to, in one layer of the target.
+
+    Args:
+        tree ([`DraftTree`]): N nodes, which follow the prefix in the cache.
+        prefix_length (`int`): tokens before the root.
+        key_length (`int`), key_offset (`int`): the layer's keys, `cache.layers[i].get_mask_sizes(N)`: the first is
+            that of token `key_offset`.
+        sliding_window (`int`, *optional*): window of the layer; distances count depth in the tree, not slots.
+        prefix_mask (`torch.BoolTensor` of shape `[1, prefix_length]`, *optional*): False at padding.
+
+    Returns:
+        `torch.BoolTensor` of shape `[1, 1, N, key_length]`, True where visible.
+    """
+    nodes = tree.num_nodes
+    device = tree.tokens.device
+    position = prefix_length + tree.depths  # [1, N], in slots of the prefix
+    prefix = torch.arange(key_offset, key_offset + key_length - nodes, device=device)  # [P]
+    visible = torch.ones(1, nodes, prefix.numel(), dtype=torch.bool, device=device)
+    if prefix_mask is not None:
+        visible = visible & prefix_mask[:, None, key_offset : key_offset + prefix.numel()].to(device)
+    among = tree.ancestors
+    if sliding_window is not None:
+        visible = visible & (position[..., None] - prefix < sliding_window)
+        among = among & (tree.depths[..., None] - tree.depths[:, None] < sliding_window)
+    return torch.cat([visible, among], dim=-1)[:, None]
+
+
+def compact_cache(cache: Cache, path: torch.LongTensor, num_nodes: int) -> None:
+    """Keeps the accepted nodes' keys and values and drops the other drafts.
+
+    Args:
+        cache (`Cache`): dynamic, recording its past (`activate_past_recording`), with the N nodes as last rows.
+        path (`torch.LongTensor` of shape `[1, A + 1]`): accepted nodes, root first, in cache order.
+        num_nodes (`int`): N.
+    """
+    kept = path.shape[1]
+    # A path 0, 1, 2, ... (a chain, or the best branch) already lies at the front.
+    if kept < num_nodes and not bool((path[0] == torch.arange(kept, device=path.device)).all()):
+        for layer in cache.layers:
+            if not getattr(layer, "is_initialized", False):
+                continue
+            for states in (layer.keys, layer.values):
+                start = states.shape[-2] - num_nodes
+                accepted = states.index_select(-2, start + path[0].to(states.device))
+                states[..., start : start + kept, :] = accepted
+    # Also when nothing is dropped: sliding layers shrink back to their window here.
+    cache.crop(-(num_nodes - kept))
+
+
+__all__ = ["check_cache", "compact_cache", "tree_attention_mask"]

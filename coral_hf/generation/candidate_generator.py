@@ -1,0 +1,203 @@
+"""CoralCandidateGenerator: the one drafting object, proposing trees to our loop and chains to the stock loop."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.candidate_generator import CandidateGenerator
+
+from ..modeling_coral import CoralDraftModel, DraftKeyValues
+from ..target_adapter import TargetAdapter
+from .draft_tree import DraftTree, DraftTreeBuilder
+from .settings import DraftSettings
+from .statistics import DraftStats
+
+
+class CoralCandidateGenerator(CandidateGenerator):
+    """Drafts with a CORAL drafter from the target's true features.
+
+    [`propose`] returns a [`DraftTree`]; [`get_candidates`], Transformers' `CandidateGenerator` contract, is its chain
+    case. The drafter's KV cache keeps only rows built from true features: what drafting writes behind them is
+    overwritten at the next step (keeping it costs 8-15 % of the acceptance length).
+
+    Args:
+        drafter ([`CoralDraftModel`])
+        target (`PreTrainedModel`): the model that verifies.
+        settings ([`DraftSettings`])
+        max_length (`int`): longest sequence this call can reach, for the cache and for shortening the last drafts.
+        num_padding (`int`): left padding of the prompt, which the drafter never sees.
+
+    Raises:
+        ValueError: if drafter and target do not belong together.
+    """
+
+    requires_model_outputs = True
+
+    def __init__(
+        self,
+        drafter: CoralDraftModel,
+        target: PreTrainedModel,
+        settings: DraftSettings,
+        max_length: int,
+        num_padding: int = 0,
+    ):
+        self.drafter = drafter
+        self.settings = settings
+        self.max_length = max_length
+        self.num_padding = num_padding
+        self.adapter = TargetAdapter(target, drafter.config.target_feature_layers)
+        check_sizes(drafter, self.adapter)
+        self.model_kwargs_overrides = {"output_hidden_states": True}
+        self.stats = DraftStats()
+        # A drafter of another class (remote code) has the same interface; its parameters name device and dtype.
+        parameter = next(drafter.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
+        scratch = settings.draft_depth * settings.draft_top_k
+        self.cache = DraftKeyValues(drafter.config, min(max_length, 4096) + scratch + 1, self._dtype, self._device)
+        self._last_draft_depth: int | None = None
+
+    # Drafting --------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def propose(self, input_ids: torch.LongTensor, features: torch.Tensor, max_depth: int | None = None) -> DraftTree:
+        """Extends the cache with newly accepted rows and drafts from the last token.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `[1, L]`): everything accepted so far; the last token is the root,
+                whose feature the target has not computed yet.
+            features (`torch.Tensor` of shape `[1, n, F]`): the target's features of the n tokens before the root that
+                are new since the last call.
+            max_depth (`int`, *optional*): draft at most this deep.
+
+        Returns:
+            [`DraftTree`] on the device of `input_ids`; only the root if `max_depth` is 0.
+        """
+        hidden, feature = self._extend(input_ids, features)
+        depth = self.settings.draft_depth if max_depth is None else min(self.settings.draft_depth, max_depth)
+        root = input_ids[:, -1:]
+        if depth <= 0:
+            return DraftTree.chain(root)
+        # Row t holds token x_{t+1}: drafts of the root's children sit at the root's own index.
+        position = input_ids.shape[1] - 1 - self.num_padding
+        if self.settings.is_chain:
+            return self._draft_chain(root, hidden, feature, position, depth)
+        return self._draft_tree(root, hidden, feature, position, depth)
+
+    def _extend(self, input_ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the new true rows; returns the last row's head input and fed-back feature, both `[1, 1, H]`."""
+        count = features.shape[1]
+        first = input_ids.shape[1] - 1 - count  # index of the first new feature's token
+        if first < self.num_padding:
+            features = features[:, self.num_padding - first :]
+            count, first = features.shape[1], self.num_padding
+        embeds = self._embed(input_ids[:, first + 1 :])
+        projected = self.drafter.project_features(features.to(device=self._device, dtype=self._dtype))
+        positions = torch.arange(first, first + count, device=self._device)[None] - self.num_padding
+        hidden, feature = self.drafter.draft(embeds, projected, positions, self.cache, slot=self.cache.length)
+        self.cache.length += count
+        return hidden[:, -1:], feature[:, -1:]
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.adapter.embed(ids).to(device=self._device, dtype=self._dtype)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Draft logits `[1, T, V]` in fp32 on the head's device."""
+        return self.adapter.logits(hidden).float()
+
+    def _draft_chain(self, root, hidden, feature, position: int, depth: int) -> DraftTree:
+        tokens = [root]
+        for step in range(depth):
+            token = self._logits(hidden).argmax(dim=-1).to(root.device)  # [1, 1]
+            tokens.append(token)
+            if step + 1 < depth:
+                positions = torch.full((1, 1), position + step, device=self._device)
+                hidden, feature = self.drafter.draft(
+                    self._embed(token), feature, positions, self.cache, slot=self.cache.length + step
+                )
+        return DraftTree.chain(torch.cat(tokens, dim=1))
+
+    def _draft_tree(self, root, hidden, feature, position: int, depth: int) -> DraftTree:
+        top_k, length = self.settings.draft_top_k, self.cache.length
+        builder = DraftTreeBuilder(root, top_k)
+        tokens, stored, parent = builder.add_level(*self._children(hidden, root.device))
+        # feature of each expanded node's parent, and which scratch slots the node sees
+        feature = feature.expand(1, top_k, -1)
+        seen = torch.zeros(1, top_k, 0, dtype=torch.bool, device=self._device)
+        prefix = torch.ones(1, top_k, length, dtype=torch.bool, device=self._device)
+        itself = torch.eye(top_k, dtype=torch.bool, device=self._device)[None]
+        for step in range(depth - 1):
+            mask = torch.cat([prefix, seen, itself], dim=-1)[:, None]  # [1, 1, top_k, length + scratch]
+            positions = torch.full((1, top_k), position + step, device=self._device)
+            hidden, fed_back = self.drafter.draft(
+                self._embed(tokens), feature, positions, self.cache, slot=length + step * top_k, mask=mask
+            )
+            tokens, stored, parent = builder.add_level(*self._children(hidden, root.device), parents=stored)
+            # [1, top_k, ...]: each new node inherits from the expanded node that is its parent
+            index = parent.to(self._device)[..., None]
+            seen = torch.cat([seen, itself], dim=-1)
+            seen = seen.gather(1, index.expand(-1, -1, seen.shape[-1]))
+            feature = fed_back.gather(1, index.expand(-1, -1, fed_back.shape[-1]))
+        return builder.build(self.settings.draft_total_tokens)
+
+    def _children(self, hidden: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `top_k` likeliest next tokens of each row: ids and log q, both `[1, W, top_k]`."""
+        logits = self._logits(hidden)
+        best, tokens = logits.topk(self.settings.draft_top_k, dim=-1)
+        log_probs = best - logits.logsumexp(dim=-1, keepdim=True)
+        return tokens.to(device), log_probs.to(device)
+
+    # Transformers' contract ------------------------------------------------------------------------------------
+
+    def get_candidates(
+        self,
+        input_ids: torch.LongTensor,
+        model_kwargs: dict[str, Any] | None = None,
+        model_outputs: Any = None,
+        is_first_iteration: bool = False,
+        n_last_matches: int = 0,
+        **kwargs: Any,
+    ) -> tuple[torch.LongTensor, None]:
+        """Candidate sequence `[1, L + depth]` for the stock loop; no logits, because drafts are argmaxes.
+
+        The first call returns `input_ids` as they are, so that the target prefills.
+        """
+        if is_first_iteration or model_outputs is None:
+            return input_ids, None
+        hidden_states = model_outputs.hidden_states
+        # After the prefill every row is new; later the first n_last_matches + 1 are, the others were rejected.
+        after_prefill = self._last_draft_depth is None
+        count = hidden_states[-1].shape[1] if after_prefill else int(n_last_matches) + 1
+        features = self.adapter.features_of(tuple(state[:, :count] for state in hidden_states))
+        tree = self.propose(input_ids, features, max_depth=self.max_length - input_ids.shape[1] - 1)
+        self._last_draft_depth = tree.num_nodes - 1
+        return torch.cat([input_ids[:, :-1], tree.tokens.to(input_ids.device)], dim=1), None
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Records what the stock loop's last verification accepted."""
+        if self._last_draft_depth is not None:
+            self.stats.add_step(self._last_draft_depth, int(num_matches))
+
+
+def check_sizes(drafter: CoralDraftModel, adapter: TargetAdapter) -> None:
+    """Raises `ValueError` unless the drafter was made for a target of this type and these sizes."""
+    config = drafter.config
+    for name, expected in (("vocab_size", adapter.vocab_size), ("hidden_size", adapter.hidden_size)):
+        if getattr(config, name) != expected:
+            raise ValueError(
+                f"assistant_model has {name}={getattr(config, name)}, but {type(adapter.target).__name__} has "
+                f"{expected}: this drafter was made for {config.target_name_or_path!r}. Load a drafter trained for "
+                "this target, or train one with CoralDraftModel.from_target(target)."
+            )
+    text = adapter.text_config
+    found = {"model_type": text.model_type, "num_hidden_layers": getattr(text, "num_hidden_layers", None)}
+    for name, value in found.items():
+        expected = getattr(config, f"target_{name}")
+        if expected is not None and expected != value:
+            raise ValueError(
+                f"assistant_model was trained for a target with {name}={expected!r} ({config.target_name_or_path!r}), "
+                f"but this one has {value!r}. Load a drafter trained for this target, or train one with "
+                "CoralDraftModel.from_target(target)."
+            )
+
+
+__all__ = ["CoralCandidateGenerator", "check_sizes"]

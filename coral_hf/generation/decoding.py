@@ -1,0 +1,247 @@
+"""The decode loop: prefill -> propose -> verify -> accept -> compact -> propose ..."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from ..modeling_coral import CoralDraftModel
+from .cache import check_cache, compact_cache, tree_attention_mask
+from .candidate_generator import CoralCandidateGenerator
+from .draft_tree import DraftTree
+from .settings import DraftSettings
+from .verification import accept_greedy, accept_walk
+
+
+ATTENTION_WITH_TREES = ("sdpa", "eager")
+
+
+def check_call(target: PreTrainedModel, settings: DraftSettings, input_ids: torch.Tensor, model_kwargs: dict) -> None:
+    """Raises `ValueError` for what the loop does not support, before any forward."""
+    if target.config.is_encoder_decoder:
+        raise ValueError(f"{type(target).__name__} is an encoder-decoder; CORAL drafts for decoder-only causal LMs.")
+    if input_ids.shape[0] != 1:
+        raise ValueError(
+            f"CORAL generates for one sequence at a time; got a batch of {input_ids.shape[0]}. Call generate once per "
+            "prompt (and with num_return_sequences=1)."
+        )
+    if input_ids.shape[1] == 0:
+        raise ValueError("CORAL drafts from token ids; pass input_ids instead of inputs_embeds.")
+    if model_kwargs.get("use_cache") is False or model_kwargs.get("past_key_values") is None:
+        raise ValueError("CORAL needs the target's KV cache; leave use_cache=True.")
+    attention = target.config.get_text_config()._attn_implementation
+    if not settings.is_chain and attention not in ATTENTION_WITH_TREES:
+        raise ValueError(
+            f"attn_implementation={attention!r} takes no tree mask. Load the target with attn_implementation='sdpa', "
+            "or draft a chain with draft_top_k=1."
+        )
+    if not settings.draft_stock_loop:
+        check_cache(model_kwargs["past_key_values"], branches=True)
+
+
+class _Verifier:
+    """The target's side of the loop: prefill, and one forward per draft tree."""
+
+    def __init__(self, target: PreTrainedModel, model_kwargs: dict[str, Any]):
+        self.target = target
+        self.model_kwargs = model_kwargs
+        self.cache = model_kwargs["past_key_values"]
+        mask = model_kwargs.get("attention_mask")
+        # True at tokens, False at padding, over everything in the cache and the prompt; None: no padding.
+        self.mask = None if mask is None else mask.bool()
+        self.num_padding = 0 if mask is None else int((mask == 0).sum())
+
+    def prefill(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> Any:
+        """Runs the prompt (what of it is not in the cache yet) with hidden states and the last position's logits."""
+        past = self.cache.get_seq_length()
+        total = getattr(generation_config, "_mask_length", -1) if self.mask is None else self.mask.shape[1]
+        # With a cache the ids are either the whole sequence, of which the new part is cut, or new tokens only.
+        length = input_ids.shape[1] - past if past and total in (input_ids.shape[1], -1) else None
+        inputs = self.target.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=length, is_first_iteration=True, **self.model_kwargs
+        )
+        self.cache.activate_past_recording()
+        outputs = self.target(**{**inputs, "output_hidden_states": True, "return_dict": True})
+        self.cache.crop(0)
+        if self.mask is not None and self.mask.shape[1] < self.cache.get_seq_length():
+            self.mask = None
+        return outputs
+
+    def verify(self, tree: DraftTree) -> Any:
+        """One forward over the tree's nodes, `[1, N]`: the root and the drafts."""
+        prefix_length = self.cache.get_seq_length()
+        return self.target(
+            input_ids=tree.tokens.to(self.target.device),
+            position_ids=(tree.depths + (prefix_length - self.num_padding)).to(self.target.device),
+            attention_mask=self._attention_mask(tree, prefix_length),
+            past_key_values=self.cache,
+            use_cache=True,
+            output_hidden_states=True,
+            return_dict=True,
+        )
+
+    def _prefix_mask(self, prefix_length: int) -> torch.Tensor | None:
+        if self.mask is None:
+            return None
+        new = prefix_length - self.mask.shape[1]
+        return torch.cat([self.mask, self.mask.new_ones(1, max(new, 0))], dim=1)
+
+    def _attention_mask(self, tree: DraftTree, prefix_length: int) -> torch.Tensor | dict[str, torch.Tensor] | None:
+        prefix_mask = self._prefix_mask(prefix_length)
+        if tree.is_chain:
+            # Plain causal attention: the model builds its own masks, whatever its attention implementation.
+            return (
+                None
+                if prefix_mask is None
+                else torch.cat([prefix_mask, prefix_mask.new_ones(tree.tokens.shape)], 1).long()
+            )
+        config = self.target.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or []
+        by_kind: dict[str, torch.Tensor] = {}
+        for index, layer in enumerate(self.cache.layers):
+            kind = kinds[index] if index < len(kinds) else "full_attention"
+            if kind not in by_kind:
+                by_kind[kind] = self._layer_mask(tree, prefix_length, layer, prefix_mask)
+        return by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
+
+    def _layer_mask(self, tree, prefix_length, layer, prefix_mask) -> torch.Tensor:
+        key_length, key_offset = layer.get_mask_sizes(tree.num_nodes)
+        window = layer.sliding_window if layer.is_sliding else None
+        mask = tree_attention_mask(tree, prefix_length, int(key_length), int(key_offset), window, prefix_mask)
+        if self.target.config.get_text_config()._attn_implementation == "eager":
+            # eager adds the mask to the scores: a bool mask would be silently wrong
+            dtype = self.target.dtype
+            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        return mask
+
+
+class _Selector:
+    """Chooses tokens from the target's logits as plain `generate` does, and keeps what it returns about them."""
+
+    def __init__(self, logits_processor: LogitsProcessorList, generation_config: GenerationConfig):
+        self.processors = logits_processor
+        self.do_sample = generation_config.do_sample
+        wanted = generation_config.return_dict_in_generate
+        self.scores: list | None = [] if wanted and generation_config.output_scores else None
+        self.logits: list | None = [] if wanted and generation_config.output_logits else None
+
+    @property
+    def is_argmax(self) -> bool:
+        """Nothing but the argmax is asked for, so that a whole tree is decided at once."""
+        return not self.do_sample and not self.processors and self.scores is None and self.logits is None
+
+    def choose(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The next token `[1]` after `input_ids` `[1, L]`, from logits `[1, V]`."""
+        raw = logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
+        scores = self.processors(input_ids, raw)
+        if self.scores is not None:
+            self.scores.append(scores)
+        if self.logits is not None:
+            self.logits.append(raw)
+        if self.do_sample:
+            return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        return scores.argmax(dim=-1)
+
+
+def coral_decoding(
+    target: PreTrainedModel,
+    drafter: CoralDraftModel,
+    settings: DraftSettings,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> GenerateDecoderOnlyOutput | torch.LongTensor:
+    """Generates with draft trees; the same tokens as plain `generate`, greedy or sampled (same seed, in fp32).
+
+    Args:
+        target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
+        input_ids (`torch.LongTensor` of shape `[1, L]`)
+        logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: as `generate` prepares them.
+
+    Returns:
+        As `generate`: ids `[1, L + new]`, or a `GenerateDecoderOnlyOutput` with `return_dict_in_generate`.
+
+    Raises:
+        ValueError: for what [`check_call`] refuses, and for `output_attentions`.
+    """
+    if generation_config.return_dict_in_generate and generation_config.output_attentions:
+        raise ValueError("CORAL verifies trees, whose attentions are not a sequence's: set output_attentions=False.")
+    verifier = _Verifier(target, model_kwargs)
+    selector = _Selector(logits_processor, generation_config)
+    max_length = generation_config.max_length
+    generator = CoralCandidateGenerator(drafter, target, settings, max_length, num_padding=verifier.num_padding)
+    keep_states = generation_config.return_dict_in_generate and generation_config.output_hidden_states
+    states: list | None = [] if keep_states else None
+
+    def is_finished(ids: torch.Tensor) -> bool:
+        return bool(stopping_criteria(ids, tuple(selector.scores or ())).all())
+
+    outputs = verifier.prefill(input_ids, generation_config)
+    if states is not None:
+        states.append(outputs.hidden_states)
+    features = generator.adapter.features(outputs)
+    token = selector.choose(input_ids, outputs.logits[:, -1])
+    input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+    if streamer is not None:
+        streamer.put(token.cpu())
+    finished = is_finished(input_ids)
+    while not finished:
+        remaining = max_length - input_ids.shape[1]
+        tree = generator.propose(input_ids, features, max_depth=remaining - 1)
+        outputs = verifier.verify(tree)
+        path, tokens, finished = _accept(tree, outputs.logits, input_ids, selector, is_finished)
+        compact_cache(verifier.cache, path, tree.num_nodes)
+        hidden_states = tuple(state.index_select(1, path[0].to(state.device)) for state in outputs.hidden_states)
+        features = generator.adapter.features_of(hidden_states)
+        if states is not None:
+            states.extend(tuple(state[:, i : i + 1] for state in hidden_states) for i in range(path.shape[1]))
+        input_ids = torch.cat([input_ids, tokens], dim=1)
+        if streamer is not None:
+            for column in tokens.cpu().unbind(dim=1):
+                streamer.put(column)
+        generator.stats.add_step(tree.depth, tokens.shape[1] - 1)
+    if streamer is not None:
+        streamer.end()
+    drafter.last_stats = generator.stats
+    if not generation_config.return_dict_in_generate:
+        return input_ids
+    return GenerateDecoderOnlyOutput(
+        sequences=input_ids,
+        scores=None if selector.scores is None else tuple(selector.scores),
+        logits=None if selector.logits is None else tuple(selector.logits),
+        hidden_states=None if states is None else tuple(states),
+        past_key_values=verifier.cache,
+    )
+
+
+def _accept(tree: DraftTree, logits: torch.Tensor, input_ids: torch.Tensor, selector: _Selector, is_finished):
+    """Accepted path `[1, A + 1]`, new tokens `[1, A + 1]` and whether generation ends with them."""
+    if selector.is_argmax:
+        path, tokens = accept_greedy(tree, logits.argmax(dim=-1).to(tree.tokens.device))
+        grown = torch.cat([input_ids, tokens], dim=1)
+        before = input_ids.shape[1]
+        for count in range(1, tokens.shape[1] + 1):
+            if is_finished(grown[:, : before + count]):
+                return path[:, :count], tokens[:, :count], True
+        return path, tokens, False
+
+    grown, finished = input_ids, False
+
+    def choose(node: int, _: int) -> torch.Tensor:
+        return selector.choose(grown, logits[:, node])
+
+    def stop(token: torch.Tensor) -> bool:
+        nonlocal grown, finished
+        grown = torch.cat([grown, token[:, None]], dim=1)
+        finished = is_finished(grown)
+        return finished
+
+    path, tokens = accept_walk(tree, choose, stop)
+    return path, tokens, finished
+
+
+__all__ = ["check_call", "coral_decoding"]

@@ -1,0 +1,144 @@
+"""The hook into `generate`, and `coral_generate`."""
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+
+from .candidate_generator import CoralCandidateGenerator
+from .decoding import check_call, coral_decoding
+from .settings import DraftSettings
+
+
+# What the wrapped methods must accept; another signature means a Transformers release we do not know.
+_DECODING_PARAMETERS = {
+    "self",
+    "input_ids",
+    "logits_processor",
+    "stopping_criteria",
+    "generation_config",
+    "streamer",
+    "assistant_model",
+    "model_kwargs",
+}
+_GENERATOR_PARAMETERS = {"self", "generation_config", "input_ids", "model_kwargs", "assistant_model"}
+_MARK = "_coral_hf_original"
+_problem: str | None = None
+
+
+def is_coral_drafter(model: Any) -> bool:
+    """By `model_type`, not by class: a class loaded as remote code is another one."""
+    return getattr(getattr(model, "config", None), "model_type", None) == "coral"
+
+
+def install() -> None:
+    """Makes `generate(assistant_model=drafter)` use CORAL for CORAL drafters; idempotent.
+
+    Wraps `GenerationMixin._assisted_decoding` (and, for the stock loop, `_get_candidate_generator`). Every other
+    assistant reaches the original methods with the arguments as they came. If Transformers' signatures are not the
+    known ones nothing is wrapped, and using a CORAL drafter through `coral_generate` raises.
+    """
+    global _problem
+    if hasattr(GenerationMixin._assisted_decoding, _MARK):
+        return
+    for name, needed in (
+        ("_assisted_decoding", _DECODING_PARAMETERS),
+        ("_get_candidate_generator", _GENERATOR_PARAMETERS),
+    ):
+        method = getattr(GenerationMixin, name, None)
+        missing = needed - set(inspect.signature(method).parameters) if method is not None else needed
+        if missing:
+            _problem = f"GenerationMixin.{name} of this Transformers release lacks {sorted(missing)}"
+            return
+    GenerationMixin._assisted_decoding = _wrap_decoding(GenerationMixin._assisted_decoding)
+    GenerationMixin._get_candidate_generator = _wrap_candidate_generator(GenerationMixin._get_candidate_generator)
+
+
+def _wrap_decoding(original):
+    # functools.wraps keeps the signature that `generate` inspects
+    @functools.wraps(original)
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        drafter = kwargs.get("assistant_model")
+        if not is_coral_drafter(drafter):
+            return original(self, input_ids, *args, **kwargs)
+        settings = DraftSettings.resolve(drafter.config, kwargs["generation_config"])
+        check_call(self, settings, input_ids, kwargs)
+        drafter.last_stats = None
+        if settings.draft_stock_loop:
+            return original(self, input_ids, *args, **kwargs)
+        for name in ("synced_gpus", "inputs_tensor", "assistant_tokenizer", "tokenizer", "assistant_model"):
+            kwargs.pop(name, None)
+        # Hugging Face's generate runs under no_grad already.
+        return coral_decoding(self, drafter, settings, input_ids, *args, **kwargs)
+
+    setattr(_assisted_decoding, _MARK, original)
+    return _assisted_decoding
+
+
+def _wrap_candidate_generator(original):
+    @functools.wraps(original)
+    def _get_candidate_generator(self, generation_config, input_ids, *args, **kwargs):
+        drafter = kwargs.get("assistant_model")
+        if not is_coral_drafter(drafter):
+            return original(self, generation_config, input_ids, *args, **kwargs)
+        settings = DraftSettings.resolve(drafter.config, generation_config)
+        mask = kwargs.get("model_kwargs", {}).get("attention_mask")
+        padding = 0 if mask is None else int((mask == 0).sum())
+        generator = CoralCandidateGenerator(drafter, self, settings, generation_config.max_length, padding)
+        drafter.last_stats = generator.stats
+        return generator
+
+    setattr(_get_candidate_generator, _MARK, original)
+    return _get_candidate_generator
+
+
+def coral_generate(
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    *,
+    generation_config: GenerationConfig | None = None,
+    draft_depth: int | None = None,
+    draft_top_k: int | None = None,
+    draft_total_tokens: int | None = None,
+    draft_stock_loop: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`target.generate(assistant_model=drafter)` with the draft's size as arguments.
+
+    Args:
+        target (`PreTrainedModel`): the model whose text is generated.
+        drafter ([`CoralDraftModel`])
+        generation_config ([`GenerationConfig`], *optional*)
+        draft_depth, draft_top_k, draft_total_tokens, draft_stock_loop (*optional*): see [`DraftSettings`].
+        **kwargs: everything that `generate` takes.
+
+    Returns:
+        What `generate` returns.
+
+    Raises:
+        ValueError: for contradictory sizes and for what the loop does not support.
+        RuntimeError: if this Transformers release is not one the hook knows.
+    """
+    if _problem is not None:
+        raise RuntimeError(f"{_problem}: CORAL cannot generate with it. Install transformers>=5.17,<6.")
+    if isinstance(drafter, torch.Tensor):
+        raise ValueError(
+            "coral_generate(target, drafter, ...): the second argument is the drafter; pass input_ids=...."
+        )
+    generation_config = GenerationConfig() if generation_config is None else generation_config
+    given = {
+        "draft_depth": draft_depth,
+        "draft_top_k": draft_top_k,
+        "draft_total_tokens": draft_total_tokens,
+        "draft_stock_loop": draft_stock_loop,
+    }
+    generation_config.update(**{key: value for key, value in given.items() if value is not None})
+    for key, value in given.items():
+        if value is not None:
+            setattr(generation_config, key, value)
+    return target.generate(assistant_model=drafter, generation_config=generation_config, **kwargs)
+
+
+__all__ = ["coral_generate", "install", "is_coral_drafter"]

@@ -1,0 +1,78 @@
+"""DraftSettings: the size of a draft, from the drafter's config, a generation config and per-call overrides."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DraftSettings:
+    """How much is drafted per step.
+
+    Args:
+        draft_depth (`int`): levels drafted below the root; a chain's length.
+        draft_top_k (`int`): branches per node and nodes expanded per level; 1 drafts a chain.
+        draft_total_tokens (`int`, *optional*): nodes verified, the root included; None: everything a chain drafts.
+        draft_stock_loop (`bool`): run Transformers' own assisted loop (chains only) instead of ours.
+    """
+
+    draft_depth: int = 5
+    draft_top_k: int = 1
+    draft_total_tokens: int | None = None
+    draft_stock_loop: bool = False
+
+    def __post_init__(self):
+        for name in ("draft_depth", "draft_top_k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+        total, most = self.draft_total_tokens, self.max_total_tokens
+        if total is None:
+            object.__setattr__(self, "draft_total_tokens", most)
+        elif not isinstance(total, int) or isinstance(total, bool) or total < 2:
+            raise ValueError(f"draft_total_tokens={total!r} must be an integer of at least 2: the root and one draft.")
+        elif total > most:
+            raise ValueError(
+                f"draft_total_tokens={total} is more than draft_depth={self.draft_depth} and "
+                f"draft_top_k={self.draft_top_k} can produce ({most}, the root included). Lower it to {most} or raise "
+                "draft_depth or draft_top_k."
+            )
+        if self.draft_stock_loop and self.draft_top_k > 1:
+            raise ValueError(
+                f"draft_stock_loop=True verifies chains only, but draft_top_k={self.draft_top_k}. Set draft_top_k=1."
+            )
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Nodes that depth and top_k can produce: root, one level of top_k, then top_k^2 per level."""
+        return 1 + self.draft_top_k + (self.draft_depth - 1) * self.draft_top_k**2
+
+    @property
+    def is_chain(self) -> bool:
+        return self.draft_top_k == 1
+
+    @classmethod
+    def resolve(cls, config: Any, generation_config: Any = None, overrides: dict | None = None) -> "DraftSettings":
+        """Settings of one call: overrides before the generation config before the drafter's config.
+
+        Raises:
+            ValueError: on an unknown `draft_*` key, a value out of range or contradictory sizes.
+        """
+        names = [field.name for field in fields(cls)]
+        given = {} if generation_config is None else dict(vars(generation_config))
+        given = {key: value for key, value in given.items() if key.startswith("draft_")} | (overrides or {})
+        unknown = sorted(set(given) - set(names))
+        if unknown:
+            raise ValueError(f"Unknown draft setting(s) {unknown}; the settings are {names}.")
+        given = {key: value for key, value in given.items() if value is not None}
+        defaults = {name: getattr(config, name, None) for name in names}
+        defaults = {name: value for name, value in defaults.items() if value is not None}
+        if {"draft_depth", "draft_top_k"} & set(given) and "draft_total_tokens" not in given:
+            # The config's total belongs to the config's depth and top_k: fit it to the new ones.
+            total = defaults.pop("draft_total_tokens", None)
+            most = cls(**{**defaults, **given}).max_total_tokens
+            if total is not None and given.get("draft_top_k") != 1:
+                given["draft_total_tokens"] = min(total, most)
+        return cls(**{**defaults, **given})
+
+
+__all__ = ["DraftSettings"]

@@ -1,0 +1,132 @@
+"""TargetAdapter: what a drafter uses of its target - embedding, features and LM head, with their scaling."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class TargetAdapter:
+    """The three views of a target model that drafting needs, for every Llama-shaped family, without forking a model.
+
+    Scalings that a family applies outside its embedding and LM-head modules (Granite's multipliers, Cohere's logit
+    scale, Gemma's soft-capping) are applied here, so that `logits(features(outputs)) == outputs.logits`
+    ([`check_identity`] asserts it on a given target). The adapter holds a reference to the target and no weights of
+    its own; it is passed to the drafter per call.
+
+    Args:
+        target (`PreTrainedModel`): a causal LM; a PEFT wrapper is unwrapped, a multimodal model's text part is used.
+        feature_layers (`list[int]`, defaults to `[-1]`): see `CoralDraftConfig.target_feature_layers`.
+
+    Raises:
+        ValueError: if the target is an encoder-decoder or has no LM head.
+    """
+
+    def __init__(self, target: nn.Module, feature_layers: list[int] | None = None):
+        # PEFT's wrapper keeps the adapters inside the base model's modules: the base model computes the same.
+        base = target.get_base_model() if hasattr(target, "get_base_model") else target
+        config = base.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"target {type(base).__name__} is an encoder-decoder; CORAL drafts for decoder-only causal LMs."
+            )
+        self.target = base
+        self.text_config = config.get_text_config()
+        self.feature_layers = list(feature_layers or [-1])
+        self.embedding = base.get_input_embeddings()
+        self.head = base.get_output_embeddings()
+        if self.head is None:
+            raise ValueError(f"target {type(base).__name__} has no LM head; load it with AutoModelForCausalLM.")
+        text = self.text_config
+        self._embedding_scale = float(getattr(text, "embedding_multiplier", None) or 1.0)
+        # Granite divides by logits_scaling, Cohere multiplies by logit_scale
+        self._logit_scale = float(getattr(text, "logit_scale", None) or 1.0) / float(
+            getattr(text, "logits_scaling", None) or 1.0
+        )
+        self._softcap = getattr(text, "final_logit_softcapping", None)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text_config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_config.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def embed(self, ids: torch.LongTensor) -> torch.Tensor:
+        """Embeddings as the target's first layer sees them, `[..., H]` for ids `[...]`."""
+        embeddings = self.embedding(ids.to(self.embedding.weight.device))
+        return embeddings * self._embedding_scale if self._embedding_scale != 1.0 else embeddings
+
+    def features(self, outputs: Any) -> torch.Tensor:
+        """Features of a target forward with `output_hidden_states=True`: `[B, S, n * H]` for n feature layers."""
+        return self.features_of(outputs.hidden_states)
+
+    def features_of(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The feature layers of a tuple of hidden states (the last one is after the final norm)."""
+        picked = [hidden_states[layer] for layer in self.feature_layers]
+        return picked[0] if len(picked) == 1 else torch.cat(picked, dim=-1)
+
+    @torch.no_grad()
+    def compute_features(self, input_ids: torch.LongTensor, **kwargs: Any) -> torch.Tensor:
+        """Runs the target without its LM head: ids `[B, S]` -> features `[B, S, n * H]`."""
+        decoder = self.target.get_decoder() if hasattr(self.target, "get_decoder") else self.target.base_model
+        only_last = self.feature_layers == [-1]
+        outputs = decoder(input_ids=input_ids, use_cache=False, output_hidden_states=not only_last, **kwargs)
+        return outputs.last_hidden_state if only_last else self.features_of(outputs.hidden_states)
+
+    def logits(self, features: torch.Tensor, token_ids: torch.LongTensor | slice | None = None) -> torch.Tensor:
+        """The target's logits of (post-norm) features.
+
+        Args:
+            features (`torch.Tensor` of shape `[..., H]`).
+            token_ids (`torch.LongTensor` of shape `[A]` or `slice`, *optional*): rows of the head to compute.
+
+        Returns:
+            `torch.Tensor` of shape `[..., V]`, or `[..., A]` with `token_ids`, in the head's dtype.
+        """
+        weight, bias = self.head.weight, getattr(self.head, "bias", None)
+        if token_ids is not None:
+            weight = weight[token_ids]
+            bias = None if bias is None else bias[token_ids]
+            logits = F.linear(features.to(weight), weight, bias)
+        else:
+            # Through the module, so that quantised and offloaded heads work.
+            logits = self.head(features.to(device=weight.device, dtype=self.head_dtype))
+        return self.transform_logits(logits)
+
+    @property
+    def head_dtype(self) -> torch.dtype:
+        dtype = self.head.weight.dtype
+        return dtype if dtype.is_floating_point else self.target.dtype
+
+    def transform_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """The elementwise part of the target's head: scale, then soft-cap."""
+        if self._logit_scale != 1.0:
+            logits = logits * self._logit_scale
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    @torch.no_grad()
+    def check_identity(self, atol: float = 1e-3) -> None:
+        """Raises `ValueError` unless `logits(last feature)` are the target's logits on a two-token input.
+
+        Mixing pre- and post-norm features is the most common silent bug of the field; a family whose head does
+        something this class does not know about would show here as well.
+        """
+        ids = torch.tensor([[1, 2]], device=self.embedding.weight.device) % self.vocab_size
+        outputs = self.target(input_ids=ids, output_hidden_states=True, use_cache=False)
+        expected = outputs.logits.float()
+        gap = (self.logits(outputs.hidden_states[-1]).float() - expected).abs().max().item()
+        if gap > atol * max(1.0, expected.abs().max().item()):
+            raise ValueError(
+                f"lm_head(feature) differs from the logits of {type(self.target).__name__} by {gap:.3g}: this family "
+                "scales its embedding or logits in a way TargetAdapter does not know. See CONTRIBUTING, 'Adding a "
+                "target family'."
+            )

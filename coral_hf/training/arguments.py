@@ -1,0 +1,144 @@
+"""CoralTrainingArguments: `TrainingArguments` plus what drafter training adds."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+PRESETS = {
+    # preset: (rollout schedule, CSRA weight); equal in data, steps and loss weights otherwise
+    "eagle": ("1", 0.0),
+    "hass": ("1:0.6,3:0.4", 0.0),
+    "coral": ("1:0.6,3:0.4", 0.05),
+}
+# EAGLE's and HASS's published weights; on SmolLM2-135M they train far slower than the defaults.
+PAPER_REGRESSION_WEIGHT, PAPER_CLASSIFICATION_WEIGHT = 1.0, 0.1
+
+
+@dataclass
+class CoralTrainingArguments(TrainingArguments):
+    r"""Arguments of [`CoralTrainer`]: every [`~transformers.TrainingArguments`] field, and the ones below.
+
+    Defaults that differ from `TrainingArguments`: learning rate, AdamW beta2, clipping, bf16, sampling by length,
+    kept columns and logging.
+    """
+
+    preset: str = field(
+        default="coral",
+        metadata={
+            "help": "eagle (K=1), hass (K=3, no CSRA) or coral (K=3 with CSRA): sets rollout_schedule and csra_weight "
+            "where they are not given."
+        },
+    )
+    rollout_schedule: str | None = field(
+        default=None,
+        metadata={"help": "Rollout steps K over training, as 'K' or 'K:fraction,K:fraction', e.g. '1:0.6,3:0.4'."},
+    )
+    regression_loss_weight: float = field(
+        default=0.2,
+        metadata={"help": "Weight of smooth L1 to the next feature (measured: 0.2 beats the paper's 1.0)."},
+    )
+    classification_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the cross-entropy to the target (the paper's is 0.1)."}
+    )
+    topk_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of HASS's top-K distillation term (HASS: 1.0; off by default)."}
+    )
+    topk: int = field(default=10, metadata={"help": "Tokens in HASS's top-K distillation term (HASS: 10)."})
+    paper_weights: bool = field(
+        default=False, metadata={"help": "Use EAGLE's and HASS's loss weights: regression 1.0, classification 0.1."}
+    )
+    step_decay: float = field(
+        default=1.0, metadata={"help": "Step k's loss is weighted step_decay ** (k - 1) (EAGLE-3: 0.8)."}
+    )
+    csra_weight: float | None = field(default=None, metadata={"help": "Weight of CSRA (coral preset: 0.05)."})
+    csra_temperature: float = field(default=0.07, metadata={"help": "Temperature of CSRA (ours; usual for the loss)."})
+    csra_include_target: bool = field(
+        default=True, metadata={"help": "Add the target's feature as one more, detached view in CSRA (ours)."}
+    )
+    csra_max_positions: int = field(
+        default=256, metadata={"help": "Positions sampled for CSRA, so that its matrix stays (K m)^2 (ours)."}
+    )
+    loss_vocab_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Classification over this many tokens: the most frequent of the training responses plus every "
+            "token of the batch's responses. None: the whole vocabulary, exact."
+        },
+    )
+    loss_negatives: int = field(
+        default=0, metadata={"help": "With loss_vocab_size: uniformly drawn tokens added to every batch's set."}
+    )
+    loss_chunk_size: int = field(default=256, metadata={"help": "Rows whose fp32 logits exist at one time."})
+    max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut here (and counted)."})
+    cache_features: str | None = field(
+        default=None, metadata={"help": "Folder of a feature cache: filled once, then read instead of the target."}
+    )
+    eval_chain_depth: int = field(default=5, metadata={"help": "Depth of the chain simulated at evaluation."})
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 (HASS)."})
+    max_grad_norm: float = field(default=0.5, metadata={"help": "Gradient clipping (HASS)."})
+    bf16: bool = field(default=True, metadata={"help": "bf16 autocast."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Keep the mask columns."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "Batch conversations of similar length."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every this many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r} is unknown; choose one of {list(PRESETS)}.")
+        schedule, csra_weight = PRESETS[self.preset]
+        if self.rollout_schedule is None:
+            self.rollout_schedule = schedule
+        if self.csra_weight is None:
+            self.csra_weight = csra_weight
+        if self.paper_weights:
+            self.regression_loss_weight = PAPER_REGRESSION_WEIGHT
+            self.classification_loss_weight = PAPER_CLASSIFICATION_WEIGHT
+        self.rollout = parse_schedule(self.rollout_schedule)
+        deepest = max(steps for steps, _ in self.rollout)
+        if self.csra_weight and deepest == 1:
+            raise ValueError(
+                f"csra_weight={self.csra_weight} with rollout_schedule={self.rollout_schedule!r}: CSRA compares steps, "
+                "and there is only K=1. Use K >= 2 in the schedule, or csra_weight=0 (preset 'eagle')."
+            )
+        for name in ("loss_chunk_size", "max_length", "eval_chain_depth", "csra_max_positions", "topk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.csra_temperature <= 0:
+            raise ValueError(f"csra_temperature={self.csra_temperature} must be positive.")
+        super().__post_init__()
+
+    def rollout_steps_at(self, progress: float) -> int:
+        """K at a point of training, `progress` in [0, 1]."""
+        passed = 0.0
+        for steps, fraction in self.rollout:
+            passed += fraction
+            if progress < passed - 1e-9:
+                return steps
+        return self.rollout[-1][0]
+
+
+def parse_schedule(schedule: str) -> list[tuple[int, float]]:
+    """`'1:0.6,3:0.4'` -> `[(1, 0.6), (3, 0.4)]`; `'3'` -> `[(3, 1.0)]`.
+
+    Raises:
+        ValueError: if it does not parse, a K is below 1, or the fractions do not sum to 1.
+    """
+    try:
+        parts = [part.split(":") for part in str(schedule).split(",")]
+        parsed = [(int(part[0]), float(part[1]) if len(part) == 2 else 1.0) for part in parts if len(part) <= 2]
+        sound = len(parsed) == len(parts)
+    except ValueError:
+        parsed, sound = [], False
+    if not sound or any(steps < 1 or not 0 < share <= 1 for steps, share in parsed):
+        raise ValueError(f"rollout_schedule={schedule!r}: write 'K' or 'K:fraction,K:fraction' with K >= 1.")
+    if abs(sum(share for _, share in parsed) - 1.0) > 1e-6:
+        raise ValueError(f"rollout_schedule={schedule!r}: the fractions must sum to 1.")
+    return parsed
+
+
+__all__ = ["CoralTrainingArguments"]

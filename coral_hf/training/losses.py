@@ -1,0 +1,185 @@
+"""Losses of drafter training: regression, classification, top-K and CSRA, on plain tensors.
+
+The classification loss never holds the logits of a whole batch: it works through chunks of rows and computes the
+gradient with respect to the drafter's output in the same pass, so that one chunk of fp32 logits exists at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+
+# logits of [M, H] features, optionally only for some rows of the head: [M, V] or [M, A]
+LogitsFunction = Callable[..., torch.Tensor]
+
+
+@dataclass
+class ClassificationResult:
+    """Result of [`chunked_classification_loss`].
+
+    Args:
+        loss (`torch.Tensor`, scalar): mean cross-entropy over the rows, differentiable in the drafter's output.
+        topk_loss (`torch.Tensor`, scalar): mean top-K distillation term (0 when `top_k` is 0).
+        match (`torch.BoolTensor` of shape `[M]`): drafter's argmax equals the target's.
+    """
+
+    loss: torch.Tensor
+    topk_loss: torch.Tensor
+    match: torch.Tensor
+
+
+class _GradientFromForward(torch.autograd.Function):
+    """A scalar whose gradient with respect to `hidden` was already computed."""
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output: torch.Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_output.to(gradient.dtype), None, None
+
+
+def chunked_classification_loss(
+    hidden: torch.Tensor,
+    target_features: torch.Tensor,
+    logits_fn: LogitsFunction,
+    *,
+    token_ids: torch.LongTensor | None = None,
+    top_k: int = 0,
+    top_k_weight: float = 0.0,
+    chunk_size: int = 256,
+) -> ClassificationResult:
+    """Mean cross-entropy CE(p_target, q) over M rows, in chunks of rows (CORAL eq. 2; HASS eq. 5 for the top-K term).
+
+    Args:
+        hidden (`torch.Tensor` of shape `[M, H]`): the drafter's outputs.
+        target_features (`torch.Tensor` of shape `[M, H]`): the target's features at the same positions.
+        logits_fn: `TargetAdapter.logits`; frozen, its weights get no gradient.
+        token_ids (`torch.LongTensor` of shape `[A]`, *optional*): compare p and q on these tokens only, both
+            renormalised (cheaper; the default, the whole vocabulary, is exact).
+        top_k (`int`): tokens of HASS's top-K distillation term, -sum over the target's top K of p log q.
+        top_k_weight (`float`): weight with which that term enters the gradient; 0 leaves it out.
+        chunk_size (`int`): rows whose logits exist at one time.
+
+    Returns:
+        [`ClassificationResult`]; `loss` already carries `top_k_weight * topk_loss` in its gradient, not in its value.
+    """
+    rows = hidden.shape[0]
+    if rows == 0:
+        zero = hidden.sum() * 0.0
+        return ClassificationResult(zero, zero.detach(), torch.zeros(0, dtype=torch.bool, device=hidden.device))
+    # float64 inputs stay float64, so that gradients can be checked exactly
+    compute_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    kwargs = {} if token_ids is None else {"token_ids": token_ids}
+    needs_gradient = hidden.requires_grad and torch.is_grad_enabled()
+    source = hidden.detach()
+    gradient = torch.empty_like(source) if needs_gradient else None
+    total = torch.zeros((), dtype=compute_dtype, device=hidden.device)
+    topk_total = torch.zeros_like(total)
+    match = torch.empty(rows, dtype=torch.bool, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, rows, chunk_size):
+            part = slice(start, min(start + chunk_size, rows))
+            with torch.no_grad():
+                p = logits_fn(target_features[part], **kwargs).to(compute_dtype).softmax(dim=-1)  # [C, A]
+            with torch.set_grad_enabled(needs_gradient):
+                chunk = source[part].requires_grad_(needs_gradient)
+                raw = logits_fn(chunk, **kwargs)  # [C, A]
+            with torch.no_grad():
+                logits = raw.detach().to(compute_dtype)
+                match[part] = logits.argmax(dim=-1) == p.argmax(dim=-1)
+                normaliser = logits.logsumexp(dim=-1, keepdim=True)
+                # sum_x p (logsumexp - logit) = -sum_x p log q, as p sums to 1
+                total += normaliser.sum() - torch.linalg.vecdot(p, logits).sum()
+                q = logits.sub_(normaliser)  # log q
+                coefficient, weight = p, 1.0
+                if top_k and top_k_weight:
+                    best, best_ids = p.topk(min(top_k, p.shape[-1]), dim=-1)
+                    topk_total -= (best * q.gather(-1, best_ids)).sum()
+                    # gradient of -sum_{x in K} p log q is (sum_K p) q - p 1[x in K]
+                    coefficient = p.scatter_add(-1, best_ids, top_k_weight * best)
+                    weight = 1.0 + top_k_weight * best.sum(dim=-1, keepdim=True)
+                if needs_gradient:
+                    delta = q.exp_().mul_(weight).sub_(coefficient).div_(rows)
+            if needs_gradient:
+                (gradient[part],) = torch.autograd.grad(raw, chunk, delta.to(raw.dtype))
+    loss, topk_loss = total / rows, topk_total / rows
+    if needs_gradient:
+        loss = _GradientFromForward.apply(hidden, loss, gradient)
+    return ClassificationResult(loss, topk_loss, match)
+
+
+def regression_loss(hidden: torch.Tensor, target_features: torch.Tensor) -> torch.Tensor:
+    """Mean over M rows of smooth L1 between drafter output and target feature, both `[M, H]` (EAGLE eq. 1)."""
+    if hidden.shape[0] == 0:
+        return hidden.sum() * 0.0
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return F.smooth_l1_loss(hidden.to(dtype), target_features.to(dtype))
+
+
+def csra_loss(
+    steps: torch.Tensor,
+    valid: torch.Tensor,
+    *,
+    temperature: float,
+    target_features: torch.Tensor | None = None,
+    max_positions: int | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Cross-Step Representation Alignment, the contrastive loss across rollout steps (CORAL section 3.1).
+
+    Outputs of one position in different steps are positives of each other, every other position's outputs are
+    negatives; each positive pair has a log-softmax term over all other views.
+
+    Args:
+        steps (`torch.Tensor` of shape `[K, M, H]`): drafter outputs, row m of every step predicting the same feature.
+        valid (`torch.BoolTensor` of shape `[K, M]`): which (step, position) pairs exist.
+        temperature (`float`): softmax temperature.
+        target_features (`torch.Tensor` of shape `[M, H]`, *optional*): adds normalize(f) as one more, detached view.
+        max_positions (`int`, *optional*): sample at most this many positions.
+        generator (`torch.Generator`, *optional*): draws that sample.
+
+    Returns:
+        `torch.Tensor`: scalar; 0 (still differentiable) if no position has two views.
+
+    Raises:
+        ValueError: with one step and no target view, for which the loss is undefined.
+    """
+    views, live = steps, valid
+    if target_features is not None:
+        views = torch.cat([views, target_features.detach().to(views.dtype)[None]])
+        live = torch.cat([live, torch.ones_like(live[:1])])
+    if views.shape[0] < 2:
+        raise ValueError(
+            "CSRA compares at least two views of a position: use num_steps >= 2, set csra_include_target=True, or "
+            "csra_weight=0."
+        )
+    positions = (live.sum(dim=0) >= 2).nonzero().squeeze(-1)
+    if positions.numel() == 0:
+        return steps.sum() * 0.0
+    if max_positions is not None and positions.numel() > max_positions:
+        # The draw happens where the generator lives, so that CPU and GPU runs agree.
+        device = generator.device if generator is not None else positions.device
+        order = torch.randperm(positions.numel(), generator=generator, device=device)[:max_positions]
+        positions = positions[order.to(positions.device)]
+    dtype = torch.promote_types(views.dtype, torch.float32)
+    views, live = views[:, positions].to(dtype), live[:, positions]
+    count, size = views.shape[0], positions.numel()
+    z = F.normalize(views, dim=-1).flatten(0, 1)  # [K m, H]
+    live = live.flatten()  # [K m]
+    position = torch.arange(size, device=z.device).repeat(count)  # [K m]
+    similarity = z @ z.T / temperature  # [K m, K m]
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    similarity = similarity.masked_fill(itself | ~live, float("-inf"))
+    log_probability = similarity.log_softmax(dim=-1)
+    positive = (position[:, None] == position) & ~itself & live & live[:, None]
+    per_anchor = log_probability.masked_fill(~positive, 0.0).sum(-1) / positive.sum(-1).clamp(min=1)
+    return -(per_anchor * live).sum() / live.sum()
+
+
+__all__ = ["ClassificationResult", "chunked_classification_loss", "csra_loss", "regression_loss"]

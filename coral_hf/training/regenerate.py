@@ -1,0 +1,307 @@
+"""Make a target model answer prompts, fast enough that a CPU is of use: the data a drafter is trained on.
+
+`generate` on a padded batch pays for its slowest row. Here a fixed number of slots share one preallocated key-value
+buffer and a finished slot takes the next prompt at once (continuous batching):
+
+    >>> regenerate(target, tokenizer, iter_prompts("prompts.jsonl"), "responses.jsonl", max_new_tokens=224)
+
+The output is append-only JSONL, one whole line per answered turn, so a killed run continues where it stopped.
+"""
+
+import json
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .response_files import drop_incomplete_line, iter_prompts, iter_responses, write_shards
+from .slot_cache import SlotCache
+
+
+__all__ = ["iter_prompts", "iter_responses", "regenerate", "write_shards"]
+
+
+# Prompts are sorted by length inside windows of this many per slot: rows that are live together are of similar length,
+# so attention, which pays for the longest, wastes little, while the order over the whole file stays random.
+_WINDOW_PER_SLOT = 8
+
+
+@dataclass
+class _Conversation:
+    """One prompt row and the target's answers so far (as ids)."""
+
+    id: str
+    turns: list[str]
+    answers: list[list[int]] = field(default_factory=list)
+
+
+@dataclass
+class _Job:
+    """One turn that is being answered."""
+
+    conversation: _Conversation
+    prompt_ids: list[int]
+    response_ids: list[int] = field(default_factory=list)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, conversation: _Conversation, eos_ids: set[int]) -> list[int]:
+    """Ids of the conversation so far, up to the point where the next answer begins."""
+    texts = []
+    for answer in conversation.answers:
+        ids = answer[:-1] if answer and answer[-1] in eos_ids else answer
+        texts.append(tokenizer.decode(ids, skip_special_tokens=True))
+    turns = conversation.turns[: len(texts) + 1]
+    if tokenizer.chat_template is None:
+        # A base model: turns and answers one after the other, as plain text.
+        parts = [part for pair in zip(turns, texts) for part in pair] + turns[len(texts) :]
+        return tokenizer("\n\n".join(parts))["input_ids"]
+    messages: list[dict[str, str]] = []
+    for index, turn in enumerate(turns):
+        messages.append({"role": "user", "content": turn})
+        if index < len(texts):
+            messages.append({"role": "assistant", "content": texts[index]})
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def _read_answers(output: Path, temperature: float) -> dict[str, dict[int, list[int]]]:
+    """Answers on file by id and turn; refuses a file that was written at another temperature."""
+    answers: dict[str, dict[int, list[int]]] = {}
+    if not output.exists():
+        return answers
+    for row in iter_responses(output):
+        if row.get("temperature", 0.0) != temperature:
+            raise ValueError(
+                f"{output} holds responses at temperature {row.get('temperature', 0.0)}, this run has {temperature}; "
+                "give another output file."
+            )
+        answers.setdefault(row["id"], {})[row["turn"]] = row["response_ids"]
+    return answers
+
+
+class _Queue:
+    """
+    The prompts still to be answered, tokenized ahead of need and sorted by length inside a window. The next turn of a
+    conversation goes to the front: its answer is wanted before new conversations begin.
+    """
+
+    def __init__(self, conversations, tokenizer, eos_ids, window, max_prompt_tokens, rng):
+        self.source = list(conversations)
+        rng.shuffle(self.source)
+        self.source.reverse()  # popped from the end
+        self.tokenizer, self.eos_ids = tokenizer, eos_ids
+        self.window, self.max_prompt_tokens = window, max_prompt_tokens
+        self.ready: deque[_Job] = deque()
+        self.too_long: list[tuple[str, int, int]] = []
+
+    def push(self, conversation: _Conversation) -> bool:
+        """Queues the next turn of `conversation` at the front; `False` if its context is too long."""
+        job = self._job(conversation)
+        if job is not None:
+            self.ready.appendleft(job)
+        return job is not None
+
+    def pop(self) -> _Job | None:
+        while not self.ready and self.source:
+            chunk = [self.source.pop() for _ in range(min(self.window, len(self.source)))]
+            jobs = [job for job in map(self._job, chunk) if job is not None]
+            self.ready.extend(sorted(jobs, key=lambda job: len(job.prompt_ids), reverse=True))
+        return self.ready.popleft() if self.ready else None
+
+    def _job(self, conversation: _Conversation) -> _Job | None:
+        ids = _encode(self.tokenizer, conversation, self.eos_ids)
+        if not ids:
+            raise ValueError(
+                f"prompt {conversation.id!r} has no tokens; remove it or use a tokenizer with a BOS token."
+            )
+        if len(ids) > self.max_prompt_tokens:
+            self.too_long.append((conversation.id, len(conversation.answers), len(ids)))
+            return None
+        return _Job(conversation, ids)
+
+
+def _eos_ids(target: PreTrainedModel) -> set[int]:
+    eos = target.generation_config.eos_token_id
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+
+class _Sampler:
+    """The next token of every row: the argmax, or a draw at `temperature` from a generator of its own."""
+
+    def __init__(self, temperature: float, seed: int, device: torch.device):
+        self.temperature = temperature
+        self.generator = torch.Generator(device=device).manual_seed(seed) if temperature > 0 else None
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.generator is None:
+            return logits.max(dim=-1).indices  # argmax, three times as fast in bfloat16 on a CPU
+        probabilities = torch.softmax(logits.float() / self.temperature, dim=-1)
+        return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(-1)
+
+
+@torch.inference_mode()
+def regenerate(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[dict[str, Any]],
+    output: str | os.PathLike,
+    *,
+    max_new_tokens: int = 512,
+    max_prompt_tokens: int = 2048,
+    slots: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_turns: int | None = None,
+    exclude: Iterable[str] = (),
+    progress: bool = True,
+) -> dict[str, Any]:
+    """
+    Lets the target answer every prompt, each turn after the answer to the one before, and appends the answers to a file.
+
+    Greedy at temperature 0: the same tokens as `generate(do_sample=False)` prompt by prompt, up to near-ties of the
+    dtype. Of the target's generation config only the EOS ids are used. An `output` that exists is continued: a last
+    line cut off by a kill is dropped, turns on file are not answered again, and conversations go on from their rows.
+
+    Args:
+        target (`PreTrainedModel`):
+            A decoder-only causal LM with full or sliding-window attention (`sdpa` or `eager`), in evaluation mode.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer. Without a chat template the turns are taken as plain text.
+        prompts (`Iterable[dict]`):
+            Rows `{"id", "turns"}`, as from [`iter_prompts`].
+        output (`str` or `os.PathLike`):
+            JSONL file; a row is `{"id", "turn", "prompt_ids", "response_ids"}`, and `"temperature"` if sampled.
+            `prompt_ids` is the whole context up to the generation prompt, `response_ids` ends with EOS if it came.
+        max_new_tokens (`int`, defaults to 512):
+            Longest response.
+        max_prompt_tokens (`int`, defaults to 2048):
+            Turns with a longer context are left out (they end their conversation), counted and reported.
+        slots (`int`, defaults to 128):
+            Rows that are decoded together.
+        temperature (`float`, defaults to 0.0):
+            0 for greedy, otherwise the softmax temperature of sampling.
+        seed (`int`, defaults to 0):
+            Seeds the order of the prompts and the sampling.
+        max_turns (`int`, *optional*):
+            Answer at most so many turns of each conversation; all by default.
+        exclude (`Iterable[str]`, defaults to `()`):
+            Ids of prompts to leave out, because another file has their answers.
+        progress (`bool`, defaults to `True`):
+            Show a progress bar with tokens per second and the time left.
+
+    Returns:
+        `dict`: `n_responses`, `n_response_tokens`, `n_prompt_tokens`, `n_resumed` (rows found on file), `n_excluded`,
+        `n_too_long` and `too_long` (`(id, turn, tokens)` of what was left out), `seconds`, `tokens_per_second`.
+
+    Raises:
+        ValueError: on settings out of range, duplicate ids, a target with layers that cannot be batched this way, or
+            an `output` that holds other rows.
+    """
+    for name, value in (
+        ("max_new_tokens", max_new_tokens),
+        ("max_prompt_tokens", max_prompt_tokens),
+        ("slots", slots),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}.")
+    if max_turns is not None and max_turns < 1:
+        raise ValueError(f"max_turns must be at least 1 or None (all turns), got {max_turns}.")
+
+    output, eos_ids, excluded = Path(output), _eos_ids(target), set(exclude)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    drop_incomplete_line(output)
+    on_file = _read_answers(output, temperature)
+    open_conversations: list[_Conversation] = []
+    seen: set[str] = set()
+    n_turns = n_excluded = 0
+    for row in prompts:
+        if row["id"] in seen:
+            raise ValueError(f"prompt id {row['id']!r} occurs twice; ids must be unique.")
+        seen.add(row["id"])
+        if row["id"] in excluded:
+            n_excluded += 1
+            continue
+        conversation = _Conversation(row["id"], list(row["turns"][:max_turns]))
+        answers = on_file.get(row["id"], {})
+        while len(conversation.answers) in answers:
+            conversation.answers.append(answers[len(conversation.answers)])
+        if len(conversation.answers) < len(conversation.turns):
+            open_conversations.append(conversation)
+            n_turns += len(conversation.turns) - len(conversation.answers)
+    n_resumed = sum(len(answers) for answers in on_file.values())
+
+    device = target.device
+    # A resumed run must not draw the same random numbers again for other prompts.
+    sampler = _Sampler(temperature, seed + 1_000_003 * n_resumed, device)
+    queue = _Queue(
+        open_conversations, tokenizer, eos_ids, slots * _WINDOW_PER_SLOT, max_prompt_tokens, random.Random(seed)
+    )
+    stats: dict[str, Any] = {"n_responses": 0, "n_response_tokens": 0, "n_prompt_tokens": 0}
+    started = time.perf_counter()
+    with (
+        output.open("a", encoding="utf-8") as file,
+        tqdm(total=n_turns, unit="turn", desc="regenerate", disable=not progress, smoothing=0.02) as bar,
+    ):
+        cache = SlotCache(target, slots, max_prompt_tokens + max_new_tokens)
+        jobs: list[_Job] = []  # jobs[i] lives in slot i
+
+        def finish(job: _Job) -> None:
+            row = {"id": job.conversation.id, "turn": len(job.conversation.answers)}
+            if temperature > 0:
+                row["temperature"] = temperature
+            row |= {"prompt_ids": job.prompt_ids, "response_ids": job.response_ids}
+            file.write(json.dumps(row, separators=(",", ":")) + "\n")
+            file.flush()
+            stats["n_responses"] += 1
+            stats["n_response_tokens"] += len(job.response_ids)
+            stats["n_prompt_tokens"] += len(job.prompt_ids)
+            bar.update()
+            conversation = job.conversation
+            conversation.answers.append(job.response_ids)
+            if len(conversation.answers) < len(conversation.turns) and not queue.push(conversation):
+                bar.total -= len(conversation.turns) - len(conversation.answers)
+
+        while True:
+            # Fill the free slots, which are always the last ones.
+            new_jobs: list[_Job] = []
+            while len(jobs) + len(new_jobs) < slots and (job := queue.pop()) is not None:
+                new_jobs.append(job)
+            if new_jobs:
+                cache.prefill(range(len(jobs), len(jobs) + len(new_jobs)), [job.prompt_ids for job in new_jobs])
+                jobs += new_jobs
+            if not jobs:
+                break
+            tokens = sampler(cache.step(len(jobs)))  # [n]
+            cache.append(tokens)
+            n_done = 0
+            for slot, token in enumerate(tokens.tolist()):
+                jobs[slot].response_ids.append(token)
+            for slot in range(len(jobs) - 1, -1, -1):
+                job = jobs[slot]
+                if job.response_ids[-1] in eos_ids or len(job.response_ids) >= max_new_tokens:
+                    # The last live slot moves into the free one, so that live slots stay in front.
+                    last = jobs.pop()
+                    if slot < len(jobs):
+                        cache.move(len(jobs), slot)
+                        jobs[slot] = last
+                    finish(job)
+                    n_done += 1
+            if n_done:
+                elapsed = time.perf_counter() - started
+                live = sum(len(job.response_ids) for job in jobs)
+                bar.set_postfix_str(f"{(stats['n_response_tokens'] + live) / elapsed:.0f} tokens/s", refresh=False)
+    stats["seconds"] = time.perf_counter() - started
+    stats["tokens_per_second"] = stats["n_response_tokens"] / max(stats["seconds"], 1e-9)
+    stats |= {"n_resumed": n_resumed, "n_excluded": n_excluded}
+    stats |= {"n_too_long": len(queue.too_long), "too_long": queue.too_long}
+    return stats

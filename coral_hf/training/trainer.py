@@ -1,0 +1,293 @@
+"""CoralTrainer: trains a drafter against a frozen target that computes features in the same process."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from ..configuration_coral import vocab_hash
+from ..modeling_coral import CoralDraftModel
+from ..target_adapter import TargetAdapter
+from .arguments import CoralTrainingArguments
+from .data import IGNORED_LABEL, ConversationDataset, CoralDataCollator, preview
+from .feature_cache import FeatureCache
+from .losses import chunked_classification_loss, csra_loss, regression_loss
+from .simulation import ChainStatistics
+
+
+class CoralTrainer(Trainer):
+    """Trains a [`CoralDraftModel`] with a K-step rollout (HASS), the classification and regression losses of EAGLE and
+    CSRA (CORAL section 3).
+
+    Args:
+        model ([`CoralDraftModel`]): the drafter.
+        target_model (`PreTrainedModel`): the frozen target; never saved, never trained.
+        args ([`CoralTrainingArguments`])
+        train_dataset, eval_dataset: [`ConversationDataset`], a `datasets.Dataset`, or a list of response rows (see
+            `training.data.SCHEMAS`).
+        processing_class (*optional*): the target's tokenizer; its vocabulary hash must be the drafter's.
+        **kwargs: as for [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: if drafter and target or tokenizer do not belong together, or no response token is left.
+    """
+
+    model_accepts_loss_kwargs = True
+
+    def __init__(
+        self,
+        model: CoralDraftModel,
+        target_model: PreTrainedModel,
+        args: CoralTrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        args = args or CoralTrainingArguments(output_dir="outputs/coral")
+        self.target_model = target_model.requires_grad_(False).eval()
+        self.adapter = TargetAdapter(target_model, model.config.target_feature_layers)
+        check_pair(model, self.adapter, processing_class)
+        train_dataset = self._encode(train_dataset, processing_class, args)
+        eval_dataset = self._encode(eval_dataset, processing_class, args)
+        collator = kwargs.pop("data_collator", None) or CoralDataCollator(self._pad_token_id(processing_class))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        # `Trainer` reads this off the model's forward; the loss here is scaled by num_items_in_batch in compute_loss.
+        self.model_accepts_loss_kwargs = True
+        self._place_target()
+        self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._shortlist = self._frequent_ids()
+        self.tokens_seen = 0
+        if args.cache_features is not None:
+            self._fill_cache(args.cache_features, [train_dataset, eval_dataset])
+        if processing_class is not None and train_dataset is not None and self.is_world_process_zero():
+            print(f"First sample, trained tokens between ⟦ and ⟧:\n{preview(train_dataset[0], processing_class)}")
+
+    @staticmethod
+    def _encode(dataset: Any, tokenizer: Any, args: CoralTrainingArguments) -> Any:
+        if dataset is None or isinstance(dataset, ConversationDataset):
+            return dataset
+        encoded = ConversationDataset(dataset, tokenizer, args.max_length)
+        if encoded.truncated or encoded.dropped:
+            print(
+                f"{encoded.truncated} conversations cut at max_length={args.max_length}, {encoded.dropped} of them "
+                "left out because no response token remained."
+            )
+        return encoded
+
+    @staticmethod
+    def _pad_token_id(tokenizer: Any) -> int:
+        return getattr(tokenizer, "pad_token_id", None) or 0
+
+    def _place_target(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.accelerator.num_processes > 1:
+            # As TRL's DPO trainer places its reference model.
+            self.accelerator.prepare_model(self.target_model, evaluation_mode=True)
+        elif getattr(self.target_model, "hf_device_map", None) is None:
+            self.target_model.to(self.args.device)
+
+    def _frequent_ids(self) -> torch.LongTensor | None:
+        """The `loss_vocab_size` most frequent response ids, or None for the exact loss."""
+        size, vocab_size = self.args.loss_vocab_size, self.adapter.vocab_size
+        if size is None or self.train_dataset is None:
+            return None
+        if not 0 < size < vocab_size:
+            raise ValueError(
+                f"loss_vocab_size={size} must be between 1 and {vocab_size - 1}, or None for the exact loss."
+            )
+        counts = self.train_dataset.response_counts(vocab_size)
+        return counts.argsort(descending=True, stable=True)[:size]
+
+    def _fill_cache(self, directory: str, datasets: Sequence[Any]) -> None:
+        config = self.model.config
+        cache = FeatureCache(directory, self.adapter, f"{config.target_name_or_path} {config.target_revision}")
+        with self.args.main_process_first(desc="feature cache"):
+            rows = (
+                dataset[i]["input_ids"] for dataset in datasets if dataset is not None for i in range(len(dataset))
+            )
+            cache.fill(rows)
+        self.data_collator.feature_cache = cache
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["input_ids", "response_mask"]
+
+    # One batch -------------------------------------------------------------------------------------------------
+
+    def rollout(self, model: nn.Module, inputs: dict[str, torch.Tensor], num_steps: int):
+        """Runs target (unless features are cached) and drafter over a batch.
+
+        Args:
+            model (`nn.Module`): the drafter, possibly wrapped.
+            inputs: see [`CoralDataCollator`].
+            num_steps (`int`): K.
+
+        Returns:
+            `tuple`: [`CoralRolloutOutput`]; target features `[B, S-1, H]` that row r must predict; and the rows that
+            count in step 1, `torch.BoolTensor` of shape `[B, S-1]`.
+        """
+        ids, documents = inputs["input_ids"], inputs["document_ids"]
+        features = inputs.get("features")
+        with torch.autocast(ids.device.type, enabled=False), torch.no_grad():
+            if features is None:
+                features = self.adapter.compute_features(ids, attention_mask=(documents >= 0).long())
+            embeds = self.adapter.embed(ids[:, 1:])
+        dtype = next(model.parameters()).dtype
+        outputs = model(
+            inputs_embeds=embeds.to(dtype),
+            features=features[:, :-1].to(dtype),
+            num_steps=num_steps,
+            document_ids=documents[:, 1:],
+        )
+        # Row r predicts x_{r+2} from f_{r+1}, whose last-layer part comes last.
+        trained = torch.zeros_like(ids[:, 1:], dtype=torch.bool)
+        trained[:, :-1] = inputs["labels"][:, 2:] != IGNORED_LABEL
+        return outputs, features[:, 1:, -self.adapter.hidden_size :], trained
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        args = self.args
+        num_steps = args.rollout_steps_at(self.state.global_step / max(self.state.max_steps, 1))
+        outputs, targets, trained = self.rollout(model, inputs, num_steps)
+        token_ids = self._loss_token_ids(inputs["labels"])
+        # Every term is a mean over this batch's rows; weighting it by the share of rows makes accumulation exact.
+        count = trained.sum()
+        share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
+        total = torch.zeros((), device=count.device)
+        metrics: dict[str, torch.Tensor] = {}
+        alive = trained
+        for step, (hidden, valid) in enumerate(zip(outputs.hidden_states, outputs.valid, strict=True), start=1):
+            rows = trained & valid
+            result = chunked_classification_loss(
+                hidden[rows],
+                targets[rows],
+                self.adapter.logits,
+                token_ids=token_ids,
+                top_k=args.topk,
+                top_k_weight=args.topk_loss_weight / max(args.classification_loss_weight, 1e-9),
+                chunk_size=args.loss_chunk_size,
+            )
+            regression = regression_loss(hidden[rows], targets[rows])
+            step_loss = args.classification_loss_weight * result.loss + args.regression_loss_weight * regression
+            step_share = share * rows.sum() / count.clamp(min=1)
+            total = total + args.step_decay ** (step - 1) * step_share * step_loss
+            metrics[f"classification_{step}"] = result.loss.detach()
+            metrics[f"regression_{step}"] = regression.detach()
+            if args.topk_loss_weight:
+                metrics[f"topk_{step}"] = result.topk_loss
+            # Conditional acceptance: step k counts where the chain before it was accepted.
+            match = torch.zeros_like(rows)
+            match[rows] = result.match
+            reached = rows & (alive if step == 1 else alive.roll(1, dims=1))
+            alive = reached & match
+            metrics[f"acceptance_{step}"] = alive.sum() / reached.sum().clamp(min=1)
+        if args.csra_weight and num_steps > 1:
+            contrast = self._csra(outputs, targets, trained)
+            total = total + args.csra_weight * share * contrast
+            metrics["csra"] = contrast.detach()
+        if model.training:
+            self.tokens_seen += int(count)
+            for name, value in metrics.items():
+                self._metrics[name].append(value.float())
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            total = total * self.accelerator.num_processes
+        return (total, outputs) if return_outputs else total
+
+    def _csra(self, outputs, targets: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+        args = self.args
+        return csra_loss(
+            torch.stack([hidden[trained] for hidden in outputs.hidden_states]),
+            torch.stack([valid[trained] for valid in outputs.valid]),
+            temperature=args.csra_temperature,
+            target_features=targets[trained] if args.csra_include_target else None,
+            max_positions=args.csra_max_positions,
+        )
+
+    def _loss_token_ids(self, labels: torch.Tensor) -> torch.LongTensor | None:
+        if self._shortlist is None:
+            return None
+        extra = [self._shortlist, labels[labels != IGNORED_LABEL].cpu()]
+        if self.args.loss_negatives:
+            extra.append(torch.randint(self.adapter.vocab_size, (self.args.loss_negatives,)))
+        return torch.cat(extra).unique().to(labels.device)
+
+    # Logging and evaluation ------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._metrics and "loss" in logs:
+            logs = {**logs, **{name: torch.stack(v).mean().item() for name, v in sorted(self._metrics.items())}}
+            logs["rollout_steps"] = self.args.rollout_steps_at(self.state.global_step / max(self.state.max_steps, 1))
+            logs["response_tokens"] = self.tokens_seen
+            self._metrics.clear()
+        super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Simulates greedy chains over the evaluation set with the exact head.
+
+        Returns:
+            `dict`: `{prefix}_loss` (cross-entropy of step 1), `{prefix}_acceptance_k` (conditional, per depth) and
+            `{prefix}_acceptance_length` (tau of a chain of `eval_chain_depth`, pooled, bonus token included).
+        """
+        eval_dataset = self._encode(eval_dataset, self.processing_class, self.args)
+        model = self._wrap_model(self.model, training=False)
+        was_training = self.model.training
+        model.eval()
+        statistics = ChainStatistics(self.args.eval_chain_depth)
+        loss = torch.zeros(2, dtype=torch.float64)
+        for inputs in self.get_eval_dataloader(eval_dataset):
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                outputs, targets, trained = self.rollout(model, inputs, self.args.eval_chain_depth)
+                matches = torch.zeros(len(outputs.hidden_states), *trained.shape, dtype=torch.bool)
+                for step, (hidden, valid) in enumerate(zip(outputs.hidden_states, outputs.valid, strict=True)):
+                    rows = trained & valid
+                    result = chunked_classification_loss(
+                        hidden[rows], targets[rows], self.adapter.logits, chunk_size=self.args.loss_chunk_size
+                    )
+                    matches[step][rows.cpu()] = result.match.cpu()
+                    if step == 0:
+                        count = int(rows.sum())
+                        loss += torch.tensor([float(result.loss) * count, count], dtype=torch.float64)
+            statistics.add(matches, trained.cpu())
+        if self.accelerator.num_processes > 1:
+            statistics.reduce(self.accelerator)
+            loss = self.accelerator.reduce(loss.to(self.args.device), "sum").cpu()
+        metrics = {f"{metric_key_prefix}_loss": (loss[0] / loss[1].clamp(min=1)).item()}
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in statistics.summary().items()}
+        metrics[f"{metric_key_prefix}_response_tokens_seen"] = self.tokens_seen
+        self.model.train(was_training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def check_pair(drafter: CoralDraftModel, adapter: TargetAdapter, tokenizer: Any = None) -> None:
+    """Raises `ValueError` unless the drafter's sizes fit the target and its hash fits the tokenizer."""
+    config = drafter.config
+    for name, expected in (("vocab_size", adapter.vocab_size), ("hidden_size", adapter.hidden_size)):
+        if getattr(config, name) != expected:
+            raise ValueError(
+                f"The drafter's {name}={getattr(config, name)} is not the target's {expected}: it was made for "
+                f"{config.target_name_or_path!r}. Use that target, or CoralDraftModel.from_target(target)."
+            )
+    if tokenizer is not None and config.target_vocab_hash is not None:
+        found = vocab_hash(tokenizer)
+        if found != config.target_vocab_hash:
+            raise ValueError(
+                f"The tokenizer's vocabulary hash {found[:12]}... is not the drafter's {config.target_vocab_hash[:12]}"
+                f"...: it was made for {config.target_name_or_path!r}. Use that target's tokenizer."
+            )
+
+
+__all__ = ["CoralTrainer", "check_pair"]

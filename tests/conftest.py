@@ -1,0 +1,77 @@
+"""Tiny models built in memory, a drafter of each kind, and the settings every test shares."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+
+import coral_hf  # noqa: F401  (registers the Auto classes and the generate hook)
+from coral_hf import CoralDraftModel
+
+
+torch.set_num_threads(2)
+
+COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,
+}
+# Families by model_type, each with what makes it different.
+FAMILIES = {
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": 16},
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+        "final_logit_softcapping": 30.0,
+    },
+    "phi3": {},
+    "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
+    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "olmo2": {},
+}
+
+
+def make_target(family: str = "llama", dtype: torch.dtype = torch.float64, attention: str = "sdpa", seed: int = 0):
+    """A tiny random target; float64 has no near-ties."""
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family]})
+    config._attn_implementation = attention
+    target = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    # Generation must not stop at an EOS by accident; tests that want one set it.
+    target.generation_config.eos_token_id = None
+    target.generation_config.pad_token_id = 0
+    return target.to(dtype).eval()
+
+
+def make_drafter(target, shape: str = "eagle3", dtype: torch.dtype | None = None, seed: int = 1, **overrides):
+    torch.manual_seed(seed)
+    drafter = CoralDraftModel.from_target(target, shape=shape, **overrides)
+    return drafter.to(dtype or target.dtype).eval()
+
+
+@pytest.fixture
+def target():
+    return make_target()
+
+
+@pytest.fixture
+def prompt():
+    return torch.tensor([[5, 9, 3, 77, 31, 8, 100, 64]])
