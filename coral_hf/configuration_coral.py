@@ -135,6 +135,7 @@ class CoralDraftConfig(PreTrainedConfig):
             "hidden_size",
             "intermediate_size",
             "num_attention_heads",
+            "num_key_value_heads",
             "head_dim",
             "draft_depth",
         ):
@@ -147,11 +148,21 @@ class CoralDraftConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs.")
+        layers, depth = self.target_feature_layers, self.target_num_hidden_layers
+        if not layers or min(layers) < FEATURE_LAYER_LAST or (depth is not None and max(layers) >= depth):
+            raise ValueError(
+                f"target_feature_layers={layers}: list at least one of -1 (after the final norm) and layers from 0 on"
+                + ("." if depth is None else f"; the target has {depth} layers.")
+            )
         if self.shape == "eagle" and self.target_feature_layers != [FEATURE_LAYER_LAST]:
             raise ValueError(
                 f"shape='eagle' reads one feature, target_feature_layers=[-1]; got {self.target_feature_layers}. "
                 "Use shape='eagle3' for several."
             )
+        if self.shape == "eagle" and self.norm_before_residual:
+            raise ValueError("norm_before_residual=True exists for shape='eagle3' only; set it to False.")
         if self.shape == "eagle3" and self.fc_bias:
             raise ValueError("fc_bias=True exists for shape='eagle' only; set it to False.")
 

@@ -48,8 +48,9 @@ def _copy_norm(norm: nn.Module, source: nn.Module | None, size: int) -> None:
     weight = getattr(source, "weight", None)
     if weight is None or weight.shape != (size,):
         return
-    ones = torch.ones(1, size, dtype=weight.dtype, device=weight.device)
-    norm.weight.copy_(source(ones)[0].float().cpu())
+    # A power of two whose square drowns epsilon: its normalised value is exactly 1.
+    constant = torch.full((1, size), 2.0**14, dtype=weight.dtype, device=weight.device)
+    norm.weight.copy_(source(constant)[0].float().cpu())
 
 
 def copy_decoder_layer(layer: nn.Module, source: nn.Module, config: CoralDraftConfig) -> None:

@@ -6,7 +6,7 @@ module: callers go through `TargetAdapter`.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -67,6 +67,17 @@ class DraftKeyValues:
             setattr(self, name, new)
 
 
+class CoralRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's RoPE, whose frequencies keep their dtype when the drafter is cast: in bf16 far positions would turn."""
+
+    def _apply(self, fn, *args, **kwargs):
+        exact = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
+        super()._apply(fn, *args, **kwargs)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
 class CoralAttention(nn.Module):
     """Grouped-query attention of the drafter: projections here, the two attention patterns as methods."""
 
@@ -120,11 +131,13 @@ class CoralAttention(nn.Module):
         batch, heads, length, dim = query.shape
         k = len(keys)
         grouped = query.reshape(batch, self.num_key_value_heads, self.num_groups, length, dim) * self.scaling
+        # softmax in float32 at least, as every attention implementation does
+        dtype = torch.promote_types(query.dtype, torch.float32)
         scores = torch.einsum("bgnsd,bgcd->bgnsc", grouped, keys[0])  # [B, kv, n, S, S]
-        scores = scores.float().masked_fill(~mask.unsqueeze(2), float("-inf"))
+        scores = scores.to(dtype).masked_fill(~mask.unsqueeze(2), float("-inf"))
         shifts = [k - j for j in range(2, k + 1)]
         diagonal_keys = [shift_rows(key, shift, dim=2) for key, shift in zip(keys[1:], shifts, strict=True)]
-        diagonals = [(grouped * key.unsqueeze(2)).sum(-1, dtype=torch.float32) for key in diagonal_keys]
+        diagonals = [(grouped * key.unsqueeze(2)).sum(-1, dtype=dtype) for key in diagonal_keys]
         chain = torch.stack(diagonals, dim=-1)  # [B, kv, n, S, k-1]
         weights = torch.cat([scores, chain], dim=-1).softmax(dim=-1).to(query.dtype)
         attended = torch.einsum("bgnsc,bgcd->bgnsd", weights[..., :length], values[0])
@@ -207,7 +220,7 @@ class CoralDraftModel(PreTrainedModel):
     config_class = CoralDraftConfig
     base_model_prefix = "coral"
     main_input_name = "inputs_embeds"
-    _no_split_modules = ["EagleDraftLayer", "Eagle3DraftLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["EagleDraftLayer", "Eagle3DraftLayer"]
     _supports_sdpa = True
 
     def __init__(self, config: CoralDraftConfig):
@@ -223,7 +236,7 @@ class CoralDraftModel(PreTrainedModel):
             self.fc = nn.Linear(features * size, size, bias=False) if features > 1 else nn.Identity()
             self.layers = nn.ModuleList([Eagle3DraftLayer(config)])
             self.norm = LlamaRMSNorm(size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = CoralRotaryEmbedding(config)
         # Acceptance statistics of the last `generate` call, see `generation.candidate_generator.DraftStats`.
         self.last_stats = None
         self.post_init()

@@ -113,6 +113,26 @@ class TargetAdapter:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
 
+    def check_drafter(self, config: Any) -> None:
+        """Raises `ValueError` unless a drafter's config was made for a target of this type and these sizes.
+
+        Names are not compared: a drafter may serve a fine-tuned copy of its target, or one in another place.
+        """
+        text = self.text_config
+        expected = {
+            "vocab_size": (config.vocab_size, self.vocab_size),
+            "hidden_size": (config.hidden_size, self.hidden_size),
+            "model_type": (config.target_model_type, text.model_type),
+            "num_hidden_layers": (config.target_num_hidden_layers, getattr(text, "num_hidden_layers", None)),
+        }
+        for name, (trained_for, found) in expected.items():
+            if trained_for is not None and trained_for != found:
+                raise ValueError(
+                    f"This drafter was made for a target with {name}={trained_for!r} ({config.target_name_or_path!r}), "
+                    f"but {type(self.target).__name__} has {found!r}. Load a drafter trained for this target, or train "
+                    "one with CoralDraftModel.from_target(target)."
+                )
+
     @torch.no_grad()
     def check_identity(self, atol: float = 1e-3) -> None:
         """Raises `ValueError` unless `logits(last feature)` are the target's logits on a two-token input.

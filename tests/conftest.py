@@ -8,13 +8,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import coral_hf  # noqa: F401  (registers the Auto classes and the generate hook)
 from coral_hf import CoralDraftModel
 
 
-torch.set_num_threads(2)
+# Tiny models are faster on one thread; the real one sets its own.
+torch.set_num_threads(1)
 
 COMMON = {
     "vocab_size": 128,
@@ -65,6 +66,28 @@ def make_drafter(target, shape: str = "eagle3", dtype: torch.dtype | None = None
     torch.manual_seed(seed)
     drafter = CoralDraftModel.from_target(target, shape=shape, **overrides)
     return drafter.to(dtype or target.dtype).eval()
+
+
+def randomize(module: torch.nn.Module, seed: int = 2, scale: float = 0.3) -> torch.nn.Module:
+    """Noise on every parameter, so that no test passes because norms are one or an `fc` is the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return module
+
+
+@pytest.fixture
+def exact_norms(monkeypatch):
+    """RMSNorm in its input's dtype: Llama's goes through float32, whose rounding hides small errors in float64 tests."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def forward(self, hidden_states):
+        return self.weight * torch.nn.functional.rms_norm(
+            hidden_states, hidden_states.shape[-1:], eps=self.variance_epsilon
+        )
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
 
 
 @pytest.fixture

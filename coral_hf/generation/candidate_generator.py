@@ -46,7 +46,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         self.max_length = max_length
         self.num_padding = num_padding
         self.adapter = TargetAdapter(target, drafter.config.target_feature_layers)
-        check_sizes(drafter, self.adapter)
+        self.adapter.check_drafter(drafter.config)
         self.model_kwargs_overrides = {"output_hidden_states": True}
         self.stats = DraftStats()
         # A drafter of another class (remote code) has the same interface; its parameters name device and dtype.
@@ -178,26 +178,4 @@ class CoralCandidateGenerator(CandidateGenerator):
             self.stats.add_step(self._last_draft_depth, int(num_matches))
 
 
-def check_sizes(drafter: CoralDraftModel, adapter: TargetAdapter) -> None:
-    """Raises `ValueError` unless the drafter was made for a target of this type and these sizes."""
-    config = drafter.config
-    for name, expected in (("vocab_size", adapter.vocab_size), ("hidden_size", adapter.hidden_size)):
-        if getattr(config, name) != expected:
-            raise ValueError(
-                f"assistant_model has {name}={getattr(config, name)}, but {type(adapter.target).__name__} has "
-                f"{expected}: this drafter was made for {config.target_name_or_path!r}. Load a drafter trained for "
-                "this target, or train one with CoralDraftModel.from_target(target)."
-            )
-    text = adapter.text_config
-    found = {"model_type": text.model_type, "num_hidden_layers": getattr(text, "num_hidden_layers", None)}
-    for name, value in found.items():
-        expected = getattr(config, f"target_{name}")
-        if expected is not None and expected != value:
-            raise ValueError(
-                f"assistant_model was trained for a target with {name}={expected!r} ({config.target_name_or_path!r}), "
-                f"but this one has {value!r}. Load a drafter trained for this target, or train one with "
-                "CoralDraftModel.from_target(target)."
-            )
-
-
-__all__ = ["CoralCandidateGenerator", "check_sizes"]
+__all__ = ["CoralCandidateGenerator"]

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationMode
 
+from ..target_adapter import TargetAdapter
 from .candidate_generator import CoralCandidateGenerator
 from .decoding import check_call, coral_decoding
 from .settings import DraftSettings
@@ -24,6 +26,7 @@ _DECODING_PARAMETERS = {
     "model_kwargs",
 }
 _GENERATOR_PARAMETERS = {"self", "generation_config", "input_ids", "model_kwargs", "assistant_model"}
+_VALIDATION_PARAMETERS = {"self", "generation_mode", "generation_config", "generation_mode_kwargs"}
 _MARK = "_coral_hf_original"
 _problem: str | None = None
 
@@ -36,8 +39,8 @@ def is_coral_drafter(model: Any) -> bool:
 def install() -> None:
     """Makes `generate(assistant_model=drafter)` use CORAL for CORAL drafters; idempotent.
 
-    Wraps `GenerationMixin._assisted_decoding` (and, for the stock loop, `_get_candidate_generator`). Every other
-    assistant reaches the original methods with the arguments as they came. If Transformers' signatures are not the
+    Wraps `GenerationMixin._assisted_decoding`, `_get_candidate_generator` (for the stock loop) and
+    `_validate_generation_mode` (beam search would silently ignore the drafter). Every other assistant reaches the original methods with the arguments as they came. If Transformers' signatures are not the
     known ones nothing is wrapped, and using a CORAL drafter through `coral_generate` raises.
     """
     global _problem
@@ -46,6 +49,7 @@ def install() -> None:
     for name, needed in (
         ("_assisted_decoding", _DECODING_PARAMETERS),
         ("_get_candidate_generator", _GENERATOR_PARAMETERS),
+        ("_validate_generation_mode", _VALIDATION_PARAMETERS),
     ):
         method = getattr(GenerationMixin, name, None)
         missing = needed - set(inspect.signature(method).parameters) if method is not None else needed
@@ -53,6 +57,7 @@ def install() -> None:
             _problem = f"GenerationMixin.{name} of this Transformers release lacks {sorted(missing)}"
             return
     GenerationMixin._assisted_decoding = _wrap_decoding(GenerationMixin._assisted_decoding)
+    GenerationMixin._validate_generation_mode = _wrap_validation(GenerationMixin._validate_generation_mode)
     GenerationMixin._get_candidate_generator = _wrap_candidate_generator(GenerationMixin._get_candidate_generator)
 
 
@@ -75,6 +80,24 @@ def _wrap_decoding(original):
 
     setattr(_assisted_decoding, _MARK, original)
     return _assisted_decoding
+
+
+def _wrap_validation(original):
+    @functools.wraps(original)
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        drafter = generation_mode_kwargs.get("assistant_model")
+        if is_coral_drafter(drafter):
+            if generation_mode != GenerationMode.ASSISTED_GENERATION:
+                raise ValueError(
+                    f"CORAL drafts for greedy decoding and sampling, not for {generation_mode.value} "
+                    f"(num_beams={generation_config.num_beams}). Set num_beams=1, or drop assistant_model."
+                )
+            # Transformers would ask for two tokenizers where the vocabularies differ.
+            TargetAdapter(self).check_drafter(drafter.config)
+        return original(self, generation_mode, generation_config, generation_mode_kwargs)
+
+    setattr(_validate_generation_mode, _MARK, original)
+    return _validate_generation_mode
 
 
 def _wrap_candidate_generator(original):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -61,8 +62,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, conversation: _Conversation, eos
     turns = conversation.turns[: len(texts) + 1]
     if tokenizer.chat_template is None:
         # A base model: turns and answers one after the other, as plain text.
-        parts = [part for pair in zip(turns, texts) for part in pair] + turns[len(texts) :]
-        return tokenizer("\n\n".join(parts))["input_ids"]
+        parts = [part for index, turn in enumerate(turns) for part in [turn, *texts[index : index + 1]]]
+        return list(tokenizer("\n\n".join(parts))["input_ids"])
     messages: list[dict[str, str]] = []
     for index, turn in enumerate(turns):
         messages.append({"role": "user", "content": turn})
@@ -101,22 +102,26 @@ class _Queue:
         self.window, self.max_prompt_tokens = window, max_prompt_tokens
         self.ready: deque[_Job] = deque()
         self.too_long: list[tuple[str, int, int]] = []
+        self.n_turns_left_out = 0
+        self.downwards = False
 
-    def push(self, conversation: _Conversation) -> bool:
-        """Queues the next turn of `conversation` at the front; `False` if its context is too long."""
-        job = self._job(conversation)
-        if job is not None:
+    def push(self, conversation: _Conversation) -> None:
+        """Queues the next turn of `conversation` at the front."""
+        if (job := self._job(conversation)) is not None:
             self.ready.appendleft(job)
-        return job is not None
 
     def pop(self) -> _Job | None:
+        """The next turn to answer, `None` if there is none for now."""
         while not self.ready and self.source:
             chunk = [self.source.pop() for _ in range(min(self.window, len(self.source)))]
             jobs = [job for job in map(self._job, chunk) if job is not None]
-            self.ready.extend(sorted(jobs, key=lambda job: len(job.prompt_ids), reverse=True))
+            self.ready.extend(sorted(jobs, key=lambda job: len(job.prompt_ids), reverse=self.downwards))
+            # Up and down in turns, so that neighbouring windows meet at similar lengths.
+            self.downwards = not self.downwards
         return self.ready.popleft() if self.ready else None
 
     def _job(self, conversation: _Conversation) -> _Job | None:
+        """The next turn of `conversation`, `None` (and noted) if its context is too long."""
         ids = _encode(self.tokenizer, conversation, self.eos_ids)
         if not ids:
             raise ValueError(
@@ -124,6 +129,7 @@ class _Queue:
             )
         if len(ids) > self.max_prompt_tokens:
             self.too_long.append((conversation.id, len(conversation.answers), len(ids)))
+            self.n_turns_left_out += len(conversation.turns) - len(conversation.answers)
             return None
         return _Job(conversation, ids)
 
@@ -147,7 +153,6 @@ class _Sampler:
         return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(-1)
 
 
-@torch.inference_mode()
 def regenerate(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -155,7 +160,7 @@ def regenerate(
     output: str | os.PathLike,
     *,
     max_new_tokens: int = 512,
-    max_prompt_tokens: int = 2048,
+    max_prompt_tokens: int | None = None,
     slots: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
@@ -182,8 +187,9 @@ def regenerate(
             `prompt_ids` is the whole context up to the generation prompt, `response_ids` ends with EOS if it came.
         max_new_tokens (`int`, defaults to 512):
             Longest response.
-        max_prompt_tokens (`int`, defaults to 2048):
-            Turns with a longer context are left out (they end their conversation), counted and reported.
+        max_prompt_tokens (`int`, *optional*):
+            Turns with a longer context are left out (they end their conversation), counted and reported. By default
+            what `max_new_tokens` leaves of the target's `max_position_embeddings`.
         slots (`int`, defaults to 128):
             Rows that are decoded together.
         temperature (`float`, defaults to 0.0):
@@ -203,27 +209,68 @@ def regenerate(
 
     Raises:
         ValueError: on settings out of range, duplicate ids, a target with layers that cannot be batched this way, or
-            an `output` that holds other rows.
+            an `output` that holds other rows or is being written by another process.
     """
-    for name, value in (
-        ("max_new_tokens", max_new_tokens),
-        ("max_prompt_tokens", max_prompt_tokens),
-        ("slots", slots),
-    ):
+    positions = getattr(target.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    if max_prompt_tokens is None:
+        max_prompt_tokens = max(positions - max_new_tokens, 1)
+    sizes = {"max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens, "slots": slots}
+    if max_turns is not None:
+        sizes["max_turns"] = max_turns
+    for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
+    if max_prompt_tokens + max_new_tokens > positions:
+        raise ValueError(
+            f"max_prompt_tokens={max_prompt_tokens} and max_new_tokens={max_new_tokens} go past the {positions} "
+            "positions of the target; lower one of them."
+        )
     if temperature < 0:
         raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}.")
-    if max_turns is not None and max_turns < 1:
-        raise ValueError(f"max_turns must be at least 1 or None (all turns), got {max_turns}.")
+    if target.training:
+        raise ValueError("the target is in training mode, where dropout changes its answers; call target.eval().")
 
     output, eos_ids, excluded = Path(output), _eos_ids(target), set(exclude)
+    cache = SlotCache(target, slots, max_prompt_tokens + max_new_tokens)
     output.parent.mkdir(parents=True, exist_ok=True)
-    drop_incomplete_line(output)
-    on_file = _read_answers(output, temperature)
-    open_conversations: list[_Conversation] = []
+    try:
+        lock = FileLock(f"{output}.lock", timeout=0).acquire()
+    except Timeout as error:
+        raise ValueError(f"another process is writing {output}; wait for it or give another output.") from error
+    with lock:
+        drop_incomplete_line(output)
+        on_file = _read_answers(output, temperature)
+        n_resumed = sum(len(answers) for answers in on_file.values())
+        conversations, n_excluded = _unanswered(prompts, on_file, excluded, max_turns)
+        # The order is the seed's; the draws of a resumed run are not those that are on file already.
+        queue = _Queue(
+            conversations, tokenizer, eos_ids, slots * _WINDOW_PER_SLOT, max_prompt_tokens, random.Random(seed)
+        )
+        sampler = _Sampler(temperature, seed + 1_000_003 * n_resumed, target.device)
+        writer = _Writer(output, queue, temperature, conversations, progress)
+        try:
+            _decode(cache, queue, sampler, writer, eos_ids, max_new_tokens)
+        finally:
+            writer.close()
+    return {
+        **writer.stats(),
+        "n_resumed": n_resumed,
+        "n_excluded": n_excluded,
+        "n_too_long": len(queue.too_long),
+        "too_long": queue.too_long,
+    }
+
+
+def _unanswered(
+    prompts: Iterable[dict[str, Any]],
+    on_file: dict[str, dict[int, list[int]]],
+    excluded: set[str],
+    max_turns: int | None,
+) -> tuple[list[_Conversation], int]:
+    """The conversations with turns to answer, holding the answers on file, and how many were excluded."""
+    conversations: list[_Conversation] = []
     seen: set[str] = set()
-    n_turns = n_excluded = 0
+    n_excluded = 0
     for row in prompts:
         if row["id"] in seen:
             raise ValueError(f"prompt id {row['id']!r} occurs twice; ids must be unique.")
@@ -236,72 +283,73 @@ def regenerate(
         while len(conversation.answers) in answers:
             conversation.answers.append(answers[len(conversation.answers)])
         if len(conversation.answers) < len(conversation.turns):
-            open_conversations.append(conversation)
-            n_turns += len(conversation.turns) - len(conversation.answers)
-    n_resumed = sum(len(answers) for answers in on_file.values())
+            conversations.append(conversation)
+    return conversations, n_excluded
 
-    device = target.device
-    # A resumed run must not draw the same random numbers again for other prompts.
-    sampler = _Sampler(temperature, seed + 1_000_003 * n_resumed, device)
-    queue = _Queue(
-        open_conversations, tokenizer, eos_ids, slots * _WINDOW_PER_SLOT, max_prompt_tokens, random.Random(seed)
-    )
-    stats: dict[str, Any] = {"n_responses": 0, "n_response_tokens": 0, "n_prompt_tokens": 0}
-    started = time.perf_counter()
-    with (
-        output.open("a", encoding="utf-8") as file,
-        tqdm(total=n_turns, unit="turn", desc="regenerate", disable=not progress, smoothing=0.02) as bar,
-    ):
-        cache = SlotCache(target, slots, max_prompt_tokens + max_new_tokens)
-        jobs: list[_Job] = []  # jobs[i] lives in slot i
 
-        def finish(job: _Job) -> None:
-            row = {"id": job.conversation.id, "turn": len(job.conversation.answers)}
-            if temperature > 0:
-                row["temperature"] = temperature
-            row |= {"prompt_ids": job.prompt_ids, "response_ids": job.response_ids}
-            file.write(json.dumps(row, separators=(",", ":")) + "\n")
-            file.flush()
-            stats["n_responses"] += 1
-            stats["n_response_tokens"] += len(job.response_ids)
-            stats["n_prompt_tokens"] += len(job.prompt_ids)
-            bar.update()
-            conversation = job.conversation
-            conversation.answers.append(job.response_ids)
-            if len(conversation.answers) < len(conversation.turns) and not queue.push(conversation):
-                bar.total -= len(conversation.turns) - len(conversation.answers)
+class _Writer:
+    """Writes finished turns line by line, queues the turns that follow them, and keeps the progress bar."""
 
-        while True:
-            # Fill the free slots, which are always the last ones.
-            new_jobs: list[_Job] = []
-            while len(jobs) + len(new_jobs) < slots and (job := queue.pop()) is not None:
-                new_jobs.append(job)
-            if new_jobs:
-                cache.prefill(range(len(jobs), len(jobs) + len(new_jobs)), [job.prompt_ids for job in new_jobs])
-                jobs += new_jobs
-            if not jobs:
-                break
-            tokens = sampler(cache.step(len(jobs)))  # [n]
-            cache.append(tokens)
-            n_done = 0
-            for slot, token in enumerate(tokens.tolist()):
-                jobs[slot].response_ids.append(token)
-            for slot in range(len(jobs) - 1, -1, -1):
-                job = jobs[slot]
-                if job.response_ids[-1] in eos_ids or len(job.response_ids) >= max_new_tokens:
-                    # The last live slot moves into the free one, so that live slots stay in front.
-                    last = jobs.pop()
-                    if slot < len(jobs):
-                        cache.move(len(jobs), slot)
-                        jobs[slot] = last
-                    finish(job)
-                    n_done += 1
-            if n_done:
-                elapsed = time.perf_counter() - started
-                live = sum(len(job.response_ids) for job in jobs)
-                bar.set_postfix_str(f"{(stats['n_response_tokens'] + live) / elapsed:.0f} tokens/s", refresh=False)
-    stats["seconds"] = time.perf_counter() - started
-    stats["tokens_per_second"] = stats["n_response_tokens"] / max(stats["seconds"], 1e-9)
-    stats |= {"n_resumed": n_resumed, "n_excluded": n_excluded}
-    stats |= {"n_too_long": len(queue.too_long), "too_long": queue.too_long}
-    return stats
+    def __init__(self, output, queue, temperature, conversations, progress):
+        self.file = output.open("a", encoding="utf-8")
+        self.queue, self.temperature = queue, temperature
+        self.n_turns = sum(len(item.turns) - len(item.answers) for item in conversations)
+        self.bar = tqdm(total=self.n_turns, unit="turn", desc="regenerate", disable=not progress, smoothing=0.02)
+        self.counts = {"n_responses": 0, "n_response_tokens": 0, "n_prompt_tokens": 0}
+        self.started = time.perf_counter()
+
+    def write(self, job: _Job) -> None:
+        conversation = job.conversation
+        row: dict[str, Any] = {"id": conversation.id, "turn": len(conversation.answers)}
+        if self.temperature > 0:
+            row["temperature"] = self.temperature
+        row |= {"prompt_ids": job.prompt_ids, "response_ids": job.response_ids}
+        self.file.write(json.dumps(row, separators=(",", ":")) + "\n")
+        self.file.flush()
+        self.counts["n_responses"] += 1
+        self.counts["n_response_tokens"] += len(job.response_ids)
+        self.counts["n_prompt_tokens"] += len(job.prompt_ids)
+        conversation.answers.append(job.response_ids)
+        if len(conversation.answers) < len(conversation.turns):
+            self.queue.push(conversation)
+        self.bar.total = self.n_turns - self.queue.n_turns_left_out
+        self.bar.set_postfix_str(f"{self.stats()['tokens_per_second']:.0f} tokens/s", refresh=False)
+        self.bar.update()
+
+    def stats(self) -> dict[str, Any]:
+        seconds = time.perf_counter() - self.started
+        return {**self.counts, "seconds": seconds, "tokens_per_second": self.counts["n_response_tokens"] / seconds}
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+
+
+@torch.inference_mode()
+def _decode(
+    cache: SlotCache, queue: _Queue, sampler: _Sampler, writer: _Writer, eos_ids: set[int], max_new_tokens: int
+) -> None:
+    """The loop: fill the free slots, step all, free the finished ones."""
+    jobs: list[_Job] = []  # jobs[i] lives in slot i
+    while True:
+        new_jobs: list[_Job] = []
+        while len(jobs) + len(new_jobs) < cache.slots and (job := queue.pop()) is not None:
+            new_jobs.append(job)
+        if new_jobs:
+            cache.prefill(range(len(jobs), len(jobs) + len(new_jobs)), [job.prompt_ids for job in new_jobs])
+            jobs += new_jobs
+        if not jobs:
+            return
+        tokens = sampler(cache.step(len(jobs)))  # [n]
+        cache.append(tokens)
+        for job, token in zip(jobs, tokens.tolist(), strict=True):
+            job.response_ids.append(token)
+        for slot in range(len(jobs) - 1, -1, -1):
+            job = jobs[slot]
+            if job.response_ids[-1] in eos_ids or len(job.response_ids) >= max_new_tokens:
+                # The last live slot moves into the free one, so that live slots stay in front.
+                last = jobs.pop()
+                if slot < len(jobs):
+                    cache.move(len(jobs), slot)
+                    jobs[slot] = last
+                writer.write(job)

@@ -31,7 +31,9 @@ def iter_prompts(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
             raise ValueError(f'{where}: "turns" must be a non-empty list of strings, got {str(turns)[:60]!r}.')
         if row["id"] in seen:
-            raise ValueError(f"{where}: id {row['id']!r} already stands on line {seen[row['id']]}; ids must be unique.")
+            raise ValueError(
+                f"{where}: id {row['id']!r} already stands on line {seen[row['id']]}; ids must be unique."
+            )
         seen[row["id"]] = number
         yield row
 

@@ -86,6 +86,10 @@ class SlotCache(Cache):
 
     def __init__(self, target: PreTrainedModel, slots: int, max_length: int):
         config = target.config.get_text_config()
+        if target.config.is_encoder_decoder:
+            raise ValueError(
+                f"the target is an encoder-decoder ({target.config.model_type}); give a decoder-only model."
+            )
         types = getattr(config, "layer_types", None)
         unknown = sorted(set(types or ()) - set(_KNOWN_LAYER_TYPES))
         if unknown:
@@ -136,7 +140,7 @@ class SlotCache(Cache):
 
     def _prefill(self, slots: list[int], prompts: list[list[int]]) -> None:
         index = torch.tensor(slots, device=self.device)
-        for slot, prompt in zip(slots, prompts):
+        for slot, prompt in zip(slots, prompts, strict=True):
             self.host_lengths[slot] = len(prompt) - 1
         self.lengths[index] = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         self.last_tokens[index] = torch.tensor([prompt[-1] for prompt in prompts], device=self.device)

@@ -275,12 +275,7 @@ class CoralTrainer(Trainer):
 def check_pair(drafter: CoralDraftModel, adapter: TargetAdapter, tokenizer: Any = None) -> None:
     """Raises `ValueError` unless the drafter's sizes fit the target and its hash fits the tokenizer."""
     config = drafter.config
-    for name, expected in (("vocab_size", adapter.vocab_size), ("hidden_size", adapter.hidden_size)):
-        if getattr(config, name) != expected:
-            raise ValueError(
-                f"The drafter's {name}={getattr(config, name)} is not the target's {expected}: it was made for "
-                f"{config.target_name_or_path!r}. Use that target, or CoralDraftModel.from_target(target)."
-            )
+    adapter.check_drafter(config)
     if tokenizer is not None and config.target_vocab_hash is not None:
         found = vocab_hash(tokenizer)
         if found != config.target_vocab_hash:

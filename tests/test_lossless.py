@@ -1,0 +1,287 @@
+"""Output with a drafter is plain `generate`'s, token for token: families, attentions, trees, processors, sampling."""
+
+import pytest
+import torch
+from conftest import FAMILIES, make_drafter, make_target
+from oracle import oracle
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, TextStreamer, set_seed
+from transformers.generation.streamers import BaseStreamer
+
+from coral_hf import coral_generate
+
+
+CHAIN = {"draft_depth": 5, "draft_top_k": 1}
+TREES = {
+    "chain": CHAIN,
+    "tree8": {"draft_depth": 3, "draft_top_k": 3, "draft_total_tokens": 8},
+    "tree16": {"draft_depth": 4, "draft_top_k": 4, "draft_total_tokens": 16},
+    "tree32": {"draft_depth": 5, "draft_top_k": 4, "draft_total_tokens": 32},
+    "tree60": {"draft_depth": 6, "draft_top_k": 10, "draft_total_tokens": 60},
+}
+STOCK = {"draft_depth": 5, "draft_top_k": 1, "draft_stock_loop": True}
+
+
+def prompt_of(length: int, seed: int = 3) -> torch.Tensor:
+    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def config_of(tree: dict, **settings) -> GenerationConfig:
+    config = GenerationConfig(**{"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, **settings})
+    for key, value in tree.items():
+        setattr(config, key, value)
+    return config
+
+
+def compare(target, drafter, ids, tree, probability=0.7, **settings):
+    """Plain and CORAL outputs for one setting; returns the plain output and the statistics of an oracle run."""
+    extra = {key: settings.pop(key) for key in ("attention_mask", "tokenizer") if key in settings}
+    set_seed(0)
+    plain = target.generate(ids, generation_config=config_of({}, **settings), **extra)
+    set_seed(0)
+    random_drafts = target.generate(
+        ids, generation_config=config_of(tree, **settings), assistant_model=drafter, **extra
+    )
+    assert torch.equal(plain, random_drafts)
+    with oracle(plain, probability):
+        set_seed(0)
+        oracle_drafts = target.generate(
+            ids, generation_config=config_of(tree, **settings), assistant_model=drafter, **extra
+        )
+    assert torch.equal(plain, oracle_drafts)
+    return plain, drafter.last_stats
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_families(family, attention):
+    """Every family, prompts below and beyond the sliding window of 16, chain and tree."""
+    target = make_target(family, attention=attention)
+    drafter = make_drafter(target, shape="eagle3" if attention == "sdpa" else "eagle")
+    accepted = steps = 0
+    for length in (6, 30):
+        for tree in (TREES["chain"], TREES["tree16"], STOCK):
+            _, stats = compare(target, drafter, prompt_of(length), tree)
+            accepted, steps = accepted + stats.n_accepted, steps + stats.steps
+    assert accepted / steps >= 1.5
+
+
+@pytest.mark.parametrize("tree", list(TREES))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[7], [9, 11]]},
+        {"min_new_tokens": 20, "eos_token_id": list(range(3, 40))},
+        {"eos_token_id": [5, 17, 90]},
+        {"max_new_tokens": 3},
+        {"max_new_tokens": 1},
+    ],
+    ids=lambda settings: ",".join(settings) or "plain",
+)
+def test_greedy_settings(target, tree, settings):
+    drafter = make_drafter(target)
+    _, stats = compare(target, drafter, prompt_of(9), TREES[tree], **settings)
+    if not {"eos_token_id", "max_new_tokens"} & set(settings):
+        assert stats.n_accepted / stats.steps >= 1.5
+
+
+@pytest.mark.parametrize("tree", ["chain", "tree16", "tree60"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0, "top_k": 0},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"temperature": 1.3, "repetition_penalty": 1.2, "top_k": 20},
+    ],
+    ids=lambda settings: ",".join(settings),
+)
+def test_sampling_draws_the_same_tokens(target, tree, settings):
+    """Same seed, same tokens: the walk spends random numbers exactly as plain sampling does."""
+    drafter = make_drafter(target)
+    _, stats = compare(target, drafter, prompt_of(9), TREES[tree], do_sample=True, **settings)
+    assert stats.n_accepted / stats.steps >= 1.5
+
+
+def test_left_padding(target):
+    drafter = make_drafter(target)
+    ids = torch.cat([torch.zeros(1, 5, dtype=torch.long), prompt_of(9)], dim=1)
+    mask = (torch.arange(14) >= 5).long()[None]
+    for tree in (TREES["chain"], TREES["tree16"], STOCK):
+        _, stats = compare(target, drafter, ids, tree, attention_mask=mask)
+        assert stats.n_accepted / stats.steps >= 1.5
+
+
+def test_padding_changes_nothing_for_the_drafter(target):
+    """A padded prompt gives the drafts of the bare one: acceptance is the same step by step."""
+    drafter = make_drafter(target)
+    drafter_stats = []
+    for padding in (0, 7):
+        ids = torch.cat([torch.zeros(1, padding, dtype=torch.long), prompt_of(9)], dim=1)
+        mask = (torch.arange(ids.shape[1]) >= padding).long()[None]
+        target.generate(
+            ids, attention_mask=mask, generation_config=config_of(TREES["tree32"]), assistant_model=drafter
+        )
+        drafter_stats.append(drafter.last_stats)
+    assert drafter_stats[0] == drafter_stats[1]
+
+
+@pytest.mark.parametrize("tree", ["chain", "tree16"])
+def test_continuing_a_conversation(target, tree):
+    """A prefilled cache, with the whole sequence passed again."""
+    drafter = make_drafter(target)
+    ids = prompt_of(9)
+    outputs = []
+    for assistant in (None, drafter):
+        config = config_of(TREES[tree] if assistant else {}, return_dict_in_generate=True, max_new_tokens=12)
+        first = target.generate(ids, generation_config=config, assistant_model=assistant)
+        longer = torch.cat([first.sequences, prompt_of(4, seed=8)], dim=1)
+        second = target.generate(
+            longer, generation_config=config, assistant_model=assistant, past_key_values=first.past_key_values
+        )
+        assert second.past_key_values.get_seq_length() == second.sequences.shape[1] - 1
+        outputs.append(second.sequences)
+    assert torch.equal(*outputs)
+
+
+def test_returned_dict(target):
+    """Scores, logits and hidden states are those of plain decoding, one entry a token."""
+    drafter, ids = make_drafter(target), prompt_of(9)
+    wanted = ["return_dict_in_generate", "output_scores", "output_logits", "output_hidden_states"]
+    settings = {**dict.fromkeys(wanted, True), "repetition_penalty": 1.2, "max_new_tokens": 20}
+    plain = target.generate(ids, generation_config=config_of({}, **settings))
+    with oracle(plain.sequences):
+        drafted = target.generate(
+            ids, generation_config=config_of(TREES["tree16"], **settings), assistant_model=drafter
+        )
+    assert drafter.last_stats.n_accepted > 5
+    assert torch.equal(plain.sequences, drafted.sequences)
+    for name in ("scores", "logits"):
+        ours, theirs = torch.cat(getattr(drafted, name)), torch.cat(getattr(plain, name))
+        torch.testing.assert_close(ours, theirs)
+    assert len(plain.hidden_states) == len(drafted.hidden_states)
+    for ours, theirs in zip(drafted.hidden_states, plain.hidden_states, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+class _Recorder(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], 0
+
+    def put(self, value):
+        assert not self.ended
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("tree", ["chain", "tree16"])
+def test_streamer(target, tree):
+    """Tokens in order, prompt first, nothing after the stop."""
+    drafter, ids = make_drafter(target), prompt_of(9)
+    plain = target.generate(ids, generation_config=config_of({}, eos_token_id=[90, 5]))
+    recorder = _Recorder()
+    with oracle(plain):
+        target.generate(
+            ids,
+            generation_config=config_of(TREES[tree], eos_token_id=[90, 5]),
+            assistant_model=drafter,
+            streamer=recorder,
+        )
+    assert recorder.tokens == plain[0].tolist() and recorder.ended == 1
+
+
+def test_other_assistants_are_untouched(target):
+    """An ordinary assistant and prompt lookup still take Transformers' own way."""
+    torch.manual_seed(5)
+    small = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=128, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    small.generation_config.eos_token_id = None
+    ids = prompt_of(9)
+    plain = target.generate(ids, generation_config=config_of({}))
+    assert torch.equal(plain, target.generate(ids, generation_config=config_of({}), assistant_model=small.double()))
+    assert torch.equal(plain, target.generate(ids, generation_config=config_of({}, prompt_lookup_num_tokens=3)))
+
+
+def test_coral_generate(target):
+    drafter, ids = make_drafter(target), prompt_of(9)
+    plain = target.generate(ids, max_new_tokens=20, do_sample=False)
+    drafted = coral_generate(target, drafter, input_ids=ids, max_new_tokens=20, do_sample=False, draft_depth=4)
+    assert torch.equal(plain, drafted)
+    assert len(drafter.last_stats.drafted_per_depth) == 4
+
+
+def test_float32_and_bfloat16_run():
+    """Other dtypes than the drafter's: sizes and devices are reconciled, float32 stays identical."""
+    target = make_target(dtype=torch.float32)
+    drafter = make_drafter(target, dtype=torch.bfloat16)
+    _, stats = compare(target, drafter, prompt_of(9), TREES["tree16"])
+    assert stats.n_accepted > 0
+    target.bfloat16()
+    drafted = coral_generate(target, drafter, input_ids=prompt_of(9), max_new_tokens=20, do_sample=False)
+    assert drafted.shape[1] == 29
+
+
+BAD_CALLS = {
+    "batch": ({}, {"ids": torch.full((2, 5), 7)}, "batch"),
+    "beams": ({}, {"num_beams": 2}, "num_beams|beam"),
+    "depth": ({"draft_depth": 0}, {}, "draft_depth=0"),
+    "negative": ({"draft_top_k": -1}, {}, "draft_top_k=-1"),
+    "total": ({"draft_depth": 2, "draft_top_k": 2, "draft_total_tokens": 60}, {}, "draft_total_tokens=60"),
+    "unknown": ({"draft_width": 3}, {}, "draft_width"),
+    "stock tree": ({"draft_stock_loop": True, "draft_top_k": 2}, {}, "draft_top_k=1"),
+    "static cache": ({}, {"cache_implementation": "static"}, "[Ss]tatic"),
+    "no cache": ({}, {"use_cache": False}, "use_cache=True"),
+    "attentions": ({}, {"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_CALLS))
+def test_bad_calls(target, case):
+    """Each is a `ValueError` that names the value, before any forward."""
+    tree, settings, message = BAD_CALLS[case]
+    settings = dict(settings)
+    ids = settings.pop("ids", prompt_of(5))
+    with pytest.raises(ValueError, match=message):
+        target.generate(ids, generation_config=config_of(tree, **settings), assistant_model=make_drafter(target))
+
+
+def test_wrong_targets():
+    drafter = make_drafter(make_target())
+    for change in ({"vocab_size": 256}, {"hidden_size": 64}, {"num_hidden_layers": 2}):
+        other = AutoModelForCausalLM.from_config(LlamaConfig(**{**_llama(), **change}), dtype=torch.float64)
+        with pytest.raises(ValueError, match=next(iter(change))):
+            other.generate(prompt_of(5), max_new_tokens=5, assistant_model=drafter)
+    with pytest.raises(ValueError, match="model_type"):
+        make_target("qwen2").generate(prompt_of(5), max_new_tokens=5, assistant_model=drafter)
+
+
+def _llama() -> dict:
+    return {key: value for key, value in make_target().config.to_dict().items() if key in LlamaConfig().to_dict()}
+
+
+def test_inputs_embeds_are_refused(target):
+    embeds = target.get_input_embeddings()(prompt_of(5))
+    with pytest.raises(ValueError, match="input_ids"):
+        target.generate(inputs_embeds=embeds, max_new_tokens=5, assistant_model=make_drafter(target))
+
+
+def test_text_streamer_prints_once(target, capsys):
+    class Tokenizer:
+        def decode(self, ids, **kwargs):
+            return " ".join(map(str, ids))
+
+    target.generate(
+        prompt_of(4),
+        max_new_tokens=6,
+        do_sample=False,
+        assistant_model=make_drafter(target),
+        streamer=TextStreamer(Tokenizer(), skip_prompt=True),
+    )
+    assert len(capsys.readouterr().out.split()) == 6

@@ -1,0 +1,312 @@
+"""Regeneration: the same tokens as plain `generate`, nothing lost or repeated over kills, files that say what is wrong."""
+
+import gzip
+import json
+import random
+
+import pytest
+import torch
+from conftest import FAMILIES, make_target
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from coral_hf.training.regenerate import iter_prompts, iter_responses, regenerate, write_shards
+from coral_hf.training.slot_cache import SlotCache
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices gain nothing from a second thread, which on a busy machine waits for its turn at every step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+EOS_IDS = list(range(2, 14))  # many, so that random models end some answers early
+TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'][0] }}]{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+
+
+def make_tokenizer(chat_template=TEMPLATE):
+    """One token a character, ids 14 and up; what a tiny model emits below that decodes to nothing."""
+    vocab = {f"<{index}>": index for index in range(14)} | {chr(32 + index): 14 + index for index in range(95)}
+    vocab |= {chr(0xC0 + index): 109 + index for index in range(19)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=[f"<{index}>" for index in range(14)]
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+def make_prompts(n=24, longest=30, max_turns=3, seed=0):
+    rng = random.Random(seed)
+    text = lambda: "".join(chr(rng.randint(97, 122)) for _ in range(rng.randint(1, longest)))  # noqa: E731
+    return [{"id": f"p{index}", "turns": [text() for _ in range(rng.randint(1, max_turns))]} for index in range(n)]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def keyed(path):
+    rows = read(path)
+    keys = {(row["id"], row["turn"]): row["response_ids"] for row in rows}
+    assert len(keys) == len(rows), "a turn was answered twice"
+    return keys
+
+
+def plain(target, prompt_ids, max_new_tokens):
+    ids = torch.tensor([prompt_ids])
+    output = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
+    return output[0, len(prompt_ids) :].tolist()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_greedy_equals_plain_generate(family, attention, tmp_path):
+    target = make_target(family, attention=attention)
+    target.generation_config.eos_token_id = EOS_IDS
+    output = tmp_path / "out.jsonl"
+    # Prompts past the sliding windows of 16, more of them than slots.
+    stats = regenerate(target, make_tokenizer(), make_prompts(10), output, max_new_tokens=20, slots=4, progress=False)
+    rows = read(output)
+    assert stats["n_responses"] == len(rows) == sum(len(row["turns"]) for row in make_prompts(10))
+    assert target.config._attn_implementation == attention
+    for row in rows:
+        assert row["response_ids"] == plain(target, row["prompt_ids"], 20)
+    lengths = {len(row["response_ids"]) for row in rows}
+    assert len(lengths) > 1, "answers of one length do not test the slots"
+
+
+def test_answers_end_with_eos_or_at_the_limit(target, tmp_path):
+    target.generation_config.eos_token_id = EOS_IDS
+    regenerate(target, make_tokenizer(), make_prompts(), tmp_path / "out", max_new_tokens=12, slots=5, progress=False)
+    rows = read(tmp_path / "out")
+    ended = [row for row in rows if row["response_ids"][-1] in EOS_IDS]
+    assert 0 < len(ended) < len(rows)
+    for row in rows:
+        assert not set(row["response_ids"][:-1]) & set(EOS_IDS)
+        assert row in ended or len(row["response_ids"]) == 12
+
+
+def test_each_turn_holds_the_answers_before_it(target, tmp_path):
+    target.generation_config.eos_token_id = EOS_IDS
+    tokenizer, output = make_tokenizer(), tmp_path / "out.jsonl"
+    prompts = make_prompts()
+    regenerate(target, tokenizer, prompts, output, max_new_tokens=8, slots=4, progress=False)
+    turns = {row["id"]: row["turns"] for row in prompts}
+    answers = {}
+    for row in read(output):  # file order: a turn stands after those before it
+        before = answers.setdefault(row["id"], [])
+        assert row["turn"] == len(before)
+        messages = []
+        for turn, answer in zip(turns[row["id"]], [*before, None], strict=False):
+            messages.append({"role": "user", "content": turn})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)})
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert row["prompt_ids"] == list(expected)
+        before.append(row["response_ids"])
+    assert {key: len(value) for key, value in answers.items()} == {key: len(value) for key, value in turns.items()}
+
+
+def test_without_a_chat_template_the_prompt_is_the_text(target, tmp_path):
+    tokenizer, output = make_tokenizer(chat_template=None), tmp_path / "out.jsonl"
+    prompts = [{"id": "a", "turns": ["hello"]}]
+    regenerate(target, tokenizer, prompts, output, max_new_tokens=4, slots=2, progress=False)
+    assert read(output)[0]["prompt_ids"] == tokenizer("hello")["input_ids"]
+
+
+def test_prompt_of_one_token(target, tmp_path):
+    output = tmp_path / "out.jsonl"
+    prompts = [{"id": "a", "turns": ["x"]}, {"id": "b", "turns": ["longer"]}]
+    regenerate(target, make_tokenizer(None), prompts[:1], output, max_new_tokens=6, slots=1, progress=False)
+    regenerate(target, make_tokenizer(None), prompts, output, max_new_tokens=6, slots=1, progress=False)
+    for row in read(output):
+        assert row["response_ids"] == plain(target, row["prompt_ids"], 6)
+
+
+@pytest.mark.parametrize("cut", ["between", "mid_line", "mid_character", "first_line"])
+def test_resumes_after_a_kill_without_losing_or_repeating(target, tmp_path, cut):
+    target.generation_config.eos_token_id = EOS_IDS
+    tokenizer, whole, output = make_tokenizer(), tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    arguments = {"max_new_tokens": 8, "slots": 4, "progress": False}
+    regenerate(target, tokenizer, make_prompts(), whole, **arguments)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    kept = lines[: len(lines) // 2]
+    torn = {"between": b"", "mid_line": lines[len(kept)][:-9], "mid_character": b'{"id":"\xc3', "first_line": b""}[cut]
+    if cut == "first_line":
+        kept, torn = [], lines[0][:5]
+    output.write_bytes(b"".join(kept) + torn)
+    stats = regenerate(target, tokenizer, make_prompts(), output, **arguments)
+    assert output.read_bytes().startswith(b"".join(kept))
+    assert keyed(output) == keyed(whole)
+    assert stats["n_resumed"] == len(kept) and stats["n_responses"] == len(lines) - len(kept)
+    # A run with nothing left to do changes nothing.
+    before = output.read_bytes()
+    assert regenerate(target, tokenizer, make_prompts(), output, **arguments)["n_responses"] == 0
+    assert output.read_bytes() == before
+
+
+def test_max_turns_then_the_rest(target, tmp_path):
+    tokenizer, whole, output = make_tokenizer(), tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    arguments = {"max_new_tokens": 6, "slots": 4, "progress": False}
+    regenerate(target, tokenizer, make_prompts(), whole, **arguments)
+    regenerate(target, tokenizer, make_prompts(), output, max_turns=1, **arguments)
+    assert {row["turn"] for row in read(output)} == {0}
+    regenerate(target, tokenizer, make_prompts(), output, **arguments)
+    assert keyed(output) == keyed(whole)
+
+
+def test_left_out_prompts_are_counted(target, tmp_path):
+    prompts = [{"id": "short", "turns": ["ab", "y" * 40]}, {"id": "long", "turns": ["x" * 40, "z"]}]
+    prompts.append({"id": "elsewhere", "turns": ["cd"]})
+    stats = regenerate(
+        target, make_tokenizer(), prompts, tmp_path / "out", max_new_tokens=4, max_prompt_tokens=20, slots=2,
+        exclude={"elsewhere"}, progress=False,
+    )  # fmt: skip
+    assert [(row["id"], row["turn"]) for row in read(tmp_path / "out")] == [("short", 0)]
+    assert stats["n_excluded"] == 1 and stats["n_too_long"] == 2
+    assert {entry[:2] for entry in stats["too_long"]} == {("short", 1), ("long", 0)}
+
+
+def test_sampling_is_seeded_recorded_and_kept_apart(target, tmp_path):
+    arguments = {"max_new_tokens": 8, "slots": 4, "progress": False}
+    tokenizer, prompts = make_tokenizer(), make_prompts(6)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        regenerate(target, tokenizer, prompts, tmp_path / name, temperature=0.8, seed=seed, **arguments)
+    assert read(tmp_path / "a") == read(tmp_path / "b")
+    assert keyed(tmp_path / "a") != keyed(tmp_path / "c")
+    assert all(row["temperature"] == 0.8 for row in read(tmp_path / "a"))
+    with pytest.raises(ValueError, match=r"temperature 0\.8, this run has 0\.0"):
+        regenerate(target, tokenizer, prompts, tmp_path / "a", **arguments)
+
+
+def test_sampler_follows_the_softmax():
+    from coral_hf.training.regenerate import _Sampler
+
+    logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(20000, 3)
+    counts = torch.bincount(_Sampler(0.5, 0, torch.device("cpu"))(logits), minlength=3) / 20000
+    assert torch.allclose(counts, torch.softmax(logits[0] / 0.5, -1), atol=0.02)
+
+
+def test_slots_move_and_refill_by_hand(target):
+    """Four prompts through three slots, one freed and refilled in the middle: logits equal those of full forwards."""
+    prompts = [[20, 21, 22], [30], [40, 41, 42, 43, 44, 45, 46], [50, 51]]
+    with torch.inference_mode():
+        cache = SlotCache(target, 3, 64)
+        cache.prefill([0, 1, 2], prompts[:3])
+        rows = [list(prompt) for prompt in prompts[:3]]
+        for step in range(9):
+            if step == 4:
+                cache.move(2, 0)  # the last live slot goes to the free one
+                cache.prefill([2], prompts[3:])
+                rows = [rows[2], rows[1], list(prompts[3])]
+            logits = cache.step(3)
+            for slot, row in enumerate(rows):
+                expected = target(torch.tensor([row])).logits[0, -1]
+                assert torch.allclose(logits[slot], expected, atol=1e-10)
+            cache.append(logits.argmax(-1))
+            for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+                row.append(token)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"slots": 0}, "slots must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_turns": 0}, "max_turns must be at least 1"),
+        ({"max_new_tokens": 512}, "go past the 512 positions"),
+        ({"temperature": -0.5}, r"temperature must be 0 .* got -0\.5"),
+        ({"max_prompt_tokens": 600}, "go past the 512 positions"),
+    ],
+)
+def test_settings_out_of_range(target, tmp_path, settings, message):
+    settings = {"max_new_tokens": 8, "progress": False, **settings}
+    with pytest.raises(ValueError, match=message):
+        regenerate(target, make_tokenizer(), make_prompts(2), tmp_path / "out", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_targets_that_do_not_fit(target, tmp_path):
+    with pytest.raises(ValueError, match="training mode"):
+        regenerate(target.train(), make_tokenizer(), [], tmp_path / "out", max_new_tokens=4)
+    target.eval().config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
+        regenerate(target, make_tokenizer(), [], tmp_path / "out", max_new_tokens=4)
+    target.config._attn_implementation = "sdpa"
+    target.config.layer_types = ["linear_attention"] * 4
+    with pytest.raises(ValueError, match="linear_attention"):
+        regenerate(target, make_tokenizer(), [], tmp_path / "out", max_new_tokens=4)
+
+
+def test_one_writer_at_a_time(target, tmp_path):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / "out.lock"), pytest.raises(ValueError, match="another process is writing"):
+        regenerate(target, make_tokenizer(), make_prompts(2), tmp_path / "out", max_new_tokens=4, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "b", "turns": ["x"]', "line 2: not valid JSON"),
+        ("[1]", "line 2: expected"),
+        ('{"id": "b"}', "line 2: \"turns\" must be a non-empty list of strings, got 'None'"),
+        ('{"id": "b", "turns": []}', 'line 2: "turns" must be'),
+        ('{"id": "b", "turns": [3]}', 'line 2: "turns" must be'),
+        ('{"id": 7, "turns": ["x"]}', 'line 2: "id" must be a non-empty string, got 7'),
+        ('{"id": "a", "turns": ["x"]}', "line 2: id 'a' already stands on line 1"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_malformed_prompts_name_the_line(tmp_path, line, message, suffix):
+    path = tmp_path / f"prompts{suffix}"
+    text = '{"id": "a", "turns": ["x"]}\n' + line + "\n"
+    path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        list(iter_prompts(path))
+    assert path.name in str(error.value)
+
+
+def test_missing_prompts_file(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing\.jsonl does not exist"):
+        list(iter_prompts(tmp_path / "nothing.jsonl"))
+
+
+def test_malformed_responses_name_the_line(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    path.write_text('{"id": "a", "prompt_ids": [1], "response_ids": [2]}\n{"id": "b", "prompt_ids": [1]}\n')
+    with pytest.raises(ValueError, match='line 2: "response_ids" must be a list of token ids'):
+        list(iter_responses(path))
+
+
+def test_shards_round_trip_and_extend(target, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    output, shards = tmp_path / "out.jsonl", tmp_path / "shards"
+    regenerate(target, make_tokenizer(), make_prompts(), output, max_new_tokens=6, slots=4, progress=False)
+    rows = read(output)
+    paths = write_shards(output, shards, rows_per_shard=20)
+    assert [path.name for path in paths] == [f"responses-{index:05d}.parquet" for index in range(-(-len(rows) // 20))]
+    back = [row for path in paths for row in parquet.read_table(path).to_pylist()]
+    assert back == [{**row, "temperature": 0.0} for row in rows]
+    assert str(parquet.read_schema(paths[0]).field("response_ids").type) == "list<element: uint16>"
+    large = [{"id": "big", "prompt_ids": [70000], "response_ids": [1], "turn": 0, "temperature": 0.5}]
+    (more,) = write_shards(large, shards)
+    assert more.name == f"responses-{len(paths):05d}.parquet"
+    assert parquet.read_table(more).to_pylist() == large
+    assert sorted(path.name for path in shards.iterdir()) == sorted(path.name for path in [*paths, more])
+
+
+def test_a_malformed_row_leaves_no_shard(tmp_path):
+    pytest.importorskip("pyarrow.parquet")
+    with pytest.raises(ValueError, match='row 1: "prompt_ids"'):
+        write_shards([{"id": "a", "prompt_ids": [1], "response_ids": [1]}, {"id": "b"}], tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
