@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -108,8 +109,18 @@ class CoralTrainingArguments(TrainingArguments):
         for name in ("loss_chunk_size", "max_length", "eval_chain_depth", "csra_max_positions", "topk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("regression_loss_weight", "classification_loss_weight", "topk_loss_weight", "csra_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.topk_loss_weight and not self.classification_loss_weight:
+            raise ValueError(
+                f"topk_loss_weight={self.topk_loss_weight} is computed with the classification loss; set "
+                "classification_loss_weight above 0."
+            )
         if self.csra_temperature <= 0:
             raise ValueError(f"csra_temperature={self.csra_temperature} must be positive.")
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # or bf16=True would be refused where there is no GPU
         super().__post_init__()
 
     def rollout_steps_at(self, progress: float) -> int:

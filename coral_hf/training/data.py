@@ -1,13 +1,13 @@
 """Conversations -> token ids, response masks and batches."""
 
-import gzip
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..jsonl import read_jsonl
 
 
 IGNORED_LABEL = -100
@@ -18,31 +18,6 @@ SCHEMAS = {
     "masked": ("input_ids", "response_mask"),
     "text": ("turns", "responses"),
 }
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number, row) of a `.jsonl` or `.jsonl.gz` file.
-
-    Raises:
-        ValueError: if the file is missing or a line is not a JSON object (with the line's number).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a .jsonl, .jsonl.gz or .parquet file.")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not valid JSON ({error}). Fix or remove that line."
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
-            yield number, row
 
 
 def read_rows(paths: str | Path | Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -125,6 +100,8 @@ def encode_row(row: dict[str, Any], tokenizer: Any = None, where: str = "row") -
         ids, mask = _encode_conversation(row["turns"], row["responses"], tokenizer, where)
     if len(ids) != len(mask):
         raise ValueError(f"{where}: {len(ids)} input_ids but {len(mask)} response_mask entries; they must align.")
+    if not all(isinstance(token, int) and token >= 0 for token in ids):
+        raise ValueError(f"{where}: token ids must be integers from 0 on; got {str(ids)[:60]}.")
     if not any(mask):
         raise ValueError(f"{where}: empty response mask, so there is nothing to train on; check the row's response.")
     return ids, mask
@@ -139,39 +116,47 @@ def _encode_conversation(turns: list[str], responses: list[str], tokenizer: Any,
         raise ValueError(f"{where}: text rows need the target's tokenizer.")
     if len(turns) != len(responses):
         raise ValueError(f"{where}: {len(turns)} turns but {len(responses)} responses; every turn needs its response.")
+    for text in (*turns, *responses):
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: turns and responses must be strings; got {text!r}.")
     if not getattr(tokenizer, "chat_template", None):
         return _encode_plain(turns, responses, tokenizer)
     messages: list[dict[str, str]] = []
+    text = ""
     ids: list[int] = []
     mask: list[bool] = []
     for turn, response in zip(turns, responses, strict=True):
         messages.append({"role": "user", "content": turn})
-        prompt = _template_ids(tokenizer, messages, add_generation_prompt=True)
+        prompt_text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         messages.append({"role": "assistant", "content": response})
-        full = _template_ids(tokenizer, messages, add_generation_prompt=False)
+        full_text = tokenizer.apply_chat_template(messages, tokenize=False)
+        prompt, full = _ids(tokenizer, prompt_text), _ids(tokenizer, full_text)
         if prompt[: len(ids)] != ids or full[: len(prompt)] != prompt:
-            raise ValueError(
-                f"{where}: this tokenizer's chat template rewrites earlier turns, so responses cannot be located by "
-                "prefix differences. Use rows of ids (prompt_ids / response_ids) as `coral-hf regenerate` writes them."
-            )
-        end = _response_end(full, tokenizer)
+            if not (prompt_text.startswith(text) and full_text.startswith(prompt_text)):
+                raise ValueError(
+                    f"{where}: this tokenizer's chat template rewrites earlier turns, so responses cannot be located "
+                    "by prefix differences. Use rows of ids (prompt_ids / response_ids) as `coral-hf regenerate` "
+                    "writes them."
+                )
+            # A token spans the border (a response that begins with a newline), which it cannot in generation.
+            prompt = ids + _ids(tokenizer, prompt_text[len(text) :])
+            full = prompt + _ids(tokenizer, full_text[len(prompt_text) :])
+        end = _response_end(full, len(prompt), tokenizer)
         mask += [False] * (len(prompt) - len(ids)) + [True] * (end - len(prompt)) + [False] * (len(full) - end)
-        ids = full
+        ids, text = full, full_text
     # What the template puts after the last response's end (a newline) is never generated.
     last = max((index for index, flag in enumerate(mask) if flag), default=-1) + 1
     return ids[:last], mask[:last]
 
 
-def _template_ids(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _response_end(ids: list[int], tokenizer: Any) -> int:
-    """One past the last EOS token if one closes the response, else the end."""
-    eos = tokenizer.eos_token_id
-    tail = range(len(ids) - 1, max(len(ids) - 4, -1), -1)
-    return next((index + 1 for index in tail if ids[index] == eos), len(ids))
+def _response_end(ids: list[int], start: int, tokenizer: Any) -> int:
+    """One past the last EOS token if one closes the response that begins at `start`, else the end."""
+    tail = range(len(ids) - 1, max(len(ids) - 4, start - 1), -1)
+    return next((index + 1 for index in tail if ids[index] == tokenizer.eos_token_id), len(ids))
 
 
 def _encode_plain(turns: list[str], responses: list[str], tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -253,7 +238,7 @@ class CoralDataCollator:
 
     Returns a dict of `input_ids` `[B, S]`, `document_ids` `[B, S]` (0, padding -1), `labels` `[B, S]` (the id where it
     is a trainable response token, else -100; `Trainer` counts them to scale accumulated losses) and, with a feature
-    cache, `features` `[B, S, n * H]`.
+    cache that holds all rows, `features` `[B, S, n * H]`.
     """
 
     pad_token_id: int = 0
@@ -275,10 +260,11 @@ class CoralDataCollator:
             labels = row.masked_fill(~mask, IGNORED_LABEL)
             labels[:2] = IGNORED_LABEL  # no row of the drafter predicts the first two tokens
             batch["labels"][index, : len(row)] = labels
-        if self.feature_cache is not None:
+        # rows that were never cached (another evaluation set) leave the features to the target
+        if self.feature_cache is not None and all(row in self.feature_cache for row in ids):
             features = [self.feature_cache[row] for row in ids]
             batch["features"] = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
         return batch
 
 
-__all__ = ["ConversationDataset", "CoralDataCollator", "encode_row", "preview", "read_jsonl", "read_rows"]
+__all__ = ["ConversationDataset", "CoralDataCollator", "encode_row", "preview", "read_rows"]

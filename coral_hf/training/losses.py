@@ -159,9 +159,10 @@ def csra_loss(
             "CSRA compares at least two views of a position: use num_steps >= 2, set csra_include_target=True, or "
             "csra_weight=0."
         )
-    positions = (live.sum(dim=0) >= 2).nonzero().squeeze(-1)
-    if positions.numel() == 0:
+    if not (live.sum(dim=0) >= 2).any():
         return steps.sum() * 0.0
+    # a position with one view has no positive, but is a negative for the others
+    positions = live.any(dim=0).nonzero().squeeze(-1)
     if max_positions is not None and positions.numel() > max_positions:
         # The draw happens where the generator lives, so that CPU and GPU runs agree.
         device = generator.device if generator is not None else positions.device
@@ -178,8 +179,9 @@ def csra_loss(
     similarity = similarity.masked_fill(itself | ~live, float("-inf"))
     log_probability = similarity.log_softmax(dim=-1)
     positive = (position[:, None] == position) & ~itself & live & live[:, None]
-    per_anchor = log_probability.masked_fill(~positive, 0.0).sum(-1) / positive.sum(-1).clamp(min=1)
-    return -(per_anchor * live).sum() / live.sum()
+    positives = positive.sum(-1)  # [K m]
+    per_anchor = log_probability.masked_fill(~positive, 0.0).sum(-1) / positives.clamp(min=1)
+    return -per_anchor.sum() / (positives > 0).sum().clamp(min=1)
 
 
 __all__ = ["ClassificationResult", "chunked_classification_loss", "csra_loss", "regression_loss"]

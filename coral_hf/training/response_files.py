@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .data import read_jsonl
+from ..jsonl import read_jsonl
 
 
 def iter_prompts(path: str | os.PathLike) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,8 @@ class ChainStatistics:
     """Counts what a greedy chain of `depth` drafts would have had accepted.
 
     Step k's match at row r is what the k-th draft of a chain that starts at row r-(k-1) would see, because rollout
-    inputs are exactly those of generation as long as everything before was accepted.
+    inputs are exactly those of generation as long as everything before was accepted. On greedy responses of the
+    target tau is therefore what `generate` with a chain of `depth` reaches.
 
     Args:
         depth (`int`): length of the chain.
@@ -39,14 +40,14 @@ class ChainStatistics:
             self.accepted[step] += alive.sum()
             run += alive
         for lengths, rows in zip(run.tolist(), trained.tolist(), strict=True):
-            row = 0
-            while row < len(rows):
-                if not rows[row]:
-                    row += 1
-                    continue
-                produced = lengths[row] + 1
-                self.tokens += torch.tensor([produced, 1.0], dtype=torch.float64)
-                row += produced
+            for start, end in _segments(rows):
+                # The response's first token comes out of the prefill, without a draft.
+                row = start + 1
+                while row < end:
+                    # The last drafts stop where the response does: there is no bonus token behind its end.
+                    produced = min(lengths[row] + 1, end - row)
+                    self.tokens += torch.tensor([produced, 1.0], dtype=torch.float64)
+                    row += produced
 
     def reduce(self, accelerator: Any) -> None:
         """Sums the counts over all processes."""
@@ -62,10 +63,16 @@ class ChainStatistics:
         return summary
 
 
+def _segments(rows: list[bool]) -> list[tuple[int, int]]:
+    """Runs of True in a list, as (start, end): the responses of a conversation."""
+    edges = [i for i, (before, here) in enumerate(zip([False, *rows], [*rows, False], strict=True)) if before != here]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
 def _advance(rows: torch.Tensor, count: int) -> torch.Tensor:
     """`out[..., r] = rows[..., r + count]`, False past the end."""
     if count == 0:
         return rows
     moved = torch.zeros_like(rows)
-    moved[..., :-count] = rows[..., count:]
+    moved[..., : max(rows.shape[-1] - count, 0)] = rows[..., count:]
     return moved

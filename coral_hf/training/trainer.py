@@ -1,12 +1,15 @@
 """CoralTrainer: trains a drafter against a frozen target that computes features in the same process."""
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration_coral import vocab_hash
 from ..modeling_coral import CoralDraftModel
@@ -16,6 +19,9 @@ from .data import IGNORED_LABEL, ConversationDataset, CoralDataCollator, preview
 from .feature_cache import FeatureCache
 from .losses import chunked_classification_loss, csra_loss, regression_loss
 from .simulation import ChainStatistics
+
+
+PROGRESS_FILE = "coral_progress.json"  # in a checkpoint: what TrainerState has no field for
 
 
 class CoralTrainer(Trainer):
@@ -49,10 +55,15 @@ class CoralTrainer(Trainer):
     ):
         args = args or CoralTrainingArguments(output_dir="outputs/coral")
         self.target_model = target_model.requires_grad_(False).eval()
-        self.adapter = TargetAdapter(target_model, model.config.target_feature_layers)
+        # The losses need the last layer's feature whether or not the drafter reads it: it always comes last.
+        layers = model.config.target_feature_layers
+        self.adapter = TargetAdapter(target_model, layers if layers[-1] == -1 else [*layers, -1])
+        self._features_read = len(layers) * self.adapter.hidden_size
         check_pair(model, self.adapter, processing_class)
         train_dataset = self._encode(train_dataset, processing_class, args)
         eval_dataset = self._encode(eval_dataset, processing_class, args)
+        for dataset in (train_dataset, eval_dataset):
+            check_ids(dataset, self.adapter.vocab_size)
         collator = kwargs.pop("data_collator", None) or CoralDataCollator(self._pad_token_id(processing_class))
         super().__init__(
             model=model,
@@ -111,8 +122,9 @@ class CoralTrainer(Trainer):
 
     def _fill_cache(self, directory: str, datasets: Sequence[Any]) -> None:
         config = self.model.config
-        cache = FeatureCache(directory, self.adapter, f"{config.target_name_or_path} {config.target_revision}")
         with self.args.main_process_first(desc="feature cache"):
+            # opened in here, so that the other processes see what the first one wrote
+            cache = FeatureCache(directory, self.adapter, f"{config.target_name_or_path} {config.target_revision}")
             rows = (
                 dataset[i]["input_ids"] for dataset in datasets if dataset is not None for i in range(len(dataset))
             )
@@ -146,11 +158,11 @@ class CoralTrainer(Trainer):
         dtype = next(model.parameters()).dtype
         outputs = model(
             inputs_embeds=embeds.to(dtype),
-            features=features[:, :-1].to(dtype),
+            features=features[:, :-1, : self._features_read].to(dtype),
             num_steps=num_steps,
             document_ids=documents[:, 1:],
         )
-        # Row r predicts x_{r+2} from f_{r+1}, whose last-layer part comes last.
+        # Row r predicts x_{r+2} and f_{r+1}, whose last-layer part comes last.
         trained = torch.zeros_like(ids[:, 1:], dtype=torch.bool)
         trained[:, :-1] = inputs["labels"][:, 2:] != IGNORED_LABEL
         return outputs, features[:, 1:, -self.adapter.hidden_size :], trained
@@ -221,6 +233,20 @@ class CoralTrainer(Trainer):
             extra.append(torch.randint(self.adapter.vocab_size, (self.args.loss_negatives,)))
         return torch.cat(extra).unique().to(labels.device)
 
+    # Checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / PROGRESS_FILE).write_text(json.dumps({"response_tokens": self.tokens_seen}))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        progress = Path(resume_from_checkpoint) / PROGRESS_FILE
+        if progress.exists():
+            self.tokens_seen = json.loads(progress.read_text())["response_tokens"]
+
     # Logging and evaluation ------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -240,6 +266,7 @@ class CoralTrainer(Trainer):
             `{prefix}_acceptance_length` (tau of a chain of `eval_chain_depth`, pooled, bonus token included).
         """
         eval_dataset = self._encode(eval_dataset, self.processing_class, self.args)
+        check_ids(eval_dataset, self.adapter.vocab_size)
         model = self._wrap_model(self.model, training=False)
         was_training = self.model.training
         model.eval()
@@ -285,4 +312,14 @@ def check_pair(drafter: CoralDraftModel, adapter: TargetAdapter, tokenizer: Any 
             )
 
 
-__all__ = ["CoralTrainer", "check_pair"]
+def check_ids(dataset: ConversationDataset | None, vocab_size: int) -> None:
+    """Raises `ValueError` if a conversation holds an id that the target does not have."""
+    largest = max((int(ids.max()) for ids, _ in dataset.conversations), default=0) if dataset is not None else 0
+    if largest >= vocab_size:
+        raise ValueError(
+            f"The data holds token id {largest}, but the target's vocabulary ends at {vocab_size - 1}: these ids were "
+            "made with another tokenizer. Use the responses of this target."
+        )
+
+
+__all__ = ["CoralTrainer", "check_ids", "check_pair"]

@@ -1,0 +1,84 @@
+"""What `coral-hf demo` runs: plain and CORAL on the same prompts, and a proof of identity."""
+
+from typing import Any
+
+import torch
+
+from .. import demo
+from ..generation.statistics import DraftStats
+from .benchmark import Measurement, measure
+from .environment import describe_environment
+from .prompts import encode_context
+
+
+PROMPTS = (
+    "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips "
+    "did Natalia sell altogether in April and May?",
+    "Give me three tips for staying healthy.",
+)
+IDENTITY_TOKENS = 48
+
+
+def run_demo(dtype: torch.dtype, max_new_tokens: int, prompt: str | None = None) -> dict[str, Any]:
+    """Generates with and without the shipped drafter, prints both, and checks identity in float32.
+
+    Args:
+        dtype (`torch.dtype`): of the timed runs.
+        max_new_tokens (`int`): per prompt.
+        prompt (`str`, *optional*): one prompt instead of the built-in ones.
+
+    Returns:
+        `dict`: `acceptance_length`, `speedup`, `identical`, `plain` and `coral` with `tokens_per_second`,
+        `environment`.
+    """
+    prompts = PROMPTS if prompt is None else (prompt,)
+    target, tokenizer = demo.load_target(dtype)
+    drafter = demo.load_drafter(dtype)
+    contexts = [encode_context(tokenizer, [text]) for text in prompts]
+    for assistant in (None, drafter):
+        measure(target, contexts[0], 8, assistant)
+    plain, coral = [], []
+    stats = DraftStats()
+    for text, ids in zip(prompts, contexts, strict=True):
+        plain.append(measure(target, ids, max_new_tokens))
+        coral.append(measure(target, ids, max_new_tokens, drafter))
+        stats = stats.merge(coral[-1].stats)
+        print(f"\n>>> {text}\n{tokenizer.decode(coral[-1].new_ids, skip_special_tokens=True)}")
+        print(
+            f"--- plain {plain[-1].tokens_per_second:.1f} tokens/s, CORAL {coral[-1].tokens_per_second:.1f} tokens/s, "
+            f"tau {coral[-1].stats.acceptance_length:.2f}"
+        )
+    identical = _identical_in_float32(tokenizer, contexts, min(IDENTITY_TOKENS, max_new_tokens))
+    plain_speed, coral_speed = _pooled_speed(plain), _pooled_speed(coral)
+    record = {
+        "acceptance_length": stats.acceptance_length,
+        "speedup": coral_speed / plain_speed,
+        "identical": identical,
+        "plain": {"tokens_per_second": plain_speed},
+        "coral": {"tokens_per_second": coral_speed},
+        "max_new_tokens": max_new_tokens,
+        "environment": describe_environment(target.device, dtype),
+    }
+    print(
+        f"\nspeedup {record['speedup']:.2f}x, tau {stats.acceptance_length:.2f}; in float32 both outputs are "
+        f"{'identical' if identical else 'DIFFERENT'} over {min(IDENTITY_TOKENS, max_new_tokens)} tokens a prompt"
+    )
+    return record
+
+
+def _pooled_speed(measurements: list[Measurement]) -> float:
+    return sum(len(m.new_ids) for m in measurements) / sum(m.seconds for m in measurements)
+
+
+def _identical_in_float32(tokenizer: Any, contexts: list[torch.Tensor], max_new_tokens: int) -> bool:
+    """bf16 near-ties make N tokens at once differ from N single steps; float32 must not."""
+    target, _ = demo.load_target(torch.float32)
+    drafter = demo.load_drafter(torch.float32)
+    return all(
+        measure(target, ids, max_new_tokens).new_ids == measure(target, ids, max_new_tokens, drafter).new_ids
+        for ids in contexts
+    )
+
+
+__all__ = ["run_demo"]

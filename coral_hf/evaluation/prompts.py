@@ -1,0 +1,66 @@
+"""Prompt files of benchmarks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..jsonl import read_jsonl
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation to answer.
+
+    Args:
+        id (`str`), benchmark (`str`)
+        turns (`tuple[str, ...]`): user turns.
+    """
+
+    id: str
+    benchmark: str
+    turns: tuple[str, ...]
+
+
+def read_prompts(paths: Sequence[str | Path], limit: int | None = None) -> list[Prompt]:
+    """Reads JSONL files of `{"id", "turns", "benchmark"}` rows, the first `limit` of each.
+
+    Raises:
+        ValueError: on a missing or empty file, or a malformed line (with its number).
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1.")
+    prompts: list[Prompt] = []
+    for path in paths:
+        count = 0
+        for number, row in read_jsonl(path):
+            turns = row.get("turns")
+            if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+                raise ValueError(f'{path}, line {number}: "turns" must be a non-empty list of strings.')
+            name = str(row.get("benchmark") or Path(path).name.split(".")[0])
+            prompts.append(Prompt(str(row.get("id", number)), name, tuple(turns)))
+            count += 1
+            if count == limit:
+                break
+        if not count:
+            raise ValueError(f"{path} holds no prompts.")
+    return prompts
+
+
+def encode_context(tokenizer: Any, turns: Sequence[str], responses: Sequence[str] = ()) -> torch.LongTensor:
+    """Ids `[1, L]` of a conversation whose last user turn is to be answered."""
+    if getattr(tokenizer, "chat_template", None):
+        messages = []
+        for index, turn in enumerate(turns):
+            messages.append({"role": "user", "content": turn})
+            if index < len(responses):
+                messages.append({"role": "assistant", "content": responses[index]})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    pairs = [piece for pair in zip(turns, [*responses, ""], strict=False) for piece in pair if piece]
+    return tokenizer("\n\n".join(pairs), return_tensors="pt").input_ids
+
+
+__all__ = ["Prompt", "encode_context", "read_prompts"]

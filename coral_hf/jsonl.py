@@ -1,0 +1,35 @@
+"""Reading JSONL files, with errors that name the line."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number, row) of a `.jsonl` or `.jsonl.gz` file.
+
+    Raises:
+        ValueError: if the file is missing or a line is not a JSON object (with the line's number).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the path of a .jsonl or .jsonl.gz file.")
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: not valid JSON ({error}). Fix or remove that line."
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
+            yield number, row
+
+
+__all__ = ["read_jsonl"]

@@ -1,0 +1,536 @@
+"""Tiny trainings: what moves, what must not, and that every way of running one gives the same drafter."""
+
+import copy
+import json
+import random
+
+import pytest
+import torch
+from conftest import make_drafter, make_target
+from tokenizers import Tokenizer, models
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from coral_hf import CoralDraftModel, TargetAdapter, coral_generate
+from coral_hf.training.arguments import CoralTrainingArguments, parse_schedule
+from coral_hf.training.data import ConversationDataset, CoralDataCollator
+from coral_hf.training.feature_cache import FeatureCache
+from coral_hf.training.simulation import ChainStatistics
+from coral_hf.training.trainer import CoralTrainer
+
+
+def random_rows(count: int, seed: int = 0) -> list[dict]:
+    rng = random.Random(seed)
+
+    def ids(low, high):
+        return [rng.randrange(3, 128) for _ in range(rng.randint(low, high))]
+
+    return [{"id": str(index), "prompt_ids": ids(3, 6), "response_ids": ids(5, 12)} for index in range(count)]
+
+
+def make_args(folder, **kwargs) -> CoralTrainingArguments:
+    defaults = {
+        "use_cpu": True,
+        "report_to": "none",
+        "bf16": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "loss_chunk_size": 16,
+    }
+    return CoralTrainingArguments(output_dir=str(folder), **{**defaults, **kwargs})
+
+
+def quick_drafter(target, shape: str = "eagle3", dtype: torch.dtype | None = None, **overrides) -> CoralDraftModel:
+    """Starts wider than the default, which suits hidden sizes of hundreds: a few steps must do."""
+    return make_drafter(target, shape, dtype, initializer_range=0.2, **overrides)
+
+
+def make_trainer(folder, target, drafter=None, rows=None, eval_dataset=None, **kwargs) -> CoralTrainer:
+    drafter = quick_drafter(target) if drafter is None else drafter
+    rows = random_rows(16) if rows is None else rows
+    return CoralTrainer(
+        model=drafter,
+        target_model=target,
+        args=make_args(folder, **kwargs),
+        train_dataset=rows,
+        eval_dataset=eval_dataset,
+    )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_weights(first, second, **tolerance):
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# Whole trainings -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["eagle", "hass", "coral"])
+@pytest.mark.parametrize("shape", ["eagle", "eagle3"])
+def test_two_epochs(preset, shape, tmp_path):
+    target = make_target(dtype=torch.float32)
+    drafter = quick_drafter(target, shape)
+    rows = random_rows(16)
+    trainer = make_trainer(tmp_path, target, drafter, rows, eval_dataset=rows, preset=preset)
+    target_before, drafter_before = weights(target), weights(drafter)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < 0.9 * before["eval_loss"]
+    assert all(torch.equal(tensor, target_before[name]) for name, tensor in weights(target).items())
+    assert all(parameter.grad is None for parameter in target.parameters())
+    moved = {name for name, tensor in weights(drafter).items() if not torch.equal(tensor, drafter_before[name])}
+    assert moved == set(drafter_before), "every parameter takes part"
+    deepest = 1 if preset == "eagle" else 3
+    assert logged(trainer, "rollout_steps")[0] == 1 and logged(trainer, "rollout_steps")[-1] == deepest
+    assert bool(logged(trainer, f"classification_{deepest}")) and not logged(trainer, f"classification_{deepest + 1}")
+    assert bool(logged(trainer, "csra")) == (preset == "coral")
+    assert logged(trainer, "response_tokens")[-1] == 2 * trainer.train_dataset.num_response_tokens
+    for name in ("classification_1", "regression_1", "acceptance_1", "eval_acceptance_1", "eval_acceptance_length"):
+        assert logged(trainer, name), name
+
+
+def test_schedule_switches_in_the_middle(tmp_path):
+    target = make_target(dtype=torch.float32)
+    trainer = make_trainer(tmp_path, target, rollout_schedule="1:0.5,3:0.5", num_train_epochs=2)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [("classification_3" in entry) for entry in steps] == [False] * 4 + [True] * 4
+    assert [("csra" in entry) for entry in steps] == [False] * 4 + [True] * 4
+
+
+def test_bf16_and_every_option_at_once(tmp_path):
+    target = make_target("gemma3_text", dtype=torch.bfloat16)
+    drafter = quick_drafter(target, "eagle3", torch.float32, target_feature_layers=[0, 2])
+    trainer = make_trainer(
+        tmp_path,
+        target,
+        drafter,
+        eval_dataset=random_rows(4, seed=1),
+        bf16=True,
+        rollout_schedule="3",
+        topk_loss_weight=1.0,
+        step_decay=0.8,
+        loss_vocab_size=24,
+        loss_negatives=8,
+        csra_max_positions=8,
+        gradient_accumulation_steps=2,
+        eval_strategy="epoch",
+    )
+    trainer.train()
+    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in drafter.parameters())
+    losses = logged(trainer, "loss")
+    assert losses[-1] < losses[0]
+    assert len(logged(trainer, "eval_acceptance_length")) == 2 and logged(trainer, "topk_3")
+
+
+# One batch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [[-1], [1, 2], [1, -1]])
+def test_rollout_rows_are_aligned(layers, tmp_path):
+    """Row r reads e(x_{r+1}) and f_r, regresses f_{r+1} and predicts x_{r+2}; it counts iff x_{r+2} is trained."""
+    target = make_target()
+    drafter = make_drafter(target, target_feature_layers=layers)
+    rows = [{"prompt_ids": [5, 6, 7], "response_ids": [8, 9]}, {"prompt_ids": [4, 4, 4, 4], "response_ids": [3, 3, 3]}]
+    trainer = make_trainer(tmp_path, target, drafter, rows)
+    batch = CoralDataCollator(0)([trainer.train_dataset[0], trainer.train_dataset[1]])
+    seen = {}
+
+    def spy(module, args, kwargs):
+        seen.update(kwargs)
+
+    hook = drafter.register_forward_pre_hook(spy, with_kwargs=True)
+    _, predicted, trained = trainer.rollout(drafter, batch, 2)
+    hook.remove()
+    with torch.no_grad():
+        out = target(batch["input_ids"], attention_mask=(batch["document_ids"] >= 0).long(), output_hidden_states=True)
+    adapter = TargetAdapter(target, layers)
+    assert torch.equal(seen["inputs_embeds"], adapter.embed(batch["input_ids"])[:, 1:])
+    torch.testing.assert_close(seen["features"], adapter.features(out)[:, :-1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(predicted, out.hidden_states[-1][:, 1:], rtol=0, atol=1e-12)
+    # x_3, x_4 of the first conversation; x_4, x_5, x_6 of the second
+    assert trained.tolist() == [[False, True, True, False, False, False], [False, False, True, True, True, False]]
+    assert seen["document_ids"].tolist() == [[0, 0, 0, 0, -1, -1], [0] * 6]
+
+
+def test_the_loss_is_the_sum_written_out(tmp_path):
+    """Sums over counted rows divided by response tokens, per step; plus CSRA over all counted rows."""
+    target = make_target()
+    drafter = quick_drafter(target)
+    trainer = make_trainer(
+        tmp_path,
+        target,
+        drafter,
+        rollout_schedule="3",
+        regression_loss_weight=0.3,
+        classification_loss_weight=0.7,
+        topk_loss_weight=0.0,
+        step_decay=0.5,
+        csra_weight=0.2,
+        csra_temperature=0.5,
+    )
+    rows = [{"prompt_ids": [5], "response_ids": [8, 9, 8]}, {"prompt_ids": [4, 4, 4, 4], "response_ids": [3, 3, 3]}]
+    dataset = ConversationDataset(rows)
+    batch = CoralDataCollator(0)([dataset[0], dataset[1]])
+    count = int((batch["labels"] != -100).sum())
+    assert count == 5
+    adapter = trainer.adapter
+    outputs, targets, trained = trainer.rollout(drafter, batch, 3)
+    expected = 0.0
+    views = []
+    for step in range(3):
+        total = 0.0
+        for sample, row in trained.nonzero().tolist():
+            if row < step:  # no chain
+                continue
+            hidden, feature = outputs.hidden_states[step][sample, row], targets[sample, row]
+            p = adapter.logits(feature).softmax(-1)
+            total += 0.7 * -(p * adapter.logits(hidden).log_softmax(-1)).sum() + 0.3 * F.smooth_l1_loss(
+                hidden, feature
+            )
+            views.append((step, (sample, row), F.normalize(hidden, dim=0)))
+        expected += 0.5**step * total / count
+    views += [(3, tuple(place), F.normalize(targets[tuple(place)], dim=0)) for place in trained.nonzero().tolist()]
+    anchors = []
+    for step, place, view in views:
+        others = [(s, p, torch.exp(view @ v / 0.5)) for s, p, v in views if (s, p) != (step, place)]
+        total = sum(value for _, _, value in others)
+        anchors.append(torch.stack([-torch.log(value / total) for _, p, value in others if p == place]).mean())
+    expected += 0.2 * torch.stack(anchors).mean()
+    for items in (None, torch.tensor(count)):
+        loss = trainer.compute_loss(drafter, batch, num_items_in_batch=items)
+        torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-7)  # shares of tokens are float32
+    # as one part of an accumulated batch of 20 tokens
+    part = trainer.compute_loss(drafter, batch, num_items_in_batch=torch.tensor(20))
+    torch.testing.assert_close(part, expected * count / 20, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("rollout_schedule", ["1", "3"])
+def test_accumulation_does_not_change_the_training(rollout_schedule, tmp_path):
+    target = make_target()
+    results = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        trainer = make_trainer(
+            tmp_path,
+            target,
+            rows=random_rows(8),
+            preset="hass",
+            rollout_schedule=rollout_schedule,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            learning_rate=0.05,
+            max_grad_norm=0.0,
+            num_train_epochs=1,
+        )
+        before = weights(trainer.model)
+        trainer.train()
+        results.append(weights(trainer.model))
+    assert_same_weights(*results, rtol=0, atol=1e-8)  # shares of tokens are float32
+    assert max((results[0][name] - before[name]).abs().max() for name in before) > 1e-3
+
+
+def test_shortlist_of_the_loss(tmp_path):
+    """`loss_vocab_size` keeps the most frequent response ids, adds the batch's own, and trains."""
+    target = make_target(dtype=torch.float32)
+    rows = [{"prompt_ids": [5, 5, 5], "response_ids": [8, 8, 8, 9, 9, 10]}] * 4
+    trainer = make_trainer(tmp_path, target, rows=rows, loss_vocab_size=2, loss_negatives=0, preset="eagle")
+    labels = torch.tensor([[-100, -100, 100, 9]])
+    assert trainer._loss_token_ids(labels).tolist() == [8, 9, 100]
+    trainer.args.loss_negatives = 50
+    assert len(trainer._loss_token_ids(labels)) > 20
+    trainer.train()
+    assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
+    for size in (0, 128):
+        with pytest.raises(ValueError, match=f"loss_vocab_size={size} must be between 1 and 127"):
+            make_trainer(tmp_path, target, loss_vocab_size=size)
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_resume_gives_the_uninterrupted_weights(tmp_path):
+    target = make_target(dtype=torch.float32)
+    # small samples and random negatives, so that the state of the random generators matters
+    settings = {
+        "rollout_schedule": "1:0.5,3:0.5",
+        "csra_max_positions": 6,
+        "loss_vocab_size": 16,
+        "loss_negatives": 8,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "max_steps": 6,
+        "lr_scheduler_type": "linear",
+        "rows": random_rows(12),
+    }
+    whole = make_trainer(tmp_path / "whole", target, **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", target, quick_drafter(target, seed=99), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed.state.global_step == 6
+    assert_same_weights(weights(whole.model), weights(resumed.model), rtol=0, atol=0)
+    assert resumed.tokens_seen == whole.tokens_seen
+    saved = CoralDraftModel.from_pretrained(tmp_path / "whole" / "checkpoint-6")
+    assert_same_weights(weights(saved), weights(whole.model), rtol=0, atol=0)
+    written = {path.name for path in (tmp_path / "whole" / "checkpoint-6").iterdir()}
+    assert not any(name.startswith("pytorch_model") or "target" in name for name in written)
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("shape", ["eagle", "eagle3"])
+def test_simulated_tau_is_what_generate_reaches(shape, depth, tmp_path):
+    target = make_target()
+    drafter = quick_drafter(target, shape)
+    prompts = [row["prompt_ids"] for row in random_rows(5, seed=3)]
+    rows = []
+    for prompt in prompts:
+        ids = target.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+        rows.append({"prompt_ids": prompt, "response_ids": ids[0, len(prompt) :].tolist()})
+    trainer = make_trainer(
+        tmp_path, target, drafter, rows, eval_dataset=rows, eval_chain_depth=depth, num_train_epochs=8, preset="hass"
+    )
+    trainer.train()  # so that chains of several lengths occur
+    metrics = trainer.evaluate()
+
+    steps = accepted = 0
+    drafter.eval()
+    for prompt, row in zip(prompts, rows, strict=True):
+        ids = coral_generate(
+            target,
+            drafter,
+            input_ids=torch.tensor([prompt]),
+            max_new_tokens=24,
+            do_sample=False,
+            draft_depth=depth,
+            draft_top_k=1,
+        )
+        assert ids[0, len(prompt) :].tolist() == row["response_ids"]
+        steps += drafter.last_stats.steps
+        accepted += drafter.last_stats.n_accepted
+    assert accepted > 10
+    assert metrics["eval_acceptance_length"] == pytest.approx(1 + accepted / steps, abs=1e-12)
+    assert f"eval_acceptance_{depth}" in metrics and f"eval_acceptance_{depth + 1}" not in metrics
+
+
+def test_evaluation_loss_is_the_cross_entropy_of_step_1(tmp_path):
+    target = make_target()
+    trainer = make_trainer(tmp_path, target, eval_dataset=random_rows(5, seed=2))
+    metrics = trainer.evaluate()
+    batch = trainer.data_collator([trainer.eval_dataset[index] for index in range(5)])
+    outputs, targets, trained = trainer.rollout(trainer.model, batch, 1)
+    p = trainer.adapter.logits(targets[trained]).softmax(-1)
+    log_q = trainer.adapter.logits(outputs.hidden_states[0][trained]).log_softmax(-1)
+    assert metrics["eval_loss"] == pytest.approx(-(p * log_q).sum(-1).mean().item())
+    match = (p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
+    assert metrics["eval_acceptance_1"] == pytest.approx(match)
+    other = trainer.evaluate(eval_dataset=random_rows(3, seed=9), metric_key_prefix="other")
+    assert "other_acceptance_length" in other
+
+
+def test_chain_statistics_by_hand():
+    """One response of six tokens (rows 1..6); the first comes out of the prefill, chains of two draft the other five.
+
+    Step 1 matches at rows 2, 3, 5, 6; step 2 at rows 3, 4 and 6. From row 2: drafts at rows 2 and 3 hold, bonus: 3
+    tokens. From row 5: drafts at 5 and 6 hold, the response ends: 2 tokens. 5 tokens in 2 target forwards.
+    """
+    trained = torch.tensor([[False, True, True, True, True, True, True, False]])
+    matches = torch.zeros(2, 1, 8, dtype=torch.bool)
+    matches[0, 0, [2, 3, 5, 6]] = True
+    matches[1, 0, [3, 4, 6]] = True
+    statistics = ChainStatistics(2)
+    statistics.add(matches, trained)
+    assert statistics.tokens.tolist() == [5.0, 2.0]
+    # rows 1..6 all start a chain; after a match at 2, 3 and 5 a second draft follows and always holds (row 6 has none)
+    assert statistics.summary() == {"acceptance_1": 4 / 6, "acceptance_2": 1.0, "acceptance_length": 2.5}
+    statistics.add(torch.zeros(2, 1, 8, dtype=torch.bool), trained)
+    assert statistics.tokens.tolist() == [10.0, 7.0]
+
+
+def test_chain_statistics_of_several_turns():
+    """Chains do not run from one response into the next, and every response starts with a prefill."""
+    trained = torch.tensor([[True, True, True, False, True, True]])
+    statistics = ChainStatistics(3)
+    statistics.add(torch.ones(3, 1, 6, dtype=torch.bool), trained)
+    assert statistics.tokens.tolist() == [3.0, 2.0]
+    short = ChainStatistics(5)
+    short.add(torch.ones(5, 1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool))
+    assert short.tokens.tolist() == [1.0, 1.0]
+
+
+# Feature cache -------------------------------------------------------------------------------------------------
+
+
+def test_cached_features_train_as_online_ones(tmp_path, monkeypatch):
+    target = make_target()
+    settings = {
+        "preset": "hass",
+        "rollout_schedule": "3",
+        "num_train_epochs": 1,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+    }
+    online = make_trainer(tmp_path, target, **settings)
+    compute = TargetAdapter.compute_features
+    exact = copy.deepcopy(online.model)
+    online.train()
+
+    # The cache keeps bf16: rounding the online features must give the cached training itself.
+    monkeypatch.setattr(TargetAdapter, "compute_features", lambda *a, **k: compute(*a, **k).bfloat16())
+    rounded = make_trainer(tmp_path, target, copy.deepcopy(exact), **settings)
+    rounded.train()
+
+    def cached_training():
+        trainer = make_trainer(tmp_path, target, copy.deepcopy(exact), cache_features=str(tmp_path / "c"), **settings)
+        trainer.train()
+        return weights(trainer.model)
+
+    first = cached_training()
+    assert_same_weights(first, weights(rounded.model), rtol=0, atol=1e-11)
+    assert_same_weights(first, weights(online.model), rtol=0.05, atol=0.01)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a filled cache asks the target for nothing")
+
+    monkeypatch.setattr(TargetAdapter, "compute_features", refuse)
+    assert_same_weights(cached_training(), first, rtol=0, atol=0)
+
+
+def test_cache_holds_the_targets_features(tmp_path):
+    target = make_target(dtype=torch.float32)
+    adapter = TargetAdapter(target, [1, -1])
+    rows = [torch.tensor(row["prompt_ids"] + row["response_ids"]) for row in random_rows(5)]
+    cache = FeatureCache(tmp_path, adapter, "name")
+    assert rows[0] not in cache
+    cache.fill([*rows[:3], rows[0]], tokens_per_batch=20)
+    cache.fill(rows)
+    again = FeatureCache(tmp_path, adapter, "name")
+    for row in rows:
+        assert row in again and again[row].dtype == torch.bfloat16
+        expected = adapter.compute_features(row[None])[0].bfloat16()
+        torch.testing.assert_close(again[row], expected, rtol=0.02, atol=0.02)
+    assert len(list(tmp_path.glob("features-*.safetensors"))) == 2
+
+
+def test_a_killed_fill_loses_its_last_shard_only(tmp_path):
+    target = make_target(dtype=torch.float32)
+    adapter = TargetAdapter(target)
+    rows = [torch.tensor(row["prompt_ids"] + row["response_ids"]) for row in random_rows(4)]
+    cache = FeatureCache(tmp_path, adapter, "name")
+    cache.fill(rows[:2])
+    cache.fill(rows[2:])
+    (tmp_path / "features-00001.json").unlink()  # as if killed between weights and index
+    again = FeatureCache(tmp_path, adapter, "name")
+    assert rows[0] in again and rows[2] not in again
+    again.fill(rows)
+    assert all(row in FeatureCache(tmp_path, adapter, "name") for row in rows)
+    assert {path.name for path in tmp_path.glob("features-*")} == {
+        f"features-0000{number}.{kind}" for number in range(2) for kind in ("json", "safetensors")
+    }
+
+
+def test_a_cache_of_another_target_is_refused(tmp_path):
+    target = make_target(dtype=torch.float32)
+    FeatureCache(tmp_path, TargetAdapter(target), "name")
+    FeatureCache(tmp_path, TargetAdapter(target), "name")
+    for adapter, name in (
+        (TargetAdapter(make_target(dtype=torch.float32, seed=7)), "name"),
+        (TargetAdapter(target), "another name"),
+        (TargetAdapter(target, [0, -1]), "name"),
+    ):
+        with pytest.raises(ValueError, match=r"caches features of .*Use another folder, or delete this one"):
+            FeatureCache(tmp_path, adapter, name)
+    assert json.loads((tmp_path / "meta.json").read_text())["target"] == "name"
+
+
+# Bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "eagle", "csra_weight": 0.1}, r"csra_weight=0.1 with rollout_schedule='1'.*K >= 2"),
+        ({"preset": "coral", "rollout_schedule": "1"}, "there is only K=1"),
+        ({"preset": "medusa"}, "preset='medusa' is unknown"),
+        ({"rollout_schedule": "1:0.5,3:0.4"}, "the fractions must sum to 1"),
+        ({"rollout_schedule": "1:x"}, "write 'K' or 'K:fraction,K:fraction'"),
+        ({"rollout_schedule": "0"}, "with K >= 1"),
+        ({"csra_temperature": 0.0}, "csra_temperature=0.0 must be positive"),
+        ({"loss_chunk_size": 0}, "loss_chunk_size=0 must be at least 1"),
+        ({"regression_loss_weight": -1.0}, "regression_loss_weight=-1.0 must not be negative"),
+        ({"topk_loss_weight": 1.0, "classification_loss_weight": 0.0}, "topk_loss_weight=1.0 is computed with"),
+    ],
+)
+def test_contradictory_arguments_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, **settings)
+
+
+def test_presets_and_schedules(tmp_path):
+    assert parse_schedule("3") == [(3, 1.0)]
+    assert parse_schedule("1:0.6,3:0.4") == [(1, 0.6), (3, 0.4)]
+    args = make_args(tmp_path, rollout_schedule="1:0.5,2:0.25,3:0.25")
+    assert [args.rollout_steps_at(x) for x in (0.0, 0.49, 0.5, 0.74, 0.75, 1.0)] == [1, 1, 2, 2, 3, 3]
+    presets = {name: make_args(tmp_path, preset=name) for name in ("eagle", "hass", "coral")}
+    assert {name: (args.rollout_schedule, bool(args.csra_weight)) for name, args in presets.items()} == {
+        "eagle": ("1", False),
+        "hass": ("1:0.6,3:0.4", False),
+        "coral": ("1:0.6,3:0.4", True),
+    }
+    paper = make_args(tmp_path, paper_weights=True)
+    assert (paper.regression_loss_weight, paper.classification_loss_weight) == (1.0, 0.1)
+
+
+def test_a_drafter_of_other_sizes_is_refused(tmp_path):
+    target = make_target(dtype=torch.float32)
+    for name, value in (("vocab_size", 64), ("hidden_size", 64)):
+        drafter = make_drafter(target)
+        setattr(drafter.config, name, value)
+        with pytest.raises(ValueError, match=rf"made for a target with {name}={value} .* but LlamaForCausalLM has"):
+            make_trainer(tmp_path, target, drafter)
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    def tokenizer(words):
+        core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
+        return PreTrainedTokenizerFast(tokenizer_object=core, unk_token=words[0])
+
+    target = make_target(dtype=torch.float32)
+    ours, other = tokenizer(["a", "b", "c"]), tokenizer(["a", "c", "b"])
+    drafter = CoralDraftModel.from_target(target, tokenizer=ours)
+    rows = random_rows(2)
+    kwargs = {"model": drafter, "target_model": target, "args": make_args(tmp_path), "train_dataset": rows}
+    CoralTrainer(**kwargs, processing_class=ours)
+    with pytest.raises(ValueError, match=r"vocabulary hash .* is not the drafter's"):
+        CoralTrainer(**kwargs, processing_class=other)
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path):
+    target = make_target(dtype=torch.float32)
+    rows = [{"prompt_ids": [1, 2], "response_ids": [3, 128]}]
+    with pytest.raises(ValueError, match="token id 128, but the target's vocabulary ends at 127"):
+        make_trainer(tmp_path, target, rows=rows)
+    with pytest.raises(ValueError, match="token id 128"):
+        make_trainer(tmp_path, target).evaluate(eval_dataset=rows)
+
+
+def test_a_training_without_response_tokens_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="No conversation has a response token within max_length=3"):
+        make_trainer(tmp_path, make_target(dtype=torch.float32), max_length=3)
