@@ -15,6 +15,7 @@ FEATURE_LAYER_LAST = -1
 # What `PreTrainedConfig` itself accepts beside its declared fields; everything else unknown is an error.
 _BASE_KEYS = {
     "_attn_implementation",
+    "_commit_hash",
     "_name_or_path",
     "attn_implementation",
     "auto_map",
@@ -36,10 +37,10 @@ class CoralDraftConfig(PreTrainedConfig):
     Use [`CoralDraftConfig.from_target`] to derive every dimension from a target; the defaults below are Llama-2-7B's.
 
     Args:
-        shape (`str`, defaults to `"eagle3"`):
+        shape (`str`, defaults to `"eagle"`):
             Layer layout. `"eagle"`: the paper's (CORAL section 3, EAGLE-1): `fc` over embedding and feature, no input
-            and no final norm. `"eagle3"`: EAGLE-3's normed layer. The default is the one that trained better on
-            SmolLM2-135M (see the results in the drafter's folder under `model_cards/`).
+            and no final norm. `"eagle3"`: EAGLE-3's normed layer. The default trained better on SmolLM2-135M: 23.8 %
+            first-step accuracy against 20.0 % after 100k response tokens, each at its best learning rate tried.
         vocab_size (`int`, defaults to 32000):
             V, the target's vocabulary size (`generate` requires both to be equal).
         hidden_size (`int`, defaults to 4096):
@@ -83,7 +84,7 @@ class CoralDraftConfig(PreTrainedConfig):
 
     model_type = "coral"
 
-    shape: str = "eagle3"
+    shape: str = "eagle"
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008

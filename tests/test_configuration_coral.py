@@ -126,6 +126,7 @@ def test_json_round_trip(tmp_path):
         target_name_or_path="org/name",
         target_revision="abc",
         target_vocab_hash="0" * 64,
+        shape="eagle3",
         target_feature_layers=[1, -1],
         draft_depth=3,
         draft_top_k=4,

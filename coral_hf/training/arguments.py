@@ -77,7 +77,7 @@ class CoralTrainingArguments(TrainingArguments):
     )
     eval_chain_depth: int = field(default=5, metadata={"help": "Depth of the chain simulated at evaluation."})
 
-    learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Initial learning rate."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 (HASS)."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Gradient clipping (HASS)."})
     bf16: bool = field(default=True, metadata={"help": "bf16 autocast."})

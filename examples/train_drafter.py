@@ -1,0 +1,43 @@
+"""Train a drafter for a target on its own responses.
+
+coral-hf regenerate --prompts prompts.jsonl --output responses.jsonl
+python examples/train_drafter.py --data responses.jsonl --output_dir outputs/drafter --max_steps 100
+accelerate launch examples/train_drafter.py --data responses.jsonl --output_dir outputs/drafter   # several GPUs
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from coral_hf import CoralDraftModel, demo
+from coral_hf.training.arguments import CoralTrainingArguments
+from coral_hf.training.data import read_rows
+from coral_hf.training.trainer import CoralTrainer
+
+
+@dataclass
+class ScriptArguments:
+    data: list[str] = field(metadata={"help": "Response files."})
+    target: str = field(default="demo", metadata={"help": "Path or Hub id of the target, or 'demo'."})
+    eval_rows: int = field(default=32, metadata={"help": "Rows held out for evaluation."})
+
+
+if __name__ == "__main__":
+    script, args = HfArgumentParser((ScriptArguments, CoralTrainingArguments)).parse_args_into_dataclasses()
+    if script.target == "demo":
+        target, tokenizer = demo.load_target()
+    else:
+        target = AutoModelForCausalLM.from_pretrained(script.target, dtype="bfloat16")
+        tokenizer = AutoTokenizer.from_pretrained(script.target)
+    rows = read_rows(script.data)
+    trainer = CoralTrainer(
+        model=CoralDraftModel.from_target(target, tokenizer),
+        target_model=target,
+        args=args,
+        train_dataset=rows[script.eval_rows :],
+        eval_dataset=rows[: script.eval_rows],
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    print(trainer.evaluate())
+    trainer.save_model()

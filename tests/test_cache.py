@@ -1,0 +1,88 @@
+"""Tree masks by hand, tree forwards against every path run alone, compaction against recomputation."""
+
+import pytest
+import torch
+from conftest import make_target
+from test_verification import TREE
+from transformers import DynamicCache
+
+from coral_hf.generation.cache import check_cache, compact_cache, tree_attention_mask
+from coral_hf.generation.decoding import _Verifier
+
+
+def test_mask_by_hand():
+    mask = tree_attention_mask(TREE, prefix_length=2, key_length=8, key_offset=0)
+    assert mask.shape == (1, 1, 6, 8)
+    assert mask[0, 0].int().tolist() == [
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 1, 0, 0],
+        [1, 1, 1, 0, 1, 0, 1, 0],
+        [1, 1, 1, 0, 1, 0, 1, 1],
+    ]
+
+
+def test_mask_with_window_and_padding():
+    """Window 3 counts depth in the tree: node e (depth 3, position 5) sees positions 3, 4, 5 only."""
+    mask = tree_attention_mask(TREE, prefix_length=2, key_length=8, key_offset=0, sliding_window=3)
+    assert mask[0, 0, 5].int().tolist() == [0, 0, 0, 0, 1, 0, 1, 1]
+    assert mask[0, 0, 0].int().tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert mask[0, 0, 1].int().tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
+    padded = tree_attention_mask(TREE, 2, 8, 0, prefix_mask=torch.tensor([[False, True]]))
+    assert padded[0, 0, 0].int().tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
+    # a sliding layer that has dropped the first token: keys start at 1
+    assert tree_attention_mask(TREE, 2, 7, 1, sliding_window=3)[0, 0, 0].int().tolist() == [1, 1, 0, 0, 0, 0, 0]
+
+
+def prefilled(target, ids):
+    cache = DynamicCache(config=target.config)
+    verifier = _Verifier(target, {"past_key_values": cache, "attention_mask": None, "use_cache": True})
+    verifier.prefill(ids, target.generation_config)
+    return verifier
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("length", [6, 30])
+def test_tree_forward_equals_every_path_alone(family, attention, length):
+    target = make_target(family, attention=attention)
+    ids = torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = prefilled(target, ids).verify(TREE).logits
+        for node in range(TREE.num_nodes):
+            path = TREE.ancestors[0, node].nonzero().flatten()
+            alone = target(torch.cat([ids, TREE.tokens[:, path]], dim=1)).logits[:, -1]
+            # eager attention takes its softmax in float32
+            tolerance = 1e-9 if attention == "sdpa" else 1e-4
+            torch.testing.assert_close(logits[:, node], alone, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_compaction_rounds_equal_recomputation(family):
+    """Thirty rounds of accepting random paths leave the cache that a fresh forward over the text builds."""
+    target = make_target(family)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 128, (1, 5), generator=generator)
+    with torch.no_grad():
+        verifier = prefilled(target, ids)
+        for _ in range(30):
+            node = int(torch.randint(TREE.num_nodes, (), generator=generator))
+            path = TREE.ancestors[0, node].nonzero().T
+            logits = verifier.verify(TREE).logits[:, node]
+            compact_cache(verifier.cache, path, TREE.num_nodes)
+            ids = torch.cat([ids, TREE.tokens[:, path[0]]], dim=1)
+            assert verifier.cache.get_seq_length() == ids.shape[1]
+            torch.testing.assert_close(logits, target(ids).logits[:, -1], rtol=1e-8, atol=1e-8)
+
+
+def test_recurrent_layers_are_refused():
+    class LinearAttentionLayer:
+        pass
+
+    class Fake:
+        layers = (LinearAttentionLayer(),)
+
+    with pytest.raises(ValueError, match="draft_stock_loop"):
+        check_cache(Fake, branches=True)
+    check_cache(Fake, branches=False)

@@ -1,0 +1,113 @@
+"""Draft trees against trees written out by hand and against a slow dictionary-of-paths reference."""
+
+import pytest
+import torch
+
+from coral_hf.generation.draft_tree import DraftTree, DraftTreeBuilder, ancestors_of
+from coral_hf.generation.settings import DraftSettings
+
+
+def test_chain():
+    tree = DraftTree.chain(torch.tensor([[7, 8, 9]]))
+    assert tree.parents.tolist() == [[-1, 0, 1]]
+    assert tree.depths.tolist() == [[0, 1, 2]]
+    assert tree.ancestors.int().tolist() == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
+    assert tree.is_chain and tree.depth == 2
+
+
+def test_tree_by_hand():
+    """Root 7; level 1: a (-0.1), b (-1.0); level 2: a->c (-0.3), a->d (-2.1), b->e (-1.2), b->f (-4.0)."""
+    builder = DraftTreeBuilder(torch.tensor([[7]]), top_k=2)
+    tokens, stored, parent = builder.add_level(torch.tensor([[[10, 11]]]), torch.tensor([[[-0.1, -1.0]]]))
+    assert (tokens.tolist(), stored.tolist(), parent.tolist()) == ([[10, 11]], [[1, 2]], [[0, 0]])
+    tokens, stored, parent = builder.add_level(
+        torch.tensor([[[12, 13], [14, 15]]]), torch.tensor([[[-0.2, -2.0], [-0.2, -3.0]]]), parents=stored
+    )
+    # the best two of level 2: c under a, e under b
+    assert (tokens.tolist(), stored.tolist(), parent.tolist()) == ([[12, 14]], [[3, 5]], [[0, 1]])
+    tree = builder.build(total_tokens=5)
+    assert tree.tokens.tolist() == [[7, 10, 11, 12, 14]]
+    assert tree.parents.tolist() == [[-1, 0, 0, 1, 2]]
+    assert tree.depths.tolist() == [[0, 1, 1, 2, 2]]
+    torch.testing.assert_close(tree.scores, torch.tensor([[0.0, -0.1, -1.0, -0.3, -1.2]]))
+    assert tree.ancestors.int().tolist() == [
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]]
+    ]
+
+
+def test_a_certain_child_never_displaces_its_parent():
+    """q = 1 gives a child its parent's score: the parent must win the tie."""
+    builder = DraftTreeBuilder(torch.tensor([[7]]), top_k=2)
+    _, stored, _ = builder.add_level(torch.tensor([[[10, 11]]]), torch.tensor([[[-1.0, -1.0]]]))
+    _, stored, _ = builder.add_level(
+        torch.tensor([[[12, 13], [14, 15]]]), torch.tensor([[[0.0, -9.0], [0.0, -9.0]]]), parents=stored
+    )
+    tree = builder.build(total_tokens=2)
+    assert tree.tokens.tolist() == [[7, 10]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_trees_against_a_slow_reference(seed):
+    """Levels are expanded by hand from a table of path -> log q; every kept set is closed under parents."""
+    generator = torch.Generator().manual_seed(seed)
+    top_k, depth = 1 + seed % 4, 1 + seed % 5
+    total = min(2 + seed, DraftSettings(draft_depth=depth, draft_top_k=top_k).max_total_tokens)
+    builder = DraftTreeBuilder(torch.tensor([[0]]), top_k)
+    stored_paths, scores = [()], {(): 0.0}
+    frontier, stored = [()], None
+    next_token = 1
+    for _ in range(depth):
+        log_q = -torch.rand(1, len(frontier), top_k, generator=generator)
+        tokens = torch.arange(next_token, next_token + log_q.numel()).view_as(log_q)
+        next_token += log_q.numel()
+        level = []
+        for row, path in enumerate(frontier):
+            for column in range(top_k):
+                child = (*path, int(tokens[0, row, column]))
+                scores[child] = scores[path] + float(log_q[0, row, column])
+                level.append(child)
+        stored_paths += level
+        chosen, stored, _ = builder.add_level(tokens, log_q, parents=stored)
+        frontier = sorted(level, key=lambda path: -scores[path])[:top_k]
+        assert chosen[0].tolist() == [path[-1] for path in frontier]
+    tree = builder.build(total)
+    best = set(sorted(stored_paths[1:], key=lambda path: -scores[path])[: total - 1])
+    paths = {}
+    for node in range(tree.num_nodes):
+        parent = int(tree.parents[0, node])
+        assert parent < node
+        paths[node] = (*paths[parent], int(tree.tokens[0, node])) if node else ()
+        assert int(tree.depths[0, node]) == len(paths[node])
+        assert abs(float(tree.scores[0, node]) - scores[paths[node]]) < 1e-5
+        mine = {
+            other
+            for other in range(tree.num_nodes)
+            if paths[node][: len(paths.get(other, (None,) * 99))] == paths.get(other)
+        }
+        assert set(tree.ancestors[0, node].nonzero().flatten().tolist()) == mine
+    assert set(paths.values()) - {()} == best
+
+
+def test_ancestors_of_a_deep_chain():
+    parents = torch.arange(-1, 16)[None]
+    assert torch.equal(ancestors_of(parents, 16), torch.ones(17, 17).tril().bool()[None])
+
+
+def test_settings():
+    class Config:
+        draft_depth, draft_top_k, draft_total_tokens = 6, 4, 20
+
+    from transformers import GenerationConfig
+
+    assert DraftSettings.resolve(Config).draft_total_tokens == 20
+    chain = DraftSettings.resolve(Config, GenerationConfig(draft_top_k=1))
+    assert chain.is_chain and chain.draft_total_tokens == 7
+    # a smaller tree than the config's total: the total shrinks to what it can hold
+    small = DraftSettings.resolve(Config, GenerationConfig(draft_depth=1))
+    assert small.draft_total_tokens == 5
+    assert DraftSettings.resolve(Config, None, {"draft_depth": 2}).draft_depth == 2
+    with pytest.raises(ValueError, match="draft_width"):
+        DraftSettings.resolve(Config, None, {"draft_width": 2})
+    for bad in ({"draft_depth": 0}, {"draft_top_k": 2.5}, {"draft_total_tokens": 1}, {"draft_depth": True}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            DraftSettings(**bad)

@@ -1,0 +1,70 @@
+"""Imports run one way, and importing the package does nothing but register."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import coral_hf
+
+
+PACKAGE = Path(coral_hf.__file__).parent
+# module or room -> rooms it may import from (see CONTRIBUTING, "Which way imports run")
+ALLOWED = {
+    "configuration_coral": set(),
+    "jsonl": set(),
+    "target_adapter": set(),
+    "draft_initialization": {"configuration_coral", "target_adapter"},
+    "modeling_coral": {"configuration_coral", "draft_initialization"},
+    "generation": {"configuration_coral", "modeling_coral", "target_adapter"},
+    "training": {"configuration_coral", "modeling_coral", "target_adapter", "jsonl"},
+    "evaluation": {"configuration_coral", "modeling_coral", "target_adapter", "generation", "demo", "jsonl"},
+    "demo": {"modeling_coral"},
+}
+# tensors only: no model in here
+MODEL_FREE = {"generation/draft_tree.py", "generation/verification.py", "training/losses.py"}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of the package that a file imports, from its relative imports."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = parts[: len(parts) - node.level]
+        names = [(node.module or "").split(".")[0]] if node.module else [alias.name for alias in node.names]
+        rooms |= {base[0] if base else name for name in names}
+    return rooms
+
+
+def test_imports_run_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if room in ("__init__", "cli"):
+            continue
+        forbidden = imported_rooms(path) - ALLOWED[room] - {room, "__version__"}
+        assert not forbidden, f"{path.name} imports {forbidden}"
+
+
+def test_tensor_modules_know_no_model():
+    for name in MODEL_FREE:
+        text = (PACKAGE / name).read_text()
+        assert "transformers" not in text and "modeling" not in text.replace("modeling_", ""), name
+
+
+def test_import_needs_no_extra():
+    """Core dependencies are enough to import the package and its command line."""
+    blocked = ["datasets", "peft", "evaluate", "matplotlib", "rich", "gguf", "pyarrow"]
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport coral_hf, coral_hf.cli"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_hook_is_idempotent():
+    from transformers import GenerationMixin
+
+    from coral_hf.generation.hook import install
+
+    before = GenerationMixin._assisted_decoding
+    install()
+    assert GenerationMixin._assisted_decoding is before
