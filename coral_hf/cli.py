@@ -1,5 +1,7 @@
 """The command line: `coral-hf demo | regenerate | train | benchmark`, one verb each."""
 
+import argparse
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -204,6 +206,10 @@ class BenchmarkCommand:
         return 0
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults and keeps the example on a line of its own."""
+
+
 COMMANDS: dict[str, type] = {
     "demo": DemoCommand,
     "regenerate": RegenerateCommand,
@@ -225,7 +231,9 @@ def _parse(verb: str, arguments: list[str]) -> Callable[[], int]:
         from .training.arguments import CoralTrainingArguments
 
         types.append(CoralTrainingArguments)
-    parser = HfArgumentParser(types, prog=f"coral-hf {verb}", description=command.__doc__)
+    parser = HfArgumentParser(
+        types, prog=f"coral-hf {verb}", description=inspect.cleandoc(command.__doc__), formatter_class=_HelpFormatter
+    )
     parsed = parser.parse_args_into_dataclasses(args=_underscores(arguments))
     return lambda: parsed[0].run(*parsed[1:])
 

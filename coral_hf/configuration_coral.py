@@ -12,8 +12,12 @@ from transformers import PreTrainedConfig
 SHAPES = ("eagle", "eagle3")
 FEATURE_LAYER_LAST = -1
 
-# What `PreTrainedConfig` itself accepts beside its declared fields; everything else unknown is an error.
+# What `PreTrainedConfig` itself accepts beside its declared fields (`Trainer` writes the tokenizer's special ids); every
+# other unknown key is an error.
 _BASE_KEYS = {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
     "_attn_implementation",
     "_commit_hash",
     "_name_or_path",

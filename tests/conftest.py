@@ -8,7 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import coral_hf  # noqa: F401  (registers the Auto classes and the generate hook)
 from coral_hf import CoralDraftModel
@@ -88,6 +89,26 @@ def exact_norms(monkeypatch):
         )
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'][0] }}]{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+
+
+def make_tokenizer(chat_template=TEMPLATE):
+    """One token a character, ids 14 and up; what a tiny model emits below that decodes to nothing."""
+    vocab = {f"<{index}>": index for index in range(14)} | {chr(32 + index): 14 + index for index in range(95)}
+    vocab |= {chr(0xC0 + index): 109 + index for index in range(19)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=[f"<{index}>" for index in range(14)]
+    )
+    fast.chat_template = chat_template
+    return fast
 
 
 @pytest.fixture

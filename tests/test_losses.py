@@ -103,6 +103,39 @@ def test_classification_of_bfloat16_is_computed_in_float32():
     assert torch.cosine_similarity(gradient.flatten(), plain.flatten(), dim=0) > 0.999
 
 
+def test_offsets_let_sampled_tokens_stand_for_others():
+    """Two of four tokens with equal logits, one of them standing for three: the loss's gradient is the full one's."""
+    target, ours = torch.tensor([[2.0, 0.5]], dtype=torch.float64), torch.tensor([[0.3, 0.9]], dtype=torch.float64)
+
+    def full(x):  # token 0, and three tokens that share a logit
+        return torch.cat([x[:, :1], x[:, 1:].expand(-1, 3)], dim=-1)
+
+    def some(x, token_ids):
+        return full(x)[:, token_ids]
+
+    hidden, sampled = ours.clone().requires_grad_(), ours.clone().requires_grad_()
+    chunked_classification_loss(hidden, target, full).loss.backward()
+    result = chunked_classification_loss(
+        sampled,
+        target,
+        some,
+        token_ids=torch.tensor([0, 2]),
+        logit_offsets=torch.tensor([0.0, math.log(3.0)], dtype=torch.float64),
+    )
+    result.loss.backward()
+    torch.testing.assert_close(sampled.grad, hidden.grad)
+    # token 0 is the target's best by its own logit, though the other three together outweigh a smaller lead
+    close = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
+    matched = chunked_classification_loss(
+        close,
+        target,
+        some,
+        token_ids=torch.tensor([0, 2]),
+        logit_offsets=torch.tensor([0.0, math.log(3.0)], dtype=torch.float64),
+    )
+    assert matched.match.tolist() == [True]
+
+
 def test_classification_by_hand():
     """p = (3/4, 1/4), q = (1/2, 1/2): CE = log 2, the gradient of the logits is q - p."""
     hidden = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)

@@ -6,42 +6,13 @@ import random
 
 import pytest
 import torch
-from conftest import FAMILIES, make_target
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from conftest import FAMILIES, make_target, make_tokenizer
 
 from coral_hf.training.regenerate import iter_prompts, iter_responses, regenerate, write_shards
 from coral_hf.training.slot_cache import SlotCache
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from a second thread, which on a busy machine waits for its turn at every step."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 EOS_IDS = list(range(2, 14))  # many, so that random models end some answers early
-TEMPLATE = (
-    "{% for message in messages %}[{{ message['role'][0] }}]{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}[a]{% endif %}"
-)
-
-
-def make_tokenizer(chat_template=TEMPLATE):
-    """One token a character, ids 14 and up; what a tiny model emits below that decodes to nothing."""
-    vocab = {f"<{index}>": index for index in range(14)} | {chr(32 + index): 14 + index for index in range(95)}
-    vocab |= {chr(0xC0 + index): 109 + index for index in range(19)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, additional_special_tokens=[f"<{index}>" for index in range(14)]
-    )
-    fast.chat_template = chat_template
-    return fast
 
 
 def make_prompts(n=24, longest=30, max_turns=3, seed=0):

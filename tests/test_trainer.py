@@ -246,14 +246,21 @@ def test_accumulation_does_not_change_the_training(rollout_schedule, tmp_path):
 
 
 def test_shortlist_of_the_loss(tmp_path):
-    """`loss_vocab_size` keeps the most frequent response ids, adds the batch's own, and trains."""
+    """`loss_vocab_size` keeps the most frequent response ids, adds the batch's own and a sample of the rest, and trains."""
     target = make_target(dtype=torch.float32)
     rows = [{"prompt_ids": [5, 5, 5], "response_ids": [8, 8, 8, 9, 9, 10]}] * 4
     trainer = make_trainer(tmp_path, target, rows=rows, loss_vocab_size=2, loss_negatives=0, preset="eagle")
     labels = torch.tensor([[-100, -100, 100, 9]])
-    assert trainer._loss_token_ids(labels).tolist() == [8, 9, 100]
+    token_ids, offsets = trainer._loss_tokens(labels)
+    assert token_ids.tolist() == [8, 9, 100] and offsets.tolist() == [0, 0, 0]
     trainer.args.loss_negatives = 50
-    assert len(trainer._loss_token_ids(labels)) > 20
+    token_ids, offsets = trainer._loss_tokens(labels)
+    sampled = token_ids[3:]
+    assert token_ids[:3].tolist() == [8, 9, 100] and not {8, 9, 100} & set(sampled.tolist())
+    assert len(sampled) == len(set(sampled.tolist())) and 20 < len(sampled) <= 50
+    # each sampled token stands for its share of the 125 others
+    assert offsets[:3].tolist() == [0, 0, 0]
+    torch.testing.assert_close(offsets[3:].exp().sum().item(), 125.0, rtol=1e-5, atol=0)
     trainer.train()
     assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
     for size in (0, 128):

@@ -63,12 +63,13 @@ class CoralTrainingArguments(TrainingArguments):
     loss_vocab_size: int | None = field(
         default=None,
         metadata={
-            "help": "Classification over this many tokens: the most frequent of the training responses plus every "
-            "token of the batch's responses. None: the whole vocabulary, exact."
+            "help": "Sampled classification loss: over this many most frequent response tokens, the batch's own and "
+            "loss_negatives others. None: the whole vocabulary, exact."
         },
     )
     loss_negatives: int = field(
-        default=0, metadata={"help": "With loss_vocab_size: uniformly drawn tokens added to every batch's set."}
+        default=4096,
+        metadata={"help": "With loss_vocab_size: tokens drawn per batch to stand for the rest of the vocabulary."},
     )
     loss_chunk_size: int = field(default=256, metadata={"help": "Rows whose fp32 logits exist at one time."})
     max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut here (and counted)."})

@@ -50,6 +50,7 @@ def chunked_classification_loss(
     logits_fn: LogitsFunction,
     *,
     token_ids: torch.LongTensor | None = None,
+    logit_offsets: torch.Tensor | None = None,
     top_k: int = 0,
     top_k_weight: float = 0.0,
     chunk_size: int = 256,
@@ -62,6 +63,8 @@ def chunked_classification_loss(
         logits_fn: `TargetAdapter.logits`; frozen, its weights get no gradient.
         token_ids (`torch.LongTensor` of shape `[A]`, *optional*): compare p and q on these tokens only, both
             renormalised (cheaper; the default, the whole vocabulary, is exact).
+        logit_offsets (`torch.Tensor` of shape `[A]`, *optional*): added to both logits; log(1 / sampling probability)
+            lets sampled tokens stand for all those they were drawn from.
         top_k (`int`): tokens of HASS's top-K distillation term, -sum over the target's top K of p log q.
         top_k_weight (`float`): weight with which that term enters the gradient; 0 leaves it out.
         chunk_size (`int`): rows whose logits exist at one time.
@@ -86,13 +89,20 @@ def chunked_classification_loss(
         for start in range(0, rows, chunk_size):
             part = slice(start, min(start + chunk_size, rows))
             with torch.no_grad():
-                p = logits_fn(target_features[part], **kwargs).to(compute_dtype).softmax(dim=-1)  # [C, A]
+                target_logits = logits_fn(target_features[part], **kwargs).to(compute_dtype)  # [C, A]
+                # before the offsets, which lift a sampled token by all that it stands for
+                target_best = target_logits.argmax(dim=-1)
+                if logit_offsets is not None:
+                    target_logits = target_logits + logit_offsets
+                p = target_logits.softmax(dim=-1)
             with torch.set_grad_enabled(needs_gradient):
                 chunk = source[part].requires_grad_(needs_gradient)
                 raw = logits_fn(chunk, **kwargs)  # [C, A]
             with torch.no_grad():
                 logits = raw.detach().to(compute_dtype)
-                match[part] = logits.argmax(dim=-1) == p.argmax(dim=-1)
+                match[part] = logits.argmax(dim=-1) == target_best
+                if logit_offsets is not None:
+                    logits = logits + logit_offsets
                 normaliser = logits.logsumexp(dim=-1, keepdim=True)
                 # sum_x p (logsumexp - logit) = -sum_x p log q, as p sums to 1
                 total += normaliser.sum() - torch.linalg.vecdot(p, logits).sum()

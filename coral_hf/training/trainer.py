@@ -1,6 +1,7 @@
 """CoralTrainer: trains a drafter against a frozen target that computes features in the same process."""
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -171,7 +172,7 @@ class CoralTrainer(Trainer):
         args = self.args
         num_steps = args.rollout_steps_at(self.state.global_step / max(self.state.max_steps, 1))
         outputs, targets, trained = self.rollout(model, inputs, num_steps)
-        token_ids = self._loss_token_ids(inputs["labels"])
+        token_ids, logit_offsets = self._loss_tokens(inputs["labels"])
         # Every term is a mean over this batch's rows; weighting it by the share of rows makes accumulation exact.
         count = trained.sum()
         share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
@@ -185,6 +186,7 @@ class CoralTrainer(Trainer):
                 targets[rows],
                 self.adapter.logits,
                 token_ids=token_ids,
+                logit_offsets=logit_offsets,
                 top_k=args.topk,
                 top_k_weight=args.topk_loss_weight / max(args.classification_loss_weight, 1e-9),
                 chunk_size=args.loss_chunk_size,
@@ -225,13 +227,26 @@ class CoralTrainer(Trainer):
             max_positions=args.csra_max_positions,
         )
 
-    def _loss_token_ids(self, labels: torch.Tensor) -> torch.LongTensor | None:
+    def _loss_tokens(self, labels: torch.Tensor) -> tuple[torch.LongTensor | None, torch.Tensor | None]:
+        """Tokens of this batch's classification loss and their logit offsets, both `[A]`; None, None: all, exactly.
+
+        Shortlist and the batch's own responses always take part. Without the rest of the vocabulary the drafter never
+        learns not to propose it (27 % first-step accuracy with the full head against 43 % among the shortlist, measured
+        on SmolLM2-135M), so a uniform sample of it stands in, each token for all that it was drawn from.
+        """
         if self._shortlist is None:
-            return None
-        extra = [self._shortlist, labels[labels != IGNORED_LABEL].cpu()]
-        if self.args.loss_negatives:
-            extra.append(torch.randint(self.adapter.vocab_size, (self.args.loss_negatives,)))
-        return torch.cat(extra).unique().to(labels.device)
+            return None, None
+        kept = torch.zeros(self.adapter.vocab_size, dtype=torch.bool)
+        kept[self._shortlist] = True
+        kept[labels[labels != IGNORED_LABEL].cpu()] = True
+        rest = (~kept).nonzero().squeeze(-1)
+        count = min(self.args.loss_negatives, rest.numel())
+        sampled = rest[torch.randint(rest.numel(), (count,))].unique() if count else rest[:0]
+        token_ids = torch.cat([kept.nonzero().squeeze(-1), sampled])
+        offsets = torch.zeros(token_ids.numel())
+        if sampled.numel():
+            offsets[-sampled.numel() :] = math.log(rest.numel() / sampled.numel())
+        return token_ids.to(labels.device), offsets.to(labels.device)
 
     # Checkpoints -----------------------------------------------------------------------------------------------
 

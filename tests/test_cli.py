@@ -1,0 +1,99 @@
+"""The command line: one-line errors with status 2, and every verb end to end on tiny models."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_drafter, make_target, make_tokenizer
+
+from coral_hf.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny target with a tokenizer, its drafter and a prompt file."""
+    target = make_target(dtype=torch.float32)
+    target.save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    make_drafter(target).save_pretrained(tmp_path / "drafter")
+    prompts = [{"id": f"p{i}", "turns": [f"w{i} w{i + 1} w{i + 2}"]} for i in range(3, 9)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    return tmp_path
+
+
+def test_usage(capsys):
+    assert main([]) == 2
+    assert "regenerate" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert main(["fly"]) == 2
+    assert "unknown verb 'fly'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["demo", "regenerate", "train", "benchmark"])
+def test_help_has_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert "Example: coral-hf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--dtype", "int7"], "int7"),
+        (["demo", "--max-new-tokens", "0"], "max-new-tokens 0"),
+        (["train", "--data", "missing.jsonl", "--output_dir", "out"], "missing.jsonl"),
+        (["train", "--data", "x", "--output_dir", "out", "--preset", "hydra"], "hydra"),
+        (["train", "--data", "x", "--output_dir", "out", "--rollout-schedule", "1", "--csra-weight", "0.1"], "K=1"),
+        (["regenerate", "--prompts", "missing.jsonl", "--output", "out.jsonl"], "missing.jsonl"),
+        (["benchmark", "--data", "missing.jsonl", "--output", "out"], "missing.jsonl"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_malformed_line_is_named(folder, capsys):
+    path = folder / "prompts.jsonl"
+    path.write_text(path.read_text() + '{"id": "broken"\n')
+    output = folder / "out.jsonl"
+    target = str(folder / "target")
+    assert main(["regenerate", "--target", target, "--prompts", str(path), "--output", str(output)]) == 2
+    assert "line 7" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_regenerate_train_benchmark(folder, capsys, monkeypatch):
+    """Prompts -> responses -> drafter -> record, each by its verb; the three presets train by the same command."""
+    monkeypatch.chdir(folder)
+    common = ["--target", "target", "--dtype", "float32"]
+    arguments = ["regenerate", *common, "--prompts", "prompts.jsonl", "--output", "responses.jsonl"]
+    assert main([*arguments, "--max-new-tokens", "12", "--max-prompt-tokens", "64", "--slots", "4"]) == 0
+    assert len((folder / "responses.jsonl").read_text().splitlines()) == 6
+    for preset in ("eagle", "hass", "coral"):
+        arguments = ["train", *common, "--data", "responses.jsonl", "--output_dir", preset, "--preset", preset]
+        arguments += [
+            "--max_steps",
+            "4",
+            "--per_device_train_batch_size",
+            "2",
+            "--eval_rows",
+            "2",
+            "--save_steps",
+            "4",
+        ]
+        assert main([*arguments, "--report_to", "none", "--logging_steps", "1"]) == 0
+        assert (folder / preset / "model.safetensors").exists()
+        metrics = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+        assert metrics["eval_acceptance_length"] >= 1.0
+    arguments = ["benchmark", *common, "--drafter", "coral", "--data", "prompts.jsonl", "--limit", "2"]
+    assert main([*arguments, "--max-new-tokens", "10", "--output", "bench", "--draft-top-k", "2"]) == 0
+    record = json.loads((folder / "bench" / "benchmark.json").read_text())
+    assert not record["partial"]
+    rows = {(row["method"], row["benchmark"]): row for row in record["runs"]}
+    assert rows["coral", "all"]["identical"] == rows["coral", "all"]["n_prompts"] == 2
+    assert {"torch", "transformers", "device", "dtype", "threads", "commit"} <= set(record["environment"])
