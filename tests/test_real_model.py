@@ -1,0 +1,84 @@
+"""The real SmolLM2-135M-Instruct and its shipped drafter."""
+
+import json
+
+import pytest
+import torch
+
+from coral_hf import TargetAdapter, coral_generate, demo
+from coral_hf.cli import main
+from coral_hf.configuration_coral import vocab_hash
+from coral_hf.evaluation.demo_run import PROMPTS
+from coral_hf.evaluation.prompts import encode_context
+from coral_hf.generation.statistics import DraftStats
+
+
+pytestmark = pytest.mark.real_model
+
+SETTINGS = {
+    "chain": {"draft_depth": 5, "draft_top_k": 1},
+    "tree16": {"draft_depth": 5, "draft_top_k": 4, "draft_total_tokens": 16},
+    "stock": {"draft_depth": 5, "draft_top_k": 1, "draft_stock_loop": True},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def real():
+    target, tokenizer = demo.load_target(torch.float32)
+    return target, tokenizer, demo.load_drafter(torch.float32)
+
+
+def test_the_drafter_belongs_to_the_target(real):
+    target, tokenizer, drafter = real
+    adapter = TargetAdapter(target)
+    adapter.check_drafter(drafter.config)
+    adapter.check_identity()
+    assert drafter.config.target_vocab_hash == vocab_hash(tokenizer)
+    assert drafter.config.target_name_or_path == demo.TARGET_NAME
+    assert drafter.config.target_revision == demo.TARGET_REVISION
+    weights = demo.drafter_path() / "model.safetensors"
+    assert weights.stat().st_size <= 16 * 2**20
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_greedy_identity(real, name):
+    """Token for token in float32, with a drafter that is really accepted."""
+    target, tokenizer, drafter = real
+    stats = DraftStats()
+    for prompt in PROMPTS:
+        ids = encode_context(tokenizer, [prompt])
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 32, "do_sample": False}
+        plain = target.generate(ids, **settings)
+        drafted = coral_generate(target, drafter, input_ids=ids, **settings, **SETTINGS[name])
+        assert torch.equal(plain, drafted)
+        stats = stats.merge(drafter.last_stats)
+    assert stats.acceptance_length > 1.5
+
+
+def test_same_seed_same_sample(real):
+    target, tokenizer, drafter = real
+    ids = encode_context(tokenizer, [PROMPTS[2]])
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 32, "do_sample": True, "temperature": 0.8}
+    torch.manual_seed(0)
+    plain = target.generate(ids, **settings)
+    torch.manual_seed(0)
+    drafted = coral_generate(target, drafter, input_ids=ids, **settings, **SETTINGS["tree16"])
+    assert torch.equal(plain, drafted)
+
+
+def test_demo_command(tmp_path, capsys):
+    path = tmp_path / "demo.json"
+    assert main(["demo", "--max-new-tokens", "24", "--prompt", "Name three colours.", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["identical"] is True and record["acceptance_length"] > 1.0
+    assert record["plain"]["tokens_per_second"] > 0 and record["coral"]["tokens_per_second"] > 0
+    assert record["environment"]["dtype"] == "bfloat16"
+    assert "identical" in capsys.readouterr().out
