@@ -49,6 +49,13 @@ class CoralTrainingArguments(TrainingArguments):
     paper_weights: bool = field(
         default=False, metadata={"help": "Use EAGLE's and HASS's loss weights: regression 1.0, classification 0.1."}
     )
+    feature_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Uniform noise on the features in training, up to this share of their rms (EAGLE's data "
+            "augmentation): against memorising few conversations over several epochs."
+        },
+    )
     step_decay: float = field(
         default=1.0, metadata={"help": "Step k's loss is weighted step_decay ** (k - 1) (EAGLE-3: 0.8)."}
     )

@@ -157,9 +157,15 @@ class CoralTrainer(Trainer):
                 features = self.adapter.compute_features(ids, attention_mask=(documents >= 0).long())
             embeds = self.adapter.embed(ids[:, 1:])
         dtype = next(model.parameters()).dtype
+        read = features[:, :-1, : self._features_read].to(dtype)
+        if model.training and self.args.feature_noise:
+            # The draw is the CPU generator's, whose state every checkpoint holds.
+            noise = torch.rand(read.shape, dtype=dtype).to(read.device) * 2 - 1
+            size = read.square().mean(dim=-1, keepdim=True).sqrt()
+            read = read + self.args.feature_noise * size * noise
         outputs = model(
             inputs_embeds=embeds.to(dtype),
-            features=features[:, :-1, : self._features_read].to(dtype),
+            features=read,
             num_steps=num_steps,
             document_ids=documents[:, 1:],
         )
