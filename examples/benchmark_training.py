@@ -43,6 +43,7 @@ def main() -> None:
     args = CoralTrainingArguments(output_dir="outputs/unused", rollout_schedule=script.steps, report_to="none")
     drafter = CoralDraftModel.from_target(target, tokenizer)
     trainer = CoralTrainer(model=drafter, target_model=target, args=args, train_dataset=rows)
+    trainer.current_gradient_accumulation_steps = 1  # what train() would set
     optimizer = trainer.create_optimizer()
     before_gib = _peak_gib()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(script.batch)])
