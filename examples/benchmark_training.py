@@ -3,7 +3,7 @@
     python examples/benchmark_training.py --json FILE
 
 One process, random token ids, B=4, S=512, K=3 by default, features computed online and then given (as from a cache).
-The fp32 logits of all K steps never exist at once: the peak stays far below `logits_gib`, what they would take.
+`logits_gib` is what the drafter's fp32 logits of all K steps would take; they are computed chunk by chunk instead.
 """
 
 import json
