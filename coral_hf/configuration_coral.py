@@ -44,7 +44,8 @@ class CoralDraftConfig(PreTrainedConfig):
         shape (`str`, defaults to `"eagle"`):
             Layer layout. `"eagle"`: the paper's (CORAL section 3, EAGLE-1): `fc` over embedding and feature, no input
             and no final norm. `"eagle3"`: EAGLE-3's normed layer. The default trained better on SmolLM2-135M: 23.8 %
-            first-step accuracy against 20.0 % after 100k response tokens, each at its best learning rate tried.
+            first-step accuracy against 20.0 % after 100k response tokens, each at its best learning rate tried
+            (the scaled embedding of `draft_initialization` was tried in the first only).
         vocab_size (`int`, defaults to 32000):
             V, the target's vocabulary size (`generate` requires both to be equal).
         hidden_size (`int`, defaults to 4096):

@@ -215,6 +215,10 @@ def test_coral_generate(target):
     drafted = coral_generate(target, drafter, input_ids=ids, max_new_tokens=20, do_sample=False, draft_depth=4)
     assert torch.equal(plain, drafted)
     assert len(drafter.last_stats.drafted_per_depth) == 4
+    config = config_of({})
+    coral_generate(target, drafter, input_ids=ids, generation_config=config, draft_depth=4)
+    for untouched in (config, target.generation_config):
+        assert not hasattr(untouched, "draft_depth")
 
 
 def test_float32_and_bfloat16_run():

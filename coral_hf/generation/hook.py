@@ -1,5 +1,6 @@
 """The hook into `generate`, and `coral_generate`."""
 
+import copy
 import functools
 import inspect
 from typing import Any
@@ -150,14 +151,14 @@ def coral_generate(
         raise ValueError(
             "coral_generate(target, drafter, ...): the second argument is the drafter; pass input_ids=...."
         )
-    generation_config = GenerationConfig() if generation_config is None else generation_config
+    # A copy: the caller's config, or the target's own defaults, stay as they are.
+    generation_config = copy.deepcopy(target.generation_config if generation_config is None else generation_config)
     given = {
         "draft_depth": draft_depth,
         "draft_top_k": draft_top_k,
         "draft_total_tokens": draft_total_tokens,
         "draft_stock_loop": draft_stock_loop,
     }
-    generation_config.update(**{key: value for key, value in given.items() if value is not None})
     for key, value in given.items():
         if value is not None:
             setattr(generation_config, key, value)
