@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .lm_head_router import group_size
+
 
 SHAPES = ("eagle", "eagle3")
 FEATURE_LAYER_LAST = -1
@@ -85,6 +87,15 @@ class CoralDraftConfig(PreTrainedConfig):
         draft_depth (`int`, defaults to 5), draft_top_k (`int`, defaults to 1), draft_total_tokens (`int`, *optional*):
             Size of a draft: levels below the root, branches per node (1: a chain), nodes verified with the root. See
             `generation.settings.DraftSettings`, also for overriding them per call.
+        router_groups (`int`, defaults to 0):
+            G, groups of consecutive ids of the LM-head router (CORAL section 3.2); 0: no router.
+        router_active_groups (`int`, *optional*):
+            Groups computed per drafting step; defaults to a sixteenth of `router_groups`.
+        router_hidden_size (`int`, *optional*):
+            Width of the router's MLP (ours); defaults to half of `hidden_size`.
+        shortlist_size (`int`, defaults to 0):
+            Ids of the frequency shortlist that drafting is limited to; with a router they are active besides its
+            groups. 0: no shortlist.
     """
 
     model_type = "coral"
@@ -116,6 +127,10 @@ class CoralDraftConfig(PreTrainedConfig):
     draft_depth: int = 5
     draft_top_k: int = 1
     draft_total_tokens: int | None = None
+    router_groups: int = 0
+    router_active_groups: int | None = None
+    router_hidden_size: int | None = None
+    shortlist_size: int = 0
 
     def __post_init__(self, **kwargs):
         unknown = sorted(key for key in kwargs if key not in _BASE_KEYS)
@@ -130,7 +145,12 @@ class CoralDraftConfig(PreTrainedConfig):
             self.target_feature_layers = [FEATURE_LAYER_LAST]
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        if self.router_groups and self.router_active_groups is None:
+            self.router_active_groups = max(1, self.router_groups // 16)
+        if self.router_groups and self.router_hidden_size is None:
+            self.router_hidden_size = max(1, self.hidden_size // 2)
         self._check()
+        self._check_head()
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
@@ -171,6 +191,20 @@ class CoralDraftConfig(PreTrainedConfig):
             raise ValueError("norm_before_residual=True exists for shape='eagle3' only; set it to False.")
         if self.shape == "eagle3" and self.fc_bias:
             raise ValueError("fc_bias=True exists for shape='eagle' only; set it to False.")
+
+    def _check_head(self) -> None:
+        if self.router_groups:
+            group_size(self.vocab_size, self.router_groups)
+            if not 0 < self.router_active_groups <= self.router_groups:
+                raise ValueError(
+                    f"router_active_groups={self.router_active_groups} must be between 1 and "
+                    f"router_groups={self.router_groups}."
+                )
+        if not 0 <= self.shortlist_size < self.vocab_size:
+            raise ValueError(
+                f"shortlist_size={self.shortlist_size} must be between 0 (none) and vocab_size - 1 = "
+                f"{self.vocab_size - 1}."
+            )
 
     @property
     def num_target_features(self) -> int:

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.utils import ModelOutput
 
 from .configuration_coral import CoralDraftConfig
+from .lm_head_router import FrequencyShortlist, LMHeadRouter
 
 
 @dataclass
@@ -237,6 +238,10 @@ class CoralDraftModel(PreTrainedModel):
             self.layers = nn.ModuleList([Eagle3DraftLayer(config)])
             self.norm = LlamaRMSNorm(size, eps=config.rms_norm_eps)
         self.rotary_emb = CoralRotaryEmbedding(config)
+        self.router = None
+        if config.router_groups:
+            self.router = LMHeadRouter(size, config.vocab_size, config.router_groups, config.router_hidden_size)
+        self.shortlist = FrequencyShortlist(config.shortlist_size) if config.shortlist_size else None
         # Acceptance statistics of the last `generate` call, see `generation.candidate_generator.DraftStats`.
         self.last_stats = None
         self.post_init()
@@ -256,6 +261,39 @@ class CoralDraftModel(PreTrainedModel):
         from .draft_initialization import initialize_from_target
 
         return initialize_from_target(cls, target, tokenizer, overrides)
+
+    def add_router(self, num_groups: int, active_groups: int | None = None) -> LMHeadRouter:
+        """Gives the drafter a new, untrained LM-head router, replacing any it has.
+
+        Args:
+            num_groups (`int`): G, groups of consecutive ids.
+            active_groups (`int`, *optional*): groups computed per drafting step; defaults to a sixteenth.
+
+        Raises:
+            ValueError: if the numbers do not fit the vocabulary or each other.
+        """
+        settings = {**self.config.to_dict(), "router_groups": num_groups, "router_active_groups": active_groups}
+        config = type(self.config)(**{key: value for key, value in settings.items() if key != "model_type"})
+        for name in ("router_groups", "router_active_groups", "router_hidden_size"):
+            setattr(self.config, name, getattr(config, name))
+        router = LMHeadRouter(config.hidden_size, config.vocab_size, num_groups, config.router_hidden_size)
+        self.router = router.to(device=self.device, dtype=self.dtype)
+        return self.router
+
+    def add_shortlist(self, counts: torch.Tensor, size: int) -> FrequencyShortlist:
+        """Limits drafting to the `size` most frequent ids of `[V]` counts, beside a router's groups if there is one.
+
+        Raises:
+            ValueError: if `size` is not between 1 and V - 1, or `counts` is not of length V.
+        """
+        if counts.shape != (self.config.vocab_size,) or not 0 < size < self.config.vocab_size:
+            raise ValueError(
+                f"size={size} with counts of shape {tuple(counts.shape)}: give one count for each of the "
+                f"{self.config.vocab_size} ids and a size below that."
+            )
+        self.config.shortlist_size = size
+        self.shortlist = FrequencyShortlist(size).count(counts.cpu()).to(self.device)
+        return self.shortlist
 
     @property
     def layer(self) -> CoralDraftLayer:

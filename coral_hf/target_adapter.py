@@ -100,6 +100,12 @@ class TargetAdapter:
             logits = self.head(features.to(device=weight.device, dtype=self.head_dtype))
         return self.transform_logits(logits)
 
+    def head_rows(self, token_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Copies of the head's rows `[..., H]` and, if it has one, its bias `[...]` for ids `[...]`."""
+        bias = getattr(self.head, "bias", None)
+        token_ids = token_ids.to(self.device)
+        return self.head.weight[token_ids].to(self.head_dtype), None if bias is None else bias[token_ids]
+
     @property
     def head_dtype(self) -> torch.dtype:
         dtype = self.head.weight.dtype

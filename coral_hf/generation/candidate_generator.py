@@ -47,6 +47,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         self.num_padding = num_padding
         self.adapter = TargetAdapter(target, drafter.config.target_feature_layers)
         self.adapter.check_drafter(drafter.config)
+        self.head = settings.draft_head_of(drafter, self.adapter)
         self.model_kwargs_overrides = {"output_hidden_states": True}
         self.stats = DraftStats()
         # A drafter of another class (remote code) has the same interface; its parameters name device and dtype.
@@ -100,14 +101,10 @@ class CoralCandidateGenerator(CandidateGenerator):
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.adapter.embed(ids).to(device=self._device, dtype=self._dtype)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Draft logits `[1, T, V]` in fp32 on the head's device."""
-        return self.adapter.logits(hidden).float()
-
     def _draft_chain(self, root, hidden, feature, position: int, depth: int) -> DraftTree:
         tokens = [root]
         for step in range(depth):
-            token = self._logits(hidden).argmax(dim=-1).to(root.device)  # [1, 1]
+            token = self.head.argmax(hidden).to(root.device)  # [1, 1]
             tokens.append(token)
             if step + 1 < depth:
                 positions = torch.full((1, 1), position + step, device=self._device)
@@ -131,7 +128,8 @@ class CoralCandidateGenerator(CandidateGenerator):
             hidden, fed_back = self.drafter.draft(
                 self._embed(tokens), feature, positions, self.cache, slot=length + step * top_k, mask=mask
             )
-            tokens, stored, parent = builder.add_level(*self._children(hidden, root.device), parents=stored)
+            children = self._children(hidden, root.device, builder.path_probabilities(stored))
+            tokens, stored, parent = builder.add_level(*children, parents=stored)
             # [1, top_k, ...]: each new node inherits from the expanded node that is its parent
             index = parent.to(self._device)[..., None]
             seen = torch.cat([seen, itself], dim=-1)
@@ -139,11 +137,9 @@ class CoralCandidateGenerator(CandidateGenerator):
             feature = fed_back.gather(1, index.expand(-1, -1, fed_back.shape[-1]))
         return builder.build(self.settings.draft_total_tokens)
 
-    def _children(self, hidden: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _children(self, hidden, device, weights=None) -> tuple[torch.Tensor, torch.Tensor]:
         """The `top_k` likeliest next tokens of each row: ids and log q, both `[1, W, top_k]`."""
-        logits = self._logits(hidden)
-        best, tokens = logits.topk(self.settings.draft_top_k, dim=-1)
-        log_probs = best - logits.logsumexp(dim=-1, keepdim=True)
+        tokens, log_probs = self.head.top_k(hidden, self.settings.draft_top_k, weights)
         return tokens.to(device), log_probs.to(device)
 
     # Transformers' contract ------------------------------------------------------------------------------------

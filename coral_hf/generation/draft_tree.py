@@ -99,6 +99,10 @@ class DraftTreeBuilder:
         self._count += tokens.shape[1]
         return tokens.gather(1, order), stored, order // branches
 
+    def path_probabilities(self, stored: torch.LongTensor) -> torch.Tensor:
+        """Drafted probability of the path to stored nodes, `[B, W]` for `[B, W]` indices."""
+        return torch.cat(self._scores, dim=1).gather(1, stored).exp()
+
     def build(self, total_tokens: int) -> DraftTree:
         """The tree of the best `total_tokens` nodes, root included (fewer if fewer were stored)."""
         tokens, parents = torch.cat(self._tokens, dim=1), torch.cat(self._parents, dim=1)

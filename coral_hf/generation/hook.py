@@ -123,10 +123,6 @@ def coral_generate(
     drafter: PreTrainedModel,
     *,
     generation_config: GenerationConfig | None = None,
-    draft_depth: int | None = None,
-    draft_top_k: int | None = None,
-    draft_total_tokens: int | None = None,
-    draft_stock_loop: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """`target.generate(assistant_model=drafter)` with the draft's size as arguments.
@@ -135,8 +131,7 @@ def coral_generate(
         target (`PreTrainedModel`): the model whose text is generated.
         drafter ([`CoralDraftModel`])
         generation_config ([`GenerationConfig`], *optional*)
-        draft_depth, draft_top_k, draft_total_tokens, draft_stock_loop (*optional*): see [`DraftSettings`].
-        **kwargs: everything that `generate` takes.
+        **kwargs: everything that `generate` takes, and every `draft_*` setting of [`DraftSettings`].
 
     Returns:
         What `generate` returns.
@@ -153,15 +148,8 @@ def coral_generate(
         )
     # A copy: the caller's config, or the target's own defaults, stay as they are.
     generation_config = copy.deepcopy(target.generation_config if generation_config is None else generation_config)
-    given = {
-        "draft_depth": draft_depth,
-        "draft_top_k": draft_top_k,
-        "draft_total_tokens": draft_total_tokens,
-        "draft_stock_loop": draft_stock_loop,
-    }
-    for key, value in given.items():
-        if value is not None:
-            setattr(generation_config, key, value)
+    for key in [key for key in kwargs if key.startswith("draft_")]:
+        setattr(generation_config, key, kwargs.pop(key))
     return target.generate(assistant_model=drafter, generation_config=generation_config, **kwargs)
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..lm_head_router import DraftHead
+
 
 @dataclass(frozen=True)
 class DraftSettings:
@@ -12,12 +14,21 @@ class DraftSettings:
         draft_depth (`int`): levels drafted below the root; a chain's length.
         draft_top_k (`int`): branches per node and nodes expanded per level; 1 drafts a chain.
         draft_total_tokens (`int`, *optional*): nodes verified, the root included; None: everything a chain drafts.
+        draft_head (`str`, *optional*): tokens to draft from: "full" vocabulary, "shortlist", "router" (its active groups)
+            or "both"; None: all that the drafter has.
+        draft_active_groups (`int`, *optional*): router groups per step; None: the drafter's.
+        draft_groups_per_row (`bool`): every node of a tree level has groups of its own instead of sharing them.
+        draft_scoring (`str`): log q from the "active" logits, or from the "router" times the softmax in the group.
         draft_stock_loop (`bool`): run Transformers' own assisted loop (chains only) instead of ours.
     """
 
     draft_depth: int = 5
     draft_top_k: int = 1
     draft_total_tokens: int | None = None
+    draft_head: str | None = None
+    draft_active_groups: int | None = None
+    draft_groups_per_row: bool = False
+    draft_scoring: str = "active"
     draft_stock_loop: bool = False
 
     def __post_init__(self):
@@ -36,6 +47,17 @@ class DraftSettings:
                 f"draft_top_k={self.draft_top_k} can produce ({most}, the root included). Lower it to {most} or raise "
                 "draft_depth or draft_top_k."
             )
+        if self.draft_head not in (None, "full", "shortlist", "router", "both"):
+            raise ValueError(
+                f"draft_head={self.draft_head!r} is unknown; choose 'full', 'shortlist', 'router' or 'both'."
+            )
+        groups = self.draft_active_groups
+        if groups is not None and (not isinstance(groups, int) or isinstance(groups, bool) or groups < 1):
+            raise ValueError(
+                f"draft_active_groups={groups!r} must be an integer of at least 1; use draft_head='full' for all."
+            )
+        if self.draft_scoring not in ("active", "router"):
+            raise ValueError(f"draft_scoring={self.draft_scoring!r} is unknown; choose 'active' or 'router'.")
         if self.draft_stock_loop and self.draft_top_k > 1:
             raise ValueError(
                 f"draft_stock_loop=True verifies chains only, but draft_top_k={self.draft_top_k}. Set draft_top_k=1."
@@ -49,6 +71,44 @@ class DraftSettings:
     @property
     def is_chain(self) -> bool:
         return self.draft_top_k == 1
+
+    def draft_head_of(self, drafter: Any, adapter: Any) -> DraftHead:
+        """The head that drafting with these settings uses.
+
+        Raises:
+            ValueError: if the drafter has no router or shortlist, or the router fewer groups.
+        """
+        router, shortlist = getattr(drafter, "router", None), getattr(drafter, "shortlist", None)
+        if self.draft_head in ("router", "both") and router is None:
+            raise ValueError(
+                f"draft_head={self.draft_head!r}, but this drafter has no router; train one with "
+                "`coral-hf train --stage router`, or use draft_head='full'."
+            )
+        if self.draft_head in ("shortlist", "both") and shortlist is None:
+            raise ValueError(
+                f"draft_head={self.draft_head!r}, but this drafter has no shortlist; add one with "
+                "drafter.add_shortlist(counts, size), or use draft_head='full'."
+            )
+        if self.draft_head in ("full", "shortlist"):
+            router = None
+        if self.draft_head in ("full", "router"):
+            shortlist = None
+        active = self.draft_active_groups or drafter.config.router_active_groups or 1
+        if router is None:
+            if self.draft_active_groups is not None:
+                raise ValueError(f"draft_active_groups={active} chooses router groups, but no router is used.")
+            return DraftHead(adapter, None, shortlist)
+        if active > router.num_groups:
+            raise ValueError(
+                f"draft_active_groups={active} is more than the router's {router.num_groups} groups; lower it, or use "
+                "draft_head='full'."
+            )
+        if shortlist is not None and self.draft_scoring == "router":
+            raise ValueError(
+                "draft_scoring='router' needs the active groups alone; set draft_head='router' or "
+                "draft_scoring='active'."
+            )
+        return DraftHead(adapter, router, shortlist, active, self.draft_groups_per_row, self.draft_scoring)
 
     @classmethod
     def resolve(cls, config: Any, generation_config: Any = None, overrides: dict | None = None) -> "DraftSettings":

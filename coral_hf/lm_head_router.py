@@ -1,0 +1,235 @@
+"""Cheap draft heads: LMHeadRouter and FrequencyShortlist choose the rows of the target's LM head that are computed.
+
+The verification always uses the full head, so that what is chosen here changes the speed and never the output.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class LMHeadRouter(nn.Module):
+    """Which groups of consecutive token ids are worth computing (CORAL section 3.2).
+
+    A group is a view of the target's own weight: the router holds no copy of the head. It is trained after the drafter
+    towards the target's probability mass per group.
+
+    Args:
+        hidden_size (`int`): H, width of the drafter's output.
+        vocab_size (`int`): V; the last group is shorter where V does not divide evenly.
+        num_groups (`int`): G.
+        router_hidden_size (`int`): width of the MLP.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, num_groups: int, router_hidden_size: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.num_groups = num_groups
+        self.group_size = group_size(vocab_size, num_groups)
+        self.up_proj = nn.Linear(hidden_size, router_hidden_size, bias=True)
+        self.down_proj = nn.Linear(router_hidden_size, num_groups, bias=True)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Drafter outputs `[..., H]` -> group logits `[..., G]`."""
+        return self.down_proj(F.silu(self.up_proj(hidden.to(self.up_proj.weight.dtype))))
+
+    def group_mass(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Token probabilities `[..., V]` -> probability mass per group `[..., G]`."""
+        padding = self.num_groups * self.group_size - self.vocab_size
+        return F.pad(probabilities, (0, padding)).unflatten(-1, (self.num_groups, self.group_size)).sum(-1)
+
+
+class FrequencyShortlist(nn.Module):
+    """The most frequent token ids of a corpus as a fixed shortlist (FR-Spec's baseline).
+
+    Args:
+        size (`int`): number of ids kept.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("token_ids", torch.arange(size))
+
+    def count(self, counts: torch.Tensor) -> "FrequencyShortlist":
+        """Takes the most frequent ids of `[V]` counts; ties go to the lower id."""
+        order = counts.argsort(descending=True, stable=True)[: self.token_ids.numel()]
+        self.token_ids.copy_(order.sort().values)
+        return self
+
+
+class DraftHead:
+    """Scores the tokens that a drafting step considers.
+
+    Without router and shortlist these are the whole vocabulary; with a shortlist its ids; with a router the ids of the
+    active groups; with both, the union (the shortlist is always active). Nothing is drawn at random.
+
+    Args:
+        adapter ([`TargetAdapter`])
+        router ([`LMHeadRouter`], *optional*)
+        shortlist ([`FrequencyShortlist`], *optional*)
+        active_groups (`int`): groups computed per selection.
+        per_row (`bool`): every row has groups of its own; else one choice for all rows of a call, by router mass summed
+            over the rows with their path probability as weight.
+        scoring (`str`): `"active"`, log-softmax over the active logits, or `"router"`, the router's log P(group) plus
+            the log-softmax inside the group (without a shortlist only).
+    """
+
+    def __init__(
+        self,
+        adapter: Any,
+        router: LMHeadRouter | None = None,
+        shortlist: FrequencyShortlist | None = None,
+        active_groups: int = 1,
+        per_row: bool = False,
+        scoring: str = "active",
+    ):
+        self.adapter, self.router = adapter, router
+        self.active_groups, self.per_row, self.scoring = active_groups, per_row, scoring
+        self._listed = self._listed_weight = self._listed_bias = None
+        if shortlist is not None:
+            # one small copy, contiguous for the matmul: FR-Spec's own form
+            self._listed = shortlist.token_ids.to(adapter.device)
+            self._listed_weight, self._listed_bias = adapter.head_rows(self._listed)
+            if router is not None:
+                listed = torch.zeros(router.num_groups * router.group_size, dtype=torch.bool, device=adapter.device)
+                listed[self._listed] = True
+                self._is_listed = listed.view(router.num_groups, router.group_size)
+
+    @torch.inference_mode()
+    def top_k(
+        self, hidden: torch.Tensor, k: int, weights: torch.Tensor | None = None
+    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        """The k likeliest tokens of each row and their log q.
+
+        Args:
+            hidden (`torch.Tensor` of shape `[1, T, H]`): drafter outputs.
+            k (`int`).
+            weights (`torch.Tensor` of shape `[1, T]`, *optional*): the rows' path probabilities, for a shared choice
+                of groups.
+
+        Returns:
+            `tuple`: ids and log q, both `[1, T, min(k, active)]`.
+        """
+        logits, groups, normalizer = self._active_logits(hidden, weights)
+        if normalizer is None:
+            normalizer = logits.logsumexp(dim=-1, keepdim=True)
+        best, index = logits.topk(min(k, logits.shape[-1]), dim=-1)
+        return self._token_ids(index, groups), best - normalizer
+
+    @torch.inference_mode()
+    def argmax(self, hidden: torch.Tensor) -> torch.LongTensor:
+        """The likeliest token of each row, `[1, T]` for `[1, T, H]`."""
+        logits, groups, _ = self._active_logits(hidden, None)
+        return self._token_ids(logits.argmax(dim=-1, keepdim=True), groups)[..., 0]
+
+    def _active_logits(self, hidden: torch.Tensor, weights: torch.Tensor | None):
+        """fp32 logits `[1, T, A]` (-inf where a slot holds no token), the active groups and log Z where it is known."""
+        if self.router is None:
+            return self._fixed_logits(hidden).float(), None, None
+        group_logits = self.router(hidden).float().to(self.adapter.device)
+        hidden = hidden.to(self.adapter.device)
+        groups = self._select(group_logits, weights)
+        logits = grouped_logits(self.adapter, hidden, groups, self.router.group_size).float()  # [1, T, k, s]
+        normalizer = None
+        if self._listed is not None:
+            logits = logits.masked_fill(self._is_listed[groups], float("-inf"))
+        if self.scoring == "router":
+            log_mass = group_logits.log_softmax(-1).gather(-1, groups.expand(*hidden.shape[:2], -1))
+            logits = logits - logits.logsumexp(-1, keepdim=True) + log_mass[..., None]
+            normalizer = torch.zeros((), device=logits.device)
+        logits = logits.flatten(2)
+        if self._listed is not None:
+            logits = torch.cat([self._fixed_logits(hidden).float(), logits], dim=-1)
+        return logits, groups, normalizer
+
+    def _fixed_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._listed is None:
+            return self.adapter.logits(hidden)
+        features = hidden.to(self._listed_weight)
+        return self.adapter.transform_logits(F.linear(features, self._listed_weight, self._listed_bias))
+
+    def _select(self, group_logits: torch.Tensor, weights: torch.Tensor | None) -> torch.LongTensor:
+        """Group logits `[1, T, G]` -> active groups `[1, T, k]`, or `[1, 1, k]` when all rows share them."""
+        if group_logits.shape[1] > 1 and not self.per_row:
+            mass = group_logits.softmax(-1)
+            if weights is not None:
+                mass = mass * weights.to(mass)[..., None]
+            group_logits = mass.sum(dim=1, keepdim=True)
+        return group_logits.topk(self.active_groups, dim=-1).indices
+
+    def _token_ids(self, index: torch.Tensor, groups: torch.Tensor | None) -> torch.LongTensor:
+        """Places `[1, T, n]` among the active logits -> token ids."""
+        if groups is None:
+            return index if self._listed is None else self._listed[index]
+        size, fixed = self.router.group_size, 0 if self._listed is None else self._listed.numel()
+        place = (index - fixed).clamp(min=0)
+        group = groups.expand(*index.shape[:2], -1).gather(-1, place // size)
+        ids = group * size + place % size
+        return (
+            ids if self._listed is None else torch.where(index < fixed, self._listed[index.clamp(max=fixed - 1)], ids)
+        )
+
+
+def grouped_logits(adapter: Any, hidden: torch.Tensor, groups: torch.LongTensor, size: int) -> torch.Tensor:
+    """Logits of the ids in the given groups of `size` consecutive ids.
+
+    On a CPU one matmul per distinct group on a view of the head, nothing gathered; elsewhere `gathered_logits`, which
+    never waits for the device.
+
+    Args:
+        adapter ([`TargetAdapter`])
+        hidden (`torch.Tensor` of shape `[1, T, H]`).
+        groups (`torch.LongTensor` of shape `[1, T, k]` or, shared by all rows, `[1, 1, k]`).
+        size (`int`): ids per group.
+
+    Returns:
+        `torch.Tensor` of shape `[1, T, k, size]`, -inf past the end of the vocabulary.
+    """
+    if groups.device.type != "cpu":
+        return gathered_logits(adapter, hidden, groups, size)
+    rows, shared = hidden.shape[1], groups.shape[1] == 1
+    logits = hidden.new_full((1, rows, groups.shape[2], size), float("-inf"), dtype=adapter.head_dtype)
+    users: dict[int, list[tuple[int, int]]] = {}
+    for row, row_groups in enumerate(groups[0].tolist()):
+        for place, group in enumerate(row_groups):
+            users.setdefault(group, []).append((row, place))
+    for group, places in users.items():
+        ids = slice(group * size, min((group + 1) * size, adapter.vocab_size))
+        width = ids.stop - ids.start
+        if shared or rows == 1:
+            logits[:, :, places[0][1], :width] = adapter.logits(hidden, token_ids=ids)
+        else:
+            row, place = (list(column) for column in zip(*places, strict=True))
+            logits[0, row, place, :width] = adapter.logits(hidden[0, row], token_ids=ids)
+    return logits
+
+
+def gathered_logits(adapter: Any, hidden: torch.Tensor, groups: torch.LongTensor, size: int) -> torch.Tensor:
+    """`grouped_logits` by gathering the head's rows: slower on a CPU, static shapes and no host sync on a GPU."""
+    ids = groups[..., None] * size + torch.arange(size, device=groups.device)  # [1, T or 1, k, size]
+    weight, bias = adapter.head_rows(ids.clamp(max=adapter.vocab_size - 1))
+    features = hidden.to(weight)
+    logits = torch.einsum("bth,btksh->btks", features, weight.expand(-1, hidden.shape[1], -1, -1, -1))
+    if bias is not None:
+        logits = logits + bias
+    return adapter.transform_logits(logits).masked_fill(ids >= adapter.vocab_size, float("-inf"))
+
+
+def group_size(vocab_size: int, num_groups: int) -> int:
+    """Ids per group, rounded up; every group holds at least one id.
+
+    Raises:
+        ValueError: if `num_groups` groups of that size leave one empty.
+    """
+    size = -(-vocab_size // num_groups) if num_groups > 0 else 0
+    if not 1 < num_groups <= vocab_size or (num_groups - 1) * size >= vocab_size:
+        raise ValueError(
+            f"router_groups={num_groups} does not split {vocab_size} ids into groups of equal size: choose a number "
+            f"from 2 to {vocab_size} that leaves no group empty, a power of two say."
+        )
+    return size
+
+
+__all__ = ["DraftHead", "FrequencyShortlist", "LMHeadRouter", "gathered_logits", "group_size", "grouped_logits"]
