@@ -128,14 +128,27 @@ class TrainCommand:
     dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the frozen target."})
     drafter: str | None = field(default=None, metadata={"help": "Go on from this drafter instead of a new one."})
     shape: str | None = field(default=None, metadata={"help": "Shape of a new drafter: eagle or eagle3."})
+    router_groups: int | None = field(
+        default=None, metadata={"help": "With --stage router: give the drafter a new router of this many groups."}
+    )
+    shortlist_size: int | None = field(
+        default=None,
+        metadata={"help": "Also give the drafter a shortlist of this many ids, the most frequent in the responses."},
+    )
     eval_rows: int = field(default=64, metadata={"help": "Rows held out for evaluation (the first ones; 0: none)."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self, args) -> int:
         from .modeling_coral import CoralDraftModel
         from .training.data import read_rows
+        from .training.router_trainer import CoralRouterTrainer
         from .training.trainer import CoralTrainer
 
+        router_stage = args.stage == "router"
+        if router_stage and self.drafter is None:
+            raise ValueError("--stage router trains the router of a trained drafter: name it with --drafter.")
+        if self.router_groups is not None and not router_stage:
+            raise ValueError(f"--router_groups {self.router_groups} adds a router: train it with --stage router.")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         rows = read_rows(self.data)
@@ -151,7 +164,9 @@ class TrainCommand:
             if self.target == DEMO:
                 overrides["target_revision"] = demo.TARGET_REVISION
             drafter = CoralDraftModel.from_target(target, tokenizer, **overrides)
-        trainer = CoralTrainer(
+        if self.router_groups is not None:
+            drafter.add_router(self.router_groups)
+        trainer = (CoralRouterTrainer if router_stage else CoralTrainer)(
             model=drafter,
             target_model=target,
             args=args,
@@ -159,6 +174,10 @@ class TrainCommand:
             eval_dataset=rows[: self.eval_rows] or None,
             processing_class=tokenizer,
         )
+        if self.shortlist_size is not None:
+            drafter.add_shortlist(
+                trainer.train_dataset.response_counts(drafter.config.vocab_size), self.shortlist_size
+            )
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         metrics = trainer.evaluate() if self.eval_rows else {}
         trainer.save_model()

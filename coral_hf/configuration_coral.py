@@ -8,8 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .lm_head_router import group_size
-
 
 SHAPES = ("eagle", "eagle3")
 FEATURE_LAYER_LAST = -1
@@ -268,10 +266,25 @@ def _target_rope_parameters(text: PreTrainedConfig) -> dict:
     return {**rope, "rope_theta": float(theta)}
 
 
+def group_size(vocab_size: int, num_groups: int) -> int:
+    """Ids per group, rounded up; every group holds at least one id.
+
+    Raises:
+        ValueError: if `num_groups` groups of that size leave one empty.
+    """
+    size = -(-vocab_size // num_groups) if num_groups > 0 else 0
+    if not 1 < num_groups <= vocab_size or (num_groups - 1) * size >= vocab_size:
+        raise ValueError(
+            f"router_groups={num_groups} does not split {vocab_size} ids into groups of equal size: choose a number "
+            f"from 2 to {vocab_size} that leaves no group empty, a power of two say."
+        )
+    return size
+
+
 def vocab_hash(tokenizer) -> str:
     """SHA-256 over a tokenizer's sorted (token, id) pairs: equal hashes mean that ids mean the same text."""
     pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
     return hashlib.sha256(json.dumps(pairs, ensure_ascii=True).encode()).hexdigest()
 
 
-__all__ = ["CoralDraftConfig", "vocab_hash"]
+__all__ = ["CoralDraftConfig", "group_size", "vocab_hash"]

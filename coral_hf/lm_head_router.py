@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .configuration_coral import group_size
+
 
 class LMHeadRouter(nn.Module):
     """Which groups of consecutive token ids are worth computing (CORAL section 3.2).
@@ -217,19 +219,4 @@ def gathered_logits(adapter: Any, hidden: torch.Tensor, groups: torch.LongTensor
     return adapter.transform_logits(logits).masked_fill(ids >= adapter.vocab_size, float("-inf"))
 
 
-def group_size(vocab_size: int, num_groups: int) -> int:
-    """Ids per group, rounded up; every group holds at least one id.
-
-    Raises:
-        ValueError: if `num_groups` groups of that size leave one empty.
-    """
-    size = -(-vocab_size // num_groups) if num_groups > 0 else 0
-    if not 1 < num_groups <= vocab_size or (num_groups - 1) * size >= vocab_size:
-        raise ValueError(
-            f"router_groups={num_groups} does not split {vocab_size} ids into groups of equal size: choose a number "
-            f"from 2 to {vocab_size} that leaves no group empty, a power of two say."
-        )
-    return size
-
-
-__all__ = ["DraftHead", "FrequencyShortlist", "LMHeadRouter", "gathered_logits", "group_size", "grouped_logits"]
+__all__ = ["DraftHead", "FrequencyShortlist", "LMHeadRouter", "gathered_logits", "grouped_logits"]

@@ -8,6 +8,7 @@ from conftest import FAMILIES, make_drafter, make_target, randomize
 from torch import nn
 
 from coral_hf import CoralDraftConfig, CoralDraftModel, TargetAdapter, coral_generate
+from coral_hf.configuration_coral import group_size
 from coral_hf.generation.candidate_generator import CoralCandidateGenerator
 from coral_hf.generation.settings import DraftSettings
 from coral_hf.lm_head_router import (
@@ -15,7 +16,6 @@ from coral_hf.lm_head_router import (
     FrequencyShortlist,
     LMHeadRouter,
     gathered_logits,
-    group_size,
     grouped_logits,
 )
 

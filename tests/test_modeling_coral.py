@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from coral_hf import CoralDraftConfig, CoralDraftModel, TargetAdapter
-from coral_hf.modeling_coral import DraftKeyValues, shift_rows
+from coral_hf.draft_layer import DraftKeyValues, shift_rows
 
 
 VARIANTS = {

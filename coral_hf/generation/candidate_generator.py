@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..modeling_coral import CoralDraftModel, DraftKeyValues
+from ..draft_layer import DraftKeyValues
+from ..modeling_coral import CoralDraftModel
 from ..target_adapter import TargetAdapter
 from .draft_tree import DraftTree, DraftTreeBuilder
 from .settings import DraftSettings

@@ -31,6 +31,13 @@ class CoralTrainingArguments(TrainingArguments):
             "where they are not given."
         },
     )
+    stage: str = field(
+        default="drafter",
+        metadata={
+            "help": "drafter, or router: trains the drafter's LM-head router alone, towards the target's probability "
+            "mass per group, after the drafter (CORAL section 3.2)."
+        },
+    )
     rollout_schedule: str | None = field(
         default=None,
         metadata={"help": "Rollout steps K over training, as 'K' or 'K:fraction,K:fraction', e.g. '1:0.6,3:0.4'."},
@@ -99,6 +106,8 @@ class CoralTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is unknown; choose one of {list(PRESETS)}.")
+        if self.stage not in ("drafter", "router"):
+            raise ValueError(f"stage={self.stage!r} is unknown; choose drafter or router.")
         schedule, csra_weight = PRESETS[self.preset]
         if self.rollout_schedule is None:
             self.rollout_schedule = schedule

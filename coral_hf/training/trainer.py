@@ -138,13 +138,16 @@ class CoralTrainer(Trainer):
 
     # One batch -------------------------------------------------------------------------------------------------
 
-    def rollout(self, model: nn.Module, inputs: dict[str, torch.Tensor], num_steps: int):
+    def rollout(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], num_steps: int, output_group_logits: bool = False
+    ):
         """Runs target (unless features are cached) and drafter over a batch.
 
         Args:
             model (`nn.Module`): the drafter, possibly wrapped.
             inputs: see [`CoralDataCollator`].
             num_steps (`int`): K.
+            output_group_logits (`bool`): run the LM-head router too.
 
         Returns:
             `tuple`: [`CoralRolloutOutput`]; target features `[B, S-1, H]` that row r must predict; and the rows that
@@ -168,6 +171,7 @@ class CoralTrainer(Trainer):
             features=read,
             num_steps=num_steps,
             document_ids=documents[:, 1:],
+            output_group_logits=output_group_logits,
         )
         # Row r predicts x_{r+2} and f_{r+1}, whose last-layer part comes last.
         trained = torch.zeros_like(ids[:, 1:], dtype=torch.bool)

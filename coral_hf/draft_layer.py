@@ -1,0 +1,202 @@
+"""The drafter's one decoder layer: its two shapes, its attention in training and drafting, and its KV cache."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
+
+from .configuration_coral import CoralDraftConfig
+
+
+class DraftKeyValues:
+    """The drafter's KV cache: preallocated, written at given slots, so that a draft step has static shapes.
+
+    Slots `[0, length)` hold rows built from true target features; whatever drafting writes behind them is scratch
+    that the next write overwrites.
+    """
+
+    def __init__(self, config: CoralDraftConfig, max_length: int, dtype: torch.dtype, device: torch.device | str):
+        shape = (1, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    @property
+    def max_length(self) -> int:
+        return self.keys.shape[2]
+
+    def write(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes `[1, kv_heads, T, head_dim]` at slots `[start, start + T)`, growing the buffer if it must."""
+        end = start + keys.shape[2]
+        if end > self.max_length:
+            self._grow(max(end, 2 * self.max_length))
+        self.keys[:, :, start:end] = keys
+        self.values[:, :, start:end] = values
+
+    def _grow(self, max_length: int) -> None:
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], max_length, old.shape[3])
+            new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+
+class CoralRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's RoPE, whose frequencies keep their dtype when the drafter is cast: in bf16 far positions would turn."""
+
+    def _apply(self, fn, *args, **kwargs):
+        exact = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
+        super()._apply(fn, *args, **kwargs)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+class CoralAttention(nn.Module):
+    """Grouped-query attention of the drafter: projections here, the two attention patterns as methods."""
+
+    def __init__(self, config: CoralDraftConfig, input_size: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.num_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        query_size, key_value_size = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(input_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(input_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(input_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def project(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`[B, S, input_size]` -> rotated queries `[B, heads, S, d]`, rotated keys and values `[B, kv_heads, S, d]`."""
+        batch, length = x.shape[:2]
+        query = self.q_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        key = self.k_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        value = self.v_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        query = query * cos + rotate_half(query) * sin
+        key = key * cos + rotate_half(key) * sin
+        return query, key.to(value.dtype), value
+
+    def merge(self, attended: torch.Tensor) -> torch.Tensor:
+        """`[B, heads, S, d]` -> `[B, S, H]`."""
+        batch, _, length, _ = attended.shape
+        return self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None):
+        """Plain attention with a bool mask `[B, 1, S, L]` (None: causal)."""
+        return F.scaled_dot_product_attention(
+            query.to(value.dtype), key, value, mask, is_causal=mask is None, scale=self.scaling, enable_gqa=True
+        )
+
+    def attend_rollout(
+        self,
+        query: torch.Tensor,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of rollout step k = len(keys) >= 2 in its diagonal form, O(S^2 + K S).
+
+        Row r sees true-feature columns c <= r-(k-1) of step 1 through `mask` `[B, 1, S, S]`, then its own chain: of
+        step j = 2..k the single row r-(k-j). One softmax over all of them (HASS section 3.2, with -inf masks).
+        """
+        batch, heads, length, dim = query.shape
+        k = len(keys)
+        grouped = query.reshape(batch, self.num_key_value_heads, self.num_groups, length, dim) * self.scaling
+        # softmax in float32 at least, as every attention implementation does
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        scores = torch.einsum("bgnsd,bgcd->bgnsc", grouped, keys[0])  # [B, kv, n, S, S]
+        scores = scores.to(dtype).masked_fill(~mask.unsqueeze(2), float("-inf"))
+        shifts = [k - j for j in range(2, k + 1)]
+        diagonal_keys = [shift_rows(key, shift, dim=2) for key, shift in zip(keys[1:], shifts, strict=True)]
+        diagonals = [(grouped * key.unsqueeze(2)).sum(-1, dtype=dtype) for key in diagonal_keys]
+        chain = torch.stack(diagonals, dim=-1)  # [B, kv, n, S, k-1]
+        weights = torch.cat([scores, chain], dim=-1).softmax(dim=-1).to(query.dtype)
+        attended = torch.einsum("bgnsc,bgcd->bgnsd", weights[..., :length], values[0])
+        for index, (value, shift) in enumerate(zip(values[1:], shifts, strict=True)):
+            attended = attended + weights[..., length + index, None] * shift_rows(value, shift, dim=2).unsqueeze(2)
+        return attended.reshape(batch, heads, length, dim)
+
+
+class CoralMLP(nn.Module):
+    """Llama's gated MLP."""
+
+    def __init__(self, config: CoralDraftConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class CoralDraftLayer(nn.Module):
+    """What both shapes share: attention, residual, post-attention norm, MLP."""
+
+    def __init__(self, config: CoralDraftConfig, attention_input_size: int):
+        super().__init__()
+        self.self_attn = CoralAttention(config, attention_input_size)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = CoralMLP(config)
+
+    def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Attention output `[B, heads, S, d]` and residual `[B, S, H]` -> the layer's output `[B, S, H]`."""
+        hidden = residual + self.self_attn.merge(attended)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class EagleDraftLayer(CoralDraftLayer):
+    """The paper's layer: attention over `fc([embedding ; feature])`, no input norm (`fc` lives in the model)."""
+
+    def __init__(self, config: CoralDraftConfig):
+        super().__init__(config, config.hidden_size)
+
+    def inputs(
+        self, embedding: torch.Tensor, feature: torch.Tensor, fc: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embedding and feature `[B, S, H]` -> attention input `[B, S, H]` and residual `[B, S, H]`."""
+        fused = fc(torch.cat([embedding, feature], dim=-1))
+        return fused, fused
+
+
+class Eagle3DraftLayer(CoralDraftLayer):
+    """EAGLE-3's layer: normed embedding and normed feature concatenated, residual from the feature."""
+
+    def __init__(self, config: CoralDraftConfig):
+        super().__init__(config, 2 * config.hidden_size)
+        self.norm_before_residual = config.norm_before_residual
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def inputs(
+        self, embedding: torch.Tensor, feature: torch.Tensor, fc: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embedding and feature `[B, S, H]` -> attention input `[B, S, 2H]` and residual `[B, S, H]`."""
+        normed = self.hidden_norm(feature)
+        residual = normed if self.norm_before_residual else feature
+        return torch.cat([self.input_layernorm(embedding), normed], dim=-1), residual
+
+
+def shift_rows(x: torch.Tensor, count: int, dim: int, fill: float = 0) -> torch.Tensor:
+    """Moves rows `count` places towards higher indices along `dim`; the first `count` become `fill`."""
+    if count == 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] = min(count, shape[dim])
+    kept = x.narrow(dim, 0, x.shape[dim] - shape[dim])
+    return torch.cat([x.new_full(shape, fill), kept], dim=dim)
+
+
+__all__ = [
+    "CoralDraftLayer",
+    "CoralRotaryEmbedding",
+    "DraftKeyValues",
+    "Eagle3DraftLayer",
+    "EagleDraftLayer",
+    "shift_rows",
+]

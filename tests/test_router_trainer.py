@@ -1,0 +1,103 @@
+"""The router stage: what it moves, what it measures, and that plain formulas agree."""
+
+import pytest
+import torch
+from conftest import make_drafter, make_target
+from test_trainer import make_args, random_rows, weights
+
+from coral_hf import CoralDraftModel, TargetAdapter
+from coral_hf.lm_head_router import LMHeadRouter
+from coral_hf.training.arguments import CoralTrainingArguments
+from coral_hf.training.losses import router_loss
+from coral_hf.training.router_trainer import CoralRouterTrainer
+
+
+def make_trainer(folder, target, drafter, **kwargs):
+    return CoralRouterTrainer(
+        model=drafter,
+        target_model=target,
+        args=make_args(folder, stage="router", rollout_schedule="3", **kwargs),
+        train_dataset=random_rows(16),
+        eval_dataset=random_rows(16),  # responses are random: only what was seen can be learnt
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [3, 100])
+def test_router_loss_equals_the_plain_formula(chunk_size):
+    adapter = TargetAdapter(make_target("gemma3_text"))
+    router = LMHeadRouter(32, 128, 7, 8).double()
+    features, hidden = torch.randn(2, 10, 32, dtype=torch.float64).unbind(0)
+    p = adapter.logits(features).softmax(-1)
+    loss, mass, best = router_loss(router(hidden), features, adapter.logits, router.group_mass, chunk_size=chunk_size)
+    expected = torch.zeros(10, 7, dtype=torch.float64)
+    for token in range(128):
+        expected[:, token // router.group_size] += p[:, token]
+    torch.testing.assert_close(mass, expected)
+    assert torch.equal(best, p.argmax(-1))
+    plain = -(expected * router(hidden).log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(loss, plain)
+    ours = torch.autograd.grad(loss, router.up_proj.weight)[0]
+    torch.testing.assert_close(ours, torch.autograd.grad(plain, router.up_proj.weight)[0])
+
+
+def test_only_the_router_moves_and_recall_rises(tmp_path):
+    target = make_target(dtype=torch.float32)
+    drafter = make_drafter(target, dtype=torch.float32)
+    drafter.add_router(8)
+    before, target_before = weights(drafter), weights(target)
+    trainer = make_trainer(tmp_path, target, drafter, num_train_epochs=15)
+    first = trainer.evaluate()
+    trainer.train()
+    last = trainer.evaluate()
+    assert last["eval_loss"] < first["eval_loss"]
+    assert last["eval_uncovered_2"] < first["eval_uncovered_2"]
+    assert last["eval_recall_8"] == pytest.approx(1)
+    assert abs(last["eval_uncovered_8"]) < 1e-5
+    for name, tensor in weights(drafter).items():
+        assert torch.equal(tensor, before[name]) != name.startswith("router."), name
+    for name, tensor in weights(target).items():
+        assert torch.equal(tensor, target_before[name]), name
+    assert {"recall_1", "uncovered_4", "response_tokens"} <= set(
+        trainer.state.log_history[0] | trainer.state.log_history[1]
+    )
+    trainer.save_model(tmp_path / "saved")
+    loaded = CoralDraftModel.from_pretrained(tmp_path / "saved")
+    for name, tensor in weights(drafter).items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+def test_accumulation_gives_the_same_router(tmp_path):
+    results = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        target = make_target(dtype=torch.float64)
+        drafter = make_drafter(target)
+        torch.manual_seed(0)
+        drafter.add_router(8)
+        trainer = CoralRouterTrainer(
+            model=drafter,
+            target_model=target,
+            args=make_args(
+                tmp_path,
+                stage="router",
+                rollout_schedule="1",
+                csra_weight=0,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulation,
+                max_steps=1,
+                max_grad_norm=0,
+                optim="sgd",
+            ),
+            train_dataset=random_rows(4),
+        )
+        trainer.train()
+        results.append(weights(drafter.router))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(tensor, results[1][name], rtol=1e-9, atol=1e-9)
+
+
+def test_router_stage_needs_a_router(tmp_path):
+    target = make_target(dtype=torch.float32)
+    with pytest.raises(ValueError, match="add_router"):
+        make_trainer(tmp_path, target, make_drafter(target))
+    with pytest.raises(ValueError, match="stage='head'"):
+        CoralTrainingArguments(output_dir=str(tmp_path), stage="head")
