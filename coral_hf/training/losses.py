@@ -132,40 +132,40 @@ def regression_loss(hidden: torch.Tensor, target_features: torch.Tensor) -> torc
     return F.smooth_l1_loss(hidden.to(dtype), target_features.to(dtype))
 
 
-def router_loss(
-    group_logits: torch.Tensor,
+@torch.no_grad()
+def target_group_mass(
     target_features: torch.Tensor,
     logits_fn: LogitsFunction,
     group_mass: Callable[[torch.Tensor], torch.Tensor],
     *,
     chunk_size: int = 256,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy of the router against the target's probability mass per group (CORAL section 3.2).
+) -> tuple[torch.Tensor, torch.LongTensor]:
+    """What the LM-head router is trained towards: P(g), the target's probability mass per group (CORAL section 3.2).
 
     Args:
-        group_logits (`torch.Tensor` of shape `[M, G]`): the router's outputs.
-        target_features (`torch.Tensor` of shape `[M, H]`): the target's features at the same positions.
+        target_features (`torch.Tensor` of shape `[M, H]`).
         logits_fn: `TargetAdapter.logits`.
-        group_mass: `LMHeadRouter.group_mass`.
+        group_mass: `LMHeadRouter.group_mass`, `[C, V]` -> `[C, G]`.
         chunk_size (`int`): rows whose fp32 logits exist at one time.
 
     Returns:
-        `tuple`: the loss, scalar and differentiable in `group_logits`; the target's mass per group `[M, G]`; and its
-        argmax token `[M]`.
+        `tuple`: P(g) `[M, G]` and the target's argmax token `[M]`.
     """
-    dtype = torch.promote_types(group_logits.dtype, torch.float32)
-    if not len(group_logits):
-        empty = torch.zeros(0, dtype=torch.long, device=group_logits.device)
-        return group_logits.sum() * 0.0, group_logits.detach().to(dtype), empty
     masses, best = [], []
-    with torch.no_grad(), torch.autocast(group_logits.device.type, enabled=False):
-        for features in target_features.split(chunk_size):
-            p = logits_fn(features).to(dtype).softmax(dim=-1)  # [C, V]
+    with torch.autocast(target_features.device.type, enabled=False):
+        # an empty batch is one empty chunk
+        for features in target_features.split(chunk_size) or (target_features,):
+            logits = logits_fn(features)
+            p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)  # [C, V]
             masses.append(group_mass(p))
             best.append(p.argmax(dim=-1))
-    mass = torch.cat(masses)
-    loss = -(mass * group_logits.to(dtype).log_softmax(dim=-1)).sum(-1).mean()
-    return loss, mass, torch.cat(best)
+    return torch.cat(masses), torch.cat(best)
+
+
+def router_loss(group_logits: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the router's `[M, G]` logits against the target's mass per group `[M, G]`; scalar."""
+    log_probs = group_logits.to(mass.dtype).log_softmax(dim=-1)
+    return -(mass * log_probs).sum() / max(len(mass), 1)
 
 
 def csra_loss(
@@ -230,4 +230,11 @@ def csra_loss(
     return -per_anchor.sum() / (positives > 0).sum().clamp(min=1)
 
 
-__all__ = ["ClassificationResult", "chunked_classification_loss", "csra_loss", "regression_loss", "router_loss"]
+__all__ = [
+    "ClassificationResult",
+    "chunked_classification_loss",
+    "csra_loss",
+    "regression_loss",
+    "router_loss",
+    "target_group_mass",
+]

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .losses import router_loss
+from .losses import router_loss, target_group_mass
 from .trainer import CoralTrainer
 
 
@@ -50,16 +50,16 @@ class CoralRouterTrainer(CoralTrainer):
     def _router_terms(self, model, inputs, num_steps: int):
         """Mean loss over all steps' rows, trained rows of step 1, recall and uncovered mass, and the outputs."""
         outputs, targets, trained = self.rollout(model, inputs, num_steps, output_group_logits=True)
-        rows = [trained & valid for valid in outputs.valid]
-        group_logits = torch.cat([logits[r] for logits, r in zip(outputs.group_logits, rows, strict=True)])
         router = self.model.router
-        loss, mass, best = router_loss(
-            group_logits,
-            torch.cat([targets[r] for r in rows]),
-            self.adapter.logits,
-            router.group_mass,
-            chunk_size=self.args.loss_chunk_size,
+        # Every step predicts the same rows: one pass of the target's head serves them all.
+        mass, best = target_group_mass(
+            targets[trained], self.adapter.logits, router.group_mass, chunk_size=self.args.loss_chunk_size
         )
+        kept = [valid[trained] for valid in outputs.valid]
+        pairs = list(zip(outputs.group_logits, kept, strict=True))
+        group_logits = torch.cat([logits[trained][rows] for logits, rows in pairs])
+        mass, best = torch.cat([mass[rows] for rows in kept]), torch.cat([best[rows] for rows in kept])
+        loss = router_loss(group_logits, mass)
         metrics = {}
         order = group_logits.detach().argsort(dim=-1, descending=True)
         for count in (n for n in RECALL_AT if n <= router.num_groups):
