@@ -191,6 +191,7 @@ class BenchmarkCommand:
     """Time plain and CORAL decoding side by side and write benchmark.json.
 
     Example: coral-hf benchmark --target demo --drafter demo --data mt_bench.jsonl --limit 10 --output outputs/bench
+        --method chain:draft_top_k=1 tree:draft_top_k=4,draft_total_tokens=16 lookup:prompt_lookup_num_tokens=5
     """
 
     data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows."})
@@ -200,28 +201,24 @@ class BenchmarkCommand:
     dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the target."})
     limit: int | None = field(default=None, metadata={"help": "Prompts per file."})
     max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated per prompt."})
-    draft_depth: int | None = field(default=None, metadata={"help": "Levels drafted (default: the drafter's)."})
-    draft_top_k: int | None = field(default=None, metadata={"help": "Branches per node; 1 drafts a chain."})
-    draft_total_tokens: int | None = field(default=None, metadata={"help": "Nodes verified, the root included."})
+    method: list[str] = field(
+        default_factory=lambda: ["coral"],
+        metadata={"help": "What to compare with plain decoding, as NAME or NAME:setting=value,setting=value."},
+    )
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
-        from .evaluation.benchmark import print_table, run_benchmark
+        from .evaluation.benchmark import Method, print_table, run_benchmark
         from .evaluation.prompts import read_prompts
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         prompts = read_prompts(self.data, self.limit)
+        drafter = load_drafter(self.drafter)
+        methods = [Method.parse(text, drafter) for text in self.method]
         target, tokenizer = load_target(self.target, self.dtype)
-        settings = {
-            name: getattr(self, name)
-            for name in ("draft_depth", "draft_top_k", "draft_total_tokens")
-            if getattr(self, name) is not None
-        }
-        record = run_benchmark(
-            target, tokenizer, load_drafter(self.drafter), prompts, self.output, self.max_new_tokens, settings
-        )
-        print_table(record)
+        drafter.to(target.dtype)
+        print_table(run_benchmark(target, tokenizer, methods, prompts, self.output, self.max_new_tokens))
         return 0
 
 

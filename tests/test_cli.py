@@ -90,10 +90,13 @@ def test_regenerate_train_benchmark(folder, capsys, monkeypatch):
         assert (folder / preset / "model.safetensors").exists()
         metrics = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
         assert metrics["eval_acceptance_length"] >= 1.0
+    methods = ["coral", "tree:draft_top_k=2,draft_total_tokens=7", "lookup:prompt_lookup_num_tokens=3"]
     arguments = ["benchmark", *common, "--drafter", "coral", "--data", "prompts.jsonl", "--limit", "2"]
-    assert main([*arguments, "--max-new-tokens", "10", "--output", "bench", "--draft-top-k", "2"]) == 0
+    assert main([*arguments, "--max-new-tokens", "10", "--output", "bench", "--method", *methods]) == 0
     record = json.loads((folder / "bench" / "benchmark.json").read_text())
     assert not record["partial"]
     rows = {(row["method"], row["benchmark"]): row for row in record["runs"]}
-    assert rows["coral", "all"]["identical"] == rows["coral", "all"]["n_prompts"] == 2
+    for method in ("plain", "coral", "tree", "lookup"):
+        assert rows[method, "all"]["identical"] == rows[method, "all"]["n_prompts"] == 2
+    assert rows["lookup", "all"]["acceptance_length"] is None
     assert {"torch", "transformers", "device", "dtype", "threads", "commit"} <= set(record["environment"])

@@ -1,4 +1,4 @@
-"""One benchmark run: plain `generate` and CORAL, interleaved prompt by prompt."""
+"""One benchmark run: plain `generate` and any number of methods, interleaved prompt by prompt."""
 
 import json
 import os
@@ -54,30 +54,66 @@ def _synchronize(device: torch.device) -> None:
 
 
 @dataclass
-class _Results:
-    """Paired measurements of one benchmark."""
+class Method:
+    """One way to generate: plain decoding, or a drafter with its settings.
 
-    plain: list[Measurement] = field(default_factory=list)
-    coral: list[Measurement] = field(default_factory=list)
+    Args:
+        name (`str`): as in the record; "plain" is taken.
+        drafter ([`CoralDraftModel`], *optional*): None for plain decoding.
+        settings (`dict`): [`DraftSettings`] to override, or other fields of a generation config
+            (`prompt_lookup_num_tokens` without a drafter is prompt lookup).
+    """
 
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        plain_speed, coral_speed = _speed(self.plain), _speed(self.coral)
-        ratios = [c.tokens_per_second / p.tokens_per_second for p, c in zip(self.plain, self.coral, strict=True)]
+    name: str
+    drafter: Any = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str, drafter: Any) -> "Method":
+        """`'tree:draft_top_k=4,draft_total_tokens=16'` -> [`Method`]; `'lookup:prompt_lookup_num_tokens=5'` has no drafter.
+
+        Raises:
+            ValueError: if it does not parse.
+        """
+        name, _, rest = text.partition(":")
+        settings: dict[str, Any] = {}
+        for part in filter(None, rest.split(",")):
+            key, equals, value = part.partition("=")
+            if not equals:
+                raise ValueError(f"--method {text!r}: write NAME:setting=value,setting=value.")
+            try:
+                settings[key.strip()] = json.loads(value)
+            except json.JSONDecodeError:
+                settings[key.strip()] = value.strip()
+        if not name or name == "plain":
+            raise ValueError(f"--method {text!r}: give it a name other than 'plain', which is always measured.")
+        return cls(name, None if "prompt_lookup_num_tokens" in settings else drafter, settings)
+
+
+def result_row(method: str, name: str, plain: list[Measurement], measured: list[Measurement]) -> dict[str, Any]:
+    """One row of the record: a method on one benchmark, paired with plain decoding prompt by prompt."""
+    ratios = [c.tokens_per_second / p.tokens_per_second for p, c in zip(plain, measured, strict=True)]
+    row = {
+        "method": method,
+        "benchmark": name,
+        "temperature": 0.0,
+        "n_prompts": len(measured),
+        "new_tokens": _tokens(measured),
+        "tokens_per_second": _speed(measured),
+        # the median over prompts is robust against a neighbour's burst; the spread says how much there was
+        "speedup": statistics.median(ratios),
+        "speedup_quartiles": _quartiles(ratios),
+        "acceptance_length": 1.0 if method == "plain" else None,
+        "identical": sum(p.new_ids == c.new_ids for p, c in zip(plain, measured, strict=True)),
+    }
+    if measured[0].stats is not None:
         stats = DraftStats()
-        for measurement in self.coral:
+        for measurement in measured:
             stats = stats.merge(measurement.stats)
-        pairs = list(zip(self.plain, self.coral, strict=True))
-        return [
-            {"method": "plain", "benchmark": name, "temperature": 0.0, "n_prompts": len(self.plain)}
-            | {"new_tokens": _tokens(self.plain), "tokens_per_second": plain_speed, "speedup": 1.0}
-            | {"acceptance_length": 1.0, "identical": len(self.plain)},
-            {"method": "coral", "benchmark": name, "temperature": 0.0, "n_prompts": len(self.coral)}
-            | {"new_tokens": _tokens(self.coral), "tokens_per_second": coral_speed}
-            # the median over prompts is robust against a neighbour's burst; the spread says how much there was
-            | {"speedup": statistics.median(ratios), "speedup_quartiles": _quartiles(ratios)}
-            | {"acceptance_length": stats.acceptance_length, "acceptance_per_depth": stats.acceptance_per_depth}
-            | {"steps": stats.steps, "identical": sum(p.new_ids == c.new_ids for p, c in pairs)},
-        ]
+        row["acceptance_length"] = stats.acceptance_length
+        row["acceptance_per_depth"] = stats.acceptance_per_depth
+        row["steps"] = stats.steps
+    return row
 
 
 def _tokens(measurements: list[Measurement]) -> int:
@@ -98,68 +134,77 @@ def _quartiles(values: list[float]) -> list[float]:
 def run_benchmark(
     target: Any,
     tokenizer: Any,
-    drafter: Any,
+    methods: Sequence[Method],
     prompts: Sequence[Prompt],
     output: str | Path,
     max_new_tokens: int = 128,
-    settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Answers every prompt twice, plain and with the drafter, and writes `benchmark.json`.
+    """Answers every prompt with plain `generate` and with every method, and writes `benchmark.json`.
 
-    Both methods answer a prompt before either answers the next, the order changing from prompt to prompt, so that a
-    drift of the machine hits both alike. Later turns follow on plain's answers. The record is rewritten after every
-    prompt and says `"partial": true` until the last.
+    All methods answer a prompt before any answers the next, the order turning from prompt to prompt, so that a drift of
+    the machine hits all alike. Later turns follow on plain's answers. The record is rewritten after every prompt and
+    says `"partial": true` until the last.
 
     Args:
-        target (`PreTrainedModel`), tokenizer, drafter ([`CoralDraftModel`])
+        target (`PreTrainedModel`), tokenizer
+        methods (`list[Method]`): what is compared with plain decoding.
         prompts (`list[Prompt]`): see [`read_prompts`].
         output (`str` or `Path`): folder of the record.
         max_new_tokens (`int`): per turn.
-        settings (`dict`, *optional*): [`DraftSettings`] to override.
 
     Returns:
-        `dict`: the record, with `environment`, `settings`, `partial` and `runs` (one row per method and benchmark;
+        `dict`: the record, with `environment`, `methods`, `partial` and `runs` (one row per method and benchmark;
         `identical` counts equal outputs, `speedup` is the median of the paired ratios of tokens per second).
+
+    Raises:
+        ValueError: if two methods have the same name.
     """
-    settings = settings or {}
+    methods = [Method("plain"), *methods]
+    names = [method.name for method in methods]
+    if len(set(names)) < len(names):
+        raise ValueError(f"The methods are named {names}: give each a name of its own.")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     warm_up = encode_context(tokenizer, prompts[0].turns[:1])
-    for assistant in (None, drafter):
-        measure(target, warm_up, min(16, max_new_tokens), assistant, **(settings if assistant is not None else {}))
+    for method in methods:
+        measure(target, warm_up, min(16, max_new_tokens), method.drafter, **method.settings)
     record: dict[str, Any] = {
         "environment": describe_environment(target.device, target.dtype),
         "target": target.config._name_or_path,
-        "drafter": drafter.config._name_or_path,
+        "drafter": next((m.drafter.config._name_or_path for m in methods if m.drafter is not None), None),
         "max_new_tokens": max_new_tokens,
-        "settings": settings,
+        "methods": {method.name: method.settings for method in methods[1:]},
         "partial": True,
         "runs": [],
     }
-    results: dict[str, _Results] = {}
+    # benchmark -> method -> measurements, in the order of the prompts
+    results: dict[str, dict[str, list[Measurement]]] = {}
     for index, prompt in enumerate(tqdm(prompts, desc="benchmark", unit="prompt")):
         responses: list[str] = []
         for turn in range(len(prompt.turns)):
             ids = encode_context(tokenizer, prompt.turns[: turn + 1], responses)
-            measured = {}
-            for assistant in (None, drafter) if index % 2 == 0 else (drafter, None):
-                extra = {} if assistant is None else settings
-                measured[assistant is not None] = measure(target, ids, max_new_tokens, assistant, **extra)
-            results.setdefault(prompt.benchmark, _Results())
-            results[prompt.benchmark].plain.append(measured[False])
-            results[prompt.benchmark].coral.append(measured[True])
-            responses.append(tokenizer.decode(measured[False].new_ids, skip_special_tokens=True))
+            first = index % len(methods)
+            measured = {
+                method.name: measure(target, ids, max_new_tokens, method.drafter, **method.settings)
+                for method in methods[first:] + methods[:first]
+            }
+            by_method = results.setdefault(prompt.benchmark, {name: [] for name in names})
+            for name in names:
+                by_method[name].append(measured[name])
+            responses.append(tokenizer.decode(measured["plain"].new_ids, skip_special_tokens=True))
         _write(folder, record, results, partial=True)
     return _write(folder, record, results, partial=False)
 
 
-def _write(folder: Path, record: dict[str, Any], results: dict[str, _Results], partial: bool) -> dict[str, Any]:
-    overall = _Results()
-    for result in results.values():
-        overall.plain += result.plain
-        overall.coral += result.coral
-    rows = [row for name, result in results.items() for row in result.rows(name)]
-    record = {**record, "partial": partial, "runs": rows + overall.rows("all")}
+def _write(folder: Path, record: dict[str, Any], results: dict[str, dict], partial: bool) -> dict[str, Any]:
+    names = list(next(iter(results.values())))
+    overall = {name: [m for result in results.values() for m in result[name]] for name in names}
+    rows = [
+        result_row(name, benchmark, result["plain"], result[name])
+        for benchmark, result in [*results.items(), ("all", overall)]
+        for name in names
+    ]
+    record = {**record, "partial": partial, "runs": rows}
     part = folder / "benchmark.json.part"
     part.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(part, folder / "benchmark.json")
@@ -167,28 +212,27 @@ def _write(folder: Path, record: dict[str, Any], results: dict[str, _Results], p
 
 
 def print_table(record: dict[str, Any]) -> None:
-    """Prints a record's CORAL rows as a table."""
+    """Prints a record's rows as a table."""
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError as error:
         raise ImportError("The table needs rich: pip install 'coral-hf[eval]'.") from error
     table = Table(title=f"{record['target']}, {record['environment']['dtype']}, {record['environment']['device']}")
-    for column in ("benchmark", "prompts", "plain tok/s", "CORAL tok/s", "speedup", "tau", "identical"):
-        table.add_column(column, justify="left" if column == "benchmark" else "right")
-    plain = {row["benchmark"]: row for row in record["runs"] if row["method"] == "plain"}
+    for column in ("benchmark", "method", "prompts", "tok/s", "speedup", "tau", "identical"):
+        table.add_column(column, justify="left" if column in ("benchmark", "method") else "right")
     for row in record["runs"]:
-        if row["method"] != "plain":
-            table.add_row(
-                row["benchmark"],
-                str(row["n_prompts"]),
-                f"{plain[row['benchmark']]['tokens_per_second']:.1f}",
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['speedup']:.2f}x",
-                f"{row['acceptance_length']:.2f}",
-                f"{row['identical']}/{row['n_prompts']}",
-            )
+        tau = row["acceptance_length"]
+        table.add_row(
+            row["benchmark"],
+            row["method"],
+            str(row["n_prompts"]),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['speedup']:.2f}x",
+            "-" if tau is None else f"{tau:.2f}",
+            f"{row['identical']}/{row['n_prompts']}",
+        )
     Console().print(table)
 
 
-__all__ = ["Measurement", "measure", "print_table", "run_benchmark"]
+__all__ = ["Measurement", "Method", "measure", "print_table", "run_benchmark"]

@@ -1,0 +1,94 @@
+"""How much of the target's probability a router or a frequency shortlist leaves uncovered, at equal active rows.
+
+coral-hf regenerate --prompts dev.jsonl --output dev_responses.jsonl --dtype float32 --max_new_tokens 128
+python examples/compare_heads.py --drafter outputs/router --responses dev_responses.jsonl --counts responses/ --json FILE
+
+Runs the drafter over the responses (three rollout steps) and reports, for 1/32 to 1/2 of the vocabulary: the mean
+target mass outside the active ids (`uncovered`) and how often the target's argmax is inside (`recall`), for the routed
+groups, for the most frequent ids counted on other responses, and for half and half of both.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+
+from coral_hf import CoralDraftModel, TargetAdapter, demo
+from coral_hf.evaluation.environment import describe_environment
+from coral_hf.training.data import ConversationDataset, read_rows
+
+
+@dataclass
+class ScriptArguments:
+    drafter: str = field(metadata={"help": "Folder of a drafter with a router."})
+    responses: list[str] = field(metadata={"help": "Responses to measure on."})
+    counts: list[str] = field(metadata={"help": "Responses that token frequencies are counted on."})
+    steps: int = field(default=3, metadata={"help": "Rollout steps whose outputs the router sees."})
+    threads: int = field(default=2, metadata={"help": "CPU threads."})
+    json: str | None = field(default=None, metadata={"help": "Write the record here."})
+
+
+@torch.no_grad()
+def collect(drafter, adapter, dataset, steps: int):
+    """Drafter outputs `[M, H]` of every step and the target's features `[M, H]` that they predict."""
+    outputs, targets = [], []
+    for index in range(len(dataset)):
+        item = dataset[index]
+        ids, response = item["input_ids"][None], item["response_mask"][None]
+        features = adapter.compute_features(ids).float()
+        rollout = drafter(adapter.embed(ids[:, 1:]).float(), features[:, :-1], num_steps=steps)
+        rows = torch.zeros_like(response[:, 1:])
+        rows[:, :-1] = response[:, 2:]
+        for hidden, valid in zip(rollout.hidden_states, rollout.valid, strict=True):
+            outputs.append(hidden[rows & valid])
+            targets.append(features[:, 1:][rows & valid])
+    return torch.cat(outputs), torch.cat(targets)
+
+
+@torch.no_grad()
+def main() -> None:
+    script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    torch.set_num_threads(script.threads)
+    target, _ = demo.load_target(torch.float32)
+    drafter = CoralDraftModel.from_pretrained(script.drafter).float().eval()
+    adapter, router = TargetAdapter(target), drafter.router
+    vocab_size = adapter.vocab_size
+    counts = ConversationDataset(read_rows(script.counts), None, 2048).response_counts(vocab_size)
+    rank = torch.empty(vocab_size, dtype=torch.long)
+    rank[counts.argsort(descending=True, stable=True)] = torch.arange(vocab_size)
+    hidden, features = collect(
+        drafter, adapter, ConversationDataset(read_rows(script.responses), None, 2048), script.steps
+    )
+    group_of = torch.arange(vocab_size) // router.group_size
+    sums: dict[tuple[str, int], torch.Tensor] = {}
+    for chunk, target_chunk in zip(hidden.split(256), features.split(256), strict=True):
+        p = adapter.logits(target_chunk).softmax(-1)
+        best = p.argmax(-1, keepdim=True)
+        place = router(chunk).argsort(-1, descending=True).argsort(-1)[:, group_of]  # [C, V]: its group's rank
+        for share in (32, 16, 8, 4, 2):
+            groups, size = max(1, router.num_groups // share), vocab_size // share
+            active = {"router": place < groups, "list": (rank < size).expand_as(p)}
+            # the routed half may name ids of the list again: count only what is computed once
+            active["both"] = (place < max(1, groups // 2)) | (rank < size // 2)
+            for name, mask in active.items():
+                covered, found = (p * mask).sum(-1).sum(), mask.gather(1, best).float().sum()
+                sums[name, share] = sums.get((name, share), torch.zeros(2)) + torch.stack([covered, found])
+    rows = [
+        {"head": name, "active_share": 1 / share, "uncovered": 1 - (total[0] / len(hidden)).item()}
+        | {"recall": (total[1] / len(hidden)).item()}
+        for (name, share), total in sums.items()
+    ]
+    for row in rows:
+        print(
+            f"{row['head']:>7} {row['active_share']:.4f} uncovered {row['uncovered']:.4f} recall {row['recall']:.4f}"
+        )
+    if script.json is not None:
+        record = {"environment": describe_environment(target.device, target.dtype), "rows_measured": len(hidden)}
+        record |= {"router_groups": router.num_groups, "steps": script.steps, "curve": rows}
+        Path(script.json).write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
