@@ -192,19 +192,37 @@ def grouped_logits(adapter: Any, hidden: torch.Tensor, groups: torch.LongTensor,
     if groups.device.type != "cpu":
         return gathered_logits(adapter, hidden, groups, size)
     rows, shared = hidden.shape[1], groups.shape[1] == 1
-    logits = hidden.new_full((1, rows, groups.shape[2], size), float("-inf"), dtype=adapter.head_dtype)
+    features = hidden.to(adapter.head_dtype)
+    if shared or rows == 1:
+        parts = [_group_logits(adapter, features, group, size) for group in groups[0, 0].tolist()]
+        return _without_padding(adapter, torch.stack(parts, dim=2), groups)
+    logits = features.new_empty(1, rows, groups.shape[2], size)
     users: dict[int, list[tuple[int, int]]] = {}
     for row, row_groups in enumerate(groups[0].tolist()):
         for place, group in enumerate(row_groups):
             users.setdefault(group, []).append((row, place))
     for group, places in users.items():
-        ids = slice(group * size, min((group + 1) * size, adapter.vocab_size))
-        width = ids.stop - ids.start
-        if shared or rows == 1:
-            logits[:, :, places[0][1], :width] = adapter.logits(hidden, token_ids=ids)
-        else:
-            row, place = (list(column) for column in zip(*places, strict=True))
-            logits[0, row, place, :width] = adapter.logits(hidden[0, row], token_ids=ids)
+        row, place = (list(column) for column in zip(*places, strict=True))
+        logits[0, row, place] = _group_logits(adapter, features[0, row], group, size)
+    return _without_padding(adapter, logits, groups)
+
+
+def _group_logits(adapter: Any, features: torch.Tensor, group: int, size: int) -> torch.Tensor:
+    """Untransformed logits `[..., size]` of one group, through a view of the head."""
+    ids = slice(group * size, min((group + 1) * size, adapter.vocab_size))
+    bias = getattr(adapter.head, "bias", None)
+    logits = F.linear(features, adapter.head.weight[ids], None if bias is None else bias[ids])
+    return F.pad(logits, (0, size - logits.shape[-1])) if logits.shape[-1] < size else logits
+
+
+def _without_padding(adapter: Any, logits: torch.Tensor, groups: torch.LongTensor) -> torch.Tensor:
+    """Transforms `[1, T, k, size]` logits, then marks what lies past the vocabulary: soft-capping would lift a -inf."""
+    logits, size = adapter.transform_logits(logits), logits.shape[-1]
+    last = (adapter.vocab_size - 1) // size
+    width = adapter.vocab_size - last * size
+    if width < size:
+        padding = torch.arange(size, device=logits.device) >= width
+        logits = logits.masked_fill((groups == last)[..., None] & padding, float("-inf"))
     return logits
 
 
