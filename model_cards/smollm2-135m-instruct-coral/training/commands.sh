@@ -14,3 +14,15 @@ coral-hf train $common $constant --data first.jsonl --output_dir s3 --drafter s2
 coral-hf train $common --preset coral --rollout-schedule 3 --data all --output_dir s4 --drafter s3/last --threads 2 \
     --seed 11 --learning_rate 1e-3 --lr_scheduler_type linear --warmup_steps 10 --max_steps 300 \
     --loss_vocab_size 8192 --loss_negatives 4096 --feature_noise 0.2 --weight_decay 0.1
+
+# Afterwards, without training: the frequency shortlist that drafting is limited to, and the default draft size.
+python - <<'SHORTLIST'
+from coral_hf import CoralDraftModel
+from coral_hf.training.data import ConversationDataset, read_rows
+
+drafter = CoralDraftModel.from_pretrained("s4", dtype="bfloat16")
+counts = ConversationDataset(read_rows(["all"]), None, 2048).response_counts(drafter.config.vocab_size)
+drafter.add_shortlist(counts, 4096)
+drafter.config.draft_depth, drafter.config.draft_top_k, drafter.config.draft_total_tokens = 2, 2, 4
+drafter.save_pretrained("final")
+SHORTLIST
