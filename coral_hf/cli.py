@@ -205,11 +205,13 @@ class BenchmarkCommand:
         default_factory=lambda: ["coral"],
         metadata={"help": "What to compare with plain decoding, as NAME or NAME:setting=value,setting=value."},
     )
+    profile: bool = field(default=False, metadata={"help": "Then write where a step's time goes to step_time.json."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
         from .evaluation.benchmark import Method, print_table, run_benchmark
         from .evaluation.prompts import read_prompts
+        from .evaluation.step_profile import profile_methods
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -219,6 +221,8 @@ class BenchmarkCommand:
         target, tokenizer = load_target(self.target, self.dtype)
         drafter.to(target.dtype)
         print_table(run_benchmark(target, tokenizer, methods, prompts, self.output, self.max_new_tokens))
+        if self.profile:
+            profile_methods(target, tokenizer, methods, prompts, self.output, self.max_new_tokens)
         return 0
 
 

@@ -92,9 +92,19 @@ def test_regenerate_train_benchmark(folder, capsys, monkeypatch):
         assert metrics["eval_acceptance_length"] >= 1.0
     methods = ["coral", "tree:draft_top_k=2,draft_total_tokens=7", "lookup:prompt_lookup_num_tokens=3"]
     arguments = ["benchmark", *common, "--drafter", "coral", "--data", "prompts.jsonl", "--limit", "2"]
-    assert main([*arguments, "--max-new-tokens", "10", "--output", "bench", "--method", *methods]) == 0
+    assert (
+        main([*arguments, "--max-new-tokens", "10", "--output", "bench", "--profile", "true", "--method", *methods])
+        == 0
+    )
     record = json.loads((folder / "bench" / "benchmark.json").read_text())
     assert not record["partial"]
+    profile = json.loads((folder / "bench" / "step_time.json").read_text())["methods"]
+    assert set(profile) == {"coral", "tree"}
+    for row in profile.values():
+        parts = row["milliseconds"]
+        assert 0 < parts["other_share"] < 1
+        named = sum(value for name, value in parts.items() if name not in ("step", "other_share"))
+        assert named == pytest.approx(parts["step"])
     rows = {(row["method"], row["benchmark"]): row for row in record["runs"]}
     for method in ("plain", "coral", "tree", "lookup"):
         assert rows[method, "all"]["identical"] == rows[method, "all"]["n_prompts"] == 2

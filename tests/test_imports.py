@@ -20,7 +20,15 @@ ALLOWED = {
     "modeling_coral": {"configuration_coral", "lm_head_router", "draft_layer", "draft_initialization"},
     "generation": {"configuration_coral", "lm_head_router", "draft_layer", "modeling_coral", "target_adapter"},
     "training": {"configuration_coral", "modeling_coral", "target_adapter", "jsonl"},
-    "evaluation": {"configuration_coral", "modeling_coral", "target_adapter", "generation", "demo", "jsonl"},
+    "evaluation": {
+        "configuration_coral",
+        "lm_head_router",
+        "modeling_coral",
+        "target_adapter",
+        "generation",
+        "demo",
+        "jsonl",
+    },
     "demo": {"modeling_coral"},
 }
 # tensors only: no model in here

@@ -1,0 +1,122 @@
+"""Where the time of a decoding step goes: target forward, drafter layer, draft head, tree, everything else."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from ..generation.candidate_generator import CoralCandidateGenerator
+from ..generation.draft_tree import DraftTreeBuilder
+from ..lm_head_router import DraftHead
+from .benchmark import Method, measure
+from .environment import describe_environment
+from .prompts import Prompt, encode_context
+
+
+def profile_step(
+    target: Any, drafter: Any, prompts: list[torch.Tensor], max_new_tokens: int, **settings: Any
+) -> dict[str, float]:
+    """Generates with timers around the parts of a step; the prefill is left out.
+
+    Args:
+        target (`PreTrainedModel`), drafter ([`CoralDraftModel`])
+        prompts (`list[torch.LongTensor]`): ids `[1, L]`.
+        max_new_tokens (`int`): per prompt.
+        **settings: see [`DraftSettings`].
+
+    Returns:
+        `dict`: milliseconds per step of `target_forward`, `drafter_layer`, `draft_head`, `tree`, `other` and `step`,
+        and `other_share`, the part of the step that is neither target forward nor drafter layer nor draft head.
+    """
+    spent: dict[str, float] = defaultdict(float)
+    with _timers(target, drafter, spent):
+        measure(target, prompts[0], 8, drafter, **settings)  # warm-up
+        spent.clear()
+        steps, total = 0, 0.0
+        for ids in prompts:
+            measurement = measure(target, ids, max_new_tokens, drafter, **settings)
+            steps += measurement.stats.steps
+            total += measurement.seconds
+    step = total - spent.pop("prefill")
+    other = step - sum(spent.values())
+    parts = {name: 1e3 * seconds / steps for name, seconds in spent.items()}
+    tree = parts.get("tree", 0.0)
+    result = {**parts, "other": 1e3 * other / steps, "step": 1e3 * step / steps}
+    return result | {"other_share": (result["other"] + tree) / result["step"]}
+
+
+def profile_methods(
+    target: Any,
+    tokenizer: Any,
+    methods: Sequence[Method],
+    prompts: Sequence[Prompt],
+    output: str | Path,
+    max_new_tokens: int,
+    count: int = 3,
+) -> dict[str, Any]:
+    """Profiles every method that has a drafter on the first `count` prompts, prints it and writes `step_time.json`."""
+    ids = [encode_context(tokenizer, prompt.turns[:1]) for prompt in prompts[:count]]
+    record: dict[str, Any] = {"environment": describe_environment(target.device, target.dtype), "methods": {}}
+    for method in methods:
+        if method.drafter is None or method.settings.get("draft_stock_loop"):
+            continue
+        parts = profile_step(target, method.drafter, ids, max_new_tokens, **method.settings)
+        record["methods"][method.name] = {"settings": method.settings, "milliseconds": parts}
+        print(method.name, ", ".join(f"{name} {value:.2f}" for name, value in parts.items()))
+    (Path(output) / "step_time.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+@contextmanager
+def _timers(target: Any, drafter: Any, spent: dict[str, float]) -> Iterator[None]:
+    device = target.device
+    proposing = False
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def timed(function, name):
+        def run(*args, **kwargs):
+            start = clock()
+            result = function(*args, **kwargs)
+            # before the first proposal of a call the target prefills
+            spent[name if proposing or name != "target_forward" else "prefill"] += clock() - start
+            return result
+
+        return run
+
+    def propose(self, *args, **kwargs):
+        nonlocal proposing
+        proposing = True
+        return original_propose(self, *args, **kwargs)
+
+    def start_call(self, *args, **kwargs):
+        nonlocal proposing
+        proposing = False
+        return original_init(self, *args, **kwargs)
+
+    original_propose, original_init = CoralCandidateGenerator.propose, CoralCandidateGenerator.__init__
+    with ExitStack() as stack:
+        for owner, attribute, name in (
+            (target, "forward", "target_forward"),
+            (drafter, "draft", "drafter_layer"),
+            (DraftHead, "top_k", "draft_head"),
+            (DraftHead, "argmax", "draft_head"),
+            (DraftTreeBuilder, "add_level", "tree"),
+            (DraftTreeBuilder, "build", "tree"),
+        ):
+            stack.enter_context(patch.object(owner, attribute, timed(getattr(owner, attribute), name)))
+        stack.enter_context(patch.object(CoralCandidateGenerator, "propose", propose))
+        stack.enter_context(patch.object(CoralCandidateGenerator, "__init__", start_call))
+        yield
+
+
+__all__ = ["profile_methods", "profile_step"]
