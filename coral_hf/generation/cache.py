@@ -1,13 +1,27 @@
 """What a tree does to the target's KV cache: masks before the verify forward, compaction after it."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .draft_tree import DraftTree
 
 
-def check_cache(cache: Cache, branches: bool) -> None:
-    """Raises `ValueError` for a cache that cannot hold and drop drafts (`branches`: more than one path)."""
+def check_cache(cache: Cache, branches: bool, layer_types: Sequence[str] = ()) -> None:
+    """Raises `ValueError` for a cache that cannot hold and drop drafts.
+
+    Args:
+        cache (`Cache`)
+        branches (`bool`): more than one path, or our own loop, whose compaction knows key-value layers only.
+        layer_types (`Sequence[str]`): the target's, of which some have no tree mask.
+    """
+    unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention", "linear_attention"})
+    if branches and unknown:
+        raise ValueError(
+            f"This target has layers of type {unknown}, for which no tree mask is known. Set draft_top_k=1 and "
+            "draft_stock_loop=True to verify chains."
+        )
     for layer in cache.layers:
         kind = type(layer).__name__
         if "LinearAttention" in kind:

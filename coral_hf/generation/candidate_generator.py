@@ -85,6 +85,13 @@ class CoralCandidateGenerator(CandidateGenerator):
             return self._draft_chain(root, hidden, feature, position, depth)
         return self._draft_tree(root, hidden, feature, position, depth)
 
+    def features_of(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The target's features `[1, n, F]` on the drafter's device: with device_map each layer has its own."""
+        states = list(hidden_states)
+        for layer in self.adapter.feature_layers:
+            states[layer] = states[layer].to(self._device)
+        return self.adapter.features_of(tuple(states))
+
     def _extend(self, input_ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the new true rows; returns the last row's head input and fed-back feature, both `[1, 1, H]`."""
         count = features.shape[1]
@@ -164,7 +171,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         # After the prefill every row is new; later the first n_last_matches + 1 are, the others were rejected.
         after_prefill = self._last_draft_depth is None
         count = hidden_states[-1].shape[1] if after_prefill else int(n_last_matches) + 1
-        features = self.adapter.features_of(tuple(state[:, :count] for state in hidden_states))
+        features = self.features_of(tuple(state[:, :count] for state in hidden_states))
         tree = self.propose(input_ids, features, max_depth=self.max_length - input_ids.shape[1] - 1)
         self._last_draft_depth = tree.num_nodes - 1
         return torch.cat([input_ids[:, :-1], tree.tokens.to(input_ids.device)], dim=1), None

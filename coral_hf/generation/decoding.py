@@ -28,8 +28,20 @@ def check_call(target: PreTrainedModel, settings: DraftSettings, input_ids: torc
         )
     if input_ids.shape[1] == 0:
         raise ValueError("CORAL drafts from token ids; pass input_ids instead of inputs_embeds.")
-    if model_kwargs.get("use_cache") is False or model_kwargs.get("past_key_values") is None:
+    if model_kwargs.get("use_cache") is False:
         raise ValueError("CORAL needs the target's KV cache; leave use_cache=True.")
+    cache = model_kwargs.get("past_key_values")
+    if cache is None:
+        raise ValueError(
+            f"{type(target).__name__} keeps no past_key_values that drafts could be dropped from (a recurrent model?); "
+            "generate without assistant_model."
+        )
+    for name, module in (("embedding", target.get_input_embeddings()), ("LM head", target.get_output_embeddings())):
+        if module is not None and module.weight.device.type == "meta":
+            raise ValueError(
+                f"The {name} of {type(target).__name__} is offloaded, but every draft step needs it: give it a device "
+                "in device_map."
+            )
     attention = target.config.get_text_config()._attn_implementation
     if not settings.is_chain and attention not in ATTENTION_WITH_TREES:
         raise ValueError(
@@ -37,7 +49,8 @@ def check_call(target: PreTrainedModel, settings: DraftSettings, input_ids: torc
             "or draft a chain with draft_top_k=1."
         )
     if not settings.draft_stock_loop:
-        check_cache(model_kwargs["past_key_values"], branches=True)
+        kinds = getattr(target.config.get_text_config(), "layer_types", None) or []
+        check_cache(cache, branches=True, layer_types=kinds)
 
 
 class _Verifier:
@@ -51,6 +64,9 @@ class _Verifier:
         # True at tokens, False at padding, over everything in the cache and the prompt; None: no padding.
         self.mask = None if mask is None else mask.bool()
         self.num_padding = 0 if mask is None else int((mask == 0).sum())
+        # With device_map the layers lie elsewhere, but ids and masks enter where the embedding is.
+        self.device = target.get_input_embeddings().weight.device
+        self.position_offset = -self.num_padding
 
     def prefill(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> Any:
         """Runs the prompt (what of it is not in the cache yet) with hidden states and the last position's logits."""
@@ -61,9 +77,13 @@ class _Verifier:
         inputs = self.target.prepare_inputs_for_generation(
             input_ids, next_sequence_length=length, is_first_iteration=True, **self.model_kwargs
         )
+        positions = inputs.get("position_ids")
         self.cache.activate_past_recording()
         outputs = self.target(**{**inputs, "output_hidden_states": True, "return_dict": True})
         self.cache.crop(0)
+        if positions is not None:
+            # The caller's own positions go on from the last one, as in plain generate.
+            self.position_offset = int(positions[..., -1].max()) + 1 - self.cache.get_seq_length()
         if self.mask is not None and self.mask.shape[1] < self.cache.get_seq_length():
             self.mask = None
         return outputs
@@ -72,8 +92,8 @@ class _Verifier:
         """One forward over the tree's nodes, `[1, N]`: the root and the drafts."""
         prefix_length = self.cache.get_seq_length()
         return self.target(
-            input_ids=tree.tokens.to(self.target.device),
-            position_ids=(tree.depths + (prefix_length - self.num_padding)).to(self.target.device),
+            input_ids=tree.tokens.to(self.device),
+            position_ids=(tree.depths + (prefix_length + self.position_offset)).to(self.device),
             attention_mask=self._attention_mask(tree, prefix_length),
             past_key_values=self.cache,
             use_cache=True,
@@ -94,21 +114,28 @@ class _Verifier:
             return (
                 None
                 if prefix_mask is None
-                else torch.cat([prefix_mask, prefix_mask.new_ones(tree.tokens.shape)], 1).long()
+                else torch.cat([prefix_mask, prefix_mask.new_ones(tree.tokens.shape)], 1).long().to(self.device)
             )
         config = self.target.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        # Without layer_types a window holds for all layers (Mistral).
         kinds = getattr(config, "layer_types", None) or []
+        default = "full_attention" if window is None else "sliding_attention"
         by_kind: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(self.cache.layers):
-            kind = kinds[index] if index < len(kinds) else "full_attention"
+            kind = kinds[index] if index < len(kinds) else default
             if kind not in by_kind:
-                by_kind[kind] = self._layer_mask(tree, prefix_length, layer, prefix_mask)
+                by_kind[kind] = self._layer_mask(
+                    tree, prefix_length, layer, prefix_mask, window if kind == "sliding_attention" else None
+                )
         return by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
 
-    def _layer_mask(self, tree, prefix_length, layer, prefix_mask) -> torch.Tensor:
+    def _layer_mask(self, tree, prefix_length, layer, prefix_mask, window) -> torch.Tensor:
         key_length, key_offset = layer.get_mask_sizes(tree.num_nodes)
-        window = layer.sliding_window if layer.is_sliding else None
+        # A cache made without the config keeps full layers; the window is the model's all the same.
+        window = layer.sliding_window if layer.is_sliding else window
         mask = tree_attention_mask(tree, prefix_length, int(key_length), int(key_offset), window, prefix_mask)
+        mask = mask.to(self.device)
         if self.target.config.get_text_config()._attn_implementation == "eager":
             # eager adds the mask to the scores: a bool mask would be silently wrong
             dtype = self.target.dtype
@@ -178,12 +205,13 @@ def coral_decoding(
     states: list | None = [] if keep_states else None
 
     def is_finished(ids: torch.Tensor) -> bool:
-        return bool(stopping_criteria(ids, tuple(selector.scores or ())).all())
+        scores = None if selector.scores is None else tuple(selector.scores)
+        return bool(stopping_criteria(ids, scores).all())
 
     outputs = verifier.prefill(input_ids, generation_config)
     if states is not None:
         states.append(outputs.hidden_states)
-    features = generator.adapter.features(outputs)
+    features = generator.features_of(outputs.hidden_states)
     token = selector.choose(input_ids, outputs.logits[:, -1])
     input_ids = torch.cat([input_ids, token[:, None]], dim=1)
     if streamer is not None:
@@ -196,7 +224,7 @@ def coral_decoding(
         path, tokens, finished = _accept(tree, outputs.logits, input_ids, selector, is_finished)
         compact_cache(verifier.cache, path, tree.num_nodes)
         hidden_states = tuple(state.index_select(1, path[0].to(state.device)) for state in outputs.hidden_states)
-        features = generator.adapter.features_of(hidden_states)
+        features = generator.features_of(hidden_states)
         if states is not None:
             states.extend(tuple(state[:, i : i + 1] for state in hidden_states) for i in range(path.shape[1]))
         input_ids = torch.cat([input_ids, tokens], dim=1)

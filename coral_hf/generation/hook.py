@@ -71,6 +71,16 @@ def _wrap_decoding(original):
             return original(self, input_ids, *args, **kwargs)
         settings = DraftSettings.resolve(drafter.config, kwargs["generation_config"])
         check_call(self, settings, input_ids, kwargs)
+        if kwargs.get("synced_gpus"):
+            raise ValueError(
+                "synced_gpus=True: CORAL's ranks take different numbers of steps and would wait for each other. Gather "
+                "the weights first (e.g. FSDP's summon_full_params) and pass synced_gpus=False."
+            )
+        if settings.draft_stock_loop and kwargs["generation_config"].stop_strings is not None:
+            raise ValueError(
+                "draft_stock_loop=True looks for stop_strings only at the end of a block of accepted tokens and may "
+                "run past one. Leave draft_stock_loop=False, or drop stop_strings."
+            )
         drafter.last_stats = None
         if settings.draft_stock_loop:
             return original(self, input_ids, *args, **kwargs)
