@@ -15,9 +15,6 @@ FEATURE_LAYER_LAST = -1
 # What `PreTrainedConfig` itself accepts beside its declared fields (`Trainer` writes the tokenizer's special ids); every
 # other unknown key is an error.
 _BASE_KEYS = {
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
     "_attn_implementation",
     "_commit_hash",
     "_name_or_path",
@@ -82,6 +79,8 @@ class CoralDraftConfig(PreTrainedConfig):
             Which model the drafter was trained for; type and depth are checked by `generate`.
         target_vocab_hash (`str`, *optional*):
             [`vocab_hash`] of the target's tokenizer, checked wherever a tokenizer is at hand.
+        bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*), pad_token_id (`int`, *optional*):
+            The target's special ids, by which `pipeline` tells that both share a tokenizer.
         draft_depth (`int`, defaults to 5), draft_top_k (`int`, defaults to 1), draft_total_tokens (`int`, *optional*):
             Size of a draft: levels below the root, branches per node (1: a chain), nodes verified with the root. See
             `generation.settings.DraftSettings`, also for overriding them per call.
@@ -122,6 +121,9 @@ class CoralDraftConfig(PreTrainedConfig):
     target_model_type: str | None = None
     target_num_hidden_layers: int | None = None
     target_vocab_hash: str | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
     draft_depth: int = 5
     draft_top_k: int = 1
     draft_total_tokens: int | None = None
@@ -249,6 +251,7 @@ class CoralDraftConfig(PreTrainedConfig):
             "target_name_or_path": getattr(target_config, "_name_or_path", None) or None,
             "target_model_type": text.model_type,
             "target_num_hidden_layers": getattr(text, "num_hidden_layers", None),
+            **{name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         }
         return cls(**{**settings, **overrides})
 
