@@ -7,23 +7,41 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from . import __version__, demo
+from .configuration_coral import CoralDraftConfig
 
 
 DEMO = "demo"
 
 
-def load_target(name: str, dtype: str):
-    """A target and its tokenizer by path or Hub id; `demo` is the embedded one."""
+def load_target(name: str, dtype: str, device: str | None = None):
+    """A target and its tokenizer by path or Hub id; `demo` is the embedded one. `device` None: the accelerator."""
     resolved = resolve_dtype(dtype)
     if name == DEMO:
-        return demo.load_target(resolved)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=resolved)
-    return model.eval(), AutoTokenizer.from_pretrained(name)
+        model, tokenizer = demo.load_target(resolved)
+    else:
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(name, dtype=resolved),
+            AutoTokenizer.from_pretrained(name),
+        )
+    return model.eval().to(resolve_device(device)), tokenizer
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """`'cuda:1'` -> its device; None -> the machine's accelerator, else the CPU; `ValueError` for what is not there."""
+    if name is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu.") from error
+    return device
 
 
 def load_drafter(name: str):
@@ -86,6 +104,7 @@ class RegenerateCommand:
     max_turns: int | None = field(default=None, metadata={"help": "Answer at most this many turns a conversation."})
     exclude: list[str] = field(default_factory=list, metadata={"help": "Response files whose prompts are skipped."})
     shards: str | None = field(default=None, metadata={"help": "Also pack all rows as Parquet into this folder."})
+    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
@@ -96,7 +115,7 @@ class RegenerateCommand:
             torch.set_num_threads(self.threads)
         prompts = list(iter_prompts(self.prompts))
         exclude = {row["id"] for path in self.exclude for row in iter_responses(path)}
-        target, tokenizer = load_target(self.target, self.dtype)
+        target, tokenizer = load_target(self.target, self.dtype, self.device)
         stats = regenerate(
             target,
             tokenizer,
@@ -135,7 +154,14 @@ class TrainCommand:
         default=None,
         metadata={"help": "Also give the drafter a shortlist of this many ids, the most frequent in the responses."},
     )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Settings of a new drafter as JSON, e.g. '{\"target_feature_layers\": [2, 15, -1]}'."},
+    )
     eval_rows: int = field(default=64, metadata={"help": "Rows held out for evaluation (the first ones; 0: none)."})
+    eval_data: list[str] = field(
+        default_factory=list, metadata={"help": "Response files to evaluate on, instead of eval_rows."}
+    )
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self, args) -> int:
@@ -154,13 +180,18 @@ class TrainCommand:
         rows = read_rows(self.data)
         if not 0 <= self.eval_rows < len(rows):
             raise ValueError(f"--eval_rows {self.eval_rows}: the files hold {len(rows)} rows; leave some to train on.")
+        if self.eval_data:
+            eval_rows = read_rows(self.eval_data)
+        else:
+            eval_rows, rows = rows[: self.eval_rows], rows[self.eval_rows :]
         target, tokenizer = load_target(self.target, self.dtype)
         if self.drafter is not None:
-            if self.shape is not None:
-                raise ValueError(f"--shape {self.shape} is for a new drafter; --drafter {self.drafter} has its own.")
+            for name in ("shape", "config_overrides"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"--{name} {value} is for a new drafter; --drafter {self.drafter} has its own.")
             drafter = load_drafter(self.drafter).float()
         else:
-            overrides = {} if self.shape is None else {"shape": self.shape}
+            overrides = self._overrides()
             if self.target == DEMO:
                 overrides["target_revision"] = demo.TARGET_REVISION
             drafter = CoralDraftModel.from_target(target, tokenizer, **overrides)
@@ -170,8 +201,8 @@ class TrainCommand:
             model=drafter,
             target_model=target,
             args=args,
-            train_dataset=rows[self.eval_rows :],
-            eval_dataset=rows[: self.eval_rows] or None,
+            train_dataset=rows,
+            eval_dataset=eval_rows or None,
             processing_class=tokenizer,
         )
         if self.shortlist_size is not None:
@@ -179,11 +210,22 @@ class TrainCommand:
                 trainer.train_dataset.response_counts(drafter.config.vocab_size), self.shortlist_size
             )
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        metrics = trainer.evaluate() if self.eval_rows else {}
+        metrics = trainer.evaluate() if eval_rows else {}
         trainer.save_model()
         trainer.save_state()
         print(json.dumps(metrics))
         return 0
+
+    def _overrides(self) -> dict[str, Any]:
+        """`--shape` and `--config_overrides` as settings of a new drafter."""
+        try:
+            overrides = json.loads(self.config_overrides or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--config_overrides {self.config_overrides!r} is no JSON: {error}.") from error
+        unknown = sorted(set(overrides) - set(inspect.signature(CoralDraftConfig.__init__).parameters))
+        if unknown:
+            raise ValueError(f"--config_overrides: {unknown} are no settings of CoralDraftConfig.")
+        return overrides if self.shape is None else {**overrides, "shape": self.shape}
 
 
 @dataclass
@@ -206,6 +248,7 @@ class BenchmarkCommand:
         metadata={"help": "What to compare with plain decoding, as NAME or NAME:setting=value,setting=value."},
     )
     profile: bool = field(default=False, metadata={"help": "Then write where a step's time goes to step_time.json."})
+    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
@@ -218,8 +261,8 @@ class BenchmarkCommand:
         prompts = read_prompts(self.data, self.limit)
         drafter = load_drafter(self.drafter)
         methods = [Method.parse(text, drafter) for text in self.method]
-        target, tokenizer = load_target(self.target, self.dtype)
-        drafter.to(target.dtype)
+        target, tokenizer = load_target(self.target, self.dtype, self.device)
+        drafter.to(device=target.device, dtype=target.dtype)
         print_table(run_benchmark(target, tokenizer, methods, prompts, self.output, self.max_new_tokens))
         if self.profile:
             profile_methods(target, tokenizer, methods, prompts, self.output, self.max_new_tokens)

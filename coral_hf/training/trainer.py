@@ -162,8 +162,8 @@ class CoralTrainer(Trainer):
         dtype = next(model.parameters()).dtype
         read = features[:, :-1, : self._features_read].to(dtype)
         if model.training and self.args.feature_noise:
-            # The draw is the CPU generator's, whose state every checkpoint holds.
-            noise = torch.rand(read.shape, dtype=dtype).to(read.device) * 2 - 1
+            # From the device's default generator, whose state every checkpoint holds.
+            noise = torch.rand_like(read) * 2 - 1
             size = read.square().mean(dim=-1, keepdim=True).sqrt()
             read = read + self.args.feature_noise * size * noise
         outputs = model(
