@@ -108,13 +108,14 @@ class RegenerateCommand:
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
+        from .training.data import read_rows
         from .training.regenerate import regenerate
-        from .training.response_files import iter_prompts, iter_responses, write_shards
+        from .training.response_files import iter_prompts, write_shards
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         prompts = list(iter_prompts(self.prompts))
-        exclude = {row["id"] for path in self.exclude for row in iter_responses(path)}
+        exclude = {row["id"] for row in read_rows(self.exclude)} if self.exclude else set()
         target, tokenizer = load_target(self.target, self.dtype, self.device)
         stats = regenerate(
             target,
