@@ -22,9 +22,6 @@ from .records import RECORD_FOLDER
 
 
 AUTO_MAP = {"AutoConfig": "configuration_coral.CoralDraftConfig", "AutoModel": "modeling_coral.CoralDraftModel"}
-# what the trainer writes for itself: pickles, and nothing that a drafter needs
-NOT_PUBLISHED = ["training_args.bin", "*.pt", "*.pth", "*.bin"]
-_NOT_IN_A_PUBLISHED_FOLDER = {"__pycache__"}
 
 
 def push_drafter(
@@ -128,14 +125,25 @@ def hub_errors(repo_id: str) -> Iterator[None]:
                 "https://huggingface.co/settings/tokens and run `hf auth login`, or pass token=...."
             ) from error
         raise OSError(
-            f"The Hub answered status {status} for {repo_id}: {error.server_message or error}. Nothing was committed; "
-            "check the name and push again."
+            f"The Hub answered status {status} for {repo_id} ({' '.join(str(error).split())}). Check the name and push again."
         ) from error
-    except (HTTPError, RuntimeError, ConnectionError) as error:
+    except (HTTPError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _came_from_the_client(error):
+            raise
         raise ConnectionError(
-            f"The connection broke while pushing to {repo_id} ({' '.join(str(error).split())}). Nothing was committed; "
-            "push again, and what has arrived is not sent twice."
+            f"The connection broke while pushing to {repo_id} ({' '.join(str(error).split())}). The repository is as it "
+            "was, since a push is one commit: push again, and what has arrived is not sent twice."
         ) from error
+
+
+def _came_from_the_client(error: BaseException) -> bool:
+    """Uploads end in plain RuntimeErrors, which torch raises as well."""
+    frame = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_globals.get("__name__", "").startswith("huggingface_hub"):
+            return True
+        frame = frame.tb_next
+    return False
 
 
 def _copy_records(drafter: Any, record: str | Path | None, folder: Path) -> None:
@@ -149,7 +157,7 @@ def _copy_records(drafter: Any, record: str | Path | None, folder: Path) -> None
         (folder / RECORD_FOLDER).mkdir()
         shutil.copyfile(record, folder / RECORD_FOLDER / "benchmark.json")
     elif record.is_dir():
-        shutil.copytree(record, folder / RECORD_FOLDER, ignore=lambda _, names: _NOT_IN_A_PUBLISHED_FOLDER & {*names})
+        shutil.copytree(record, folder / RECORD_FOLDER)
     else:
         raise ValueError(
             f"record={str(record)!r} does not exist; give the folder that `coral-hf benchmark --output` wrote, or none."
