@@ -115,7 +115,8 @@ class CoralDraftModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None and not kwargs.get("variant"):
             hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             config = kwargs.get("config")
-            if not isinstance(config, cls.config_class):
+            # by type: the class may be another one where the code came with the weights
+            if getattr(config, "model_type", None) != cls.config_class.model_type:
                 config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub)
             with torch.device("meta"):
                 count = sum(tensor.numel() for tensor in cls(config).state_dict().values())

@@ -95,6 +95,8 @@ def test_push_is_refused_before_anything_is_sent(hub, drafter, tmp_path, monkeyp
     (tmp_path / "benchmark.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="another drafter"):
         drafter.push_to_hub("org/drafter", token=TOKEN, record=tmp_path / "benchmark.json")
+    with pytest.raises(ValueError, match="licence"):
+        drafter.push_to_hub("org/drafter", token=TOKEN, licence="mit")
     with pytest.raises(ValueError, match="absent"):
         drafter.push_to_hub("org/drafter", token=TOKEN, record=tmp_path / "absent")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -1,19 +1,21 @@
 """The card: figures come from records of this very drafter, and the committed one is the command's output."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_drafter, make_target
 from huggingface_hub import ModelCard
 
-from coral_hf import CoralDraftModel, demo
+from coral_hf import CoralDraftModel
 from coral_hf.cli import main
 from coral_hf.evaluation.benchmark import describe_drafter
 from coral_hf.hub.model_card import render_card, write_card
 from coral_hf.weight_files import drafter_sha256, file_sha256
 
 
+MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
 ENVIRONMENT = {
     "coral_hf": "0.1.0",
     "commit": "0123456789ab",
@@ -80,9 +82,10 @@ def add_record(folder, name="benchmark.json", digest="own", **changes):
     (folder / "training" / name).write_text(json.dumps(make_record(digest, **changes)))
 
 
-def test_committed_card_is_the_output_of_the_command():
-    """Where records change: `coral-hf card model_cards/smollm2-135m-instruct-coral`."""
-    folder = demo.drafter_path()
+@pytest.mark.parametrize("name", sorted(path.name for path in MODEL_CARDS.iterdir()))
+def test_committed_card_is_the_output_of_the_command(name):
+    """When its records change: `coral-hf card model_cards/NAME`."""
+    folder = MODEL_CARDS / name
     committed = (folder / "README.md").read_bytes()
     assert committed == render_card(folder).encode() == render_card(folder).encode()
     ModelCard(committed.decode())

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from ..configuration_coral import CoralDraftConfig
 from ..weight_files import WEIGHTS_FILE
 from .card_tables import NOT_MEASURED, headline_rows, measured_section, training_section
-from .records import Records, read_records
+from .records import Records, check_stated, read_records
 
 
 TAGS = ["coral", "speculative-decoding", "drafter"]
@@ -55,6 +55,7 @@ def render_card(
         ValueError: see [`read_records`].
     """
     records = read_records(folder, unmeasured, strict)
+    check_stated(stated or {}, "card")
     records.stated = {**records.stated, **(stated or {})}
     config = CoralDraftConfig.from_pretrained(folder)
     folder = Path(folder).resolve()

@@ -101,10 +101,15 @@ def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = Tr
         records.log = [row for _, row in read_jsonl(training / "log.jsonl")]
     if (training / "card.json").is_file():
         records.stated = _read_json(training / "card.json")
-        unknown = sorted(set(records.stated) - set(STATED))
-        if unknown:
-            raise ValueError(f"{training / 'card.json'}: unknown key(s) {unknown}; the keys are {list(STATED)}.")
+        check_stated(records.stated, str(training / "card.json"))
     return records
+
+
+def check_stated(stated: dict[str, Any], where: str) -> None:
+    """Raises `ValueError` for a key that a card does not know."""
+    unknown = sorted(set(stated) - set(STATED))
+    if unknown:
+        raise ValueError(f"{where}: unknown key(s) {unknown}; the keys are {list(STATED)}.")
 
 
 def _sort_in(records: Records, path: Path, record: dict, measured: list, strict: bool) -> None:
@@ -139,4 +144,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     return record
 
 
-__all__ = ["RECORD_FOLDER", "STATED", "Records", "read_records"]
+__all__ = ["RECORD_FOLDER", "STATED", "Records", "check_stated", "read_records"]
