@@ -1,4 +1,4 @@
-"""The command line: `coral-hf demo | regenerate | train | benchmark`, one verb each."""
+"""The command line: `coral-hf demo | regenerate | train | benchmark | card`, one verb each."""
 
 import argparse
 import inspect
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -270,6 +270,30 @@ class BenchmarkCommand:
         return 0
 
 
+@dataclass
+class CardCommand:
+    """Write a drafter's model card from its config, weights and the records in its folder.
+
+    Example: coral-hf card outputs/drafter
+    """
+
+    positional: ClassVar[str] = "folder"
+
+    folder: str = field(metadata={"help": "Folder of the drafter; its records are in FOLDER/training."})
+    repo_id: str | None = field(default=None, metadata={"help": "Hub id that the card's example loads."})
+    unmeasured: bool = field(default=False, metadata={"help": "Without a benchmark record: say 'not measured'."})
+    curve: bool = field(default=False, metadata={"help": "First draw training/curve.png from training/log.jsonl."})
+
+    def run(self) -> int:
+        from .hub.curve import draw_curve
+        from .hub.model_card import write_card
+
+        if self.curve:
+            draw_curve(self.folder)
+        print(write_card(self.folder, repo_id=self.repo_id, unmeasured=self.unmeasured))
+        return 0
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults and keeps the example on a line of its own."""
 
@@ -279,6 +303,7 @@ COMMANDS: dict[str, type] = {
     "regenerate": RegenerateCommand,
     "train": TrainCommand,
     "benchmark": BenchmarkCommand,
+    "card": CardCommand,
 }
 
 
@@ -290,6 +315,9 @@ def _usage() -> str:
 
 def _parse(verb: str, arguments: list[str]) -> Callable[[], int]:
     command = COMMANDS[verb]
+    positional = getattr(command, "positional", None)
+    if positional and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{positional}", *arguments]
     types = [command]
     if verb == "train":
         from .training.arguments import CoralTrainingArguments

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from coral_hf import CoralDraftModel, demo
-from coral_hf.evaluation.benchmark import measure
+from coral_hf.evaluation.benchmark import describe_drafter, measure
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.evaluation.prompts import encode_context, read_prompts
 from coral_hf.generation.statistics import DraftStats
@@ -69,6 +69,7 @@ def main() -> int:
         "max_new_tokens": script.max_new_tokens,
         "settings": settings,
         "environment": describe_environment(target.device, dtype),
+        **describe_drafter(drafter),
     }
     print(json.dumps(record, indent=2))
     if script.json is not None:

@@ -19,13 +19,14 @@ from .arguments import CoralTrainingArguments
 from .data import IGNORED_LABEL, ConversationDataset, CoralDataCollator, preview
 from .feature_cache import FeatureCache
 from .losses import chunked_classification_loss, csra_loss, regression_loss
+from .publishing import PublishingMixin
 from .simulation import ChainStatistics
 
 
 PROGRESS_FILE = "coral_progress.json"  # in a checkpoint: what TrainerState has no field for
 
 
-class CoralTrainer(Trainer):
+class CoralTrainer(PublishingMixin, Trainer):
     """Trains a [`CoralDraftModel`] with a K-step rollout (HASS), the classification and regression losses of EAGLE and
     CSRA (CORAL section 3).
 
