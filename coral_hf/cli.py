@@ -356,7 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return _parse(arguments[0], arguments[1:])()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"coral-hf {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
