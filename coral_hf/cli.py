@@ -1,4 +1,4 @@
-"""The command line: `coral-hf demo | regenerate | train | benchmark`, one verb each."""
+"""The command line: `coral-hf demo | regenerate | train | benchmark | convert`, one verb each."""
 
 import argparse
 import inspect
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -226,6 +227,47 @@ class BenchmarkCommand:
         return 0
 
 
+@dataclass
+class ConvertCommand:
+    """Turn an EAGLE, HASS or EAGLE-3 checkpoint into a drafter, or a drafter into a serving engine's checkpoint.
+
+    Example: coral-hf convert --from eagle org/EAGLE3-model outputs/drafter --target org/model
+        coral-hf convert --to vllm demo outputs/for-vllm
+    """
+
+    POSITIONAL: ClassVar[dict[str, str]] = {
+        "input": "Path or Hub id of the checkpoint; with --to also 'demo', the shipped drafter.",
+        "output": "Folder to write, new or empty.",
+    }
+
+    from_format: str | None = field(default=None, metadata={"aliases": ["--from"], "help": "Read this format: eagle."})
+    to: str | None = field(default=None, metadata={"help": "Write for vllm, sglang, speculators or eagle."})
+    target: str | None = field(
+        default=None, metadata={"help": "Path or Hub id of the target, or 'demo' (the default with --from)."}
+    )
+    dtype: str = field(default="bfloat16", metadata={"help": "Dtype the target is loaded in, where it is needed."})
+    target_feature_layers: list[int] | None = field(
+        default=None, metadata={"help": "With --from: the target layers whose inputs an EAGLE-3 checkpoint reads."}
+    )
+
+    def run(self, positional) -> int:
+        from .conversion.commands import convert_from, convert_to
+        from .modeling_coral import CoralDraftModel
+
+        if (self.from_format is None) == (self.to is None):
+            raise ValueError("Give one of --from FORMAT and --to ENGINE.")
+        if self.from_format is not None:
+            target, _ = load_target(self.target or DEMO, self.dtype)
+            layers = self.target_feature_layers
+            convert_from(CoralDraftModel, self.from_format, positional.input, positional.output, target, layers)
+            return 0
+        drafter = load_drafter(positional.input)
+        needs_target = self.to == "eagle" and drafter.config.shape == "eagle3" and self.target is not None
+        target = load_target(self.target, self.dtype)[0] if needs_target else None
+        convert_to(self.to, drafter, positional.output, target, None if self.target == DEMO else self.target)
+        return 0
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults and keeps the example on a line of its own."""
 
@@ -235,6 +277,7 @@ COMMANDS: dict[str, type] = {
     "regenerate": RegenerateCommand,
     "train": TrainCommand,
     "benchmark": BenchmarkCommand,
+    "convert": ConvertCommand,
 }
 
 
@@ -254,6 +297,8 @@ def _parse(verb: str, arguments: list[str]) -> Callable[[], int]:
     parser = HfArgumentParser(
         types, prog=f"coral-hf {verb}", description=inspect.cleandoc(command.__doc__), formatter_class=_HelpFormatter
     )
+    for name, text in getattr(command, "POSITIONAL", {}).items():
+        parser.add_argument(name, help=text)
     parsed = parser.parse_args_into_dataclasses(args=_underscores(arguments))
     return lambda: parsed[0].run(*parsed[1:])
 

@@ -17,7 +17,7 @@ ALLOWED = {
     "draft_initialization": {"configuration_coral", "target_adapter"},
     "lm_head_router": {"configuration_coral"},
     "draft_layer": {"configuration_coral"},
-    "modeling_coral": {"configuration_coral", "lm_head_router", "draft_layer", "draft_initialization"},
+    "modeling_coral": {"configuration_coral", "lm_head_router", "draft_layer", "draft_initialization", "conversion"},
     "generation": {"configuration_coral", "lm_head_router", "draft_layer", "modeling_coral", "target_adapter"},
     "training": {"configuration_coral", "modeling_coral", "target_adapter", "jsonl"},
     "evaluation": {
@@ -30,6 +30,7 @@ ALLOWED = {
         "jsonl",
     },
     "demo": {"modeling_coral"},
+    "conversion": {"configuration_coral", "target_adapter"},
 }
 # tensors only: no model in here
 MODEL_FREE = {"generation/draft_tree.py", "generation/verification.py", "training/losses.py"}
