@@ -46,7 +46,7 @@ def convert_from(
 
 def convert_to(
     engine: str,
-    drafter: CoralDraftModel,
+    drafter: Any,
     output: str | os.PathLike,
     target: Any = None,
     target_name: str | None = None,
