@@ -106,7 +106,7 @@ def read_weight_file(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = load_plain_pickle(path)
-    except (SafetensorError, EOFError, RuntimeError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     wrong = None
     if not isinstance(loaded, dict):
@@ -122,10 +122,12 @@ def load_plain_pickle(path: Path) -> Any:
     """`torch.load` that accepts plain data only.
 
     Raises:
-        ValueError: if the pickle would run code.
+        ValueError: if the file is damaged or the pickle would run code.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     except pickle.UnpicklingError as error:
         # torch's message goes on with advice to turn the check off
         reason = str(error).strip().splitlines()[0]

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..configuration_coral import FEATURE_LAYER_LAST, CoralDraftConfig
+from .schema import check_config, load_schemas
 
 
 # Architecture names under which one-layer Llama-shaped drafters are published. The tensors decide the shape: EAGLE's own
@@ -43,12 +44,26 @@ UNSUPPORTED = {
     "quantization_config": "quantised weights",
     "parallel_drafting": "parallel drafting",
 }
+_TYPES = {
+    "architectures": "array",
+    "transformer_layer_config": "object",
+    "eagle_config": "object",
+    "eagle_aux_hidden_state_layer_ids": "array",
+    "draft_vocab_size": "integer",
+    CORAL_KEY: "object",
+}
 _DIMENSIONS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
 def default_feature_layers(num_hidden_layers: int) -> list[int]:
     """The three layers that EAGLE-3 reads where a config names none, as residual streams before these layers."""
     return [2, num_hidden_layers // 2, num_hidden_layers - 3]
+
+
+def check_integers(values: Any, name: str) -> None:
+    """Raises `ValueError` unless `values` is a list of integers."""
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ValueError(f"{name}: expected a list of integers, found {values!r}.")
 
 
 def layer_config(raw: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +73,11 @@ def layer_config(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_supported(raw: dict[str, Any]) -> None:
-    """Raises `ValueError` for another architecture, or for parts that a CORAL drafter does not have."""
+    """Raises `ValueError` for values of a wrong type, another architecture, or parts that a CORAL drafter lacks."""
+    types = {key: rule for key, rule in load_schemas()["llama_config"].items() if not isinstance(rule, dict)}
+    for part, rules in ((raw, {**types, **_TYPES}), (layer_config(raw), types)):
+        given = {key: rule for key, rule in rules.items() if part.get(key) is not None}
+        check_config(part, given, "config.json is malformed")
     architectures = raw.get("architectures") or []
     unknown = [name for name in architectures if name not in ARCHITECTURES]
     speculators = raw.get("speculators_model_type")
@@ -135,10 +154,11 @@ def read_feature_layers(raw: dict[str, Any], fc_features: int | None, num_hidden
     eagle = raw.get("eagle_config") or {}
     if fc_features is None and eagle.get("use_aux_hidden_state") is False:
         return [FEATURE_LAYER_LAST]
-    if raw.get("eagle_aux_hidden_state_layer_ids"):
-        return list(raw["eagle_aux_hidden_state_layer_ids"])
-    if eagle.get("eagle_aux_hidden_state_layer_ids"):
-        return [layer + 1 for layer in eagle["eagle_aux_hidden_state_layer_ids"]]
+    inputs, outputs = raw.get("eagle_aux_hidden_state_layer_ids"), eagle.get("eagle_aux_hidden_state_layer_ids")
+    for ids, shift in ((inputs, 0), (outputs, 1)):
+        if ids:
+            check_integers(ids, "eagle_aux_hidden_state_layer_ids")
+            return [layer + shift for layer in ids]
     if fc_features in (None, 3):
         return default_feature_layers(num_hidden_layers)
     raise ValueError(
@@ -147,7 +167,9 @@ def read_feature_layers(raw: dict[str, Any], fc_features: int | None, num_hidden
     )
 
 
-def read_settings(raw: dict[str, Any], target: CoralDraftConfig, shape: str, fc_features: int | None) -> dict:
+def read_settings(
+    raw: dict[str, Any], target: CoralDraftConfig, shape: str, fc_features: int | None, overrides: dict[str, Any]
+) -> dict[str, Any]:
     """`CoralDraftConfig` settings of a checkpoint for a target.
 
     Args:
@@ -155,6 +177,7 @@ def read_settings(raw: dict[str, Any], target: CoralDraftConfig, shape: str, fc_
         target ([`CoralDraftConfig`]): settings that follow from the target.
         shape (`str`): the layout that the tensors have.
         fc_features (`int`, *optional*): target features that `fc` takes.
+        overrides (`dict`): settings that replace what the checkpoint says.
 
     Raises:
         ValueError: if dimensions are missing or differ from the target's; the message lists all of them.
@@ -170,7 +193,7 @@ def read_settings(raw: dict[str, Any], target: CoralDraftConfig, shape: str, fc_
     ]
     if differing:
         raise ValueError(f"The checkpoint was made for another target: {'; '.join(differing)}.")
-    kept = raw.get(CORAL_KEY) or {}
+    kept = {key: value for key, value in (raw.get(CORAL_KEY) or {}).items() if key in CORAL_SETTINGS} | overrides
     settings = {key: value for key, value in target.to_dict().items() if key in CORAL_SETTINGS} | {
         "shape": shape,
         **{name: layer[name] for name in _DIMENSIONS},
@@ -191,7 +214,7 @@ def read_settings(raw: dict[str, Any], target: CoralDraftConfig, shape: str, fc_
         if "target_feature_layers" not in kept:
             depth = target.target_num_hidden_layers
             settings["target_feature_layers"] = read_feature_layers(raw, fc_features, depth)
-    return settings | {key: value for key, value in kept.items() if key in CORAL_SETTINGS}
+    return settings | kept
 
 
 __all__ = [

@@ -55,7 +55,7 @@ def load_eagle(
     fc_features = None
     if "fc.weight" in tensors and tensors["fc.weight"].ndim == 2:
         fc_features = tensors["fc.weight"].shape[1] // of_target.hidden_size
-    settings = read_settings(raw, of_target, shape, fc_features) | overrides
+    settings = read_settings(raw, of_target, shape, fc_features, overrides)
     biased = [name for name in ("q_proj", "k_proj", "v_proj") if f"{LAYER}.self_attn.{name}.bias" in tensors]
     settings["attention_bias"] = bool(biased)
     bias = tensors.get("fc.bias")
@@ -203,10 +203,11 @@ def _hot_tokens(folder: Path, vocab_size: int) -> torch.Tensor | None:
     if not path.is_file():
         return None
     loaded = load_plain_pickle(path)
-    ids = torch.as_tensor(loaded)
-    if ids.ndim != 1 or not 0 < ids.numel() < vocab_size or ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"{path}: expected a list of ids from 0 to {vocab_size - 1}, found {ids.numel()} values.")
-    return ids
+    ids = loaded.tolist() if isinstance(loaded, torch.Tensor) else loaded
+    valid = isinstance(ids, list) and all(isinstance(token, int) and 0 <= token < vocab_size for token in ids)
+    if not valid or not 0 < len(ids) < vocab_size or len(set(ids)) != len(ids):
+        raise ValueError(f"{path}: expected a list of distinct ids from 0 to {vocab_size - 1}, found something else.")
+    return torch.tensor(ids)
 
 
 def _build(model_class: type, config: CoralDraftConfig, tensors: dict[str, torch.Tensor], hot_tokens):
