@@ -14,7 +14,7 @@ import torch
 from conftest import COMMON, make_drafter, make_target, randomize
 from eagle_checkpoints import noise
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 
 from coral_hf import CoralDraftModel, demo
 from coral_hf.cli import main
@@ -103,6 +103,25 @@ def test_round_trip_generates_the_same(name, engine, target, tmp_path):
     assert again.last_stats == drafter.last_stats
 
 
+@pytest.mark.parametrize(("name", "engine"), PAIRS)
+def test_config_loads_in_transformers(name, engine, target, tmp_path):
+    """All engines read the config through Transformers: old and new keys must not contradict each other there."""
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    drafter = make(name, target)
+    for parameters in (drafter.config.rope_parameters, rope):
+        drafter.config.rope_parameters = parameters
+        folder = tmp_path / parameters["rope_type"]
+        export_drafter(drafter, engine, folder, target=target)
+        raw = read(folder)[0]
+        loaded = LlamaConfig.from_dict(raw.get("transformer_layer_config", raw))
+        assert {key: loaded.rope_parameters[key] for key in parameters} == parameters
+        assert loaded.num_hidden_layers == 1 and loaded.head_dim == drafter.config.head_dim
+        if drafter.config.shape == "eagle3" and engine in ("vllm", "sglang"):
+            # SGLang reads the attribute without a default
+            assert loaded.draft_vocab_size == drafter.config.draft_vocab_size
+        assert CoralDraftModel.from_eagle(folder, target).config.rope_parameters == parameters
+
+
 @pytest.mark.parametrize(("name", "engine"), REFUSED)
 def test_what_an_engine_lacks_is_refused(name, engine, target, tmp_path):
     with pytest.raises(ValueError, match=f"{engine} cannot express this drafter"):
@@ -137,6 +156,13 @@ def test_eagle3_head_needs_the_target(target, tmp_path):
     with pytest.raises(ValueError, match="num_hidden_layers"):
         export_drafter(drafter, "eagle", tmp_path / "out", target=make_target(dtype=torch.float32))
     assert not list(tmp_path.iterdir())
+
+
+def test_folder_of_another_target(target, tmp_path):
+    """What an exported folder says of its target is checked when it comes back."""
+    export_drafter(make("eagle", target), "vllm", tmp_path / "out")
+    with pytest.raises(ValueError, match="num_hidden_layers=8"):
+        CoralDraftModel.from_eagle(tmp_path / "out", make_target(dtype=torch.float32))
 
 
 def test_layer_ids(target, tmp_path):

@@ -73,6 +73,7 @@ def load_eagle(
     if hot_tokens is not None:
         settings["shortlist_size"] = hot_tokens.numel()
     config = CoralDraftConfig(**settings)
+    adapter.check_drafter(config)
     _check(config, tensors, biased, folder)
     _drop_copies(tensors, adapter, config)
     return _build(model_class, config, tensors, hot_tokens)
@@ -138,7 +139,7 @@ def _own_rows(raw: dict, tensors: dict[str, torch.Tensor], adapter: TargetAdapte
 
 def _same_rounded(found: torch.Tensor, own: torch.Tensor) -> bool:
     """Equal once both have the coarser of their dtypes."""
-    if found.shape != own.shape or not own.is_floating_point():
+    if found.shape != own.shape or own.is_meta or not own.is_floating_point():
         return False
     own = own.detach().cpu()
     return torch.equal(found, own.to(found.dtype)) or torch.equal(found.to(own.dtype), own)
@@ -185,8 +186,8 @@ def _drop_copies(tensors: dict[str, torch.Tensor], adapter: TargetAdapter, confi
         weights["lm_head.weight"] = adapter.head.weight
     for name, own in weights.items():
         found = tensors.pop(name, None)
-        # A quantised target has no plain matrix to compare with.
-        if found is None or own.dtype not in (*FLOAT_DTYPES, torch.float64):
+        # A quantised or offloaded target has no plain matrix to compare with.
+        if found is None or own.is_meta or own.dtype not in (*FLOAT_DTYPES, torch.float64):
             continue
         own = own.detach().cpu().float()
         if not torch.allclose(found.float(), own, rtol=COPY_RTOL, atol=COPY_ATOL):

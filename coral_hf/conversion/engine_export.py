@@ -157,7 +157,7 @@ def _tensors(drafter: Any, engine: str, target: Any) -> dict[str, torch.Tensor]:
     elif engine == "eagle" and config.shape == "eagle3":
         if target is None:
             raise ValueError(
-                "EAGLE-3's own checkpoints hold an LM head, and this drafter uses its target's: give --target."
+                "EAGLE-3's own checkpoints hold an LM head, and this drafter uses its target's: pass the target (--target)."
             )
         adapter = TargetAdapter(target)
         adapter.check_drafter(config)
