@@ -30,7 +30,7 @@ DRAFTERS = {
     "eagle with fc bias": ({"shape": "eagle", "fc_bias": True}, ("sglang", "eagle")),
     "eagle with q/k/v bias": ({"shape": "eagle", "attention_bias": True}, ("eagle",)),
     "eagle3, one feature": ({"shape": "eagle3"}, ("vllm",)),
-    "eagle3, three features": (THREE, ("vllm", "sglang")),
+    "eagle3, three features": (THREE, ("vllm", "sglang", "speculators")),
     "eagle3, pre-norm state fed back": ({**THREE, "norm_output": False}, ENGINES),
     "eagle3, two other features": (
         {"shape": "eagle3", "target_feature_layers": [1, 6], "norm_output": False},
@@ -134,7 +134,7 @@ def test_what_an_engine_lacks_is_refused(name, engine, target, tmp_path):
     [
         ({"shape": "eagle3", "target_feature_layers": [2, 4, -1]}, "vllm", r"\[2, 4, -1\]"),
         ({"shape": "eagle3", "target_feature_layers": [4, 2]}, "vllm", "ascending"),
-        ({"shape": "eagle3", "target_feature_layers": [4]}, "vllm", "single layer"),
+        ({"shape": "eagle3", "target_feature_layers": [4]}, "vllm", "must be the last"),
         ({"shape": "eagle3", "target_feature_layers": [0, 4]}, "sglang", "layer 0"),
         ({"shape": "eagle3", "target_feature_layers": [1, 2, 3], "norm_output": False}, "eagle", r"\[2, 4, 5\]"),
         ({"shape": "eagle", "hidden_act": "gelu"}, "vllm", "gelu"),
@@ -147,6 +147,17 @@ def test_refusals_say_why(settings, engine, message, target, tmp_path):
     with pytest.raises(ValueError, match=message):
         export_drafter(make_drafter(target, **settings), engine, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_permuted_full_head(target, tmp_path):
+    """vLLM reads ids for a reduced vocabulary only; SGLang for any."""
+    settings = {**THREE, "draft_vocab_size": 128, "target_name_or_path": "org/target"}
+    drafter = make_drafter(target, dtype=torch.float32, **settings)
+    drafter.draft_head.token_ids.copy_(torch.arange(128).flip(0))
+    with pytest.raises(ValueError, match="another order"):
+        export_drafter(drafter, "vllm", tmp_path / "vllm")
+    export_drafter(drafter, "sglang", tmp_path / "sglang")
+    assert_same_drafter(CoralDraftModel.from_eagle(tmp_path / "sglang", target), drafter)
 
 
 def test_eagle3_head_needs_the_target(target, tmp_path):

@@ -67,6 +67,10 @@ def export_drafter(
     check_output_folder(folder)
     config = drafter.config
     problems = _obstacles(config, engine)
+    if engine != "sglang" and _is_permuted(drafter.draft_head, config.vocab_size):
+        problems.append(
+            "its own head scores the whole vocabulary in another order, ids are read for a part of it only"
+        )
     if problems:
         raise ValueError(f"{engine} cannot express this drafter: {'; '.join(problems)}.")
     target_name = target_name or config.target_name_or_path
@@ -111,7 +115,7 @@ def _obstacles(config: CoralDraftConfig, engine: str) -> list[str]:
     elif not single and FEATURE_LAYER_LAST in layers:
         problems.append(f"target_feature_layers={layers}: the normed last state (-1) cannot be captured beside others")
     elif not single and len(layers) == 1:
-        problems.append(f"target_feature_layers={layers}: a single layer other than -1 cannot be captured")
+        problems.append(f"target_feature_layers={layers}: one feature must be the last layer's, -1")
     elif not single and layers != sorted(set(layers)):
         problems.append(f"target_feature_layers={layers}: layers are captured in ascending order, each once")
     elif engine == "sglang" and 0 in layers:
@@ -120,11 +124,18 @@ def _obstacles(config: CoralDraftConfig, engine: str) -> list[str]:
         problems.append(f"target_feature_layers={layers}: it reads {_default_layers(config)} of this target")
     if config.norm_before_residual and engine in ("sglang", "eagle"):
         problems.append("norm_before_residual=True, its residual starts from the raw feature")
-    if config.norm_output and engine in ("speculators", "eagle"):
+    if config.norm_output and engine == "eagle":
         problems.append("norm_output=True, it feeds the state before the norm back; use --to vllm or sglang")
     if engine == "eagle" and config.head_dim * config.num_attention_heads != config.hidden_size:
         problems.append(f"head_dim={config.head_dim}, it takes hidden_size / num_attention_heads")
     return problems
+
+
+def _is_permuted(own_head: Any, vocab_size: int) -> bool:
+    """Whether a head of the drafter's own scores all ids, but not in their order."""
+    if own_head is None or own_head.token_ids.numel() != vocab_size:
+        return False
+    return not torch.equal(own_head.token_ids.cpu(), torch.arange(vocab_size))
 
 
 def _default_layers(config: CoralDraftConfig) -> list[int] | None:
@@ -202,6 +213,7 @@ def _config(config: CoralDraftConfig, engine: str, dtype: str, target_name: str 
             "speculators_config": _speculators_config(config, target_name),
             "transformer_layer_config": llama,
             "norm_before_residual": config.norm_before_residual,
+            "norm_output": config.norm_output,
             "eagle_aux_hidden_state_layer_ids": layers,
             "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
             "tie_word_embeddings": False,
