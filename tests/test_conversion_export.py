@@ -169,6 +169,12 @@ def test_eagle3_head_needs_the_target(target, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_speculators_counts_features_in_the_layer(target, tmp_path):
+    """vLLM 0.33 takes three features unless the nested config says otherwise."""
+    export_drafter(make("eagle3, two other features", target), "speculators", tmp_path / "out")
+    assert read(tmp_path / "out")[0]["transformer_layer_config"]["num_aux_hidden_states"] == 2
+
+
 def test_folder_of_another_target(target, tmp_path):
     """What an exported folder says of its target is checked when it comes back."""
     export_drafter(make("eagle", target), "vllm", tmp_path / "out")

@@ -211,7 +211,8 @@ def _config(config: CoralDraftConfig, engine: str, dtype: str, target_name: str 
             **architectures,
             "speculators_model_type": "eagle3",
             "speculators_config": _speculators_config(config, target_name),
-            "transformer_layer_config": llama,
+            # vLLM counts the features by this key alone, and passes on what the layer's config holds
+            "transformer_layer_config": {**llama, "num_aux_hidden_states": len(layers)},
             "norm_before_residual": config.norm_before_residual,
             "norm_output": config.norm_output,
             "eagle_aux_hidden_state_layer_ids": layers,
