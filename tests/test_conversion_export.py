@@ -1,7 +1,7 @@
 """CORAL drafters out to vLLM, SGLang, speculators and EAGLE, and back: the same weights, the same tokens.
 
-The engines themselves need a GPU build to import; what their loaders read is in `conversion/schemas.json`, against which
-every exported folder is checked here as it lies on disk.
+What the engines' loaders read is in `conversion/schemas.json`, against which every exported folder is checked here as it
+lies on disk; `test_engine_loaders.py` asks vLLM itself.
 """
 
 import copy
