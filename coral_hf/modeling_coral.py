@@ -5,6 +5,7 @@ handful of rows with a preallocated KV cache (generation). The target's embeddin
 module: callers go through `TargetAdapter`.
 """
 
+import importlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -116,9 +117,9 @@ class CoralDraftModel(PreTrainedModel):
             ValueError: if the checkpoint is no drafter for this target; the message lists names, expected and found.
             OSError: if there is no such folder or repository.
         """
-        from .conversion.eagle_import import load_eagle
-
-        return load_eagle(cls, path_or_repo, target, **overrides)
+        # By name: this file is also saved beside drafters as remote code, which must not need the package.
+        conversion = importlib.import_module("coral_hf.conversion")
+        return conversion.load_eagle(cls, path_or_repo, target, **overrides)
 
     def add_router(self, num_groups: int, active_groups: int | None = None) -> LMHeadRouter:
         """Gives the drafter a new, untrained LM-head router, replacing any it has.

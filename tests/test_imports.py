@@ -17,7 +17,7 @@ ALLOWED = {
     "draft_initialization": {"configuration_coral", "target_adapter"},
     "lm_head_router": {"configuration_coral"},
     "draft_layer": {"configuration_coral"},
-    "modeling_coral": {"configuration_coral", "lm_head_router", "draft_layer", "draft_initialization", "conversion"},
+    "modeling_coral": {"configuration_coral", "lm_head_router", "draft_layer", "draft_initialization"},
     "generation": {"configuration_coral", "lm_head_router", "draft_layer", "modeling_coral", "target_adapter"},
     "training": {"configuration_coral", "modeling_coral", "target_adapter", "jsonl"},
     "evaluation": {
