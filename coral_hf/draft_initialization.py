@@ -22,7 +22,8 @@ def initialize_from_target(model_class: type, target: nn.Module, tokenizer: Any,
 
     The layer starts random (standard deviation `initializer_range`). In the `eagle` shape `fc` starts as the identity
     on the feature plus a random projection of the embedding at a fixed share of its size; in the `eagle3` shape `norm`
-    starts as the target's final norm, and `fc` (over several features) as their mean.
+    starts as the target's final norm, and `fc` (over several features) as the identity on the last listed one plus
+    random projections of the others at that share.
 
     Raises:
         ValueError: if the target is not a Llama-shaped causal LM.
@@ -46,10 +47,25 @@ def initialize_from_target(model_class: type, target: nn.Module, tokenizer: Any,
         else:
             if final_norm is not None:
                 drafter.norm.weight.copy_(final_norm)
-            count = config.num_target_features
-            if count > 1:
-                drafter.fc.weight.copy_(torch.eye(size).repeat(1, count) / count)
+            if config.num_target_features > 1:
+                sizes = _feature_sizes(adapter)
+                blocks = drafter.fc.weight.unflatten(1, (-1, size))  # [H, n, H]
+                for index, rms in enumerate(sizes[:-1]):
+                    blocks[:, index].normal_(0.0, EMBEDDING_SHARE * sizes[-1] / (rms * size**0.5))
+                blocks[:, -1] = torch.eye(size)
     return drafter
+
+
+def _feature_sizes(adapter: TargetAdapter) -> list[float]:
+    """Typical rms of each feature layer: residual streams grow tenfold from the first layer to the last."""
+    layers = adapter.feature_layers
+    if adapter.device.type == "meta":
+        return [1.0] * len(layers)
+    ids = torch.arange(64, device=adapter.device)[None] % adapter.vocab_size
+    features = adapter.compute_features(ids).float().unflatten(-1, (len(layers), -1))  # [1, S, n, H]
+    # The median: the first position's residual stream is a hundred times larger in many models.
+    rms = features.square().mean(dim=-1).sqrt()[0].median(dim=0).values
+    return rms.clamp(min=1e-6).tolist()
 
 
 def _norm_weight(norm: nn.Module | None, size: int) -> torch.Tensor | None:

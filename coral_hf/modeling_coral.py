@@ -25,6 +25,7 @@ from .draft_layer import (
     shift_rows,
 )
 from .lm_head_router import DraftVocabularyHead, FrequencyShortlist, LMHeadRouter
+from .weight_files import check_weights, most_bytes
 
 
 @dataclass
@@ -120,6 +121,42 @@ class CoralDraftModel(PreTrainedModel):
         # By name: this file is also saved beside drafters as remote code, which must not need the package.
         conversion = importlib.import_module("coral_hf.conversion")
         return conversion.load_eagle(cls, path_or_repo, target, **overrides)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "CoralDraftModel":
+        """Loads a drafter from a folder or the Hub, from safetensors only.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or Hub id.
+            *args, **kwargs: as for [`~transformers.PreTrainedModel.from_pretrained`] (`revision`, `token`, `dtype`, ...).
+
+        Raises:
+            ValueError: if the weights are missing, pickled, or larger than the config allows.
+        """
+        names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+        if pretrained_model_name_or_path is not None and not kwargs.get("variant"):
+            hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            config = kwargs.get("config")
+            # by type: the class may be another one where the code came with the weights
+            if getattr(config, "model_type", None) != cls.config_class.model_type:
+                config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub)
+            with torch.device("meta"):
+                count = sum(tensor.numel() for tensor in cls(config).state_dict().values())
+            check_weights(pretrained_model_name_or_path, most_bytes(count), **hub)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Publishes the drafter with its card, its code and the records behind its figures.
+
+        Args:
+            repo_id (`str`): `"org/name"`, or `"name"` in your own namespace.
+            **kwargs: `record`, `private`, `token`, `revision`, `commit_message`, `create_pr`; see `hub.publish`.
+
+        Returns:
+            `str`: URL of the commit.
+        """
+        # By name: this file is also read without the package around it, as a published drafter's code.
+        return importlib.import_module("coral_hf.hub.publish").push_drafter(self, repo_id, **kwargs)
 
     def add_router(self, num_groups: int, active_groups: int | None = None) -> LMHeadRouter:
         """Gives the drafter a new, untrained LM-head router, replacing any it has.

@@ -16,6 +16,7 @@ import torch
 from transformers import HfArgumentParser
 
 from coral_hf import CoralDraftModel, TargetAdapter, demo
+from coral_hf.evaluation.benchmark import describe_drafter
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.training.data import ConversationDataset, read_rows
 
@@ -87,6 +88,7 @@ def main() -> None:
     if script.json is not None:
         record = {"environment": describe_environment(target.device, target.dtype), "rows_measured": len(hidden)}
         record |= {"router_groups": router.num_groups, "steps": script.steps, "curve": rows}
+        record |= describe_drafter(drafter)
         Path(script.json).write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -13,7 +13,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from ..generation.settings import DraftSettings
 from ..generation.statistics import DraftStats
+from ..weight_files import drafter_sha256
 from .environment import describe_environment
 from .prompts import Prompt, encode_context
 
@@ -116,6 +118,20 @@ def result_row(method: str, name: str, plain: list[Measurement], measured: list[
     return row
 
 
+def describe_drafter(drafter: Any) -> dict[str, Any]:
+    """Which drafter a record measured: its Hub id or folder's name, and the hash of its weights file."""
+    name = None if drafter is None else drafter.config._name_or_path or None
+    if name is not None and Path(name).is_dir():
+        name = Path(name).resolve().name
+    return {"drafter": name, "drafter_sha256": None if drafter is None else drafter_sha256(drafter)}
+
+
+def draft_settings(method: Method) -> dict[str, Any]:
+    """What a method drafted with: the drafter's own settings and those it overrides."""
+    overrides = {key: value for key, value in method.settings.items() if key.startswith("draft_")}
+    return vars(DraftSettings.resolve(method.drafter.config, None, overrides))
+
+
 def _tokens(measurements: list[Measurement]) -> int:
     return sum(len(measurement.new_ids) for measurement in measurements)
 
@@ -171,9 +187,10 @@ def run_benchmark(
     record: dict[str, Any] = {
         "environment": describe_environment(target.device, target.dtype),
         "target": target.config._name_or_path,
-        "drafter": next((m.drafter.config._name_or_path for m in methods if m.drafter is not None), None),
+        **describe_drafter(next((m.drafter for m in methods if m.drafter is not None), None)),
         "max_new_tokens": max_new_tokens,
         "methods": {method.name: method.settings for method in methods[1:]},
+        "draft_settings": {method.name: draft_settings(method) for method in methods if method.drafter is not None},
         "partial": True,
         "runs": [],
     }
@@ -235,4 +252,12 @@ def print_table(record: dict[str, Any]) -> None:
     Console().print(table)
 
 
-__all__ = ["Measurement", "Method", "measure", "print_table", "run_benchmark"]
+__all__ = [
+    "Measurement",
+    "Method",
+    "describe_drafter",
+    "draft_settings",
+    "measure",
+    "print_table",
+    "run_benchmark",
+]

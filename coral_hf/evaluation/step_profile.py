@@ -14,7 +14,7 @@ import torch
 from ..generation.candidate_generator import CoralCandidateGenerator
 from ..generation.draft_tree import DraftTreeBuilder
 from ..lm_head_router import DraftHead
-from .benchmark import Method, measure
+from .benchmark import Method, describe_drafter, measure
 from .environment import describe_environment
 from .prompts import Prompt, encode_context
 
@@ -62,7 +62,9 @@ def profile_methods(
 ) -> dict[str, Any]:
     """Profiles every method that has a drafter on the first `count` prompts, prints it and writes `step_time.json`."""
     ids = [encode_context(tokenizer, prompt.turns[:1]) for prompt in prompts[:count]]
-    record: dict[str, Any] = {"environment": describe_environment(target.device, target.dtype), "methods": {}}
+    drafter = next((method.drafter for method in methods if method.drafter is not None), None)
+    record: dict[str, Any] = {"environment": describe_environment(target.device, target.dtype)}
+    record |= {**describe_drafter(drafter), "methods": {}}
     for method in methods:
         if method.drafter is None or method.settings.get("draft_stock_loop"):
             continue

@@ -214,6 +214,7 @@ def coral_decoding(
     features = generator.features_of(outputs.hidden_states)
     token = selector.choose(input_ids, outputs.logits[:, -1])
     input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+    drafter.last_stats = generator.stats  # from here on, so that a streamer can show it
     if streamer is not None:
         streamer.put(token.cpu())
     finished = is_finished(input_ids)
@@ -234,7 +235,6 @@ def coral_decoding(
         generator.stats.add_step(tree.depth, tokens.shape[1] - 1)
     if streamer is not None:
         streamer.end()
-    drafter.last_stats = generator.stats
     if not generation_config.return_dict_in_generate:
         return input_ids
     return GenerateDecoderOnlyOutput(

@@ -331,10 +331,13 @@ def _decode(
 ) -> None:
     """The loop: fill the free slots, step all, free the finished ones."""
     jobs: list[_Job] = []  # jobs[i] lives in slot i
+    # A forward on an accelerator costs the same for one prompt as for many: there, prompts wait for each other.
+    refill_at = cache.slots - (1 if cache.device.type == "cpu" else max(1, cache.slots // 8))
     while True:
         new_jobs: list[_Job] = []
-        while len(jobs) + len(new_jobs) < cache.slots and (job := queue.pop()) is not None:
-            new_jobs.append(job)
+        if len(jobs) <= refill_at:
+            while len(jobs) + len(new_jobs) < cache.slots and (job := queue.pop()) is not None:
+                new_jobs.append(job)
         if new_jobs:
             cache.prefill(range(len(jobs), len(jobs) + len(new_jobs)), [job.prompt_ids for job in new_jobs])
             jobs += new_jobs

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 _KNOWN_LAYER_TYPES = ("full_attention", "sliding_attention")
 # Prompts are prefilled together up to so many padded tokens: enough for a full matrix product, little enough memory.
-_PREFILL_TOKENS = 2048
+_PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
 # The buffer grows by so many positions when the longest row asks for it: most runs never need its full length.
 _GROWTH = 128
 
@@ -134,7 +134,7 @@ class SlotCache(Cache):
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         while order:
             widest = len(prompts[order[-1]])
-            group = order[-max(1, _PREFILL_TOKENS // widest) :]
+            group = order[-max(1, _PREFILL_TOKENS.get(self.device.type, 8192) // widest) :]
             del order[-len(group) :]
             self._prefill([slots[index] for index in group], [prompts[index] for index in group])
 

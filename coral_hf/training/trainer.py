@@ -17,15 +17,17 @@ from ..modeling_coral import CoralDraftModel
 from ..target_adapter import TargetAdapter
 from .arguments import CoralTrainingArguments
 from .data import IGNORED_LABEL, ConversationDataset, CoralDataCollator, preview
+from .faults import StopOnNonFiniteGradient
 from .feature_cache import FeatureCache
 from .losses import chunked_classification_loss, csra_loss, regression_loss
+from .publishing import PublishingMixin
 from .simulation import ChainStatistics
 
 
 PROGRESS_FILE = "coral_progress.json"  # in a checkpoint: what TrainerState has no field for
 
 
-class CoralTrainer(Trainer):
+class CoralTrainer(PublishingMixin, Trainer):
     """Trains a [`CoralDraftModel`] with a K-step rollout (HASS), the classification and regression losses of EAGLE and
     CSRA (CORAL section 3).
 
@@ -83,6 +85,8 @@ class CoralTrainer(Trainer):
         # `Trainer` reads this off the model's forward; the loss here is scaled by num_items_in_batch in compute_loss.
         self.model_accepts_loss_kwargs = True
         self._place_target()
+        self._finite = StopOnNonFiniteGradient()
+        self.add_callback(self._finite)
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._shortlist = self._frequent_ids()
         self.tokens_seen = 0
@@ -167,8 +171,8 @@ class CoralTrainer(Trainer):
         dtype = next(model.parameters()).dtype
         read = features[:, :-1, : self._features_read].to(dtype)
         if model.training and self.args.feature_noise:
-            # The draw is the CPU generator's, whose state every checkpoint holds.
-            noise = torch.rand(read.shape, dtype=dtype).to(read.device) * 2 - 1
+            # From the device's default generator, whose state every checkpoint holds.
+            noise = torch.rand_like(read) * 2 - 1
             size = read.square().mean(dim=-1, keepdim=True).sqrt()
             read = read + self.args.feature_noise * size * noise
         outputs = model(
@@ -182,6 +186,10 @@ class CoralTrainer(Trainer):
         trained = torch.zeros_like(ids[:, 1:], dtype=torch.bool)
         trained[:, :-1] = inputs["labels"][:, 2:] != IGNORED_LABEL
         return outputs, features[:, 1:, -self.adapter.hidden_size :], trained
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self._finite.batch = inputs
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args = self.args

@@ -1,0 +1,1 @@
+"""Drafter -> Hub: its card, the files of a published folder, and pushing."""

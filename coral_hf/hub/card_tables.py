@@ -1,0 +1,231 @@
+"""A card's tables and lists, as Markdown: every figure is read from a record, and what no record holds says so."""
+
+from pathlib import Path
+from typing import Any
+
+from ..configuration_coral import CoralDraftConfig
+from .records import RECORD_FOLDER, Records
+
+
+NOT_MEASURED = "not measured"
+_CURVE_ROWS = 8
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def headline_rows(records: Records) -> list[dict[str, Any]]:
+    """The rows of `benchmark.json` whose figures go into the metadata: one method, every benchmark."""
+    main = next((record for name, record in records.benchmarks if name == "benchmark.json"), None)
+    if main is None:
+        return []
+    measured = [row["method"] for row in main["runs"] if row["method"] != "plain"]
+    # the drafter's own settings, or the first that was measured
+    own = [name for name, settings in main.get("methods", {}).items() if not settings and name in measured]
+    method = next(iter([*own, *measured]), None)
+    return [row for row in main["runs"] if row["method"] == method]
+
+
+# Measured ------------------------------------------------------------------------------------------------------------
+
+
+def measured_section(records: Records, config: CoralDraftConfig) -> str:
+    """Every benchmark record as a table under the line that says where it was measured."""
+    parts = []
+    for name, record in records.benchmarks:
+        rows = [row for row in record["runs"] if row["method"] != "plain"]
+        methods = list(dict.fromkeys(row["method"] for row in rows))
+        if name != "benchmark.json" and len(methods) > 1:  # settings side by side: the sum is enough
+            rows = [row for row in rows if row["benchmark"] == "all"]
+        parts.append(
+            f"{_where(name, record)} {record['max_new_tokens']} new tokens a prompt.\n\n"
+            + table(
+                ["method", "prompts", "tau", "accepted per depth", "speedup (quartiles)", "same tokens as plain"],
+                [_benchmark_row(row) for row in rows],
+            )
+        )
+        parts.append("\n".join(f"- `{method}`: {_draft(record, method, config)}" for method in methods))
+    if not records.benchmarks:
+        parts.append(table(["prompts", "tau", "speedup"], [["all", NOT_MEASURED, NOT_MEASURED]]))
+    for name, record in records.checks:
+        parts.append(_check(name, record))
+    if not records.checks:
+        parts.append(f"Identity with plain `generate` in float32 on real prompts: {NOT_MEASURED}.")
+    for name, record in records.heads:
+        parts.append(_heads(name, record))
+    parts += [
+        f"`{RECORD_FOLDER}/{name}` does not say which drafter it measured: its figures are not shown."
+        for name in records.anonymous
+    ]
+    parts += [
+        f"`{RECORD_FOLDER}/{name}` measured another drafter: its figures are not shown." for name in records.foreign
+    ]
+    return "\n\n".join(parts)
+
+
+def _where(name: str, record: dict[str, Any]) -> str:
+    environment = record["environment"]
+    return (
+        f"`{RECORD_FOLDER}/{name}`: {environment['device']}, {environment['dtype']}, {environment['threads']} CPU "
+        f"threads; torch {environment['torch']}, transformers {environment['transformers']}, coral_hf "
+        f"{environment['coral_hf']}, commit {environment.get('commit') or 'not recorded'}; drafter sha256 "
+        f"{record['drafter_sha256'][:12]}."
+    )
+
+
+def _benchmark_row(row: dict[str, Any]) -> list[str]:
+    temperature = row.get("temperature") or 0.0
+    quartiles = row.get("speedup_quartiles")
+    spread = f" ({quartiles[0]:.2f} to {quartiles[1]:.2f})" if quartiles else ""
+    return [
+        f"`{row['method']}`" + (f", temperature {temperature:g}" if temperature else ""),
+        f"{row['benchmark']} ({row['n_prompts']})",
+        _number(row.get("acceptance_length")),
+        _shares(row.get("acceptance_per_depth")),
+        _number(row.get("speedup"), "x") + spread,
+        NOT_MEASURED if row.get("identical") is None else f"{row['identical']} of {row['n_prompts']}",
+    ]
+
+
+def _draft(record: dict[str, Any], method: str, config: CoralDraftConfig) -> str:
+    """What a method drafted with, in words."""
+    settings = record.get("draft_settings", {}).get(method)
+    given = record.get("methods", {}).get(method) or {}
+    if settings is None:
+        return ", ".join(f"{key}={value}" for key, value in given.items()) or "settings not recorded"
+    names = ("draft_depth", "draft_top_k", "draft_total_tokens")
+    shape = "chain" if settings["draft_top_k"] == 1 else "tree"
+    text = f"{shape} of {settings['draft_total_tokens']} nodes with the root, depth {settings['draft_depth']}, "
+    text += f"{settings['draft_top_k']} branches a node, head: {settings.get('draft_head') or 'all that it has'}"
+    # a total of None in the config stands for the largest
+    own = [(getattr(config, name), settings[name]) for name in names]
+    if not given and all(now in (None, then) for now, then in own):
+        text += " (the drafter's default)"
+    return text
+
+
+def _check(name: str, record: dict[str, Any]) -> str:
+    lengths = ", ".join(f"{key} {_number(value)}" for key, value in record["acceptance_length"].items())
+    settings = ", ".join(f"`{key}={value}`" for key, value in record["settings"].items())
+    return (
+        f"Identity: {record['identical']} of {record['n_prompts']} greedy answers of {record['max_new_tokens']} tokens are "
+        f"plain `generate`'s to the token ({settings}). Tau: {lengths}. {_where(name, record)}"
+    )
+
+
+def _heads(name: str, record: dict[str, Any]) -> str:
+    rows = [
+        [row["head"], f"{row['active_share']:.1%}", f"{row['uncovered']:.1%}", f"{row['recall']:.1%}"]
+        for row in record["curve"]
+    ]
+    return (
+        "Target probability outside the ids that a draft head computes, and how often the target's choice is inside. "
+        f"{_where(name, record)}\n\n{table(['head', 'active ids', 'uncovered', 'recall'], rows)}"
+    )
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return NOT_MEASURED if value is None else f"{value:.2f}{unit}"
+
+
+def _shares(values: list[float] | None) -> str:
+    return NOT_MEASURED if not values else ", ".join(f"{value:.0%}" for value in values)
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def training_section(records: Records) -> str:
+    """Data, runs, commands and the curve."""
+    parts = [records.stated["data"]] if records.stated.get("data") else []
+    parts += _responses(records.folder)
+    parts += [_stage(stage) for stage in records.stages]
+    seen = [count for row in records.log if (count := tokens_seen(row)) is not None]
+    if seen:
+        parts.append(f"{seen[-1]:,} response tokens seen, repetitions counted (`{RECORD_FOLDER}/log.jsonl`).")
+    commands = records.folder / RECORD_FOLDER / "commands.sh"
+    if commands.is_file():
+        parts.append(f"```bash\n{commands.read_text(encoding='utf-8').strip()}\n```")
+    if not parts:
+        parts.append("Not recorded.")
+    curve = curve_rows(records.log)
+    if curve:
+        depths = sorted({int(key.rsplit("_", 1)[1]) for row in curve for key in row if _is_depth(key)})
+        rows = [
+            [f"{tokens_seen(row):,}", _number(row["eval_acceptance_length"])]
+            + [f"{row[key]:.0%}" if (key := f"eval_acceptance_{depth}") in row else NOT_MEASURED for depth in depths]
+            for row in _thinned(curve)
+        ]
+        parts.append(
+            f"Held out, simulated greedy chains of {len(depths)} with the full head:\n\n"
+            + table(["response tokens seen", "tau", *(f"accepted at depth {depth}" for depth in depths)], rows)
+        )
+    if (records.folder / RECORD_FOLDER / "curve.png").is_file():
+        parts.append(f"![Acceptance over training]({RECORD_FOLDER}/curve.png)")
+    return "\n\n".join(parts)
+
+
+def tokens_seen(row: dict[str, Any]) -> int | None:
+    """Response tokens seen at a row of the log."""
+    names = ("response_tokens_seen", "response_tokens", "eval_response_tokens_seen")
+    return next((row[name] for name in names if name in row), None)
+
+
+def curve_rows(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The log's evaluations."""
+    return [row for row in log if "eval_acceptance_length" in row and tokens_seen(row) is not None]
+
+
+def _is_depth(key: str) -> bool:
+    return key.startswith("eval_acceptance_") and key.rsplit("_", 1)[1].isdigit()
+
+
+def _thinned(rows: list[Any]) -> list[Any]:
+    """At most `_CURVE_ROWS`, evenly spaced, the first and the last among them."""
+    if len(rows) <= _CURVE_ROWS:
+        return rows
+    return [rows[round(index * (len(rows) - 1) / (_CURVE_ROWS - 1))] for index in range(_CURVE_ROWS)]
+
+
+def _responses(folder: Path) -> list[str]:
+    shards = sorted((folder / "responses").glob("*.parquet"))
+    if not shards:
+        return []
+    try:
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ImportError("Counting the responses needs pyarrow: pip install 'coral-hf[train]'.") from error
+    rows = tokens = 0
+    for shard in shards:
+        column = pq.read_table(shard, columns=["response_ids"]).column("response_ids")
+        rows += len(column)
+        tokens += pc.sum(pc.list_value_length(column)).as_py()
+    return [f"`responses/` holds {rows:,} answers that the target itself wrote, {tokens:,} tokens."]
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    environment = stage["environment"]
+    lines = [
+        f"Stage `{stage['stage']}`: {stage['steps']:,} steps over {stage['conversations']:,} conversations, "
+        f"{stage['response_tokens_seen']:,} response tokens seen. {environment['device']}; torch {environment['torch']}, "
+        f"transformers {environment['transformers']}, coral_hf {environment['coral_hf']}.",
+    ]
+    if stage["arguments"]:
+        arguments = ", ".join(f"`{key}={value}`" for key, value in sorted(stage["arguments"].items()))
+        lines.append(f"Settings other than the defaults: {arguments}.")
+    return " ".join(lines)
+
+
+__all__ = [
+    "NOT_MEASURED",
+    "curve_rows",
+    "headline_rows",
+    "measured_section",
+    "table",
+    "tokens_seen",
+    "training_section",
+]

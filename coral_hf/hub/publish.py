@@ -1,0 +1,167 @@
+"""Publishing a drafter: the files of a published folder, and pushing it to the Hub.
+
+A published folder holds, beside config and weights: the card; the records behind its figures; the model's code with an
+`auto_map`, so that `AutoModel.from_pretrained(..., trust_remote_code=True)` needs no package; and `custom_generate/`.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .. import __version__, modeling_coral
+from .model_card import write_card
+from .records import RECORD_FOLDER
+
+
+AUTO_MAP = {"AutoConfig": "configuration_coral.CoralDraftConfig", "AutoModel": "modeling_coral.CoralDraftModel"}
+
+
+def push_drafter(
+    drafter: Any,
+    repo_id: str,
+    *,
+    record: str | Path | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    create_pr: bool = False,
+    **stated: Any,
+) -> str:
+    """Publishes a drafter. The card is made first, so that nothing is sent when it is refused.
+
+    Args:
+        drafter ([`CoralDraftModel`])
+        repo_id (`str`): `"org/name"`, or `"name"` in your own namespace.
+        record (`str` or `Path`, *optional*): folder of the records (see `hub.records`), or a `benchmark.json`. By
+            default the `training/` beside the weights that the drafter was loaded from; without any, the card's figures
+            are "not measured".
+        private (`bool`, *optional*): of a new repository.
+        token (`str`, *optional*): by default the one of `hf auth login` or `HF_TOKEN`.
+        revision (`str`, *optional*): branch to push to, made if there is none.
+        commit_message, commit_description (`str`, *optional*), create_pr (`bool`)
+        **stated: keys of `card.json`, `license` say.
+
+    Returns:
+        `str`: URL of the commit.
+
+    Raises:
+        ValueError: without a token, offline, or for records of another drafter.
+        OSError: if the Hub refuses or the connection breaks; nothing is committed then.
+    """
+    require_token(token)
+    with tempfile.TemporaryDirectory() as folder:
+        # one file, as a published drafter's must be
+        drafter.save_pretrained(folder, max_shard_size="100GB")
+        _copy_records(drafter, record, Path(folder))
+        prepare_folder(folder, repo_id, stated)
+        with hub_errors(repo_id):
+            api = HfApi(library_name="coral_hf", library_version=__version__)
+            repo = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            if revision is not None and not create_pr:
+                api.create_branch(repo, branch=revision, token=token, exist_ok=True)
+            return api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                token=token,
+                revision=revision,
+                commit_message=commit_message or "Upload CORAL drafter",
+                commit_description=commit_description,
+                create_pr=create_pr,
+            )
+
+
+def prepare_folder(folder: str | Path, repo_id: str | None = None, stated: dict[str, Any] | None = None) -> None:
+    """Adds card, code and `custom_generate/` to a folder that `save_pretrained` wrote.
+
+    Raises:
+        ValueError: for records of another drafter.
+    """
+    folder = Path(folder)
+    write_card(folder, repo_id=repo_id, unmeasured=True, stated=stated)
+    source = modeling_coral.__file__
+    for path in [source, *get_relative_import_files(source)]:
+        shutil.copyfile(path, folder / Path(path).name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = AUTO_MAP
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    custom = folder / "custom_generate"
+    custom.mkdir(exist_ok=True)
+    shutil.copyfile(Path(__file__).with_name("custom_generate") / "generate.py", custom / "generate.py")
+    (custom / "requirements.txt").write_text(f"coral-hf>={__version__}\n", encoding="utf-8")
+
+
+def require_token(token: str | bool | None) -> None:
+    """Raises `ValueError` if there is nothing to push with."""
+    if constants.is_offline_mode():
+        raise ValueError("HF_HUB_OFFLINE=1 is set, so nothing can be pushed: unset it and try again.")
+    if not isinstance(token, str) and (token is False or get_token() is None):
+        raise ValueError(
+            "No Hugging Face token to push with: run `hf auth login` or set HF_TOKEN (a token with write access, from "
+            "https://huggingface.co/settings/tokens), or pass token=...."
+        )
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Says what to do about a push that failed."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise PermissionError(
+                f"The Hub refused the token for {repo_id} (status {status}): make one with write access to it at "
+                "https://huggingface.co/settings/tokens and run `hf auth login`, or pass token=...."
+            ) from error
+        raise OSError(
+            f"The Hub answered status {status} for {repo_id} ({' '.join(str(error).split())}). Check the name and push again."
+        ) from error
+    except (HTTPError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _came_from_the_client(error):
+            raise
+        raise ConnectionError(
+            f"The connection broke while pushing to {repo_id} ({' '.join(str(error).split())}). The repository is as it "
+            "was, since a push is one commit: push again, and what has arrived is not sent twice."
+        ) from error
+
+
+def _came_from_the_client(error: BaseException) -> bool:
+    """Uploads end in plain RuntimeErrors, which torch raises as well."""
+    frame = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_globals.get("__name__", "").startswith("huggingface_hub"):
+            return True
+        frame = frame.tb_next
+    return False
+
+
+def _copy_records(drafter: Any, record: str | Path | None, folder: Path) -> None:
+    if record is None:
+        loaded_from = drafter.config._name_or_path
+        record = Path(loaded_from, RECORD_FOLDER) if loaded_from else None
+        if record is None or not record.is_dir():
+            return
+    record = Path(record)
+    if record.is_file():
+        (folder / RECORD_FOLDER).mkdir()
+        shutil.copyfile(record, folder / RECORD_FOLDER / "benchmark.json")
+    elif record.is_dir():
+        shutil.copytree(record, folder / RECORD_FOLDER)
+    else:
+        raise ValueError(
+            f"record={str(record)!r} does not exist; give the folder that `coral-hf benchmark --output` wrote, or none."
+        )
+
+
+__all__ = ["hub_errors", "prepare_folder", "push_drafter", "require_token"]

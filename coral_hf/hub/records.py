@@ -1,0 +1,147 @@
+"""The records behind a card: what was measured, with which drafter, and how the drafter was trained.
+
+A drafter's folder holds them under `training/`:
+
+- `benchmark*.json`: `coral-hf benchmark --output FOLDER/training` (`benchmark.json` gives the figures of the metadata)
+- `check_*.json`: `examples/check_real_prompts.py --json`
+- `compare_heads*.json`: `examples/compare_heads.py --json`
+- `training*.json`, `log.jsonl`: written by [`CoralTrainer`]; `commands.sh`, `curve.png`: kept by hand
+- `card.json`: what no program knows (see `STATED`); no figures
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..jsonl import read_jsonl
+from ..weight_files import WEIGHTS_FILE, file_sha256
+
+
+RECORD_FOLDER = "training"
+# keys of card.json and what they hold
+STATED = {
+    "title": "heading and model name",
+    "license": "licence of the weights",
+    "language": "list of language codes",
+    "datasets": "list of Hub ids",
+    "tags": "list of further tags",
+    "target": "sentence on where the target's weights come from",
+    "load": "Python that loads target, tokenizer and drafter",
+    "data": "sentences on the training data",
+    "limits": "list of sentences",
+}
+
+
+@dataclass
+class Records:
+    """What is known about the drafter in a folder.
+
+    Args:
+        folder (`Path`), sha256 (`str`): of its weights.
+        benchmarks, checks, heads (`list[tuple[str, dict]]`): name and content of records that measured this drafter.
+        anonymous (`list[str]`): records that do not say which drafter they measured.
+        foreign (`list[str]`): records of other drafters.
+        stages (`list[dict]`): one per training run.
+        log (`list[dict]`): the training log.
+        stated (`dict`): see `STATED`.
+    """
+
+    folder: Path
+    sha256: str
+    benchmarks: list[tuple[str, dict]] = field(default_factory=list)
+    checks: list[tuple[str, dict]] = field(default_factory=list)
+    heads: list[tuple[str, dict]] = field(default_factory=list)
+    anonymous: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    stages: list[dict] = field(default_factory=list)
+    log: list[dict] = field(default_factory=list)
+    stated: dict[str, Any] = field(default_factory=dict)
+
+
+def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = True) -> Records:
+    """Reads the records of a drafter's folder and checks that they are of this drafter.
+
+    Args:
+        folder (`str` or `Path`): with `config.json` and `model.safetensors`.
+        unmeasured (`bool`): accept a folder without a benchmark record.
+        strict (`bool`): refuse a benchmark or check of another drafter; False leaves its figures out.
+
+    Raises:
+        ValueError: saying which file it is and what to do.
+    """
+    folder = Path(folder)
+    for name in ("config.json", WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no {name}: give the folder of a drafter, as save_pretrained writes it.")
+    records = Records(folder, file_sha256(folder / WEIGHTS_FILE))
+    training = folder / RECORD_FOLDER
+    benchmarks = sorted(training.glob("benchmark*.json"), key=lambda path: (path.name != "benchmark.json", path.name))
+    for path in benchmarks:
+        record = _read_json(path)
+        if "runs" not in record:  # a benchmark of something else than decoding
+            continue
+        if record.get("partial"):
+            raise ValueError(f"{path} is of a run that was cut off; {_remedy(folder)}.")
+        _sort_in(records, path, record, records.benchmarks, strict)
+    if not (records.benchmarks or records.anonymous or records.foreign or unmeasured):
+        raise ValueError(
+            f"{training} holds no benchmark.json: {_remedy(folder)}, or ask for a card that says 'not measured' with "
+            "--unmeasured true."
+        )
+    for path in sorted(training.glob("check_*.json")):
+        _sort_in(records, path, _read_json(path), records.checks, strict)
+    for path in sorted(training.glob("compare_heads*.json")):
+        # candidates that do not ship are compared too: theirs is no error
+        record = _read_json(path)
+        if record.get("drafter_sha256") == records.sha256:
+            records.heads.append((path.name, record))
+    records.stages = [_read_json(path) for path in sorted(training.glob("training*.json"))]
+    if (training / "log.jsonl").is_file():
+        records.log = [row for _, row in read_jsonl(training / "log.jsonl")]
+    if (training / "card.json").is_file():
+        records.stated = _read_json(training / "card.json")
+        check_stated(records.stated, str(training / "card.json"))
+    return records
+
+
+def check_stated(stated: dict[str, Any], where: str) -> None:
+    """Raises `ValueError` for a key that a card does not know."""
+    unknown = sorted(set(stated) - set(STATED))
+    if unknown:
+        raise ValueError(f"{where}: unknown key(s) {unknown}; the keys are {list(STATED)}.")
+
+
+def _sort_in(records: Records, path: Path, record: dict, measured: list, strict: bool) -> None:
+    found = record.get("drafter_sha256")
+    if found is None:
+        records.anonymous.append(path.name)
+    elif found == records.sha256:
+        measured.append((path.name, record))
+    elif strict:
+        raise ValueError(
+            f"{path} measured another drafter ({WEIGHTS_FILE} sha256 {found[:12]}..., this one has "
+            f"{records.sha256[:12]}...): {_remedy(records.folder)}, or delete that record."
+        )
+    else:
+        records.foreign.append(path.name)
+
+
+def _remedy(folder: Path) -> str:
+    return (
+        f"measure this drafter with `coral-hf benchmark --target TARGET --drafter {folder} --data PROMPTS.jsonl --output "
+        f"{folder / RECORD_FOLDER}`"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); write it again or delete it.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(record).__name__}; write it again or delete it.")
+    return record
+
+
+__all__ = ["RECORD_FOLDER", "STATED", "Records", "check_stated", "read_records"]

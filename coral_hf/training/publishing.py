@@ -1,0 +1,106 @@
+"""What a trainer writes for a drafter's card, and how it pushes."""
+
+import json
+import platform
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..hub.model_card import write_card
+from ..hub.publish import hub_errors, prepare_folder, require_token
+from ..hub.records import RECORD_FOLDER
+
+
+# arguments that say where, not how
+_NOT_RECIPE = {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token", "cache_features"}
+_NOT_RECIPE |= {"report_to", "use_cpu", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "project"}
+
+
+class PublishingMixin:
+    """Saves and pushes a drafter with its card and training record; before [`~transformers.Trainer`] in the bases."""
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        token = token if token is not None else self.args.hub_token
+        require_token(token)
+        with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name):
+            super().init_hf_repo(token=token, private=private)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not _internal_call:
+            folder = Path(output_dir or self.args.output_dir)
+            self.write_training_record(folder)
+            # Records of an earlier drafter in this folder are no reason to lose a training.
+            write_card(folder, unmeasured=True, strict=False)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Pushes as [`~transformers.Trainer.push_to_hub`] does, with the card of `coral-hf card`, made from the records in
+        `output_dir/training`; without a benchmark its figures are "not measured".
+
+        Raises:
+            ValueError: without a token, offline, or for records of another drafter.
+            OSError: if the Hub refuses or the connection breaks.
+        """
+        require_token(kwargs.get("token") or self.args.hub_token)
+        with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name):
+            return super().push_to_hub(*args, **kwargs)
+
+    def create_model_card(self, model_name: str | None = None, **stated: Any) -> None:
+        """Writes card, code and `custom_generate/` into `output_dir`.
+
+        Args:
+            model_name (`str`, *optional*): heading.
+            **stated: keys of `training/card.json` (`license`, `language`, `tags`, `datasets`, ...).
+        """
+        if not self.is_world_process_zero():
+            return
+        if model_name is not None:
+            stated = {"title": model_name, **stated}
+        self.write_training_record(Path(self.args.output_dir))
+        prepare_folder(self.args.output_dir, self.hub_model_id, stated)
+
+    def write_training_record(self, folder: Path) -> None:
+        """Writes `training/training.json` and `training/log.jsonl`."""
+        training = folder / RECORD_FOLDER
+        training.mkdir(parents=True, exist_ok=True)
+        device = self.args.device
+        record = {
+            "stage": self.args.stage,
+            "steps": self.state.global_step,
+            "conversations": 0 if self.train_dataset is None else len(self.train_dataset),
+            "response_tokens_seen": self.tokens_seen,
+            "arguments": recipe(self.args),
+            "environment": {
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "coral_hf": _version(),
+            },
+        }
+        (training / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        rows = "".join(json.dumps(row) + "\n" for row in self.state.log_history)
+        (training / "log.jsonl").write_text(rows, encoding="utf-8")
+
+
+def recipe(args: Any) -> dict[str, Any]:
+    """The training arguments that differ from their defaults."""
+    values = args.to_dict()
+    settings = {}
+    for entry in fields(args):
+        default = entry.default if entry.default is not MISSING else None
+        value = values.get(entry.name)
+        if entry.init and entry.name not in _NOT_RECIPE and entry.default_factory is MISSING and value != default:
+            settings[entry.name] = value
+    return settings
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return __version__
+
+
+__all__ = ["PublishingMixin", "recipe"]

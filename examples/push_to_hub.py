@@ -1,0 +1,31 @@
+"""Publish a drafter with its card.
+
+hf auth login
+coral-hf benchmark --drafter outputs/drafter --data prompts.jsonl --output outputs/drafter/training
+python examples/push_to_hub.py --drafter outputs/drafter --repo_id org/name --license apache-2.0
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from coral_hf import CoralDraftModel, demo
+
+
+@dataclass
+class ScriptArguments:
+    repo_id: str = field(metadata={"help": "Where to: 'org/name', or 'name' in your own namespace."})
+    drafter: str = field(default="demo", metadata={"help": "Folder of the drafter, or 'demo'."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
+    license: str | None = field(default=None, metadata={"help": "Licence of the weights."})
+
+
+if __name__ == "__main__":
+    script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    # in the dtype it is stored in: the records hold the hash of these very weights
+    folder = demo.drafter_path() if script.drafter == "demo" else script.drafter
+    drafter = CoralDraftModel.from_pretrained(folder, dtype="auto")
+    stated = {} if script.license is None else {"license": script.license}
+    print(drafter.push_to_hub(script.repo_id, private=script.private, revision=script.revision, **stated))
+    print(f'Load it with AutoModel.from_pretrained("{script.repo_id}").')

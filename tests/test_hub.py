@@ -1,0 +1,241 @@
+"""Push and load over HTTP: the real `huggingface_hub` client against a Hub-compatible server on the loopback address."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import make_drafter, make_target
+from hub_server import TOKEN, serve
+from huggingface_hub import constants
+from test_model_card import make_record
+from test_trainer import make_trainer, random_rows
+from transformers import AutoModel
+
+from coral_hf import CoralDraftModel
+from coral_hf.weight_files import file_sha256
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server, and a client that knows no other."""
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # LFS over plain HTTP: Xet is a protocol of its own
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's pauses between attempts
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        yield server
+
+
+@pytest.fixture
+def drafter():
+    return make_drafter(make_target(dtype=torch.float32))
+
+
+def test_push_and_load(hub, drafter, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    drafter.push_to_hub("org/drafter", license="mit")
+    files = hub.files("org/drafter")
+    assert {"README.md", "config.json", "model.safetensors", "modeling_coral.py"} <= set(files)
+    assert {"custom_generate/generate.py", "custom_generate/requirements.txt"} <= set(files)
+    assert "not measured" in files["README.md"].decode()
+    assert "license: mit" in files["README.md"].decode()
+    for load in (CoralDraftModel, AutoModel):
+        loaded = load.from_pretrained("org/drafter")
+        assert type(loaded) is CoralDraftModel
+        for key, value in drafter.state_dict().items():
+            torch.testing.assert_close(loaded.state_dict()[key], value, rtol=0, atol=0)
+
+
+def test_revisions_private_and_cache(hub, drafter, monkeypatch):
+    """Branches, commits, a private repository, and offline from the cache."""
+    drafter.push_to_hub("org/drafter", token=TOKEN, private=True)
+    first = hub.repos["org/drafter"]["branches"]["main"]
+    with torch.no_grad():
+        drafter.norm.weight.add_(1.0)
+    drafter.push_to_hub("org/drafter", token=TOKEN, revision="v2")
+    assert hub.repos["org/drafter"]["branches"]["main"] == first
+    with pytest.raises(OSError, match="org/drafter"):
+        CoralDraftModel.from_pretrained("org/drafter")
+
+    def load(**kwargs):
+        return CoralDraftModel.from_pretrained("org/drafter", token=TOKEN, **kwargs).norm.weight
+
+    assert torch.equal(load(revision="v2"), drafter.norm.weight)
+    assert torch.equal(load(), drafter.norm.weight - 1.0)
+    assert torch.equal(load(revision=first), drafter.norm.weight - 1.0)
+    with pytest.raises(OSError, match="v3"):
+        load(revision="v3")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert torch.equal(load(revision="v2"), drafter.norm.weight)
+    assert not hub.requests
+
+
+def test_push_is_refused_before_anything_is_sent(hub, drafter, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="hf auth login"):
+        drafter.push_to_hub("org/drafter")
+    other = {"runs": [], "drafter_sha256": "0" * 64}
+    (tmp_path / "benchmark.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="another drafter"):
+        drafter.push_to_hub("org/drafter", token=TOKEN, record=tmp_path / "benchmark.json")
+    with pytest.raises(ValueError, match="licence"):
+        drafter.push_to_hub("org/drafter", token=TOKEN, licence="mit")
+    with pytest.raises(ValueError, match="absent"):
+        drafter.push_to_hub("org/drafter", token=TOKEN, record=tmp_path / "absent")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
+        drafter.push_to_hub("org/drafter", token=TOKEN)
+    assert not hub.requests and not hub.repos
+
+
+def test_wrong_token_and_absent_repository(hub, drafter):
+    with pytest.raises(PermissionError, match="write access"):
+        drafter.push_to_hub("org/drafter", token="hf_wrong")
+    assert not hub.repos
+    with pytest.raises(OSError, match="org/absent"):
+        CoralDraftModel.from_pretrained("org/absent")
+
+
+def test_connection_cut_during_upload(hub, drafter):
+    """One cut is overcome; a dead line leaves the repository as it was, and the next push goes through."""
+    hub.cuts = 1
+    drafter.push_to_hub("org/drafter", token=TOKEN)
+    assert hub.cuts == 0
+    before = dict(hub.files("org/drafter"))
+    with torch.no_grad():
+        drafter.norm.weight.add_(1.0)
+    hub.cuts = 100
+    with pytest.raises(ConnectionError, match="push again"):
+        drafter.push_to_hub("org/drafter", token=TOKEN)
+    assert hub.files("org/drafter") == before
+    hub.cuts = 0
+    drafter.push_to_hub("org/drafter", token=TOKEN)
+    assert torch.equal(CoralDraftModel.from_pretrained("org/drafter").norm.weight, drafter.norm.weight)
+
+
+@pytest.mark.parametrize("remote", [True, False])
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, "holds no model.safetensors"),
+        ({"pytorch_model.bin": b"pickle"}, "pytorch_model.bin, a pickle"),
+        ({"model.safetensors": bytes(3_000_000)}, "another model's weights"),
+    ],
+)
+def test_weights_that_are_refused(hub, drafter, tmp_path, weights, message, remote):
+    drafter.config.save_pretrained(tmp_path / "folder")
+    files = {"config.json": (tmp_path / "folder" / "config.json").read_bytes(), **weights}
+    name = str(tmp_path / "folder")
+    if remote:
+        name = "org/broken"
+        hub.commit(name, files)
+    else:
+        for path, body in weights.items():
+            (tmp_path / "folder" / path).write_bytes(body)
+    for load in (CoralDraftModel, AutoModel):
+        with pytest.raises(ValueError, match=message):
+            load.from_pretrained(name)
+    # asked for, never downloaded
+    assert not any(f"GET /org/broken/resolve/main/{path}" in hub.requests for path in weights)
+
+
+def test_trainer_pushes(hub, tmp_path):
+    target = make_target(dtype=torch.float32)
+    trainer = make_trainer(tmp_path / "drafter", target, max_steps=2, eval_dataset=random_rows(4))
+    with pytest.raises(ValueError, match="hf auth login"):
+        trainer.push_to_hub()
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    card = (tmp_path / "drafter" / "README.md").read_text()
+    assert f"{trainer.tokens_seen:,} response tokens seen" in card and "| tau |" in card
+    trainer.push_to_hub(token=TOKEN, license="apache-2.0")
+    files = hub.files("org/drafter")
+    assert {"README.md", "modeling_coral.py", "training/training.json", "training/log.jsonl"} <= set(files)
+    assert 'from_pretrained("org/drafter"' in files["README.md"].decode()
+    loaded = CoralDraftModel.from_pretrained("org/drafter", dtype="auto")
+    assert torch.equal(loaded.norm.weight, trainer.model.norm.weight.cpu())
+
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["coral_hf"] = None  # as where it is not installed
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+name, target_folder = sys.argv[1:]
+drafter = AutoModel.from_pretrained(name, trust_remote_code=True).eval()
+assert type(drafter).__module__.startswith("transformers_modules"), type(drafter)
+outputs = drafter(torch.ones(1, 4, 32), torch.ones(1, 4, 32), num_steps=2)
+print(outputs.hidden_states[1].sum().item())
+target = AutoModelForCausalLM.from_pretrained(target_folder)
+ids = torch.tensor([[5, 9, 3, 77, 31]])
+settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+remote = {"custom_generate": name, "assistant_model": drafter, "trust_remote_code": True}
+try:
+    target.generate(ids, **settings, **remote)
+except ImportError as error:
+    print(error)
+del sys.modules["coral_hf"]
+plain = target.generate(ids, **settings)
+assert torch.equal(target.generate(ids, **settings, **remote), plain)
+assert drafter.last_stats.steps > 0
+"""
+
+
+def test_published_code_needs_no_package(hub, tmp_path):
+    """Another process: the drafter as remote code, `custom_generate` without the package and with it."""
+    target = make_target(dtype=torch.float32)
+    target.save_pretrained(tmp_path / "target")
+    drafter = make_drafter(target)
+    drafter.push_to_hub("org/drafter", token=TOKEN)
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(ROOT),
+    }
+    arguments = ["org/drafter", str(tmp_path / "target")]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGE, *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    total, message = done.stdout.strip().splitlines()[-2:]
+    expected = drafter(torch.ones(1, 4, 32), torch.ones(1, 4, 32), num_steps=2).hidden_states[1].sum().item()
+    assert float(total) == pytest.approx(expected, abs=1e-4)
+    assert "pip install coral-hf" in message
+
+
+def test_the_record_travels(hub, drafter, tmp_path):
+    """A measured drafter: the record beside its weights is published, and the pushed weights are the measured ones."""
+    drafter.save_pretrained(tmp_path / "drafter")
+    digest = file_sha256(tmp_path / "drafter" / "model.safetensors")
+    (tmp_path / "drafter" / "training").mkdir()
+    (tmp_path / "drafter" / "training" / "benchmark.json").write_text(json.dumps(make_record(digest)))
+    loaded = CoralDraftModel.from_pretrained(tmp_path / "drafter")
+    loaded.push_to_hub("org/drafter", token=TOKEN)
+    card = hub.files("org/drafter")["README.md"].decode()
+    assert "| 2.35 |" in card and "model-index" in card
+    assert "training/benchmark.json" in hub.files("org/drafter")
+    with torch.no_grad():
+        loaded.norm.weight.add_(1.0)
+    with pytest.raises(ValueError, match="another drafter"):
+        loaded.push_to_hub("org/drafter", token=TOKEN)

@@ -1,0 +1,218 @@
+"""The card: figures come from records of this very drafter, and the committed one is the command's output."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_drafter, make_target
+from huggingface_hub import ModelCard
+
+from coral_hf import CoralDraftModel
+from coral_hf.cli import main
+from coral_hf.evaluation.benchmark import describe_drafter
+from coral_hf.hub.model_card import render_card, write_card
+from coral_hf.weight_files import drafter_sha256, file_sha256
+
+
+MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
+ENVIRONMENT = {
+    "coral_hf": "0.1.0",
+    "commit": "0123456789ab",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "python": "3.11",
+    "device": "Abacus 3000",
+    "dtype": "bfloat16",
+    "threads": 2,
+}
+
+
+def make_record(digest: str | None, **changes) -> dict:
+    """What `coral-hf benchmark` writes."""
+
+    def row(method, benchmark, tau, speedup):
+        return {
+            "method": method,
+            "benchmark": benchmark,
+            "temperature": 0.0,
+            "n_prompts": 10,
+            "tokens_per_second": 20.0,
+            "speedup": speedup,
+            "speedup_quartiles": [speedup - 0.1, speedup + 0.1],
+            "acceptance_length": tau,
+            "identical": 9,
+            **({"acceptance_per_depth": [0.8, 0.65]} if tau and tau > 1 else {}),
+        }
+
+    record = {
+        "environment": ENVIRONMENT,
+        "target": "org/target",
+        "drafter": "drafter",
+        "drafter_sha256": digest,
+        "max_new_tokens": 64,
+        "methods": {"coral": {}, "lookup": {"prompt_lookup_num_tokens": 3}},
+        "draft_settings": {"coral": {"draft_depth": 2, "draft_top_k": 1, "draft_total_tokens": 3, "draft_head": None}},
+        "partial": False,
+        "runs": [
+            row("plain", "gsm8k", 1.0, 1.0),
+            row("coral", "gsm8k", 2.347, 1.618),
+            row("lookup", "gsm8k", None, 1.1),
+            row("plain", "all", 1.0, 1.0),
+            row("coral", "all", 2.221, 1.5),
+            row("lookup", "all", None, 1.05),
+        ],
+    }
+    record |= changes
+    return {key: value for key, value in record.items() if key != "drafter_sha256" or value is not None}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny drafter's folder, with a place for records."""
+    folder = tmp_path / "drafter"
+    drafter = make_drafter(make_target(dtype=torch.float32), target_name_or_path="org/target")
+    drafter.save_pretrained(folder)
+    (folder / "training").mkdir()
+    return folder
+
+
+def add_record(folder, name="benchmark.json", digest="own", **changes):
+    digest = file_sha256(folder / "model.safetensors") if digest == "own" else digest
+    (folder / "training" / name).write_text(json.dumps(make_record(digest, **changes)))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in MODEL_CARDS.iterdir()))
+def test_committed_card_is_the_output_of_the_command(name):
+    """When its records change: `coral-hf card model_cards/NAME`."""
+    folder = MODEL_CARDS / name
+    committed = (folder / "README.md").read_bytes()
+    assert committed == render_card(folder).encode() == render_card(folder).encode()
+    ModelCard(committed.decode())
+
+
+def test_figures_are_the_records(folder, capsys):
+    add_record(folder)
+    assert main(["card", str(folder)]) == 0
+    path = folder / "README.md"
+    assert capsys.readouterr().out.strip() == str(path)
+    first = path.read_bytes()
+    assert main(["card", "--folder", str(folder)]) == 0
+    assert path.read_bytes() == first
+    text = first.decode()
+    assert "| `coral` | gsm8k (10) | 2.35 | 80%, 65% | 1.62x (1.52 to 1.72) | 9 of 10 |" in text
+    assert "| `lookup` | gsm8k (10) | not measured | not measured | 1.10x (1.00 to 1.20) | 9 of 10 |" in text
+    assert "chain of 3 nodes" in text
+    for value in ("Abacus 3000", "bfloat16", "2 CPU threads", "torch 2.13.0", "commit 0123456789ab"):
+        assert value in text
+    assert "float32 on real prompts: not measured" in text
+    data = ModelCard(text).data
+    assert data.base_model == "org/target" and data.library_name == "transformers"
+    assert data.pipeline_tag == "text-generation" and "coral" in data.tags
+    values = {(result.dataset_type, result.metric_type): result.metric_value for result in data.eval_results}
+    assert values[("gsm8k", "acceptance_length")] == 2.35 and values[("all", "speedup")] == 1.5
+
+
+def test_other_records(folder):
+    """Stated facts, commands, log, training runs, identity checks and settings side by side."""
+    add_record(folder)
+    add_record(folder, "benchmark_methods.json")
+    digest = file_sha256(folder / "model.safetensors")
+    training = folder / "training"
+    check = {
+        "n_prompts": 40,
+        "identical": 40,
+        "acceptance_length": {"all": 1.519},
+        "settings": {"draft_top_k": 1},
+        "max_new_tokens": 128,
+        "environment": ENVIRONMENT,
+        "drafter_sha256": digest,
+    }
+    (training / "check_float32.json").write_text(json.dumps(check))
+    heads = {"environment": ENVIRONMENT, "drafter_sha256": digest, "curve": []}
+    heads["curve"] = [{"head": "router", "active_share": 0.0625, "uncovered": 0.1234, "recall": 0.9}]
+    (training / "compare_heads.json").write_text(json.dumps(heads))
+    rows = [
+        {"response_tokens_seen": 1000 * step, "eval_acceptance_length": 1 + step / 20, "eval_acceptance_1": 0.5}
+        for step in range(1, 20)
+    ]
+    (training / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (training / "commands.sh").write_text("coral-hf train\n")
+    stated = {"license": "mit", "datasets": ["org/data"], "limits": ["It only knows verse."], "title": "Poet"}
+    (training / "card.json").write_text(json.dumps(stated))
+    text = render_card(folder)
+    assert text.count("1.62x") == 1  # per benchmark in the first record only
+    assert "Identity: 40 of 40" in text and "all 1.52" in text
+    assert "| router | 6.2% | 12.3% | 90.0% |" in text
+    assert "| 1,000 | 1.05 | 50% |" in text and "| 19,000 | 1.95 | 50% |" in text and text.count("| 50% |") == 8
+    assert "coral-hf train" in text and "- It only knows verse." in text and "# Poet" in text
+    data = ModelCard(text).data
+    assert data.license == "mit" and data.datasets == ["org/data"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: None, "holds no benchmark.json: measure this drafter with `coral-hf benchmark"),
+        (lambda folder: add_record(folder, digest="f" * 64), "measured another drafter"),
+        (lambda folder: add_record(folder, "benchmark_b.json", digest="f" * 64), "benchmark_b.json"),
+        (lambda folder: add_record(folder, partial=True), "cut off"),
+        (lambda folder: (folder / "training" / "benchmark.json").write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / "training" / "benchmark.json").write_text("[]"), "JSON object"),
+        (lambda folder: (folder / "training" / "card.json").write_text('{"tau": 9}') and add_record(folder), "'tau'"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
+        (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+    ],
+)
+def test_refused(folder, spoil, message, capsys):
+    spoil(folder)
+    assert main(["card", str(folder)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not (folder / "README.md").exists()
+
+
+def test_unmeasured(folder):
+    """Without a record on request; a record without a hash may be of any drafter."""
+    assert main(["card", str(folder), "--unmeasured", "true"]) == 0
+    text = (folder / "README.md").read_text()
+    assert "| all | not measured | not measured |" in text and "model-index" not in text
+    add_record(folder, digest=None)
+    text = render_card(folder)
+    assert "does not say which drafter it measured" in text and "2.35" not in text
+    add_record(folder, digest="f" * 64)
+    text = render_card(folder, strict=False)
+    assert "measured another drafter: its figures are not shown" in text and "2.35" not in text
+
+
+def test_no_path_of_a_machine(folder, tmp_path):
+    drafter = CoralDraftModel.from_pretrained(folder)
+    drafter.config.target_name_or_path = str(tmp_path / "target")
+    drafter.save_pretrained(folder)
+    write_card(folder, unmeasured=True)
+    assert str(tmp_path) not in (folder / "README.md").read_text()
+    assert describe_drafter(CoralDraftModel.from_pretrained(folder))["drafter"] == "drafter"
+
+
+def test_hash_is_of_the_weights_in_use(folder):
+    digest = file_sha256(folder / "model.safetensors")
+    drafter = CoralDraftModel.from_pretrained(folder)
+    assert drafter_sha256(drafter) == drafter_sha256(drafter.bfloat16()) == digest
+    with torch.no_grad():
+        drafter.norm.weight.add_(1.0)
+    assert drafter_sha256(drafter) is None
+    assert drafter_sha256(make_drafter(make_target(dtype=torch.float32))) is None
+
+
+def test_curve(folder, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["card", str(folder), "--unmeasured", "true", "--curve", "true"]) == 2
+    assert "no evaluation" in capsys.readouterr().err
+    rows = [{"response_tokens_seen": 1000 * step, "eval_acceptance_length": 1.5} for step in (1, 2)]
+    (folder / "training" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pictures = []
+    for _ in range(2):
+        assert main(["card", str(folder), "--unmeasured", "true", "--curve", "true"]) == 0
+        pictures.append((folder / "training" / "curve.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    assert "(training/curve.png)" in (folder / "README.md").read_text()
