@@ -1,4 +1,4 @@
-"""The command line: `coral-hf demo | regenerate | train | benchmark | card`, one verb each (see `commands/`)."""
+"""The command line: `coral-hf demo | regenerate | train | benchmark | convert | card`, one verb each (see `commands/`)."""
 
 import argparse
 import inspect
@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 from . import __version__
 from .commands.benchmark import BenchmarkCommand
 from .commands.card import CardCommand
+from .commands.convert import ConvertCommand
 from .commands.demo import DemoCommand
 from .commands.regenerate import RegenerateCommand
 from .commands.train import TrainCommand
@@ -24,6 +25,7 @@ COMMANDS: dict[str, type] = {
     "regenerate": RegenerateCommand,
     "train": TrainCommand,
     "benchmark": BenchmarkCommand,
+    "convert": ConvertCommand,
     "card": CardCommand,
 }
 

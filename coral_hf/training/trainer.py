@@ -57,6 +57,11 @@ class CoralTrainer(PublishingMixin, Trainer):
         **kwargs: Any,
     ):
         args = args or CoralTrainingArguments(output_dir="outputs/coral")
+        if model.config.draft_vocab_size is not None:
+            raise ValueError(
+                f"This drafter has an LM head of its own (draft_vocab_size={model.config.draft_vocab_size}), which the "
+                "trainer does not train; train a drafter that uses the target's head."
+            )
         self.target_model = target_model.requires_grad_(False).eval()
         # The losses need the last layer's feature whether or not the drafter reads it: it always comes last.
         layers = model.config.target_feature_layers
