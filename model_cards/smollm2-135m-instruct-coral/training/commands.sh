@@ -13,6 +13,6 @@ common="--target demo --per_device_train_batch_size 64 --loss_chunk_size 4096 --
 coral-hf train $common --data $model_card/responses/responses-0000[012].parquet --output_dir stage1 --shape eagle3 \
     --config_overrides '{"target_feature_layers": [3, 15, 26, -1], "num_key_value_heads": 9, "intermediate_size": 2048}' \
     --rollout_schedule 1 --csra_weight 0 --lr_scheduler_type constant_with_warmup --feature_noise 0.1 --max_steps 448
-coral-hf train $common --data $model_card/responses --output_dir stage2 --drafter stage1 --shortlist_size 4096 \
+coral-hf train $common --data $model_card/responses --output_dir stage2 --drafter stage1 --shortlist_size 8192 \
     --rollout_schedule 1:0.37,3:0.63 --csra_weight 0.05 --lr_scheduler_type linear --feature_noise 0.05 --max_steps 1684
 # Afterwards draft_depth, draft_top_k and draft_total_tokens were set in config.json, and the weights cast to bfloat16.
