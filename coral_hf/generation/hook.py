@@ -151,7 +151,7 @@ def coral_generate(
         RuntimeError: if this Transformers release is not one the hook knows.
     """
     if _problem is not None:
-        raise RuntimeError(f"{_problem}: CORAL cannot generate with it. Install transformers>=5.17,<6.")
+        raise RuntimeError(f"{_problem}: CORAL cannot generate with it. Install transformers>=5.17,<5.24.")
     if isinstance(drafter, torch.Tensor):
         raise ValueError(
             "coral_generate(target, drafter, ...): the second argument is the drafter; pass input_ids=...."
