@@ -217,7 +217,11 @@ def test_published_code_needs_no_package(hub, tmp_path):
     }
     arguments = ["org/drafter", str(tmp_path / "target")]
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, *arguments], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", WITHOUT_PACKAGE, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     total, message = done.stdout.strip().splitlines()[-2:]
