@@ -1,297 +1,19 @@
-"""The command line: `coral-hf demo | regenerate | train | benchmark | card`, one verb each."""
+"""The command line: `coral-hf demo | regenerate | train | benchmark | convert | card`, one verb each (see `commands/`)."""
 
 import argparse
 import inspect
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
-from . import __version__, demo
-from .configuration_coral import CoralDraftConfig
-
-
-DEMO = "demo"
-
-
-def load_target(name: str, dtype: str, device: str | None = None):
-    """A target and its tokenizer by path or Hub id; `demo` is the embedded one. `device` None: the accelerator."""
-    resolved = resolve_dtype(dtype)
-    if name == DEMO:
-        model, tokenizer = demo.load_target(resolved)
-    else:
-        model, tokenizer = (
-            AutoModelForCausalLM.from_pretrained(name, dtype=resolved),
-            AutoTokenizer.from_pretrained(name),
-        )
-    return model.eval().to(resolve_device(device)), tokenizer
-
-
-def resolve_device(name: str | None) -> torch.device:
-    """`'cuda:1'` -> its device; None -> the machine's accelerator, else the CPU; `ValueError` for what is not there."""
-    if name is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu.") from error
-    return device
-
-
-def load_drafter(name: str):
-    """A drafter by path or Hub id; `demo` is the shipped one."""
-    from .modeling_coral import CoralDraftModel
-
-    return demo.load_drafter() if name == DEMO else CoralDraftModel.from_pretrained(name, dtype="auto").eval()
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """`'bfloat16'` -> `torch.bfloat16`; `ValueError` for what is no floating-point dtype."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"--dtype {name!r} is unknown; use bfloat16, float16 or float32.")
-    return dtype
-
-
-@dataclass
-class DemoCommand:
-    """Generate with and without the shipped drafter on a real small model.
-
-    Example: coral-hf demo --max-new-tokens 128
-    """
-
-    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the timed runs."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated per prompt."})
-    prompt: str | None = field(default=None, metadata={"help": "One prompt of your own instead of the built-in ones."})
-    json: str | None = field(default=None, metadata={"help": "Write the figures to this file."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
-
-    def run(self) -> int:
-        from .evaluation.demo_run import run_demo
-
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens {self.max_new_tokens} must be at least 1.")
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        record = run_demo(resolve_dtype(self.dtype), self.max_new_tokens, self.prompt)
-        if self.json is not None:
-            Path(self.json).write_text(json.dumps(record, indent=2) + "\n")
-        return 0 if record["identical"] else 1
-
-
-@dataclass
-class RegenerateCommand:
-    """Make the target answer prompts; resumes where an earlier run stopped.
-
-    Example: coral-hf regenerate --prompts prompts.jsonl --output responses.jsonl
-    """
-
-    prompts: str = field(metadata={"help": "JSONL file of {'id', 'turns'} rows."})
-    output: str = field(metadata={"help": "JSONL file of responses, appended to."})
-    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the target."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Longest response."})
-    max_prompt_tokens: int = field(default=2048, metadata={"help": "Longer prompts are left out and counted."})
-    slots: int = field(default=128, metadata={"help": "Conversations decoded at one time."})
-    temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sampled responses."})
-    max_turns: int | None = field(default=None, metadata={"help": "Answer at most this many turns a conversation."})
-    exclude: list[str] = field(default_factory=list, metadata={"help": "Response files whose prompts are skipped."})
-    shards: str | None = field(default=None, metadata={"help": "Also pack all rows as Parquet into this folder."})
-    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
-
-    def run(self) -> int:
-        from .training.data import read_rows
-        from .training.regenerate import regenerate
-        from .training.response_files import iter_prompts, write_shards
-
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        prompts = list(iter_prompts(self.prompts))
-        exclude = {row["id"] for row in read_rows(self.exclude)} if self.exclude else set()
-        target, tokenizer = load_target(self.target, self.dtype, self.device)
-        stats = regenerate(
-            target,
-            tokenizer,
-            prompts,
-            self.output,
-            max_new_tokens=self.max_new_tokens,
-            max_prompt_tokens=self.max_prompt_tokens,
-            slots=self.slots,
-            temperature=self.temperature,
-            seed=self.seed,
-            max_turns=self.max_turns,
-            exclude=exclude,
-        )
-        print(json.dumps(stats))
-        if self.shards is not None:
-            write_shards(self.output, self.shards)
-        return 0
-
-
-@dataclass
-class TrainCommand:
-    """Train a drafter on the target's own responses. Takes every TrainingArguments flag as well.
-
-    Example: coral-hf train --target demo --data responses.jsonl --output_dir outputs/drafter --preset coral
-    """
-
-    data: list[str] = field(metadata={"help": "Response files (.jsonl, .jsonl.gz, .parquet) or folders of shards."})
-    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the frozen target."})
-    drafter: str | None = field(default=None, metadata={"help": "Go on from this drafter instead of a new one."})
-    shape: str | None = field(default=None, metadata={"help": "Shape of a new drafter: eagle or eagle3."})
-    router_groups: int | None = field(
-        default=None, metadata={"help": "With --stage router: give the drafter a new router of this many groups."}
-    )
-    shortlist_size: int | None = field(
-        default=None,
-        metadata={"help": "Also give the drafter a shortlist of this many ids, the most frequent in the responses."},
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "Settings of a new drafter as JSON, e.g. '{\"target_feature_layers\": [2, 15, -1]}'."},
-    )
-    eval_rows: int = field(default=64, metadata={"help": "Rows held out for evaluation (the first ones; 0: none)."})
-    eval_data: list[str] = field(
-        default_factory=list, metadata={"help": "Response files to evaluate on, instead of eval_rows."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
-
-    def run(self, args) -> int:
-        from .modeling_coral import CoralDraftModel
-        from .training.data import read_rows
-        from .training.router_trainer import CoralRouterTrainer
-        from .training.trainer import CoralTrainer
-
-        router_stage = args.stage == "router"
-        if router_stage and self.drafter is None:
-            raise ValueError("--stage router trains the router of a trained drafter: name it with --drafter.")
-        if self.router_groups is not None and not router_stage:
-            raise ValueError(f"--router_groups {self.router_groups} adds a router: train it with --stage router.")
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        rows = read_rows(self.data)
-        if not 0 <= self.eval_rows < len(rows):
-            raise ValueError(f"--eval_rows {self.eval_rows}: the files hold {len(rows)} rows; leave some to train on.")
-        if self.eval_data:
-            eval_rows = read_rows(self.eval_data)
-        else:
-            eval_rows, rows = rows[: self.eval_rows], rows[self.eval_rows :]
-        target, tokenizer = load_target(self.target, self.dtype)
-        if self.drafter is not None:
-            for name in ("shape", "config_overrides"):
-                if (value := getattr(self, name)) is not None:
-                    raise ValueError(f"--{name} {value} is for a new drafter; --drafter {self.drafter} has its own.")
-            drafter = load_drafter(self.drafter).float()
-        else:
-            overrides = self._overrides()
-            if self.target == DEMO:
-                overrides["target_revision"] = demo.TARGET_REVISION
-            drafter = CoralDraftModel.from_target(target, tokenizer, **overrides)
-        if self.router_groups is not None:
-            drafter.add_router(self.router_groups)
-        trainer = (CoralRouterTrainer if router_stage else CoralTrainer)(
-            model=drafter,
-            target_model=target,
-            args=args,
-            train_dataset=rows,
-            eval_dataset=eval_rows or None,
-            processing_class=tokenizer,
-        )
-        if self.shortlist_size is not None:
-            drafter.add_shortlist(
-                trainer.train_dataset.response_counts(drafter.config.vocab_size), self.shortlist_size
-            )
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        metrics = trainer.evaluate() if eval_rows else {}
-        trainer.save_model()
-        trainer.save_state()
-        print(json.dumps(metrics))
-        return 0
-
-    def _overrides(self) -> dict[str, Any]:
-        """`--shape` and `--config_overrides` as settings of a new drafter."""
-        try:
-            overrides = json.loads(self.config_overrides or "{}")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--config_overrides {self.config_overrides!r} is no JSON: {error}.") from error
-        unknown = sorted(set(overrides) - set(inspect.signature(CoralDraftConfig.__init__).parameters))
-        if unknown:
-            raise ValueError(f"--config_overrides: {unknown} are no settings of CoralDraftConfig.")
-        return overrides if self.shape is None else {**overrides, "shape": self.shape}
-
-
-@dataclass
-class BenchmarkCommand:
-    """Time plain and CORAL decoding side by side and write benchmark.json.
-
-    Example: coral-hf benchmark --target demo --drafter demo --data mt_bench.jsonl --limit 10 --output outputs/bench
-        --method chain:draft_top_k=1 tree:draft_top_k=4,draft_total_tokens=16 lookup:prompt_lookup_num_tokens=5
-    """
-
-    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows."})
-    output: str = field(metadata={"help": "Folder for benchmark.json."})
-    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
-    drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the target."})
-    limit: int | None = field(default=None, metadata={"help": "Prompts per file."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated per prompt."})
-    method: list[str] = field(
-        default_factory=lambda: ["coral"],
-        metadata={"help": "What to compare with plain decoding, as NAME or NAME:setting=value,setting=value."},
-    )
-    profile: bool = field(default=False, metadata={"help": "Then write where a step's time goes to step_time.json."})
-    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
-
-    def run(self) -> int:
-        from .evaluation.benchmark import Method, print_table, run_benchmark
-        from .evaluation.prompts import read_prompts
-        from .evaluation.step_profile import profile_methods
-
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        prompts = read_prompts(self.data, self.limit)
-        drafter = load_drafter(self.drafter)
-        methods = [Method.parse(text, drafter) for text in self.method]
-        target, tokenizer = load_target(self.target, self.dtype, self.device)
-        drafter.to(device=target.device, dtype=target.dtype)
-        print_table(run_benchmark(target, tokenizer, methods, prompts, self.output, self.max_new_tokens))
-        if self.profile:
-            profile_methods(target, tokenizer, methods, prompts, self.output, self.max_new_tokens)
-        return 0
-
-
-@dataclass
-class CardCommand:
-    """Write a drafter's model card from its config, weights and the records in its folder.
-
-    Example: coral-hf card outputs/drafter
-    """
-
-    positional: ClassVar[str] = "folder"
-
-    folder: str = field(metadata={"help": "Folder of the drafter; its records are in FOLDER/training."})
-    repo_id: str | None = field(default=None, metadata={"help": "Hub id that the card's example loads."})
-    unmeasured: bool = field(default=False, metadata={"help": "Without a benchmark record: say 'not measured'."})
-    curve: bool = field(default=False, metadata={"help": "First draw training/curve.png from training/log.jsonl."})
-
-    def run(self) -> int:
-        from .hub.curve import draw_curve
-        from .hub.model_card import write_card
-
-        if self.curve:
-            draw_curve(self.folder)
-        print(write_card(self.folder, repo_id=self.repo_id, unmeasured=self.unmeasured))
-        return 0
+from . import __version__
+from .commands.benchmark import BenchmarkCommand
+from .commands.card import CardCommand
+from .commands.convert import ConvertCommand
+from .commands.demo import DemoCommand
+from .commands.regenerate import RegenerateCommand
+from .commands.train import TrainCommand
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -303,6 +25,7 @@ COMMANDS: dict[str, type] = {
     "regenerate": RegenerateCommand,
     "train": TrainCommand,
     "benchmark": BenchmarkCommand,
+    "convert": ConvertCommand,
     "card": CardCommand,
 }
 
@@ -315,9 +38,6 @@ def _usage() -> str:
 
 def _parse(verb: str, arguments: list[str]) -> Callable[[], int]:
     command = COMMANDS[verb]
-    positional = getattr(command, "positional", None)
-    if positional and arguments and not arguments[0].startswith("-"):
-        arguments = [f"--{positional}", *arguments]
     types = [command]
     if verb == "train":
         from .training.arguments import CoralTrainingArguments
@@ -326,6 +46,8 @@ def _parse(verb: str, arguments: list[str]) -> Callable[[], int]:
     parser = HfArgumentParser(
         types, prog=f"coral-hf {verb}", description=inspect.cleandoc(command.__doc__), formatter_class=_HelpFormatter
     )
+    for name, text in getattr(command, "POSITIONAL", {}).items():
+        parser.add_argument(name, help=text)
     parsed = parser.parse_args_into_dataclasses(args=_underscores(arguments))
     return lambda: parsed[0].run(*parsed[1:])
 
@@ -356,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return _parse(arguments[0], arguments[1:])()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"coral-hf {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -93,6 +93,9 @@ class CoralDraftConfig(PreTrainedConfig):
         shortlist_size (`int`, defaults to 0):
             Ids of the frequency shortlist that drafting is limited to; with a router they are active besides its
             groups. 0: no shortlist.
+        draft_vocab_size (`int`, *optional*):
+            `"eagle3"` only: rows of an LM head of the drafter's own (EAGLE-3 section 3: a reduced vocabulary), which
+            replaces the target's when drafting. None: the target's head.
     """
 
     model_type = "coral"
@@ -131,6 +134,7 @@ class CoralDraftConfig(PreTrainedConfig):
     router_active_groups: int | None = None
     router_hidden_size: int | None = None
     shortlist_size: int = 0
+    draft_vocab_size: int | None = None
 
     def __post_init__(self, **kwargs):
         unknown = sorted(key for key in kwargs if key not in _BASE_KEYS)
@@ -204,6 +208,18 @@ class CoralDraftConfig(PreTrainedConfig):
             raise ValueError(
                 f"shortlist_size={self.shortlist_size} must be between 0 (none) and vocab_size - 1 = "
                 f"{self.vocab_size - 1}."
+            )
+        if self.draft_vocab_size is None:
+            return
+        if self.shape != "eagle3" or not 0 < self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size={self.draft_vocab_size} must be between 1 and vocab_size={self.vocab_size} and needs "
+                f"shape='eagle3' (got {self.shape!r})."
+            )
+        if self.router_groups or self.shortlist_size:
+            raise ValueError(
+                f"draft_vocab_size={self.draft_vocab_size} gives the drafter a head of its own; router and shortlist "
+                "choose rows of the target's: set router_groups and shortlist_size to 0."
             )
 
     @property

@@ -61,11 +61,25 @@ class FrequencyShortlist(nn.Module):
         return self
 
 
+class DraftVocabularyHead(nn.Linear):
+    """An LM head of the drafter's own over a part of the vocabulary (EAGLE-3 section 3), instead of the target's.
+
+    Args:
+        hidden_size (`int`): H.
+        size (`int`): ids it scores; row i is the target's id `token_ids[i]`.
+    """
+
+    def __init__(self, hidden_size: int, size: int):
+        super().__init__(hidden_size, size, bias=False)
+        self.register_buffer("token_ids", torch.arange(size))
+
+
 class DraftHead:
     """Scores the tokens that a drafting step considers.
 
     Without router and shortlist these are the whole vocabulary; with a shortlist its ids; with a router the ids of the
-    active groups; with both, the union (the shortlist is always active). Nothing is drawn at random.
+    active groups; with both, the union (the shortlist is always active). A drafter with a head of its own is scored by
+    that alone, without the target's scale and soft-cap. Nothing is drawn at random.
 
     Args:
         adapter ([`TargetAdapter`])
@@ -76,6 +90,7 @@ class DraftHead:
             over the rows with their path probability as weight.
         scoring (`str`): `"active"`, log-softmax over the active logits, or `"router"`, the router's log P(group) plus
             the log-softmax inside the group (without a shortlist only).
+        own_head ([`DraftVocabularyHead`], *optional*): excludes router and shortlist.
     """
 
     def __init__(
@@ -86,11 +101,16 @@ class DraftHead:
         active_groups: int = 1,
         per_row: bool = False,
         scoring: str = "active",
+        own_head: DraftVocabularyHead | None = None,
     ):
         self.adapter, self.router = adapter, router
         self.active_groups, self.per_row, self.scoring = active_groups, per_row, scoring
         self._listed = self._listed_weight = self._listed_bias = None
-        if shortlist is not None:
+        self._transform = adapter.transform_logits if own_head is None else lambda logits: logits
+        if own_head is not None:
+            self._listed = own_head.token_ids.to(adapter.device)
+            self._listed_weight = own_head.weight.detach().to(adapter.device)
+        elif shortlist is not None:
             # one small copy, contiguous for the matmul: FR-Spec's own form
             self._listed = shortlist.token_ids.to(adapter.device)
             self._listed_weight, self._listed_bias = adapter.head_rows(self._listed)
@@ -150,7 +170,7 @@ class DraftHead:
         if self._listed is None:
             return self.adapter.logits(hidden)
         features = hidden.to(self._listed_weight)
-        return self.adapter.transform_logits(F.linear(features, self._listed_weight, self._listed_bias))
+        return self._transform(F.linear(features, self._listed_weight, self._listed_bias))
 
     def _select(self, group_logits: torch.Tensor, weights: torch.Tensor | None) -> torch.LongTensor:
         """Group logits `[1, T, G]` -> active groups `[1, T, k]`, or `[1, 1, k]` when all rows share them."""
@@ -237,4 +257,11 @@ def gathered_logits(adapter: Any, hidden: torch.Tensor, groups: torch.LongTensor
     return adapter.transform_logits(logits).masked_fill(ids >= adapter.vocab_size, float("-inf"))
 
 
-__all__ = ["DraftHead", "FrequencyShortlist", "LMHeadRouter", "gathered_logits", "grouped_logits"]
+__all__ = [
+    "DraftHead",
+    "DraftVocabularyHead",
+    "FrequencyShortlist",
+    "LMHeadRouter",
+    "gathered_logits",
+    "grouped_logits",
+]

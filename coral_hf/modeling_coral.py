@@ -24,7 +24,7 @@ from .draft_layer import (
     EagleDraftLayer,
     shift_rows,
 )
-from .lm_head_router import FrequencyShortlist, LMHeadRouter
+from .lm_head_router import DraftVocabularyHead, FrequencyShortlist, LMHeadRouter
 from .weight_files import check_weights, most_bytes
 
 
@@ -80,6 +80,8 @@ class CoralDraftModel(PreTrainedModel):
         if config.router_groups:
             self.router = LMHeadRouter(size, config.vocab_size, config.router_groups, config.router_hidden_size)
         self.shortlist = FrequencyShortlist(config.shortlist_size) if config.shortlist_size else None
+        own = config.draft_vocab_size
+        self.draft_head = None if own is None else DraftVocabularyHead(size, own)
         # Acceptance statistics of the last `generate` call, see `generation.candidate_generator.DraftStats`.
         self.last_stats = None
         self.post_init()
@@ -99,6 +101,26 @@ class CoralDraftModel(PreTrainedModel):
         from .draft_initialization import initialize_from_target
 
         return initialize_from_target(cls, target, tokenizer, overrides)
+
+    @classmethod
+    def from_eagle(cls, path_or_repo: str, target: PreTrainedModel, **overrides: Any) -> "CoralDraftModel":
+        """Loads an EAGLE-1/2, HASS or EAGLE-3 checkpoint for `target`, see `conversion.eagle_import.load_eagle`.
+
+        Args:
+            path_or_repo (`str`): a folder or a Hub id, with safetensors or a `pytorch_model.bin` of plain tensors.
+            target (`PreTrainedModel`): the model that the checkpoint drafts for.
+            **overrides: settings of [`CoralDraftConfig`], `draft_*` or `target_feature_layers` say.
+
+        Returns:
+            [`CoralDraftModel`] in the checkpoint's dtype on the CPU.
+
+        Raises:
+            ValueError: if the checkpoint is no drafter for this target; the message lists names, expected and found.
+            OSError: if there is no such folder or repository.
+        """
+        # By name: this file is also saved beside drafters as remote code, which must not need the package.
+        conversion = importlib.import_module("coral_hf.conversion")
+        return conversion.load_eagle(cls, path_or_repo, target, **overrides)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "CoralDraftModel":
@@ -158,13 +180,16 @@ class CoralDraftModel(PreTrainedModel):
         """Limits drafting to the `size` most frequent ids of `[V]` counts, beside a router's groups if there is one.
 
         Raises:
-            ValueError: if `size` is not between 1 and V - 1, or `counts` is not of length V.
+            ValueError: if `size` is not between 1 and V - 1, `counts` is not of length V, or the drafter has a head of
+                its own.
         """
         if counts.shape != (self.config.vocab_size,) or not 0 < size < self.config.vocab_size:
             raise ValueError(
                 f"size={size} with counts of shape {tuple(counts.shape)}: give one count for each of the "
                 f"{self.config.vocab_size} ids and a size below that."
             )
+        if self.draft_head is not None:
+            raise ValueError("This drafter has an LM head of its own; a shortlist chooses rows of the target's.")
         self.config.shortlist_size = size
         self.shortlist = FrequencyShortlist(size).count(counts.cpu()).to(self.device)
         return self.shortlist

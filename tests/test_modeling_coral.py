@@ -357,11 +357,17 @@ def test_the_eagle_fc_starts_as_the_feature_and_a_share_of_the_embedding(family)
     assert 0.15 < share < 0.4
 
 
-def test_several_features_start_as_their_mean():
-    drafter = make_drafter(make_target(dtype=torch.float32), target_feature_layers=[0, 2, -1])
-    _, features = random_inputs(drafter, 1, 4)
-    expected = features.unflatten(-1, (3, 32)).mean(-2)
-    torch.testing.assert_close(drafter.project_features(features), expected)
+def test_several_features_start_as_the_last_one_and_a_share_of_the_others():
+    target = make_target(dtype=torch.float32)
+    drafter = make_drafter(target, target_feature_layers=[1, 2, -1])
+    blocks = drafter.fc.weight.unflatten(1, (3, 32))  # [H, n, H]
+    assert torch.equal(blocks[:, -1], torch.eye(32))
+    features = TargetAdapter(target, [1, 2, -1]).compute_features(torch.arange(3, 120)[None])
+    sizes = features.unflatten(-1, (3, 32))[0].square().mean(-1).sqrt().median(0).values  # [n]
+    assert sizes[:2].max() > 1.5 * sizes[2] or sizes[:2].min() < sizes[2] / 1.5  # layers of unlike size
+    for index in (0, 1):
+        part = features.unflatten(-1, (3, 32))[0, :, index] @ blocks[:, index].T
+        assert 0.12 < part.square().mean(-1).sqrt().median() / sizes[2] < 0.5
 
 
 def test_from_target_leaves_the_target_alone():

@@ -301,6 +301,23 @@ def test_resume_gives_the_uninterrupted_weights(tmp_path):
 # Evaluation ----------------------------------------------------------------------------------------------------
 
 
+def test_a_nan_gradient_stops_before_the_update(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, make_target("llama"), save_strategy="steps", save_steps=2, max_steps=5)
+    compute_loss, weights = trainer.compute_loss, []
+
+    def spoiled(model, inputs, *args, **kwargs):
+        loss = compute_loss(model, inputs, *args, **kwargs)
+        if trainer.state.global_step < 3:
+            return loss
+        weights.append({name: value.clone() for name, value in model.state_dict().items()})
+        return loss * float("nan")
+
+    monkeypatch.setattr(trainer, "compute_loss", spoiled)
+    with pytest.raises(FloatingPointError, match=r"step 4 is not finite .*the last checkpoint is .*checkpoint-2"):
+        trainer.train()
+    assert all(torch.equal(value, weights[0][name]) for name, value in trainer.model.state_dict().items())
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("shape", ["eagle", "eagle3"])
 def test_simulated_tau_is_what_generate_reaches(shape, depth, tmp_path):

@@ -252,4 +252,12 @@ def print_table(record: dict[str, Any]) -> None:
     Console().print(table)
 
 
-__all__ = ["Measurement", "Method", "describe_drafter", "measure", "print_table", "run_benchmark"]
+__all__ = [
+    "Measurement",
+    "Method",
+    "describe_drafter",
+    "draft_settings",
+    "measure",
+    "print_table",
+    "run_benchmark",
+]

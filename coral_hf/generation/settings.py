@@ -14,8 +14,8 @@ class DraftSettings:
         draft_depth (`int`): levels drafted below the root; a chain's length.
         draft_top_k (`int`): branches per node and nodes expanded per level; 1 drafts a chain.
         draft_total_tokens (`int`, *optional*): nodes verified, the root included; None: everything a chain drafts.
-        draft_head (`str`, *optional*): tokens to draft from: "full" vocabulary, "shortlist", "router" (its active groups)
-            or "both"; None: all that the drafter has.
+        draft_head (`str`, *optional*): tokens to draft from: "full" vocabulary (or the whole head of the drafter's own),
+            "shortlist", "router" (its active groups) or "both"; None: all that the drafter has.
         draft_active_groups (`int`, *optional*): router groups per step; None: the drafter's.
         draft_groups_per_row (`bool`): every node of a tree level has groups of its own instead of sharing them.
         draft_scoring (`str`): log q from the "active" logits, or from the "router" times the softmax in the group.
@@ -79,6 +79,7 @@ class DraftSettings:
             ValueError: if the drafter has no router or shortlist, or the router fewer groups.
         """
         router, shortlist = getattr(drafter, "router", None), getattr(drafter, "shortlist", None)
+        own_head = getattr(drafter, "draft_head", None)
         if self.draft_head in ("router", "both") and router is None:
             raise ValueError(
                 f"draft_head={self.draft_head!r}, but this drafter has no router; train one with "
@@ -97,7 +98,7 @@ class DraftSettings:
         if router is None:
             if self.draft_active_groups is not None:
                 raise ValueError(f"draft_active_groups={active} chooses router groups, but no router is used.")
-            return DraftHead(adapter, None, shortlist)
+            return DraftHead(adapter, None, shortlist, own_head=own_head)
         if active > router.num_groups:
             raise ValueError(
                 f"draft_active_groups={active} is more than the router's {router.num_groups} groups; lower it, or use "

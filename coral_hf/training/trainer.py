@@ -17,6 +17,7 @@ from ..modeling_coral import CoralDraftModel
 from ..target_adapter import TargetAdapter
 from .arguments import CoralTrainingArguments
 from .data import IGNORED_LABEL, ConversationDataset, CoralDataCollator, preview
+from .faults import StopOnNonFiniteGradient
 from .feature_cache import FeatureCache
 from .losses import chunked_classification_loss, csra_loss, regression_loss
 from .publishing import PublishingMixin
@@ -56,6 +57,11 @@ class CoralTrainer(PublishingMixin, Trainer):
         **kwargs: Any,
     ):
         args = args or CoralTrainingArguments(output_dir="outputs/coral")
+        if model.config.draft_vocab_size is not None:
+            raise ValueError(
+                f"This drafter has an LM head of its own (draft_vocab_size={model.config.draft_vocab_size}), which the "
+                "trainer does not train; train a drafter that uses the target's head."
+            )
         self.target_model = target_model.requires_grad_(False).eval()
         # The losses need the last layer's feature whether or not the drafter reads it: it always comes last.
         layers = model.config.target_feature_layers
@@ -79,6 +85,8 @@ class CoralTrainer(PublishingMixin, Trainer):
         # `Trainer` reads this off the model's forward; the loss here is scaled by num_items_in_batch in compute_loss.
         self.model_accepts_loss_kwargs = True
         self._place_target()
+        self._finite = StopOnNonFiniteGradient()
+        self.add_callback(self._finite)
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._shortlist = self._frequent_ids()
         self.tokens_seen = 0
@@ -178,6 +186,10 @@ class CoralTrainer(PublishingMixin, Trainer):
         trained = torch.zeros_like(ids[:, 1:], dtype=torch.bool)
         trained[:, :-1] = inputs["labels"][:, 2:] != IGNORED_LABEL
         return outputs, features[:, 1:, -self.adapter.hidden_size :], trained
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self._finite.batch = inputs
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args = self.args

@@ -1,0 +1,27 @@
+"""`coral-hf card`: a model card from records."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+
+@dataclass
+class CardCommand:
+    """Write a drafter's model card from its config, weights and the records in its folder.
+
+    Example: coral-hf card outputs/drafter
+    """
+
+    POSITIONAL: ClassVar[dict[str, str]] = {"folder": "Folder of the drafter; its records are in FOLDER/training."}
+
+    repo_id: str | None = field(default=None, metadata={"help": "Hub id that the card's example loads."})
+    unmeasured: bool = field(default=False, metadata={"help": "Without a benchmark record: say 'not measured'."})
+    curve: bool = field(default=False, metadata={"help": "First draw training/curve.png from training/log.jsonl."})
+
+    def run(self, positional) -> int:
+        from ..hub.curve import draw_curve
+        from ..hub.model_card import write_card
+
+        if self.curve:
+            draw_curve(positional.folder)
+        print(write_card(positional.folder, repo_id=self.repo_id, unmeasured=self.unmeasured))
+        return 0

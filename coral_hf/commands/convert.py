@@ -1,0 +1,47 @@
+"""`coral-hf convert`: EAGLE-family checkpoints in, serving engines' checkpoints out."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from .loading import DEMO, load_drafter, load_target
+
+
+@dataclass
+class ConvertCommand:
+    """Turn an EAGLE, HASS or EAGLE-3 checkpoint into a drafter, or a drafter into a serving engine's checkpoint.
+
+    Example: coral-hf convert --from eagle org/EAGLE3-model outputs/drafter --target org/model
+        coral-hf convert --to vllm outputs/drafter outputs/for-vllm
+    """
+
+    POSITIONAL: ClassVar[dict[str, str]] = {
+        "input": "Path or Hub id of the checkpoint; with --to also 'demo', the shipped drafter.",
+        "output": "Folder to write, new or empty.",
+    }
+
+    from_format: str | None = field(default=None, metadata={"aliases": ["--from"], "help": "Read this format: eagle."})
+    to: str | None = field(default=None, metadata={"help": "Write for vllm, sglang, speculators or eagle."})
+    target: str | None = field(
+        default=None, metadata={"help": "Path or Hub id of the target, or 'demo' (the default with --from)."}
+    )
+    dtype: str = field(default="bfloat16", metadata={"help": "Dtype the target is loaded in, where it is needed."})
+    target_feature_layers: list[int] | None = field(
+        default=None, metadata={"help": "With --from: the target layers whose inputs an EAGLE-3 checkpoint reads."}
+    )
+
+    def run(self, positional) -> int:
+        from ..conversion.commands import convert_from, convert_to
+        from ..modeling_coral import CoralDraftModel
+
+        if (self.from_format is None) == (self.to is None):
+            raise ValueError("Give one of --from FORMAT and --to ENGINE.")
+        if self.from_format is not None:
+            target, _ = load_target(self.target or DEMO, self.dtype, "cpu")
+            layers = self.target_feature_layers
+            convert_from(CoralDraftModel, self.from_format, positional.input, positional.output, target, layers)
+            return 0
+        drafter = load_drafter(positional.input)
+        needs_target = self.to == "eagle" and drafter.config.shape == "eagle3" and self.target is not None
+        target = load_target(self.target, self.dtype, "cpu")[0] if needs_target else None
+        convert_to(self.to, drafter, positional.output, target, None if self.target == DEMO else self.target)
+        return 0

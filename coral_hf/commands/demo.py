@@ -1,0 +1,35 @@
+"""`coral-hf demo`: plain and CORAL decoding on a real small model."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .loading import resolve_dtype
+
+
+@dataclass
+class DemoCommand:
+    """Generate with and without the shipped drafter on a real small model.
+
+    Example: coral-hf demo --max-new-tokens 128
+    """
+
+    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the timed runs."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated per prompt."})
+    prompt: str | None = field(default=None, metadata={"help": "One prompt of your own instead of the built-in ones."})
+    json: str | None = field(default=None, metadata={"help": "Write the figures to this file."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
+
+    def run(self) -> int:
+        from ..evaluation.demo_run import run_demo
+
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens {self.max_new_tokens} must be at least 1.")
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        record = run_demo(resolve_dtype(self.dtype), self.max_new_tokens, self.prompt)
+        if self.json is not None:
+            Path(self.json).write_text(json.dumps(record, indent=2) + "\n")
+        return 0 if record["identical"] else 1

@@ -1,0 +1,48 @@
+"""What several verbs load, by the names given on the command line."""
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .. import demo
+from ..modeling_coral import CoralDraftModel
+
+
+DEMO = "demo"
+
+
+def load_target(name: str, dtype: str, device: str | None = None):
+    """A target and its tokenizer by path or Hub id; `demo` is the embedded one. `device` None: the accelerator."""
+    resolved = resolve_dtype(dtype)
+    if name == DEMO:
+        model, tokenizer = demo.load_target(resolved)
+    else:
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(name, dtype=resolved),
+            AutoTokenizer.from_pretrained(name),
+        )
+    return model.eval().to(resolve_device(device)), tokenizer
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """`'cuda:1'` -> its device; None -> the machine's accelerator, else the CPU; `ValueError` for what is not there."""
+    if name is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu.") from error
+    return device
+
+
+def load_drafter(name: str):
+    """A drafter by path or Hub id; `demo` is the shipped one."""
+    return demo.load_drafter() if name == DEMO else CoralDraftModel.from_pretrained(name, dtype="auto").eval()
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """`'bfloat16'` -> `torch.bfloat16`; `ValueError` for what is no floating-point dtype."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"--dtype {name!r} is unknown; use bfloat16, float16 or float32.")
+    return dtype

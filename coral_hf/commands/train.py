@@ -1,0 +1,105 @@
+"""`coral-hf train`: a drafter, or its router."""
+
+import inspect
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import demo
+from ..configuration_coral import CoralDraftConfig
+from ..modeling_coral import CoralDraftModel
+from .loading import DEMO, load_drafter, load_target
+
+
+@dataclass
+class TrainCommand:
+    """Train a drafter on the target's own responses. Takes every TrainingArguments flag as well.
+
+    Example: coral-hf train --target demo --data responses.jsonl --output_dir outputs/drafter --preset coral
+    """
+
+    data: list[str] = field(metadata={"help": "Response files (.jsonl, .jsonl.gz, .parquet) or folders of shards."})
+    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the frozen target."})
+    drafter: str | None = field(default=None, metadata={"help": "Go on from this drafter instead of a new one."})
+    shape: str | None = field(default=None, metadata={"help": "Shape of a new drafter: eagle or eagle3."})
+    router_groups: int | None = field(
+        default=None, metadata={"help": "With --stage router: give the drafter a new router of this many groups."}
+    )
+    shortlist_size: int | None = field(
+        default=None,
+        metadata={"help": "Also give the drafter a shortlist of this many ids, the most frequent in the responses."},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Settings of a new drafter as JSON, e.g. '{\"target_feature_layers\": [2, 15, -1]}'."},
+    )
+    eval_rows: int = field(default=64, metadata={"help": "Rows held out for evaluation (the first ones; 0: none)."})
+    eval_data: list[str] = field(
+        default_factory=list, metadata={"help": "Response files to evaluate on, instead of eval_rows."}
+    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
+
+    def run(self, args) -> int:
+        from ..training.data import read_rows
+        from ..training.router_trainer import CoralRouterTrainer
+        from ..training.trainer import CoralTrainer
+
+        router_stage = args.stage == "router"
+        if router_stage and self.drafter is None:
+            raise ValueError("--stage router trains the router of a trained drafter: name it with --drafter.")
+        if self.router_groups is not None and not router_stage:
+            raise ValueError(f"--router_groups {self.router_groups} adds a router: train it with --stage router.")
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        rows = read_rows(self.data)
+        if not 0 <= self.eval_rows < len(rows):
+            raise ValueError(f"--eval_rows {self.eval_rows}: the files hold {len(rows)} rows; leave some to train on.")
+        if self.eval_data:
+            eval_rows = read_rows(self.eval_data)
+        else:
+            eval_rows, rows = rows[: self.eval_rows], rows[self.eval_rows :]
+        target, tokenizer = load_target(self.target, self.dtype)
+        if self.drafter is not None:
+            for name in ("shape", "config_overrides"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"--{name} {value} is for a new drafter; --drafter {self.drafter} has its own.")
+            drafter = load_drafter(self.drafter).float()
+        else:
+            overrides = self._overrides()
+            if self.target == DEMO:
+                overrides["target_revision"] = demo.TARGET_REVISION
+            drafter = CoralDraftModel.from_target(target, tokenizer, **overrides)
+        if self.router_groups is not None:
+            drafter.add_router(self.router_groups)
+        trainer = (CoralRouterTrainer if router_stage else CoralTrainer)(
+            model=drafter,
+            target_model=target,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=eval_rows or None,
+            processing_class=tokenizer,
+        )
+        if self.shortlist_size is not None:
+            drafter.add_shortlist(
+                trainer.train_dataset.response_counts(drafter.config.vocab_size), self.shortlist_size
+            )
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        metrics = trainer.evaluate() if eval_rows else {}
+        trainer.save_model()
+        trainer.save_state()
+        print(json.dumps(metrics))
+        return 0
+
+    def _overrides(self) -> dict[str, Any]:
+        """`--shape` and `--config_overrides` as settings of a new drafter."""
+        try:
+            overrides = json.loads(self.config_overrides or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--config_overrides {self.config_overrides!r} is no JSON: {error}.") from error
+        unknown = sorted(set(overrides) - set(inspect.signature(CoralDraftConfig.__init__).parameters))
+        if unknown:
+            raise ValueError(f"--config_overrides: {unknown} are no settings of CoralDraftConfig.")
+        return overrides if self.shape is None else {**overrides, "shape": self.shape}

@@ -1,0 +1,172 @@
+"""Reading a checkpoint folder without running code from it, and writing one that is either whole or absent."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+CONFIG_FILE = "config.json"
+# SGLang's `--speculative-token-map`: ids that drafting is limited to
+HOT_TOKENS_FILE = "hot_token_ids.pt"
+# In order of preference: safetensors cannot hold code.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def resolve_folder(path_or_repo: str | os.PathLike, revision: str | None = None) -> Path:
+    """A local folder as it is; a Hub id's config and weights from the cache or the Hub.
+
+    Raises:
+        OSError: if it is neither a folder nor a repository that can be fetched.
+    """
+    folder = Path(path_or_repo).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(path_or_repo).startswith((".", "/", "~")):
+        raise OSError(f"{path_or_repo} is not a folder with a {CONFIG_FILE} and weights.")
+    from huggingface_hub import snapshot_download
+
+    patterns = [CONFIG_FILE, "*.safetensors", "*.bin", "*.index.json", HOT_TOKENS_FILE]
+    try:
+        return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path_or_repo!r} is no local folder, and fetching it from the Hub failed: {error}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` as a dict; `ValueError` if it is missing, malformed or no object."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {CONFIG_FILE}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, not an object.")
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder in the first of `WEIGHT_FILES` that it has, sharded or not.
+
+    Raises:
+        ValueError: if there are no weights, a file is damaged or holds anything but tensors, or shards and index differ.
+    """
+    name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if name is None:
+        raise ValueError(f"{folder} holds no weights; expected one of {list(WEIGHT_FILES)}.")
+    if not name.endswith(".index.json"):
+        return read_weight_file(folder / name)
+    index = json.loads((folder / name).read_text(encoding="utf-8"))
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / name} holds no weight_map.")
+    # An index is data from elsewhere: it may only name files beside it.
+    outside = sorted({str(shard) for shard in weight_map.values() if Path(str(shard)).name != shard})
+    if outside:
+        raise ValueError(f"{folder / name} names shards outside its folder: {outside}.")
+    shards = sorted(set(weight_map.values()))
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    if absent:
+        raise ValueError(f"{folder} lacks the shards {absent} that {name} names.")
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        part = read_weight_file(folder / shard)
+        twice = sorted(set(part) & set(tensors))
+        if twice:
+            raise ValueError(f"{folder / shard} holds tensors that another shard has as well: {twice}.")
+        tensors |= part
+    missing, extra = sorted(set(weight_map) - set(tensors)), sorted(set(tensors) - set(weight_map))
+    if missing or extra:
+        raise ValueError(f"The shards in {folder} and {name} differ: missing {missing}, not in the index {extra}.")
+    return tensors
+
+
+def read_weight_file(path: Path) -> dict[str, torch.Tensor]:
+    """One safetensors or pickle file of named tensors; a pickle is never allowed to run code.
+
+    Raises:
+        ValueError: if the file is damaged or holds anything but a dict of tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = load_plain_pickle(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    wrong = None
+    if not isinstance(loaded, dict):
+        wrong = type(loaded).__name__
+    elif others := sorted(str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)):
+        wrong = f"non-tensors under {others}"
+    if wrong is not None:
+        raise ValueError(f"{path} must hold named tensors only; found {wrong}.")
+    return loaded
+
+
+def load_plain_pickle(path: Path) -> Any:
+    """`torch.load` that accepts plain data only.
+
+    Raises:
+        ValueError: if the file is damaged or the pickle would run code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    except pickle.UnpicklingError as error:
+        # torch's message goes on with advice to turn the check off
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{path} holds more than plain tensors and would run code when loaded; it is refused. Ask for a safetensors "
+            f"file. ({reason})"
+        ) from error
+
+
+def check_output_folder(folder: str | os.PathLike) -> Path:
+    """Raises `ValueError` unless a folder can be created here: absent or empty."""
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; name a new or an empty folder.")
+    return folder
+
+
+@contextmanager
+def staged_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """A scratch folder beside `folder` that takes its name when the block ends well and vanishes when it does not."""
+    folder = check_output_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    scratch.mkdir()
+    try:
+        yield scratch
+        os.replace(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+__all__ = [
+    "CONFIG_FILE",
+    "HOT_TOKENS_FILE",
+    "check_output_folder",
+    "load_plain_pickle",
+    "read_config",
+    "read_tensors",
+    "resolve_folder",
+    "staged_folder",
+]

@@ -1,0 +1,299 @@
+"""A CORAL drafter as the checkpoint that a serving engine loads: checked against its schema, whole or not at all."""
+
+import json
+import os
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..configuration_coral import FEATURE_LAYER_LAST, CoralDraftConfig
+from ..target_adapter import TargetAdapter
+from .checkpoint_files import CONFIG_FILE, HOT_TOKENS_FILE, check_output_folder, staged_folder
+from .eagle_config import CORAL_KEY, CORAL_SETTINGS, default_feature_layers, write_rope
+from .schema import LAYER, check_export, load_schemas
+
+
+ENGINES = ("vllm", "sglang", "speculators", "eagle")
+# Families whose models scale the embedding's output. Engines share the bare matrix with the drafter, so that an `fc`
+# trained on scaled embeddings would read something else; the eagle3 shape norms the embedding and does not care.
+SCALED_EMBEDDINGS = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "granite", "granitemoe", "minicpm")
+
+
+@dataclass
+class EngineExport:
+    """What was written.
+
+    Args:
+        folder (`Path`): the engine's checkpoint.
+        command (`str`): how to serve with it.
+        notes (`list[str]`): what the engine does differently or what was left out.
+    """
+
+    folder: Path
+    command: str
+    notes: list[str] = field(default_factory=list)
+
+
+def export_drafter(
+    drafter: Any,
+    engine: str,
+    folder: str | os.PathLike,
+    target: Any = None,
+    target_name: str | None = None,
+) -> EngineExport:
+    """Writes the folder that an engine loads for a drafter.
+
+    Args:
+        drafter ([`CoralDraftModel`])
+        engine (`str`): one of `ENGINES`; `"eagle"` is the layout of EAGLE's own code.
+        folder (`str` or `os.PathLike`): new or empty.
+        target (`PreTrainedModel`, *optional*): needed by `"eagle"` for the `eagle3` shape alone, whose checkpoints
+            hold an LM head.
+        target_name (`str`, *optional*): path or Hub id of the target to serve; defaults to the one in the config.
+
+    Returns:
+        [`EngineExport`]
+
+    Raises:
+        ValueError: if the engine is unknown, cannot express the drafter, or the folder is taken. Nothing is written.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"Unknown engine {engine!r}; choose one of {list(ENGINES)}.")
+    check_output_folder(folder)
+    config = drafter.config
+    problems = _obstacles(config, engine)
+    if engine != "sglang" and _is_permuted(drafter.draft_head, config.vocab_size):
+        problems.append(
+            "its own head scores the whole vocabulary in another order, ids are read for a part of it only"
+        )
+    if problems:
+        raise ValueError(f"{engine} cannot express this drafter: {'; '.join(problems)}.")
+    target_name = target_name or config.target_name_or_path
+    if engine == "speculators" and target_name is None:
+        raise ValueError("A speculators folder names its target, and this drafter records none: give its name.")
+    tensors = _tensors(drafter, engine, target)
+    written = _config(config, engine, str(drafter.dtype).removeprefix("torch."), target_name)
+    check_export(engine, config, written, tensors)
+    hot_tokens = None
+    if engine == "sglang" and config.shape == "eagle" and drafter.shortlist is not None:
+        hot_tokens = drafter.shortlist.token_ids.tolist()
+    with staged_folder(folder) as scratch:
+        (scratch / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+        if hot_tokens is not None:
+            torch.save(hot_tokens, scratch / HOT_TOKENS_FILE)
+    folder = Path(folder)
+    command = serve_command(config, engine, folder, target_name or "TARGET", hot_tokens is not None)
+    return EngineExport(folder, command, _notes(config, engine, hot_tokens is not None))
+
+
+def _obstacles(config: CoralDraftConfig, engine: str) -> list[str]:
+    """Everything about a drafter that an engine has no form for."""
+    problems = []
+    layers, eagle3 = config.target_feature_layers, config.shape == "eagle3"
+    if config.shape not in load_schemas()["engines"][engine]:
+        return [f"it has no {config.shape} shape; use --to vllm or sglang"]
+    if engine != "eagle":
+        if config.hidden_act != "silu":
+            problems.append(f"hidden_act={config.hidden_act!r}, only silu is served")
+        if config.attention_bias:
+            problems.append("attention_bias=True, q/k/v biases are not served for Llama-shaped drafters")
+    if not eagle3:
+        if engine == "vllm" and config.fc_bias:
+            problems.append("fc_bias=True, its fc has no bias")
+        if config.target_model_type in SCALED_EMBEDDINGS:
+            problems.append(f"{config.target_model_type} scales its embeddings, which the drafter's fc would not see")
+        return problems
+    single = layers == [FEATURE_LAYER_LAST]
+    if single and engine != "vllm":
+        problems.append("one feature, the last layer's normed state, is served by vLLM alone; use --to vllm")
+    elif not single and FEATURE_LAYER_LAST in layers:
+        problems.append(f"target_feature_layers={layers}: the normed last state (-1) cannot be captured beside others")
+    elif not single and len(layers) == 1:
+        problems.append(f"target_feature_layers={layers}: one feature must be the last layer's, -1")
+    elif not single and layers != sorted(set(layers)):
+        problems.append(f"target_feature_layers={layers}: layers are captured in ascending order, each once")
+    elif engine == "sglang" and 0 in layers:
+        problems.append(f"target_feature_layers={layers}: the input of layer 0 cannot be captured")
+    elif engine == "eagle" and layers != _default_layers(config):
+        problems.append(f"target_feature_layers={layers}: it reads {_default_layers(config)} of this target")
+    if config.norm_before_residual and engine in ("sglang", "eagle"):
+        problems.append("norm_before_residual=True, its residual starts from the raw feature")
+    if config.norm_output and engine == "eagle":
+        problems.append("norm_output=True, it feeds the state before the norm back; use --to vllm or sglang")
+    if engine == "eagle" and config.head_dim * config.num_attention_heads != config.hidden_size:
+        problems.append(f"head_dim={config.head_dim}, it takes hidden_size / num_attention_heads")
+    return problems
+
+
+def _is_permuted(own_head: Any, vocab_size: int) -> bool:
+    """Whether a head of the drafter's own scores all ids, but not in their order."""
+    if own_head is None or own_head.token_ids.numel() != vocab_size:
+        return False
+    return not torch.equal(own_head.token_ids.cpu(), torch.arange(vocab_size))
+
+
+def _default_layers(config: CoralDraftConfig) -> list[int] | None:
+    depth = config.target_num_hidden_layers
+    return None if depth is None else default_feature_layers(depth)
+
+
+def _tensors(drafter: Any, engine: str, target: Any) -> dict[str, torch.Tensor]:
+    """The drafter's weights by the engine's names."""
+    config = drafter.config
+    prefix = load_schemas()["engines"][engine][config.shape]["layer"]
+    tensors = {}
+    for name, tensor in drafter.state_dict().items():
+        if name.startswith(("router.", "shortlist.", "draft_head.")):
+            continue
+        name = prefix + name.removeprefix(LAYER) if name.startswith(f"{LAYER}.") else name
+        # cloned: nothing may share storage in a safetensors file
+        tensors[name] = tensor.detach().cpu().clone().contiguous()
+    if engine == "sglang" and config.shape == "eagle" and not config.fc_bias:
+        # SGLang's fc always has a bias, random unless the file holds one.
+        tensors["fc.bias"] = torch.zeros(config.hidden_size, dtype=drafter.dtype)
+    own = drafter.draft_head
+    if own is not None:
+        rows = torch.arange(own.token_ids.numel())
+        ids = own.token_ids.cpu()
+        tensors["lm_head.weight"] = own.weight.detach().cpu().clone()
+        if ids.numel() != config.vocab_size or not torch.equal(ids, rows):
+            tensors["d2t"] = ids - rows
+            tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
+    elif engine == "eagle" and config.shape == "eagle3":
+        if target is None:
+            raise ValueError(
+                "EAGLE-3's own checkpoints hold an LM head, and this drafter uses its target's: pass the target (--target)."
+            )
+        adapter = TargetAdapter(target)
+        adapter.check_drafter(config)
+        tensors["lm_head.weight"] = adapter.head.weight.detach().cpu().to(drafter.dtype).clone()
+    return tensors
+
+
+def _config(config: CoralDraftConfig, engine: str, dtype: str, target_name: str | None) -> dict[str, Any]:
+    """The engine's `config.json`."""
+    schema = load_schemas()["engines"][engine][config.shape]
+    llama = {
+        "model_type": "llama",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "num_hidden_layers": 1,
+        "hidden_act": config.hidden_act,
+        "rms_norm_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.initializer_range,
+        **write_rope(config),
+        "attention_bias": config.attention_bias,
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        **{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }
+    kept = {CORAL_KEY: {name: getattr(config, name) for name in CORAL_SETTINGS}}
+    architectures = {"architectures": list(schema["config"]["architectures"]["const"])}
+    if config.shape == "eagle":
+        # EAGLE's own code takes a missing `bias` for an fc with one; vLLM reads it as the attention's.
+        biases = {"bias": config.fc_bias, "qkv_bias": config.attention_bias} if engine == "eagle" else {}
+        return {**architectures, **llama, **biases, **kept}
+    layers, head = config.target_feature_layers, {"draft_vocab_size": config.draft_vocab_size}
+    if engine == "speculators":
+        return {
+            **architectures,
+            "speculators_model_type": "eagle3",
+            "speculators_config": _speculators_config(config, target_name),
+            # vLLM counts the features by this key alone, and passes on what the layer's config holds
+            "transformer_layer_config": {**llama, "num_aux_hidden_states": len(layers)},
+            "norm_before_residual": config.norm_before_residual,
+            "norm_output": config.norm_output,
+            "eagle_aux_hidden_state_layer_ids": layers,
+            "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
+            "tie_word_embeddings": False,
+            "dtype": dtype,
+            **kept,
+        }
+    if engine == "eagle":
+        return {**architectures, **llama, "draft_vocab_size": config.draft_vocab_size or config.vocab_size, **kept}
+    norms = {"norm_before_residual": config.norm_before_residual, "norm_output": config.norm_output}
+    features: dict[str, Any] = {"num_aux_hidden_states": len(layers)}
+    if layers == [FEATURE_LAYER_LAST]:
+        features["eagle_config"] = {"use_aux_hidden_state": False}
+    elif engine == "vllm":
+        features["eagle_aux_hidden_state_layer_ids"] = layers
+    elif layers != _default_layers(config):
+        # SGLang adds one: it names a layer's output, CORAL the input of the next.
+        features["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in layers]}
+    return {**architectures, **llama, **norms, **features, **head, **kept}
+
+
+def _speculators_config(config: CoralDraftConfig, target_name: str | None) -> dict[str, Any]:
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.target_model_type)
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": config.draft_depth,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
+    return {
+        "algorithm": "eagle3",
+        "default_proposal_method": "greedy",
+        "proposal_methods": [proposal],
+        "verifier": {"name_or_path": target_name, "architectures": [architecture] if architecture else []},
+    }
+
+
+def serve_command(config: CoralDraftConfig, engine: str, folder: Path, target_name: str, hot_tokens: bool) -> str:
+    """The shell command that serves the target with an exported drafter."""
+    quoted, target, eagle3 = shlex.quote(str(folder)), shlex.quote(target_name), config.shape == "eagle3"
+    if engine == "speculators":
+        return f"vllm serve {quoted}"
+    if engine == "vllm":
+        method = {
+            "method": config.shape,
+            "model": str(folder),
+            "num_speculative_tokens": config.draft_depth,
+        }
+        return f"vllm serve {target} --speculative-config {shlex.quote(json.dumps(method))}"
+    if engine == "eagle":
+        return (
+            f"python -m eagle.application.webui --base-model-path {target} --ea-model-path {quoted}"
+            f"{'' if eagle3 else ' --no-eagle3'}"
+        )
+    top_k = config.draft_top_k
+    total = config.draft_total_tokens if top_k > 1 and config.draft_total_tokens else None
+    if total is None:
+        # the whole draft, root included
+        total = config.draft_depth + 1 if top_k == 1 else 1 + top_k + (config.draft_depth - 1) * top_k**2
+    token_map = f" --speculative-token-map {shlex.quote(str(folder / HOT_TOKENS_FILE))}" if hot_tokens else ""
+    return (
+        f"python -m sglang.launch_server --model-path {target} --speculative-algorithm {'EAGLE3' if eagle3 else 'EAGLE'} "
+        f"--speculative-draft-model-path {quoted} --speculative-num-steps {config.draft_depth} "
+        f"--speculative-eagle-topk {top_k} --speculative-num-draft-tokens {total}{token_map}"
+    )
+
+
+def _notes(config: CoralDraftConfig, engine: str, hot_tokens: bool) -> list[str]:
+    notes = []
+    if config.router_groups:
+        notes.append(f"Left out: the LM-head router; {engine} computes the head without it.")
+    if config.shortlist_size and hot_tokens:
+        notes.append(f"The shortlist of {config.shortlist_size} ids is SGLang's token map, {HOT_TOKENS_FILE}.")
+    elif config.shortlist_size:
+        notes.append(f"Left out: the shortlist of {config.shortlist_size} ids; {engine} computes the full head.")
+    if engine in ("vllm", "speculators") and config.draft_top_k > 1:
+        notes.append(f"vLLM drafts a chain of {config.draft_depth}, not a tree (draft_top_k={config.draft_top_k}).")
+    if config.target_revision:
+        notes.append(f"The drafter was trained for {config.target_name_or_path} at {config.target_revision}.")
+    return notes
+
+
+__all__ = ["ENGINES", "EngineExport", "export_drafter", "serve_command"]

@@ -1,0 +1,361 @@
+"""CORAL drafters out to vLLM, SGLang, speculators and EAGLE, and back: the same weights, the same tokens.
+
+What the engines' loaders read is in `conversion/schemas.json`, against which every exported folder is checked here as it
+lies on disk; `test_engine_loaders.py` asks vLLM itself.
+"""
+
+import copy
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COMMON, make_drafter, make_target, randomize
+from eagle_checkpoints import noise
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
+
+from coral_hf import CoralDraftModel, demo
+from coral_hf.cli import main
+from coral_hf.conversion import ENGINES, engine_export, export_drafter
+from coral_hf.conversion.schema import check_export, load_schemas
+
+
+DRAFT_IDS = torch.tensor([3, 5, 6, 20, 21, 40, 77, 90, 100, 127])
+THREE = {"shape": "eagle3", "target_feature_layers": [2, 4, 5]}
+# name -> (settings of the drafter, engines that can hold it)
+DRAFTERS = {
+    "eagle": ({"shape": "eagle"}, ("vllm", "sglang", "eagle")),
+    "eagle with fc bias": ({"shape": "eagle", "fc_bias": True}, ("sglang", "eagle")),
+    "eagle with q/k/v bias": ({"shape": "eagle", "attention_bias": True}, ("eagle",)),
+    "eagle3, one feature": ({"shape": "eagle3"}, ("vllm",)),
+    "eagle3, three features": (THREE, ("vllm", "sglang", "speculators")),
+    "eagle3, pre-norm state fed back": ({**THREE, "norm_output": False}, ENGINES),
+    "eagle3, two other features": (
+        {"shape": "eagle3", "target_feature_layers": [1, 6], "norm_output": False},
+        ("vllm", "sglang", "speculators"),
+    ),
+    "eagle3, normed residual": (
+        {**THREE, "norm_before_residual": True, "norm_output": False},
+        ("vllm", "speculators"),
+    ),
+    "eagle3, head of its own": ({**THREE, "norm_output": False, "draft_vocab_size": 10}, ENGINES),
+}
+PAIRS = [(name, engine) for name, (_, engines) in DRAFTERS.items() for engine in engines]
+REFUSED = [(name, engine) for name, (_, engines) in DRAFTERS.items() for engine in ENGINES if engine not in engines]
+
+
+@pytest.fixture(scope="module")
+def target():
+    """Eight layers, so that EAGLE-3's default features 2, 4, 5 are three."""
+    torch.manual_seed(0)
+    target = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**{**COMMON, "num_hidden_layers": 8}))
+    target.generation_config.eos_token_id = None
+    return target.float().eval()
+
+
+def make(name, target, dtype=torch.float32):
+    settings = {"draft_depth": 3, "target_name_or_path": "org/target", **DRAFTERS[name][0]}
+    drafter = randomize(make_drafter(target, dtype=torch.float32, **settings), scale=0.1).to(dtype)
+    if drafter.draft_head is not None:
+        drafter.draft_head.token_ids.copy_(DRAFT_IDS)
+    return drafter
+
+
+def assert_same_drafter(found, expected, leave_out=()):
+    state = {name: tensor for name, tensor in expected.state_dict().items() if name.split(".")[0] not in leave_out}
+    assert set(found.state_dict()) == set(state)
+    for name, tensor in found.state_dict().items():
+        assert tensor.dtype == state[name].dtype and torch.equal(tensor, state[name]), name
+    ignored = {"architectures", "shortlist_size", "router_groups", "router_active_groups", "router_hidden_size"}
+    ignored |= {"_name_or_path", "transformers_version", "dtype"}
+    settings = {key: value for key, value in expected.config.to_dict().items() if key not in ignored}
+    assert {key: value for key, value in found.config.to_dict().items() if key not in ignored} == settings
+
+
+def read(folder: Path):
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "engine"), PAIRS)
+def test_round_trip(name, engine, dtype, target, tmp_path):
+    drafter = make(name, target, dtype)
+    export = export_drafter(drafter, engine, tmp_path / "out", target=target)
+    check_export(engine, drafter.config, *read(tmp_path / "out"))
+    assert not export.notes and sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    again = CoralDraftModel.from_eagle(tmp_path / "out", target)
+    assert_same_drafter(again, drafter)
+
+
+@pytest.mark.parametrize(("name", "engine"), PAIRS)
+def test_round_trip_generates_the_same(name, engine, target, tmp_path):
+    """Same tokens as plain decoding, and the same drafts accepted on the way."""
+    drafter = make(name, target)
+    export_drafter(drafter, engine, tmp_path / "out", target=target)
+    again = CoralDraftModel.from_eagle(tmp_path / "out", target)
+    prompt = torch.tensor([[5, 9, 3, 77, 31, 8, 100, 64]])
+    plain = target.generate(prompt, max_new_tokens=12, do_sample=False)
+    for assistant in (drafter, again):
+        output = target.generate(prompt, assistant_model=assistant, max_new_tokens=12, do_sample=False)
+        assert torch.equal(output, plain)
+    assert again.last_stats == drafter.last_stats
+
+
+@pytest.mark.parametrize(("name", "engine"), PAIRS)
+def test_config_loads_in_transformers(name, engine, target, tmp_path):
+    """All engines read the config through Transformers: old and new keys must not contradict each other there."""
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    drafter = make(name, target)
+    for parameters in (drafter.config.rope_parameters, rope):
+        drafter.config.rope_parameters = parameters
+        folder = tmp_path / parameters["rope_type"]
+        export_drafter(drafter, engine, folder, target=target)
+        raw = read(folder)[0]
+        loaded = LlamaConfig.from_dict(raw.get("transformer_layer_config", raw))
+        assert {key: loaded.rope_parameters[key] for key in parameters} == parameters
+        assert loaded.num_hidden_layers == 1 and loaded.head_dim == drafter.config.head_dim
+        if drafter.config.shape == "eagle3" and engine in ("vllm", "sglang"):
+            # SGLang reads the attribute without a default
+            assert loaded.draft_vocab_size == drafter.config.draft_vocab_size
+        assert CoralDraftModel.from_eagle(folder, target).config.rope_parameters == parameters
+
+
+@pytest.mark.parametrize(("name", "engine"), REFUSED)
+def test_what_an_engine_lacks_is_refused(name, engine, target, tmp_path):
+    with pytest.raises(ValueError, match=f"{engine} cannot express this drafter"):
+        export_drafter(make(name, target), engine, tmp_path / "out", target=target)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "engine", "message"),
+    [
+        ({"shape": "eagle3", "target_feature_layers": [2, 4, -1]}, "vllm", r"\[2, 4, -1\]"),
+        ({"shape": "eagle3", "target_feature_layers": [4, 2]}, "vllm", "ascending"),
+        ({"shape": "eagle3", "target_feature_layers": [4]}, "vllm", "must be the last"),
+        ({"shape": "eagle3", "target_feature_layers": [0, 4]}, "sglang", "layer 0"),
+        ({"shape": "eagle3", "target_feature_layers": [1, 2, 3], "norm_output": False}, "eagle", r"\[2, 4, 5\]"),
+        ({"shape": "eagle", "hidden_act": "gelu"}, "vllm", "gelu"),
+        ({"shape": "eagle3", "attention_bias": True}, "vllm", "attention_bias"),
+        ({"shape": "eagle", "target_model_type": "gemma3_text"}, "sglang", "scales its embeddings"),
+        ({"shape": "eagle"}, "tgi", "vllm"),
+    ],
+)
+def test_refusals_say_why(settings, engine, message, target, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export_drafter(make_drafter(target, **settings), engine, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_permuted_full_head(target, tmp_path):
+    """vLLM reads ids for a reduced vocabulary only; SGLang for any."""
+    settings = {**THREE, "draft_vocab_size": 128, "target_name_or_path": "org/target"}
+    drafter = make_drafter(target, dtype=torch.float32, **settings)
+    drafter.draft_head.token_ids.copy_(torch.arange(128).flip(0))
+    with pytest.raises(ValueError, match="another order"):
+        export_drafter(drafter, "vllm", tmp_path / "vllm")
+    export_drafter(drafter, "sglang", tmp_path / "sglang")
+    assert_same_drafter(CoralDraftModel.from_eagle(tmp_path / "sglang", target), drafter)
+
+
+def test_eagle3_head_needs_the_target(target, tmp_path):
+    drafter = make("eagle3, pre-norm state fed back", target)
+    with pytest.raises(ValueError, match="--target"):
+        export_drafter(drafter, "eagle", tmp_path / "out")
+    with pytest.raises(ValueError, match="num_hidden_layers"):
+        export_drafter(drafter, "eagle", tmp_path / "out", target=make_target(dtype=torch.float32))
+    assert not list(tmp_path.iterdir())
+
+
+def test_speculators_counts_features_in_the_layer(target, tmp_path):
+    """vLLM 0.33 takes three features unless the nested config says otherwise."""
+    export_drafter(make("eagle3, two other features", target), "speculators", tmp_path / "out")
+    assert read(tmp_path / "out")[0]["transformer_layer_config"]["num_aux_hidden_states"] == 2
+
+
+def test_folder_of_another_target(target, tmp_path):
+    """What an exported folder says of its target is checked when it comes back."""
+    export_drafter(make("eagle", target), "vllm", tmp_path / "out")
+    with pytest.raises(ValueError, match="num_hidden_layers=8"):
+        CoralDraftModel.from_eagle(tmp_path / "out", make_target(dtype=torch.float32))
+
+
+def test_layer_ids(target, tmp_path):
+    """vLLM names the layers whose input is read; SGLang, one less, those whose output it is."""
+    drafter = make("eagle3, two other features", target)
+    export_drafter(drafter, "vllm", tmp_path / "vllm")
+    export_drafter(drafter, "sglang", tmp_path / "sglang")
+    assert read(tmp_path / "vllm")[0]["eagle_aux_hidden_state_layer_ids"] == [1, 6]
+    assert read(tmp_path / "sglang")[0]["eagle_config"] == {"eagle_aux_hidden_state_layer_ids": [0, 5]}
+    for engine in ("vllm", "sglang"):
+        # without our own key the engines' keys alone say the same
+        path = tmp_path / engine / "config.json"
+        config = json.loads(path.read_text())
+        del config["coral_config"]
+        path.write_text(json.dumps(config))
+        assert CoralDraftModel.from_eagle(tmp_path / engine, target).config.target_feature_layers == [1, 6]
+
+
+@pytest.mark.parametrize(("name", "engine"), PAIRS)
+def test_schema_catches_every_change(name, engine, target, tmp_path):
+    """Each tensor left out, misshapen or cast, each norm dropped and each key of the schema changed is an error."""
+    drafter = make(name, target)
+    export_drafter(drafter, engine, tmp_path / "out", target=target)
+    config, tensors = read(tmp_path / "out")
+    schema = load_schemas()["engines"][engine][drafter.config.shape]
+    optional = {key.format(layer=schema["layer"]) for key in schema["optional"]}
+    for key, tensor in tensors.items():
+        others = {other: value for other, value in tensors.items() if other != key}
+        broken = [
+            {**others, key: tensor[..., :-1]},
+            {**others, key: tensor.double()},
+            {**tensors, f"{key}_extra": tensor},
+        ]
+        for changed in broken if key in optional else [others, *broken]:
+            with pytest.raises(ValueError, match=key):
+                check_export(engine, drafter.config, config, changed)
+    for key, rule in schema["config"].items():
+        changed = copy.deepcopy(config)
+        changed[key] = object() if rule != "absent" else True
+        with pytest.raises(ValueError, match=key):
+            check_export(engine, drafter.config, changed, tensors)
+
+
+def test_shortlist_and_router(target, tmp_path):
+    """SGLang takes the shortlist as its token map and gives it back; elsewhere a line says that it is left out."""
+    drafter = make("eagle", target)
+    drafter.add_shortlist(torch.arange(128).flip(0), 20)
+    export = export_drafter(drafter, "sglang", tmp_path / "sglang")
+    map_file = tmp_path / "sglang" / "hot_token_ids.pt"
+    assert torch.load(map_file, weights_only=True) == list(range(20))
+    assert f"--speculative-token-map {map_file}" in export.command
+    assert_same_drafter(CoralDraftModel.from_eagle(tmp_path / "sglang", target), drafter)
+    drafter.add_router(8)
+    for engine in ("vllm", "eagle"):
+        notes = export_drafter(drafter, engine, tmp_path / engine).notes
+        assert any("router" in line for line in notes) and any("shortlist" in line for line in notes)
+        again = CoralDraftModel.from_eagle(tmp_path / engine, target)
+        assert_same_drafter(again, drafter, leave_out=("router", "shortlist"))
+
+
+def test_serve_commands(target, tmp_path):
+    eagle, eagle3 = make("eagle", target), make("eagle3, pre-norm state fed back", target)
+    words = shlex.split(export_drafter(eagle, "vllm", tmp_path / "a folder").command)
+    assert words[:3] == ["vllm", "serve", "org/target"]
+    expected = {"method": "eagle", "model": str(tmp_path / "a folder"), "num_speculative_tokens": 3}
+    assert json.loads(words[-1]) == expected
+    command = export_drafter(eagle3, "sglang", tmp_path / "sglang", target_name="other/target").command
+    assert "--model-path other/target --speculative-algorithm EAGLE3" in command
+    assert "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4" in command
+    assert export_drafter(eagle3, "speculators", tmp_path / "s").command == f"vllm serve {tmp_path / 's'}"
+    assert read(tmp_path / "s")[0]["speculators_config"]["verifier"]["name_or_path"] == "org/target"
+    assert "--no-eagle3" in export_drafter(eagle, "eagle", tmp_path / "e").command
+
+
+def test_nothing_half_written(target, tmp_path, monkeypatch):
+    drafter = make("eagle", target)
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(engine_export, "save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        export_drafter(drafter, "vllm", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists already"):
+        export_drafter(drafter, "vllm", tmp_path / "taken")
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["notes.txt"]
+
+
+def test_command_line(tmp_path, capsys):
+    target = make_target(dtype=torch.float32)
+    target.save_pretrained(tmp_path / "target")
+    from conftest import make_tokenizer
+
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    drafter = make_drafter(target, shape="eagle")
+    drafter.save_pretrained(tmp_path / "drafter")
+    paths = {name: str(tmp_path / name) for name in ("target", "drafter", "vllm", "back", "bad")}
+    assert main(["convert", "--to", "vllm", paths["drafter"], paths["vllm"]]) == 0
+    assert "vllm serve" in capsys.readouterr().out.splitlines()[-1]
+    arguments = ["convert", "--from", "eagle", paths["vllm"], paths["back"], "--target", paths["target"]]
+    assert main([*arguments, "--dtype", "float32"]) == 0
+    assert "shape eagle" in capsys.readouterr().out
+    assert_same_drafter(CoralDraftModel.from_pretrained(paths["back"]), drafter)
+    for wrong in (
+        ["--to", "speculators", paths["drafter"], paths["bad"]],
+        ["--to", "tgi", paths["drafter"], paths["bad"]],
+        ["--to", "vllm", "--from", "eagle", paths["drafter"], paths["bad"]],
+        [paths["drafter"], paths["bad"]],
+        ["--from", "medusa", paths["vllm"], paths["bad"], "--target", paths["target"]],
+        ["--from", "eagle", paths["drafter"], paths["bad"], "--target", paths["target"]],
+    ):
+        assert main(["convert", *wrong]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("coral-hf convert: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "drafter", "target", "vllm"]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return CoralDraftModel.from_pretrained(demo.drafter_path(), dtype="auto").eval()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_shipped_drafter_is_refused(engine, shipped, tmp_path):
+    """It reads the last layer's normed state beside others, which no engine captures."""
+    assert shipped.config.target_feature_layers == [3, 15, 26, -1]
+    with pytest.raises(ValueError, match=r"\[3, 15, 26, -1\]: the normed last state \(-1\) cannot be captured"):
+        export_drafter(shipped, engine, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "speculators"])
+def test_shipped_weights(engine, shipped, tmp_path):
+    """The shipped weights, read as if of layers that engines capture, are the same bit for bit after a round trip."""
+    config = copy.deepcopy(shipped.config)
+    config.target_feature_layers = [3, 15, 26, 29]
+    drafter = CoralDraftModel(config).to(shipped.dtype).eval()
+    drafter.load_state_dict(shipped.state_dict())
+    names = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size")
+    settings = {name: getattr(config, name) for name in names}
+    with torch.device("meta"):
+        # only sizes are asked of the target
+        target = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](num_hidden_layers=30, **settings))
+    export = export_drafter(drafter, engine, tmp_path / "out", target_name="HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert engine == "speculators" or "HuggingFaceTB/SmolLM2-135M-Instruct" in export.command
+    assert any("shortlist" in line for line in export.notes)
+    again = CoralDraftModel.from_eagle(tmp_path / "out", target)
+    assert_same_drafter(again, drafter, leave_out=("shortlist",))
+
+
+@pytest.mark.real_model
+def test_real_model_generates_the_same(tmp_path):
+    """A new drafter of the eagle shape for the real target, there and back."""
+    target, tokenizer = demo.load_target(torch.float32)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    drafter = make_drafter(target, shape="eagle", draft_top_k=2, draft_depth=3)
+    export_drafter(drafter, "sglang", tmp_path / "out")
+    again = CoralDraftModel.from_eagle(tmp_path / "out", target)
+    plain = target.generate(ids, max_new_tokens=6, do_sample=False)
+    for assistant in (drafter, again):
+        assert torch.equal(target.generate(ids, assistant_model=assistant, max_new_tokens=6, do_sample=False), plain)
+    assert again.last_stats == drafter.last_stats
+
+
+def test_noise_is_no_copy(target, tmp_path):
+    """A head that is close to the target's, but not it, survives the round trip."""
+    drafter = make("eagle3, head of its own", target)
+    settings = {**DRAFTERS["eagle3, head of its own"][0], "draft_vocab_size": 128, "target_name_or_path": "org/target"}
+    full = randomize(make_drafter(target, dtype=torch.float32, **settings), scale=0.1)
+    head = target.get_output_embeddings().weight
+    with torch.no_grad():
+        full.draft_head.weight.copy_(head + noise(*head.shape, seed=3, scale=1e-3))
+    for each in (drafter, full):
+        export_drafter(each, "sglang", tmp_path / str(each.config.draft_vocab_size))
+        again = CoralDraftModel.from_eagle(tmp_path / str(each.config.draft_vocab_size), target)
+        assert_same_drafter(again, each)
