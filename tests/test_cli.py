@@ -1,12 +1,14 @@
 """The command line: one-line errors with status 2, and every verb end to end on tiny models."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import make_drafter, make_target, make_tokenizer
 
 from coral_hf.cli import main
+from coral_hf.weight_files import file_sha256
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def test_usage(capsys):
     assert "unknown verb 'fly'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["demo", "regenerate", "train", "benchmark", "convert"])
+@pytest.mark.parametrize("verb", ["demo", "regenerate", "train", "benchmark", "convert", "card"])
 def test_help_has_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
@@ -98,6 +100,12 @@ def test_regenerate_train_benchmark(folder, capsys, monkeypatch):
     )
     record = json.loads((folder / "bench" / "benchmark.json").read_text())
     assert not record["partial"]
+    assert record["drafter"] == "coral" and record["draft_settings"]["tree"]["draft_total_tokens"] == 7
+    assert record["drafter_sha256"] == file_sha256(folder / "coral" / "model.safetensors")
+    shutil.copy(folder / "bench" / "benchmark.json", folder / "coral" / "training")
+    assert main(["card", "coral"]) == 0
+    card = (folder / "coral" / "README.md").read_text()
+    assert "`tree`: tree of 7 nodes" in card and "Stage `drafter`: 4 steps over 4 conversations" in card
     profile = json.loads((folder / "bench" / "step_time.json").read_text())["methods"]
     assert set(profile) == {"coral", "tree"}
     for row in profile.values():

@@ -97,7 +97,7 @@ def test_figures_are_the_records(folder, capsys):
     path = folder / "README.md"
     assert capsys.readouterr().out.strip() == str(path)
     first = path.read_bytes()
-    assert main(["card", "--folder", str(folder)]) == 0
+    assert main(["card", str(folder)]) == 0
     assert path.read_bytes() == first
     text = first.decode()
     assert "| `coral` | gsm8k (10) | 2.35 | 80%, 65% | 1.62x (1.52 to 1.72) | 9 of 10 |" in text

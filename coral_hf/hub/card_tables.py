@@ -41,7 +41,8 @@ def measured_section(records: Records, config: CoralDraftConfig) -> str:
         if name != "benchmark.json" and len(methods) > 1:  # settings side by side: the sum is enough
             rows = [row for row in rows if row["benchmark"] == "all"]
         parts.append(
-            f"{_where(name, record)} {record['max_new_tokens']} new tokens a prompt.\n\n"
+            f"{_where(name, record)} By `coral-hf benchmark`, greedy unless stated, {record['max_new_tokens']} new tokens a "
+            "prompt.\n\n"
             + table(
                 ["method", "prompts", "tau", "accepted per depth", "speedup (quartiles)", "same tokens as plain"],
                 [_benchmark_row(row) for row in rows],

@@ -22,11 +22,11 @@ _NOT_RECIPE |= {"report_to", "use_cpu", "push_to_hub", "hub_model_id", "hub_priv
 class PublishingMixin:
     """Saves and pushes a drafter with its card and training record; before [`~transformers.Trainer`] in the bases."""
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
         token = token if token is not None else self.args.hub_token
         require_token(token)
         with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name):
-            super().init_hf_repo(token=token, private=private)
+            super().init_hf_repo(token=token, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
