@@ -42,6 +42,8 @@ FAMILIES = {
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
         "query_pre_attn_scalar": 16,
+        # Tied and scaled embeddings would make a random model repeat its last token for ever.
+        "tie_word_embeddings": False,
         "final_logit_softcapping": 30.0,
     },
     "phi3": {},

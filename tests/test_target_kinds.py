@@ -1,45 +1,29 @@
-"""Targets beyond plain text decoders: multimodal, chunked, convolutional and recurrent ones, and every refusal's cost."""
+"""Targets beyond plain text decoders: images, chunked and convolutional layers; and what is refused, untouched."""
 
 import pytest
 import torch
-from conftest import COMMON, make_drafter, make_target
+from conftest import COMMON, FAMILIES, make_drafter, make_target
 from oracle import oracle
-from test_lossless import CHAIN, STOCK, TREES, config_of, prompt_of
+from test_lossless import CHAIN, STOCK, TREES, compare, config_of, prompt_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from coral_hf.generation.statistics import DraftStats
 
+
+TEXT = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
+    "patch_size": 4,
 }
-MIXED = ["sliding_attention", "full_attention"] * 2
-MULTIMODAL = {
-    "gemma3": {
-        "text_config": {
-            **COMMON,
-            "model_type": "gemma3_text",
-            "head_dim": 16,
-            "sliding_window": 16,
-            "layer_types": MIXED,
-            "query_pre_attn_scalar": 16,
-        },
-        "vision_config": {**VISION, "model_type": "siglip_vision_model"},
-        "mm_tokens_per_image": 4,
-        "image_token_index": 120,
-        "boi_token_index": 121,
-        "eoi_token_index": 122,
-    },
-    "llava": {
-        "text_config": {**COMMON, "model_type": "llama"},
-        "vision_config": {**VISION, "model_type": "clip_vision_model", "projection_dim": 16},
-        "image_token_index": 120,
-    },
+RECURRENT = {
+    "mamba": {"state_size": 4},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1},
+    "qwen3_next": {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 4},
 }
-# layers whose state no tree can branch from, but which the stock loop verifies chains on
 CHAINS_ONLY = {
     "llama4_text": {
         "head_dim": 8,
@@ -51,109 +35,155 @@ CHAINS_ONLY = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
 }
-RECURRENT = {
-    "qwen3_next": {
-        "head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "num_experts": 0,
-        "layer_types": ["linear_attention", "full_attention"] * 2,
-    },
-    "recurrent_gemma": {},
-    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+
+
+def build(family: str, settings: dict, attention: str = "eager"):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**{**COMMON, **settings})
+    return finish(AutoModelForCausalLM.from_config(config, attn_implementation=attention))
+
+
+def finish(target):
+    target.generation_config.eos_token_id = None
+    target.generation_config.pad_token_id = 0
+    return target.double().eval()
+
+
+def image_target(kind: str, attention: str):
+    """A model, a prompt whose first tokens (127) are an image, and what `generate` takes for it."""
+    patches = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    start = [5, 125, 127, 127, 127, 127, 126]
+    if kind == "gemma3":
+        text = {**COMMON, **FAMILIES["gemma3_text"], "tie_word_embeddings": False}
+        settings = {
+            "vision_config": {**VISION, "image_size": 16},
+            "mm_tokens_per_image": 4,
+            "tie_word_embeddings": False,
+        }
+        settings |= {"boi_token_index": 125, "eoi_token_index": 126, "image_token_index": 127}
+        inputs = {"pixel_values": patches}
+    elif kind == "llava":
+        text = {**COMMON, "model_type": "llama"}
+        vision = {**VISION, "model_type": "clip_vision_model", "image_size": 8, "projection_dim": 16}
+        settings = {"vision_config": vision, "image_token_index": 127, "image_seq_length": 4}
+        inputs = {"pixel_values": patches[..., :8, :8]}
+    else:
+        text = {**COMMON, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}}
+        settings = {"vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}}
+        settings |= {
+            "image_token_id": 127,
+            "video_token_id": 124,
+            "vision_start_token_id": 125,
+            "vision_end_token_id": 126,
+        }
+        inputs = {
+            "pixel_values": patches.expand(2, -1, -1, -1).reshape(16, 96),
+            "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        }
+    ids = torch.cat([torch.tensor([start]), prompt_of(24).clamp(max=120)], dim=1)
+    if kind == "gemma3":
+        inputs["token_type_ids"] = (ids == 127).int()
+    elif kind == "qwen2_vl":
+        inputs["mm_token_type_ids"] = (ids == 127).int()
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](text_config=text, **settings)
+    return finish(AutoModelForImageTextToText.from_config(config, attn_implementation=attention)), ids, inputs
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen2_vl"])
+def test_image_targets(kind, attention):
+    """With and without an image in the prefill; Qwen2-VL's image spans fewer positions than tokens."""
+    target, ids, inputs = image_target(kind, attention)
+    drafter = make_drafter(target)
+    texts = []
+    for prompt, extra in ((ids, inputs), (ids.masked_fill(ids > 120, 9), {})):
+        plain = target.generate(input_ids=prompt, generation_config=config_of({}), **extra)
+        texts.append(plain[:, ids.shape[1] :])
+        for size in (CHAIN, STOCK, TREES["tree16"]):
+            config = config_of(size)
+            drafted = target.generate(input_ids=prompt, generation_config=config, assistant_model=drafter, **extra)
+            assert torch.equal(plain, drafted)
+            with oracle(plain):
+                drafted = target.generate(input_ids=prompt, generation_config=config, assistant_model=drafter, **extra)
+            assert torch.equal(plain, drafted) and drafter.last_stats.n_accepted > drafter.last_stats.steps
+    assert not torch.equal(*texts), "the image changes nothing"
+    assert texts[0].unique().numel() > 3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", list(CHAINS_ONLY))
+def test_chains_only(family, attention):
+    """Prompts below and beyond the attention chunk of 16, which 40 new tokens cross several times."""
+    target = build(family, CHAINS_ONLY[family], attention)
+    drafter = make_drafter(target)
+    for length in (6, 14, 30):
+        for size in (CHAIN, STOCK):
+            plain, stats = compare(target, drafter, prompt_of(length), size)
+            assert stats.n_accepted > stats.steps and plain[0, length:].unique().numel() > 3
+    assert_refused(target, drafter, TREES["tree16"], "draft_top_k=1")
+
+
+def assert_refused(target, drafter, size: dict, message: str, ids=None, cache=None, **settings) -> None:
+    """A `ValueError` before any forward of target and drafter, which are left as they were."""
+    calls = []
+    modules = (target, target.get_decoder(), drafter.layer)
+    handles = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in modules]
+    drafter.last_stats = before = DraftStats(steps=3)
+
+    def state():
+        hooks = [
+            [len(m._forward_hooks), len(m._forward_pre_hooks)] for model in (target, drafter) for m in model.modules()
+        ]
+        configs = [target.config.to_dict(), target.generation_config.to_dict(), drafter.config.to_dict()]
+        return hooks, configs, target.config.get_text_config()._attn_implementation, target.training, drafter.training
+
+    old = state()
+    extra = {} if cache is None else {"past_key_values": cache}
+    with pytest.raises(ValueError, match=message):
+        config = config_of(size, **settings)
+        ids = prompt_of(20) if ids is None else ids
+        target.generate(ids, generation_config=config, assistant_model=drafter, **extra)
+    assert not calls and state() == old and drafter.last_stats is before and before == DraftStats(steps=3)
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("size", [CHAIN, STOCK, TREES["tree16"]], ids=["chain", "stock", "tree"])
+@pytest.mark.parametrize("family", list(RECURRENT))
+def test_recurrent_targets_are_refused(family, size):
+    target = build(family, RECURRENT[family])
+    assert_refused(target, make_drafter(make_target(), dtype=torch.float64), size, "without assistant_model")
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_attention_without_tree_masks_is_refused(target, attention):
+    target.config._attn_implementation = attention  # set on the config: the kernels need not be installed
+    assert_refused(target, make_drafter(target), TREES["tree16"], "sdpa.*draft_top_k=1")
+
+
+REFUSALS = {
+    "batch": ({}, {"ids": torch.full((2, 5), 7)}, "batch"),
+    "beams": ({}, {"num_beams": 2}, "num_beams"),
+    "depth": ({"draft_depth": 0}, {}, "draft_depth=0"),
+    "negative": ({"draft_top_k": -1}, {}, "draft_top_k=-1"),
+    "total": ({"draft_depth": 2, "draft_top_k": 2, "draft_total_tokens": 60}, {}, "draft_total_tokens=60"),
+    "unknown": ({"draft_width": 3}, {}, "draft_width"),
+    "stock tree": ({"draft_stock_loop": True, "draft_top_k": 2}, {}, "draft_top_k=1"),
+    "stock stop strings": (STOCK, {"stop_strings": ["ab"]}, "stop_strings|tokenizer"),
+    "static cache": ({}, {"cache_implementation": "static"}, "[Ss]tatic"),
+    "static cache, stock": (STOCK, {"cache_implementation": "static"}, "[Ss]tatic"),
+    "no cache": ({}, {"use_cache": False}, "use_cache=True"),
+    "attentions": ({}, {"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+    "no router": ({"draft_head": "router"}, {}, "no router"),
 }
 
 
-def build(auto_class, family: str, settings: dict):
-    torch.manual_seed(0)
-    model = auto_class.from_config(CONFIG_MAPPING[family](**settings), attn_implementation="sdpa").double().eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
+@pytest.mark.parametrize("case", list(REFUSALS))
+def test_refusals_come_first_and_leave_no_trace(target, case):
+    size, settings, message = REFUSALS[case]
+    assert_refused(target, make_drafter(target), size, message, **settings)
 
 
-def assert_lossless(target, drafter, ids, size, **inputs):
-    plain = target.generate(ids, generation_config=config_of({}), **inputs)
-    drafted = target.generate(ids, generation_config=config_of(size), assistant_model=drafter, **inputs)
-    assert torch.equal(drafted, plain), "random drafts"
-    with oracle(plain, 0.85):
-        drafted = target.generate(ids, generation_config=config_of(size), assistant_model=drafter, **inputs)
-    assert torch.equal(drafted, plain), "oracle drafts"
-    assert drafter.last_stats.acceptance_length > 1.5
-
-
-@pytest.mark.parametrize("size", [CHAIN, TREES["tree16"], STOCK], ids=["chain", "tree", "stock"])
-@pytest.mark.parametrize("family", list(MULTIMODAL))
-def test_multimodal_targets_generate_text(family, size):
-    target = build(AutoModelForImageTextToText, family, MULTIMODAL[family])
-    drafter = make_drafter(target)
-    for length in (6, 24):
-        assert_lossless(target, drafter, prompt_of(length), size)
-
-
-@pytest.mark.parametrize("size", [CHAIN, TREES["tree16"]], ids=["chain", "tree"])
-def test_an_image_in_the_prompt(size):
-    """The image enters with the prefill; drafted tokens are text."""
-    target = build(AutoModelForImageTextToText, "llava", MULTIMODAL["llava"])
-    ids = prompt_of(12)
-    ids[ids == 120] = 7
-    ids[0, 3:7] = 120  # (28 / 14)^2 patches
-    torch.manual_seed(3)
-    pixels = torch.randn(1, 3, 28, 28, dtype=torch.float64)
-    blind = target.generate(ids, generation_config=config_of({}), pixel_values=torch.zeros_like(pixels))
-    assert not torch.equal(blind, target.generate(ids, generation_config=config_of({}), pixel_values=pixels))
-    assert_lossless(target, make_drafter(target), ids, size, pixel_values=pixels)
-
-
-@pytest.mark.parametrize("family", list(CHAINS_ONLY))
-def test_layers_that_cannot_branch(family):
-    target = build(AutoModelForCausalLM, family, {**COMMON, **CHAINS_ONLY[family]})
-    drafter = make_drafter(target)
-    for size in (CHAIN, TREES["tree16"]):
-        assert_refused(target, drafter, prompt_of(9), size, r"draft_top_k=1 and draft_stock_loop=True")
-    for length in (9, 30):  # within the attention chunk of 16 and past it
-        assert_lossless(target, drafter, prompt_of(length), STOCK)
-
-
-@pytest.mark.parametrize("size", [CHAIN, TREES["tree16"], STOCK], ids=["chain", "tree", "stock"])
-@pytest.mark.parametrize("family", list(RECURRENT))
-def test_recurrent_targets_are_refused(family, size):
-    target = build(AutoModelForCausalLM, family, {**COMMON, **RECURRENT[family]})
-    assert_refused(target, make_drafter(target), prompt_of(9), size, "stateful models")
-
-
-def assert_refused(target, drafter, ids, size, message, **inputs):
-    """Refused with that message, before any forward, and nothing is left behind."""
-    forwards = []
-    handle = target.register_forward_pre_hook(lambda *args: forwards.append(args))
-    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in target.named_modules()}
-    attention, stats = target.config.get_text_config()._attn_implementation, drafter.last_stats
-    with pytest.raises(ValueError, match=message):
-        config = inputs.pop("generation_config", None) or config_of(size)
-        target.generate(ids, generation_config=config, assistant_model=drafter, **inputs)
-    assert not forwards
-    assert hooks == {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in target.named_modules()}
-    assert target.config.get_text_config()._attn_implementation == attention and drafter.last_stats is stats
-    handle.remove()
-
-
-def test_every_refusal_comes_before_a_forward(target):
-    drafter, ids, tree = make_drafter(target), prompt_of(9), TREES["tree16"]
-    assert_refused(target, drafter, ids.expand(2, -1), tree, "batch of 2")
-    assert_refused(target, drafter, ids, tree, "use_cache=True", use_cache=False)
-    assert_refused(target, drafter, ids, tree, "num_beams", generation_config=config_of(tree, num_beams=2))
-    static = config_of(tree, cache_implementation="static")
-    assert_refused(target, drafter, ids, tree, "cache_implementation", generation_config=static)
-    assert_refused(target, drafter, ids, {**tree, "draft_top_k": 0}, "draft_top_k=0")
-    assert_refused(target, drafter, ids, tree, "synced_gpus=True", synced_gpus=True)
-    other = make_drafter(make_target("qwen2"))
-    assert_refused(target, other, ids, tree, "model_type")
-
-
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
-def test_attention_without_tree_masks(target, attention, monkeypatch):
-    drafter = make_drafter(target)
-    monkeypatch.setattr(target.config, "_attn_implementation_internal", attention)
-    assert_refused(target, drafter, prompt_of(9), TREES["tree16"], r"attn_implementation='sdpa'")
+def test_a_drafter_of_another_target_is_refused_first(target):
+    assert_refused(make_target("qwen2"), make_drafter(target), CHAIN, "model_type")

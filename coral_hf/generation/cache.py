@@ -13,14 +13,14 @@ def check_cache(cache: Cache, branches: bool, layer_types: Sequence[str] = ()) -
 
     Args:
         cache (`Cache`)
-        branches (`bool`): more than one path, or our own loop, whose compaction knows key-value layers only.
+        branches (`bool`): drafts are trees; a chain needs no more than a cache that can be cropped.
         layer_types (`Sequence[str]`): the target's, of which some have no tree mask.
     """
     unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention", "linear_attention"})
     if branches and unknown:
         raise ValueError(
-            f"This target has layers of type {unknown}, for which no tree mask is known. Set draft_top_k=1 and "
-            "draft_stock_loop=True to verify chains."
+            f"This target has layers of type {unknown}, for which no tree mask is known. Set draft_top_k=1 to verify "
+            "chains."
         )
     for layer in cache.layers:
         kind = type(layer).__name__
@@ -28,7 +28,12 @@ def check_cache(cache: Cache, branches: bool, layer_types: Sequence[str] = ()) -
             if branches:
                 raise ValueError(
                     f"This target has recurrent or linear-attention layers ({kind}), whose state cannot branch. Set "
-                    "draft_top_k=1 and draft_stock_loop=True to verify chains."
+                    "draft_top_k=1 to verify chains."
+                )
+            if not hasattr(layer, "activate_past_recording"):
+                raise ValueError(
+                    f"In this Transformers release {kind} cannot drop rejected drafts. Generate without "
+                    "assistant_model, or install a newer Transformers."
                 )
         elif not isinstance(layer, DynamicLayer) or "Quantized" in kind or "Indexed" in kind:
             raise ValueError(

@@ -48,9 +48,8 @@ def check_call(target: PreTrainedModel, settings: DraftSettings, input_ids: torc
             f"attn_implementation={attention!r} takes no tree mask. Load the target with attn_implementation='sdpa', "
             "or draft a chain with draft_top_k=1."
         )
-    if not settings.draft_stock_loop:
-        kinds = getattr(target.config.get_text_config(), "layer_types", None) or []
-        check_cache(cache, branches=True, layer_types=kinds)
+    kinds = getattr(target.config.get_text_config(), "layer_types", None) or []
+    check_cache(cache, branches=not settings.is_chain, layer_types=kinds)
 
 
 class _Verifier:
@@ -83,7 +82,7 @@ class _Verifier:
         self.cache.crop(0)
         if positions is not None:
             # The caller's own positions go on from the last one, as in plain generate.
-            self.position_offset = int(positions[..., -1].max()) + 1 - self.cache.get_seq_length()
+            self.position_offset = _next_positions(positions) - self.cache.get_seq_length()
         if self.mask is not None and self.mask.shape[1] < self.cache.get_seq_length():
             self.mask = None
         return outputs
@@ -93,7 +92,7 @@ class _Verifier:
         prefix_length = self.cache.get_seq_length()
         return self.target(
             input_ids=tree.tokens.to(self.device),
-            position_ids=(tree.depths + (prefix_length + self.position_offset)).to(self.device),
+            position_ids=tree.depths.to(self.device) + (prefix_length + self.position_offset),
             attention_mask=self._attention_mask(tree, prefix_length),
             past_key_values=self.cache,
             use_cache=True,
@@ -141,6 +140,18 @@ class _Verifier:
             dtype = self.target.dtype
             return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
+
+
+def _next_positions(positions: torch.Tensor) -> int | torch.Tensor:
+    """The position after the prompt's: an int for `[1, n]`, `[axes, 1, 1]` for the `[axes, 1, n]` of image models."""
+    if positions.ndim == 2:
+        return int(positions[:, -1].max()) + 1
+    # Qwen-VL: four rows are the text's own positions, then time, height and width, which text goes on from the
+    # largest of; three rows are those alone. An image spans fewer positions than tokens.
+    following = positions.amax(dim=(-2, -1))  # [axes]
+    rotary = 1 if positions.shape[0] == 4 else 0
+    following[rotary:] = following[rotary:].max()
+    return following[:, None, None] + 1
 
 
 class _Selector:
@@ -203,6 +214,8 @@ def coral_decoding(
     generator = CoralCandidateGenerator(drafter, target, settings, max_length, num_padding=verifier.num_padding)
     keep_states = generation_config.return_dict_in_generate and generation_config.output_hidden_states
     states: list | None = [] if keep_states else None
+    # Nothing refuses from here on: a call that was refused leaves the last one's statistics.
+    drafter.last_stats = None
 
     def is_finished(ids: torch.Tensor) -> bool:
         scores = None if selector.scores is None else tuple(selector.scores)

@@ -81,7 +81,6 @@ def _wrap_decoding(original):
                 "draft_stock_loop=True looks for stop_strings only at the end of a block of accepted tokens and may "
                 "run past one. Leave draft_stock_loop=False, or drop stop_strings."
             )
-        drafter.last_stats = None
         if settings.draft_stock_loop:
             return original(self, input_ids, *args, **kwargs)
         for name in ("synced_gpus", "inputs_tensor", "assistant_tokenizer", "tokenizer", "assistant_model"):
@@ -102,6 +101,11 @@ def _wrap_validation(original):
                 raise ValueError(
                     f"CORAL drafts for greedy decoding and sampling, not for {generation_mode.value} "
                     f"(num_beams={generation_config.num_beams}). Set num_beams=1, or drop assistant_model."
+                )
+            if getattr(self, "_is_stateful", False):
+                raise ValueError(
+                    f"{type(self).__name__} has recurrent layers, whose state cannot drop rejected drafts. Generate "
+                    "without assistant_model."
                 )
             # Transformers would ask for two tokenizers where the vocabularies differ.
             TargetAdapter(self).check_drafter(drafter.config)
