@@ -31,7 +31,8 @@ class BenchmarkCommand:
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
-        from ..evaluation.benchmark import Method, print_table, run_benchmark
+        from ..evaluation.benchmark import print_table, run_benchmark
+        from ..evaluation.methods import Method
         from ..evaluation.prompts import read_prompts
         from ..evaluation.step_profile import profile_methods
 

@@ -3,93 +3,16 @@
 import json
 import os
 import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
 
-from ..generation.settings import DraftSettings
 from ..generation.statistics import DraftStats
-from ..weight_files import drafter_sha256
 from .environment import describe_environment
+from .methods import Measurement, Method, describe_drafter, draft_settings, measure
 from .prompts import Prompt, encode_context
-
-
-@dataclass
-class Measurement:
-    """One answer: its new ids, how long it took and, for a drafter, what it accepted."""
-
-    new_ids: list[int]
-    seconds: float
-    stats: DraftStats | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        return len(self.new_ids) / self.seconds
-
-
-def measure(target: Any, ids: torch.Tensor, max_new_tokens: int, drafter: Any = None, **settings: Any) -> Measurement:
-    """Times one greedy `generate` call on ids `[1, L]`, with a drafter if one is given."""
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
-    config.eos_token_id = target.generation_config.eos_token_id
-    config.pad_token_id = target.generation_config.pad_token_id
-    for name, value in settings.items():
-        setattr(config, name, value)
-    ids = ids.to(target.device)
-    extra = {} if drafter is None else {"assistant_model": drafter}
-    _synchronize(target.device)
-    start = time.perf_counter()
-    output = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **extra)
-    _synchronize(target.device)
-    seconds = time.perf_counter() - start
-    return Measurement(output[0, ids.shape[1] :].tolist(), seconds, getattr(drafter, "last_stats", None))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@dataclass
-class Method:
-    """One way to generate: plain decoding, or a drafter with its settings.
-
-    Args:
-        name (`str`): as in the record; "plain" is taken.
-        drafter ([`CoralDraftModel`], *optional*): None for plain decoding.
-        settings (`dict`): [`DraftSettings`] to override, or other fields of a generation config
-            (`prompt_lookup_num_tokens` without a drafter is prompt lookup).
-    """
-
-    name: str
-    drafter: Any = None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, text: str, drafter: Any) -> "Method":
-        """`'tree:draft_top_k=4,draft_total_tokens=16'` -> [`Method`]; `'lookup:prompt_lookup_num_tokens=5'` has no drafter.
-
-        Raises:
-            ValueError: if it does not parse.
-        """
-        name, _, rest = text.partition(":")
-        settings: dict[str, Any] = {}
-        for part in filter(None, rest.split(",")):
-            key, equals, value = part.partition("=")
-            if not equals:
-                raise ValueError(f"--method {text!r}: write NAME:setting=value,setting=value.")
-            try:
-                settings[key.strip()] = json.loads(value)
-            except json.JSONDecodeError:
-                settings[key.strip()] = value.strip()
-        if not name or name == "plain":
-            raise ValueError(f"--method {text!r}: give it a name other than 'plain', which is always measured.")
-        return cls(name, None if "prompt_lookup_num_tokens" in settings else drafter, settings)
 
 
 def result_row(method: str, name: str, plain: list[Measurement], measured: list[Measurement]) -> dict[str, Any]:
@@ -116,20 +39,6 @@ def result_row(method: str, name: str, plain: list[Measurement], measured: list[
         row["acceptance_per_depth"] = stats.acceptance_per_depth
         row["steps"] = stats.steps
     return row
-
-
-def describe_drafter(drafter: Any) -> dict[str, Any]:
-    """Which drafter a record measured: its Hub id or folder's name, and the hash of its weights file."""
-    name = None if drafter is None else drafter.config._name_or_path or None
-    if name is not None and Path(name).is_dir():
-        name = Path(name).resolve().name
-    return {"drafter": name, "drafter_sha256": None if drafter is None else drafter_sha256(drafter)}
-
-
-def draft_settings(method: Method) -> dict[str, Any]:
-    """What a method drafted with: the drafter's own settings and those it overrides."""
-    overrides = {key: value for key, value in method.settings.items() if key.startswith("draft_")}
-    return vars(DraftSettings.resolve(method.drafter.config, None, overrides))
 
 
 def _tokens(measurements: list[Measurement]) -> int:
@@ -252,12 +161,4 @@ def print_table(record: dict[str, Any]) -> None:
     Console().print(table)
 
 
-__all__ = [
-    "Measurement",
-    "Method",
-    "describe_drafter",
-    "draft_settings",
-    "measure",
-    "print_table",
-    "run_benchmark",
-]
+__all__ = ["print_table", "run_benchmark"]

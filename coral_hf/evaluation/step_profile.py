@@ -14,8 +14,8 @@ import torch
 from ..generation.candidate_generator import CoralCandidateGenerator
 from ..generation.draft_tree import DraftTreeBuilder
 from ..lm_head_router import DraftHead
-from .benchmark import Method, describe_drafter, measure
 from .environment import describe_environment
+from .methods import Method, describe_drafter, measure
 from .prompts import Prompt, encode_context
 
 
