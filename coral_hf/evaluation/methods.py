@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,31 @@ class Method:
         return self.name == PLAIN or (self.is_coral and not self.settings.get("draft_stock_loop"))
 
 
+def parse_methods(texts: Sequence[str], drafters: dict[str, Any], assistant: Any = None) -> list[Method]:
+    """Every method with every drafter; several drafters' methods are named `DRAFTER/NAME`.
+
+    Args:
+        texts (`list[str]`): see [`Method.parse`].
+        drafters (`dict[str, CoralDraftModel]`): by the names they were asked for with.
+        assistant (`PreTrainedModel`, *optional*): an ordinary small model.
+    """
+    # the folder's name alone where that tells them apart
+    short = {name: Path(name).name for name in drafters}
+    labels = short if len(set(short.values())) == len(short) else {name: name for name in drafters}
+    methods: dict[str, Method] = {}
+    for text in texts:
+        for name, drafter in drafters.items():
+            method = Method.parse(text, drafter, assistant)
+            if len(drafters) > 1 and method.is_coral:
+                method.name = f"{labels[name]}/{method.name}"
+            elif name != next(iter(drafters)):
+                continue  # it needs no drafter: once is enough
+            if method.name in methods:
+                raise ValueError(f"Two methods are named {method.name!r}: give each a name of its own.")
+            methods[method.name] = method
+    return list(methods.values())
+
+
 def _split(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
@@ -201,6 +227,21 @@ def describe_drafter(drafter: Any) -> dict[str, Any]:
     }
 
 
+def describe_methods(methods: Sequence[Method]) -> dict[str, Any]:
+    """What a record says of its methods: `methods` (settings), `drafters` by method, and the drafter if it is one alone."""
+    drafters = {id(method.drafter): method.drafter for method in methods if method.is_coral}
+    described = {key: describe_drafter(drafter) for key, drafter in drafters.items()}
+    assistants = {
+        m.name: {"assistant": public_name(m.drafter)} for m in methods if m.drafter is not None and not m.is_coral
+    }
+    return {
+        # several drafters' figures must not go into the card of one
+        **(next(iter(described.values())) if len(described) == 1 else describe_drafter(None)),
+        "drafters": {method.name: described[id(method.drafter)] for method in methods if method.is_coral},
+        "methods": {method.name: {**assistants.get(method.name, {}), **method.settings} for method in methods},
+    }
+
+
 def public_name(model: Any) -> str | None:
     """A model's Hub id, or the name of the folder that it was loaded from."""
     name = model.config._name_or_path or None
@@ -222,8 +263,10 @@ __all__ = [
     "Method",
     "check_drafter",
     "describe_drafter",
+    "describe_methods",
     "draft_settings",
     "first_difference",
     "measure",
+    "parse_methods",
     "public_name",
 ]
