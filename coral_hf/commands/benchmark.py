@@ -70,30 +70,28 @@ class BenchmarkCommand:
         texts = list(self.method)
         if self.assistant is not None and not any(text.partition(":")[0] == "assistant" for text in texts):
             texts.append("assistant")
+        # by their names, before any model loads, so that a slip of the pen costs nothing
+        parse_methods(texts, {name: name for name in self.drafter}, self.assistant)
         drafters = {name: load_drafter(name) for name in self.drafter}
-        # named before the large models load, so that a slip of the pen costs nothing
-        parse_methods(texts, drafters, assistant=self.assistant)
         target, tokenizer = load_target(self.target, self.dtype, self.device)
         for drafter in drafters.values():
             drafter.to(device=target.device, dtype=target.dtype)
         assistant = None if self.assistant is None else load_target(self.assistant, self.dtype, self.device)[0]
         methods = parse_methods(texts, drafters, assistant)
+        path = Path(self.output) / "benchmark.json"
         try:
             record = run_benchmark(
                 target, tokenizer, methods, prompts, self.output, tokens, self.temperature, self.seed
             )
-            print_table(record)
-            profile = None
-            if self.profile:
-                profile = profile_methods(target, tokenizer, methods, prompts, self.output, tokens)
         except KeyboardInterrupt:
-            print(
-                f"coral-hf benchmark: interrupted; what was measured is in {Path(self.output)}, marked as partial.",
-                file=sys.stderr,
-            )
+            print(f"coral-hf benchmark: interrupted; {path} holds the prompts that were done.", file=sys.stderr)
             return 130
-        for path in plot_benchmark(record, self.output, profile):
-            print(path)
+        print_table(record)
+        profile = None
+        if self.profile:
+            profile = profile_methods(target, tokenizer, methods, prompts, self.output, tokens)
+        for picture in plot_benchmark(record, self.output, profile):
+            print(picture)
         return 0
 
     def _prompts(self):

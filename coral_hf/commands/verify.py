@@ -35,7 +35,7 @@ class VerifyCommand:
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
-        from ..evaluation.methods import Method
+        from ..evaluation.methods import parse_methods
         from ..evaluation.prompts import read_prompts
         from ..evaluation.verify import print_checks, verify
 
@@ -43,8 +43,10 @@ class VerifyCommand:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         prompts = read_prompts(self.data, self.limit)
+        # by its name, before any model loads, so that a slip of the pen costs nothing
+        parse_methods(self.method, {self.drafter: self.drafter})
         drafter = load_drafter(self.drafter)
-        methods = [Method.parse(text, drafter) for text in self.method]
+        methods = parse_methods(self.method, {self.drafter: drafter})
         target, tokenizer = load_target(self.target, self.dtype, self.device)
         drafter.to(device=target.device, dtype=target.dtype)
         checks = verify(
