@@ -185,9 +185,13 @@ def print_table(record: dict[str, Any]) -> None:
         from rich.table import Table
     except ImportError as error:
         raise ImportError("The table needs rich: pip install 'coral-hf[eval]'.") from error
-    table = Table(title=f"{record['target']}, {record['environment']['dtype']}, {record['environment']['device']}")
-    for column in ("benchmark", "method", "temp.", "prompts", "tok/s", "speedup", "tau", "identical", "differs from"):
-        table.add_column(column, justify="left" if column in ("benchmark", "method") else "right")
+    title = f"{record['target']}, {record['environment']['dtype']}, {record['environment']['device']}"
+    table = Table(
+        title=title, caption="T: temperature; n: answers; same: equal to plain's; from: first token that is not"
+    )
+    for column in ("benchmark", "method", "T", "n", "tok/s", "speedup", "tau", "same", "from"):
+        named = column in ("benchmark", "method")
+        table.add_column(column, justify="left" if named else "right", overflow="fold" if named else "ellipsis")
     for row in record["runs"]:
         tau, divergences = row["acceptance_length"], row["first_divergences"]
         table.add_row(
@@ -199,7 +203,7 @@ def print_table(record: dict[str, Any]) -> None:
             f"{row['speedup']:.2f}x",
             "-" if tau is None else f"{tau:.2f}",
             "-" if row["identical"] is None else f"{row['identical']}/{row['n_prompts']}",
-            f"token {divergences[0]}" if divergences else "-",
+            str(divergences[0]) if divergences else "-",
         )
     Console().print(table)
 
