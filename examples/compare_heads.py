@@ -16,8 +16,8 @@ import torch
 from transformers import HfArgumentParser
 
 from coral_hf import CoralDraftModel, TargetAdapter, demo
-from coral_hf.evaluation.benchmark import describe_drafter
 from coral_hf.evaluation.environment import describe_environment
+from coral_hf.evaluation.methods import describe_drafter
 from coral_hf.training.data import ConversationDataset, read_rows
 
 

@@ -19,7 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, HfArgumentParser
 
 from coral_hf import CoralDraftModel
-from coral_hf.evaluation.benchmark import Method, print_table, run_benchmark
+from coral_hf.evaluation.benchmark import print_table, run_benchmark
+from coral_hf.evaluation.methods import Method
 from coral_hf.evaluation.prompts import read_prompts
 from coral_hf.training.arguments import CoralTrainingArguments
 from coral_hf.training.data import read_rows

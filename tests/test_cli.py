@@ -31,7 +31,7 @@ def test_usage(capsys):
     assert "unknown verb 'fly'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["demo", "regenerate", "train", "benchmark", "convert", "card"])
+@pytest.mark.parametrize("verb", ["demo", "regenerate", "train", "benchmark", "verify", "convert", "card"])
 def test_help_has_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
@@ -49,6 +49,9 @@ def test_help_has_an_example(verb, capsys):
         (["train", "--data", "x", "--output_dir", "out", "--rollout-schedule", "1", "--csra-weight", "0.1"], "K=1"),
         (["regenerate", "--prompts", "missing.jsonl", "--output", "out.jsonl"], "missing.jsonl"),
         (["benchmark", "--data", "missing.jsonl", "--output", "out"], "missing.jsonl"),
+        (["benchmark", "--output", "out", "--method", "fly"], "'fly' is unknown; choose coral"),
+        (["benchmark", "--output", "out", "--method", "assistant"], "--assistant MODEL"),
+        (["verify", "--data", "missing.jsonl"], "missing.jsonl"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):

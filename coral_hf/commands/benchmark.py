@@ -1,48 +1,104 @@
-"""`coral-hf benchmark`: plain and CORAL decoding, timed side by side."""
+"""`coral-hf benchmark`: plain decoding, drafters and what else there is, timed side by side."""
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from .loading import DEMO, load_drafter, load_target
+from .loading import DEMO, load_drafter, load_target, require
+
+
+# what --quick sets where nothing else is asked for: a few minutes on two cores with a target of 135 M parameters
+QUICK = {"limit": 2, "max_new_tokens": 32}
+MAX_NEW_TOKENS = 128
 
 
 @dataclass
 class BenchmarkCommand:
-    """Time plain and CORAL decoding side by side and write benchmark.json.
+    """Time plain decoding and other methods side by side; write benchmark.json and plots.
 
     Example: coral-hf benchmark --target demo --drafter demo --data mt_bench.jsonl --limit 10 --output outputs/bench
-        --method chain:draft_top_k=1 tree:draft_top_k=4,draft_total_tokens=16 lookup:prompt_lookup_num_tokens=5
+        --method coral chain tree:draft_top_k=4,draft_total_tokens=16 prompt_lookup --temperature 0 1
     """
 
-    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows."})
-    output: str = field(metadata={"help": "Folder for benchmark.json."})
+    output: str = field(metadata={"help": "Folder for benchmark.json and the plots."})
+    data: list[str] = field(
+        default_factory=list, metadata={"help": "JSONL files of {'id', 'turns'} rows (default: the demo's prompts)."}
+    )
     target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
-    drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the target."})
+    drafter: list[str] = field(
+        default_factory=lambda: [DEMO], metadata={"help": "Paths or Hub ids of drafters, or 'demo'."}
+    )
+    assistant: str | None = field(
+        default=None, metadata={"help": "Path or Hub id of an ordinary small model; adds the method 'assistant'."}
+    )
+    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the models."})
     limit: int | None = field(default=None, metadata={"help": "Prompts per file."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated per prompt."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": f"Tokens generated per turn ({MAX_NEW_TOKENS} where nothing is given)."}
+    )
     method: list[str] = field(
         default_factory=lambda: ["coral"],
-        metadata={"help": "What to compare with plain decoding, as NAME or NAME:setting=value,setting=value."},
+        metadata={
+            "help": "What to compare with plain decoding: coral (the drafter's own settings), chain, eagle2 (60 nodes), "
+            "prompt_lookup, assistant, or NAME:setting=value,setting=value."
+        },
+    )
+    temperature: list[float] = field(default_factory=lambda: [0.0], metadata={"help": "Temperatures; 0 is greedy."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampled answers."})
+    quick: bool = field(
+        default=False, metadata={"help": f"A first impression in minutes: {QUICK} where nothing else is given."}
     )
     profile: bool = field(default=False, metadata={"help": "Then write where a step's time goes to step_time.json."})
     device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
-        from ..evaluation.benchmark import Method, print_table, run_benchmark
-        from ..evaluation.prompts import read_prompts
+        from ..evaluation.benchmark import print_table, run_benchmark
+        from ..evaluation.methods import parse_methods
+        from ..evaluation.plots import plot_benchmark
         from ..evaluation.step_profile import profile_methods
 
+        require("rich", "matplotlib")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        prompts = read_prompts(self.data, self.limit)
-        drafter = load_drafter(self.drafter)
-        methods = [Method.parse(text, drafter) for text in self.method]
+        tokens = self.max_new_tokens
+        if tokens is None:
+            tokens = QUICK["max_new_tokens"] if self.quick else MAX_NEW_TOKENS
+        prompts = self._prompts()
+        texts = list(self.method)
+        if self.assistant is not None and not any(text.partition(":")[0] == "assistant" for text in texts):
+            texts.append("assistant")
+        # by their names, before any model loads, so that a slip of the pen costs nothing
+        parse_methods(texts, {name: name for name in self.drafter}, self.assistant)
+        drafters = {name: load_drafter(name) for name in self.drafter}
         target, tokenizer = load_target(self.target, self.dtype, self.device)
-        drafter.to(device=target.device, dtype=target.dtype)
-        print_table(run_benchmark(target, tokenizer, methods, prompts, self.output, self.max_new_tokens))
+        for drafter in drafters.values():
+            drafter.to(device=target.device, dtype=target.dtype)
+        assistant = None if self.assistant is None else load_target(self.assistant, self.dtype, self.device)[0]
+        methods = parse_methods(texts, drafters, assistant)
+        path = Path(self.output) / "benchmark.json"
+        try:
+            record = run_benchmark(
+                target, tokenizer, methods, prompts, self.output, tokens, self.temperature, self.seed
+            )
+        except KeyboardInterrupt:
+            print(f"coral-hf benchmark: interrupted; {path} holds the prompts that were done.", file=sys.stderr)
+            return 130
+        print_table(record)
+        profile = None
         if self.profile:
-            profile_methods(target, tokenizer, methods, prompts, self.output, self.max_new_tokens)
+            profile = profile_methods(target, tokenizer, methods, prompts, self.output, tokens)
+        for picture in plot_benchmark(record, self.output, profile):
+            print(picture)
         return 0
+
+    def _prompts(self):
+        from ..evaluation.demo_run import PROMPTS
+        from ..evaluation.prompts import Prompt, read_prompts
+
+        limit = QUICK["limit"] if self.quick and self.limit is None else self.limit
+        if self.data:
+            return read_prompts(self.data, limit)
+        return [Prompt(f"demo-{index}", "demo", (text,)) for index, text in enumerate(PROMPTS[:limit])]

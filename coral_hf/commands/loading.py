@@ -1,5 +1,7 @@
 """What several verbs load, by the names given on the command line."""
 
+import importlib.util
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,3 +48,10 @@ def resolve_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"--dtype {name!r} is unknown; use bfloat16, float16 or float32.")
     return dtype
+
+
+def require(*modules: str) -> None:
+    """Raises `ImportError` for what the eval extra brings, before a run instead of after it."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"This verb needs {' and '.join(missing)}: pip install 'coral-hf[eval]'.")

@@ -3,110 +3,60 @@
 import json
 import os
 import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
 
-from ..generation.settings import DraftSettings
 from ..generation.statistics import DraftStats
-from ..weight_files import drafter_sha256
 from .environment import describe_environment
+from .methods import (
+    PLAIN,
+    Measurement,
+    Method,
+    check_drafter,
+    describe_methods,
+    draft_settings,
+    first_difference,
+    measure,
+)
 from .prompts import Prompt, encode_context
 
 
-@dataclass
-class Measurement:
-    """One answer: its new ids, how long it took and, for a drafter, what it accepted."""
-
-    new_ids: list[int]
-    seconds: float
-    stats: DraftStats | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        return len(self.new_ids) / self.seconds
+# (benchmark, temperature) -> method -> measurements, in the order of the prompts
+Results = dict[tuple[str, float], dict[str, list[Measurement]]]
 
 
-def measure(target: Any, ids: torch.Tensor, max_new_tokens: int, drafter: Any = None, **settings: Any) -> Measurement:
-    """Times one greedy `generate` call on ids `[1, L]`, with a drafter if one is given."""
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
-    config.eos_token_id = target.generation_config.eos_token_id
-    config.pad_token_id = target.generation_config.pad_token_id
-    for name, value in settings.items():
-        setattr(config, name, value)
-    ids = ids.to(target.device)
-    extra = {} if drafter is None else {"assistant_model": drafter}
-    _synchronize(target.device)
-    start = time.perf_counter()
-    output = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **extra)
-    _synchronize(target.device)
-    seconds = time.perf_counter() - start
-    return Measurement(output[0, ids.shape[1] :].tolist(), seconds, getattr(drafter, "last_stats", None))
+def paired_speedup(plain: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles of the ratios of tokens per second, prompt by prompt.
 
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@dataclass
-class Method:
-    """One way to generate: plain decoding, or a drafter with its settings.
-
-    Args:
-        name (`str`): as in the record; "plain" is taken.
-        drafter ([`CoralDraftModel`], *optional*): None for plain decoding.
-        settings (`dict`): [`DraftSettings`] to override, or other fields of a generation config
-            (`prompt_lookup_num_tokens` without a drafter is prompt lookup).
+    The median over prompts is robust against a neighbour's burst; the spread says how much there was.
     """
-
-    name: str
-    drafter: Any = None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, text: str, drafter: Any) -> "Method":
-        """`'tree:draft_top_k=4,draft_total_tokens=16'` -> [`Method`]; `'lookup:prompt_lookup_num_tokens=5'` has no drafter.
-
-        Raises:
-            ValueError: if it does not parse.
-        """
-        name, _, rest = text.partition(":")
-        settings: dict[str, Any] = {}
-        for part in filter(None, rest.split(",")):
-            key, equals, value = part.partition("=")
-            if not equals:
-                raise ValueError(f"--method {text!r}: write NAME:setting=value,setting=value.")
-            try:
-                settings[key.strip()] = json.loads(value)
-            except json.JSONDecodeError:
-                settings[key.strip()] = value.strip()
-        if not name or name == "plain":
-            raise ValueError(f"--method {text!r}: give it a name other than 'plain', which is always measured.")
-        return cls(name, None if "prompt_lookup_num_tokens" in settings else drafter, settings)
+    ratios = [after / before for before, after in zip(plain, other, strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"speedup": statistics.median(ratios), "speedup_quartiles": [quartiles[0], quartiles[2]]}
 
 
-def result_row(method: str, name: str, plain: list[Measurement], measured: list[Measurement]) -> dict[str, Any]:
+def result_row(
+    method: Method, benchmark: str, temperature: float, plain: list[Measurement], measured: list[Measurement]
+) -> dict[str, Any]:
     """One row of the record: a method on one benchmark, paired with plain decoding prompt by prompt."""
-    ratios = [c.tokens_per_second / p.tokens_per_second for p, c in zip(plain, measured, strict=True)]
+    comparable = temperature == 0 or method.samples_like_plain
+    places = [first_difference(p.new_ids, m.new_ids) for p, m in zip(plain, measured, strict=True)]
+    tokens = sum(len(measurement.new_ids) for measurement in measured)
     row = {
-        "method": method,
-        "benchmark": name,
-        "temperature": 0.0,
+        "method": method.name,
+        "benchmark": benchmark,
+        "temperature": temperature,
         "n_prompts": len(measured),
-        "new_tokens": _tokens(measured),
-        "tokens_per_second": _speed(measured),
-        # the median over prompts is robust against a neighbour's burst; the spread says how much there was
-        "speedup": statistics.median(ratios),
-        "speedup_quartiles": _quartiles(ratios),
-        "acceptance_length": 1.0 if method == "plain" else None,
-        "identical": sum(p.new_ids == c.new_ids for p, c in zip(plain, measured, strict=True)),
+        "new_tokens": tokens,
+        "tokens_per_second": tokens / sum(measurement.seconds for measurement in measured),
+        **paired_speedup([p.tokens_per_second for p in plain], [m.tokens_per_second for m in measured]),
+        "acceptance_length": 1.0 if method.name == PLAIN else None,
+        # Transformers' own loops draw other samples by design: nothing to compare there
+        "identical": places.count(None) if comparable else None,
+        "first_divergences": sorted(place for place in places if place is not None) if comparable else None,
     }
     if measured[0].stats is not None:
         stats = DraftStats()
@@ -118,35 +68,6 @@ def result_row(method: str, name: str, plain: list[Measurement], measured: list[
     return row
 
 
-def describe_drafter(drafter: Any) -> dict[str, Any]:
-    """Which drafter a record measured: its Hub id or folder's name, and the hash of its weights file."""
-    name = None if drafter is None else drafter.config._name_or_path or None
-    if name is not None and Path(name).is_dir():
-        name = Path(name).resolve().name
-    return {"drafter": name, "drafter_sha256": None if drafter is None else drafter_sha256(drafter)}
-
-
-def draft_settings(method: Method) -> dict[str, Any]:
-    """What a method drafted with: the drafter's own settings and those it overrides."""
-    overrides = {key: value for key, value in method.settings.items() if key.startswith("draft_")}
-    return vars(DraftSettings.resolve(method.drafter.config, None, overrides))
-
-
-def _tokens(measurements: list[Measurement]) -> int:
-    return sum(len(measurement.new_ids) for measurement in measurements)
-
-
-def _speed(measurements: list[Measurement]) -> float:
-    return _tokens(measurements) / sum(measurement.seconds for measurement in measurements)
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    if len(values) < 2:
-        return [values[0], values[0]]
-    quartiles = statistics.quantiles(values, n=4)
-    return [quartiles[0], quartiles[2]]
-
-
 def run_benchmark(
     target: Any,
     tokenizer: Any,
@@ -154,12 +75,14 @@ def run_benchmark(
     prompts: Sequence[Prompt],
     output: str | Path,
     max_new_tokens: int = 128,
+    temperatures: Sequence[float] = (0.0,),
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Answers every prompt with plain `generate` and with every method, and writes `benchmark.json`.
 
     All methods answer a prompt before any answers the next, the order turning from prompt to prompt, so that a drift of
     the machine hits all alike. Later turns follow on plain's answers. The record is rewritten after every prompt and
-    says `"partial": true` until the last.
+    says `"partial": true` until the last: an interrupted run leaves what it measured.
 
     Args:
         target (`PreTrainedModel`), tokenizer
@@ -167,59 +90,86 @@ def run_benchmark(
         prompts (`list[Prompt]`): see [`read_prompts`].
         output (`str` or `Path`): folder of the record.
         max_new_tokens (`int`): per turn.
+        temperatures (`list[float]`): 0 is greedy; above it all methods sample with the same seed.
+        seed (`int`): of the samples of the first prompt, one more for each next.
 
     Returns:
-        `dict`: the record, with `environment`, `methods`, `partial` and `runs` (one row per method and benchmark;
-        `identical` counts equal outputs, `speedup` is the median of the paired ratios of tokens per second).
+        `dict`: the record, with `environment`, `methods`, `drafters`, `partial` and `runs`: one row per method, benchmark
+        and temperature. `speedup` is the median of the paired ratios of tokens per second; `identical` counts outputs
+        equal to plain's (None where a sampling method draws other samples by design), `first_divergences` holds the place
+        of the first unequal token of the others (bf16 has near-ties that fall either way).
 
     Raises:
-        ValueError: if two methods have the same name.
+        ValueError: if two methods have the same name, there are no prompts, a temperature is negative or repeated, or a
+            drafter is another target's.
     """
-    methods = [Method("plain"), *methods]
-    names = [method.name for method in methods]
-    if len(set(names)) < len(names):
-        raise ValueError(f"The methods are named {names}: give each a name of its own.")
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    methods, prompts, temperatures = [Method(PLAIN), *methods], list(prompts), [float(t) for t in temperatures]
+    _check(target, tokenizer, methods, prompts, max_new_tokens, temperatures)
     warm_up = encode_context(tokenizer, prompts[0].turns[:1])
     for method in methods:
-        measure(target, warm_up, min(16, max_new_tokens), method.drafter, **method.settings)
+        for temperature in temperatures:
+            how = {"temperature": temperature, **method.settings}
+            measure(target, warm_up, min(16, max_new_tokens), method.drafter, **how)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "environment": describe_environment(target.device, target.dtype),
         "target": target.config._name_or_path,
-        **describe_drafter(next((m.drafter for m in methods if m.drafter is not None), None)),
+        **describe_methods(methods[1:]),
         "max_new_tokens": max_new_tokens,
-        "methods": {method.name: method.settings for method in methods[1:]},
-        "draft_settings": {method.name: draft_settings(method) for method in methods if method.drafter is not None},
+        "temperatures": temperatures,
+        "seed": seed,
+        "draft_settings": {method.name: draft_settings(method) for method in methods if method.is_coral},
         "partial": True,
         "runs": [],
     }
-    # benchmark -> method -> measurements, in the order of the prompts
-    results: dict[str, dict[str, list[Measurement]]] = {}
+    results: Results = {}
     for index, prompt in enumerate(tqdm(prompts, desc="benchmark", unit="prompt")):
-        responses: list[str] = []
-        for turn in range(len(prompt.turns)):
-            ids = encode_context(tokenizer, prompt.turns[: turn + 1], responses)
-            first = index % len(methods)
-            measured = {
-                method.name: measure(target, ids, max_new_tokens, method.drafter, **method.settings)
-                for method in methods[first:] + methods[:first]
-            }
-            by_method = results.setdefault(prompt.benchmark, {name: [] for name in names})
-            for name in names:
-                by_method[name].append(measured[name])
-            responses.append(tokenizer.decode(measured["plain"].new_ids, skip_special_tokens=True))
-        _write(folder, record, results, partial=True)
-    return _write(folder, record, results, partial=False)
+        first = index % len(methods)
+        turned = methods[first:] + methods[:first]
+        for temperature in temperatures:
+            by_method = results.setdefault((prompt.benchmark, temperature), {method.name: [] for method in methods})
+            responses: list[str] = []
+            for turn in range(len(prompt.turns)):
+                ids = encode_context(tokenizer, prompt.turns[: turn + 1], responses)
+                how = {"temperature": temperature, "seed": seed + index}
+                measured = {
+                    method.name: measure(target, ids, max_new_tokens, method.drafter, **how, **method.settings)
+                    for method in turned
+                }
+                for name, measurement in measured.items():
+                    by_method[name].append(measurement)
+                responses.append(tokenizer.decode(measured[PLAIN].new_ids, skip_special_tokens=True))
+        record = _write(folder, record, methods, results, partial=True)
+    return _write(folder, record, methods, results, partial=False)
 
 
-def _write(folder: Path, record: dict[str, Any], results: dict[str, dict], partial: bool) -> dict[str, Any]:
-    names = list(next(iter(results.values())))
-    overall = {name: [m for result in results.values() for m in result[name]] for name in names}
+def _check(target, tokenizer, methods, prompts, max_new_tokens, temperatures) -> None:
+    names = [method.name for method in methods]
+    if len(set(names)) < len(names):
+        raise ValueError(f"The methods are named {names}: give each a name of its own.")
+    if not prompts:
+        raise ValueError("There are no prompts: read some with read_prompts([path, ...]).")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
+        raise ValueError(f"temperatures={temperatures}: give different ones of at least 0 (0 is greedy).")
+    for method in methods:
+        check_drafter(target, tokenizer, method)
+
+
+def _write(
+    folder: Path, record: dict[str, Any], methods: list[Method], results: Results, partial: bool
+) -> dict[str, Any]:
+    pooled: Results = {}
+    for (_, temperature), result in results.items():
+        sums = pooled.setdefault(("all", temperature), {method.name: [] for method in methods})
+        for name, measurements in result.items():
+            sums[name].extend(measurements)
     rows = [
-        result_row(name, benchmark, result["plain"], result[name])
-        for benchmark, result in [*results.items(), ("all", overall)]
-        for name in names
+        result_row(method, benchmark, temperature, result[PLAIN], result[method.name])
+        for (benchmark, temperature), result in [*results.items(), *pooled.items()]
+        for method in methods
     ]
     record = {**record, "partial": partial, "runs": rows}
     part = folder / "benchmark.json.part"
@@ -235,29 +185,27 @@ def print_table(record: dict[str, Any]) -> None:
         from rich.table import Table
     except ImportError as error:
         raise ImportError("The table needs rich: pip install 'coral-hf[eval]'.") from error
-    table = Table(title=f"{record['target']}, {record['environment']['dtype']}, {record['environment']['device']}")
-    for column in ("benchmark", "method", "prompts", "tok/s", "speedup", "tau", "identical"):
-        table.add_column(column, justify="left" if column in ("benchmark", "method") else "right")
+    title = f"{record['target']}, {record['environment']['dtype']}, {record['environment']['device']}"
+    table = Table(
+        title=title, caption="T: temperature; n: answers; same: equal to plain's; from: first token that is not"
+    )
+    for column in ("benchmark", "method", "T", "n", "tok/s", "speedup", "tau", "same", "from"):
+        named = column in ("benchmark", "method")
+        table.add_column(column, justify="left" if named else "right", overflow="fold" if named else "ellipsis")
     for row in record["runs"]:
-        tau = row["acceptance_length"]
+        tau, divergences = row["acceptance_length"], row["first_divergences"]
         table.add_row(
             row["benchmark"],
             row["method"],
+            f"{row['temperature']:g}",
             str(row["n_prompts"]),
             f"{row['tokens_per_second']:.1f}",
             f"{row['speedup']:.2f}x",
             "-" if tau is None else f"{tau:.2f}",
-            f"{row['identical']}/{row['n_prompts']}",
+            "-" if row["identical"] is None else f"{row['identical']}/{row['n_prompts']}",
+            str(divergences[0]) if divergences else "-",
         )
     Console().print(table)
 
 
-__all__ = [
-    "Measurement",
-    "Method",
-    "describe_drafter",
-    "draft_settings",
-    "measure",
-    "print_table",
-    "run_benchmark",
-]
+__all__ = ["paired_speedup", "print_table", "run_benchmark"]

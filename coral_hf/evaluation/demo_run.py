@@ -6,8 +6,8 @@ import torch
 
 from .. import demo
 from ..generation.statistics import DraftStats
-from .benchmark import Measurement, measure
 from .environment import describe_environment
+from .methods import Measurement, measure
 from .prompts import encode_context
 
 

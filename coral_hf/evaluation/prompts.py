@@ -45,7 +45,9 @@ def read_prompts(paths: Sequence[str | Path], limit: int | None = None) -> list[
             if count == limit:
                 break
         if not count:
-            raise ValueError(f"{path} holds no prompts.")
+            raise ValueError(
+                f'{path} holds no prompts: give a file with one {{"id": ..., "turns": ["..."]}} object a line.'
+            )
     return prompts
 
 

@@ -14,8 +14,8 @@ import torch
 from ..generation.candidate_generator import CoralCandidateGenerator
 from ..generation.draft_tree import DraftTreeBuilder
 from ..lm_head_router import DraftHead
-from .benchmark import Method, describe_drafter, measure
 from .environment import describe_environment
+from .methods import Method, describe_methods, measure
 from .prompts import Prompt, encode_context
 
 
@@ -62,12 +62,10 @@ def profile_methods(
 ) -> dict[str, Any]:
     """Profiles every method that has a drafter on the first `count` prompts, prints it and writes `step_time.json`."""
     ids = [encode_context(tokenizer, prompt.turns[:1]) for prompt in prompts[:count]]
-    drafter = next((method.drafter for method in methods if method.drafter is not None), None)
+    methods = [method for method in methods if method.is_coral and not method.settings.get("draft_stock_loop")]
     record: dict[str, Any] = {"environment": describe_environment(target.device, target.dtype)}
-    record |= {**describe_drafter(drafter), "methods": {}}
+    record |= {**describe_methods(methods), "methods": {}}
     for method in methods:
-        if method.drafter is None or method.settings.get("draft_stock_loop"):
-            continue
         parts = profile_step(target, method.drafter, ids, max_new_tokens, **method.settings)
         record["methods"][method.name] = {"settings": method.settings, "milliseconds": parts}
         print(method.name, ", ".join(f"{name} {value:.2f}" for name, value in parts.items()))

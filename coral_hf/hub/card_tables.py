@@ -26,7 +26,9 @@ def headline_rows(records: Records) -> list[dict[str, Any]]:
     # the drafter's own settings, or the first that was measured
     own = [name for name, settings in main.get("methods", {}).items() if not settings and name in measured]
     method = next(iter([*own, *measured]), None)
-    return [row for row in main["runs"] if row["method"] == method]
+    rows = [row for row in main["runs"] if row["method"] == method]
+    # greedy, or what comes first: one figure a benchmark
+    return [row for row in rows if row.get("temperature", 0.0) == rows[0].get("temperature", 0.0)]
 
 
 # Measured ------------------------------------------------------------------------------------------------------------

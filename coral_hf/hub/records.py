@@ -3,7 +3,7 @@
 A drafter's folder holds them under `training/`:
 
 - `benchmark*.json`: `coral-hf benchmark --output FOLDER/training` (`benchmark.json` gives the figures of the metadata)
-- `check_*.json`: `examples/check_real_prompts.py --json`
+- `check_*.json`: `coral-hf verify --output FOLDER/training`
 - `compare_heads*.json`: `examples/compare_heads.py --json`
 - `training*.json`, `log.jsonl`: written by [`CoralTrainer`]; `commands.sh`, `curve.png`: kept by hand
 - `card.json`: what no program knows (see `STATED`); no figures

@@ -1,0 +1,56 @@
+"""`coral-hf verify`: are a drafter's answers plain `generate`'s, token by token?"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .loading import DEMO, load_drafter, load_target, require
+
+
+@dataclass
+class VerifyCommand:
+    """Compare a drafter's answers with plain decoding token by token; exit status 1 if any differs.
+
+    Example: coral-hf verify --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 10
+        --method coral chain_of_5:draft_depth=5,draft_top_k=1 --temperature 1 --output outputs/drafter/training
+    """
+
+    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows; first turns are answered."})
+    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
+    drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
+    method: list[str] = field(
+        default_factory=lambda: ["coral"],
+        metadata={"help": "Draft settings to check, as NAME or NAME:setting=value,setting=value."},
+    )
+    limit: int | None = field(default=None, metadata={"help": "Prompts per file."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated per prompt."})
+    temperature: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "Temperatures to sample at with the same seed; greedy decoding is always checked."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the sampled answers."})
+    dtype: str = field(default="float32", metadata={"help": "float32 proves identity; bfloat16 has near-ties."})
+    output: str | None = field(default=None, metadata={"help": "Folder for one check_NAME.json per method."})
+    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
+
+    def run(self) -> int:
+        from ..evaluation.methods import parse_methods
+        from ..evaluation.prompts import read_prompts
+        from ..evaluation.verify import print_checks, verify
+
+        require("rich")
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        prompts = read_prompts(self.data, self.limit)
+        # by its name, before any model loads, so that a slip of the pen costs nothing
+        parse_methods(self.method, {self.drafter: self.drafter})
+        drafter = load_drafter(self.drafter)
+        methods = parse_methods(self.method, {self.drafter: drafter})
+        target, tokenizer = load_target(self.target, self.dtype, self.device)
+        drafter.to(device=target.device, dtype=target.dtype)
+        checks = verify(
+            target, tokenizer, methods, prompts, self.max_new_tokens, self.temperature, self.seed, self.output
+        )
+        print_checks(checks)
+        return 1 if any(check.different for check in checks) else 0

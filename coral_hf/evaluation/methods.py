@@ -1,0 +1,272 @@
+"""Ways to generate that are compared: plain `generate`, a drafter with its settings, or what Transformers brings."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from ..configuration_coral import vocab_hash
+from ..generation.hook import is_coral_drafter
+from ..generation.settings import DraftSettings
+from ..generation.statistics import DraftStats
+from ..target_adapter import TargetAdapter
+from ..weight_files import drafter_sha256
+
+
+PLAIN = "plain"
+# what a method needs no settings for, by its name
+PRESETS: dict[str, dict[str, Any]] = {
+    "coral": {},
+    "chain": {"draft_top_k": 1},
+    "eagle2": {"draft_depth": 6, "draft_top_k": 10, "draft_total_tokens": 60},
+    "prompt_lookup": {"prompt_lookup_num_tokens": 10},
+    "assistant": {},
+}
+LOOKUP_SETTINGS = ("prompt_lookup_num_tokens", "max_matching_ngram_size")
+ASSISTANT_SETTINGS = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
+
+
+@dataclass
+class Measurement:
+    """One answer: its new ids, how long it took and, for a drafter, what it accepted."""
+
+    new_ids: list[int]
+    seconds: float
+    stats: DraftStats | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.new_ids) / self.seconds
+
+
+@dataclass
+class Method:
+    """One way to generate: plain decoding, or a drafter with its settings.
+
+    Args:
+        name (`str`): as in the record; "plain" is taken.
+        drafter ([`CoralDraftModel`] or `PreTrainedModel`, *optional*): a drafter, or an ordinary assistant model; None
+            for plain decoding and prompt lookup.
+        settings (`dict`): [`DraftSettings`] to override, or other fields of a generation config
+            (`prompt_lookup_num_tokens` without a drafter is prompt lookup).
+    """
+
+    name: str
+    drafter: Any = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str, drafter: Any, assistant: Any = None) -> "Method":
+        """`'tree:draft_top_k=4,draft_total_tokens=16'` -> [`Method`]; a name of `PRESETS` needs no settings.
+
+        Raises:
+            ValueError: if it does not parse, is unknown or needs a model that is not there.
+        """
+        name, settings = _split(text)
+        if not name or name == PLAIN:
+            raise ValueError(f"--method {text!r}: give it a name other than 'plain', which is always measured.")
+        if not settings and name not in PRESETS:
+            raise ValueError(
+                f"--method {text!r} is unknown; choose {', '.join(PRESETS)}, or say what it does as "
+                "NAME:setting=value,setting=value."
+            )
+        settings = {**PRESETS.get(name, {}), **settings}
+        if name == "prompt_lookup" or "prompt_lookup_num_tokens" in settings:
+            model, known = None, LOOKUP_SETTINGS
+        elif name == "assistant" or set(settings) & set(ASSISTANT_SETTINGS):
+            model, known = assistant, ASSISTANT_SETTINGS
+            if assistant is None:
+                raise ValueError(f"--method {text!r} needs an ordinary small model: name it with --assistant MODEL.")
+        else:
+            model, known = drafter, tuple(DraftSettings.__dataclass_fields__)
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(f"--method {text!r}: {unknown} are no settings of it; those are {', '.join(known)}.")
+        return cls(name, model, settings)
+
+    @property
+    def is_coral(self) -> bool:
+        """It drafts with a CORAL drafter, whose settings and acceptance a record holds."""
+        return is_coral_drafter(self.drafter)
+
+    @property
+    def samples_like_plain(self) -> bool:
+        """With the same seed it draws the same tokens as plain `generate`.
+
+        Transformers' own assisted loop draws for all candidates at once, so that its samples have plain's distribution
+        but are others.
+        """
+        return self.name == PLAIN or (self.is_coral and not self.settings.get("draft_stock_loop"))
+
+
+def parse_methods(texts: Sequence[str], drafters: dict[str, Any], assistant: Any = None) -> list[Method]:
+    """Every method with every drafter; several drafters' methods are named `DRAFTER/NAME`.
+
+    Args:
+        texts (`list[str]`): see [`Method.parse`].
+        drafters (`dict[str, CoralDraftModel]`): by the names they were asked for with.
+        assistant (`PreTrainedModel`, *optional*): an ordinary small model.
+    """
+    # the folder's name alone where that tells them apart
+    short = {name: Path(name).name for name in drafters}
+    labels = short if len(set(short.values())) == len(short) else {name: name for name in drafters}
+    methods: dict[str, Method] = {}
+    for text in texts:
+        for name, drafter in drafters.items():
+            method = Method.parse(text, drafter, assistant)
+            if len(drafters) > 1 and method.is_coral:
+                method.name = f"{labels[name]}/{method.name}"
+            elif name != next(iter(drafters)):
+                continue  # it needs no drafter: once is enough
+            if method.name in methods:
+                raise ValueError(f"Two methods are named {method.name!r}: give each a name of its own.")
+            methods[method.name] = method
+    return list(methods.values())
+
+
+def _split(text: str) -> tuple[str, dict[str, Any]]:
+    name, _, rest = text.partition(":")
+    settings: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"--method {text!r}: write NAME:setting=value,setting=value.")
+        try:
+            settings[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key.strip()] = value.strip()
+    return name, settings
+
+
+def measure(
+    target: Any,
+    ids: torch.Tensor,
+    max_new_tokens: int,
+    drafter: Any = None,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    **settings: Any,
+) -> Measurement:
+    """Times one `generate` call on ids `[1, L]`, with a drafter if one is given; a temperature of 0 is greedy.
+
+    Args:
+        target (`PreTrainedModel`), ids (`torch.LongTensor` of shape `[1, L]`), max_new_tokens (`int`)
+        drafter ([`CoralDraftModel`] or `PreTrainedModel`, *optional*)
+        temperature (`float`): above 0 samples from the whole distribution, seeded.
+        seed (`int`): of the samples.
+        **settings: fields of the generation config.
+    """
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=temperature > 0)
+    if temperature > 0:
+        # 0 and 1 switch off the cuts that a target's own config may ask for
+        config.temperature, config.top_k, config.top_p = temperature, 0, 1.0
+    config.eos_token_id = target.generation_config.eos_token_id
+    config.pad_token_id = target.generation_config.pad_token_id
+    for name, value in settings.items():
+        # the assistant's own config is where Transformers looks for these
+        setattr(drafter.generation_config if name in ASSISTANT_SETTINGS else config, name, value)
+    ids = ids.to(target.device)
+    extra = {} if drafter is None else {"assistant_model": drafter}
+    if temperature > 0:
+        torch.manual_seed(seed)
+    _synchronize(target.device)
+    start = time.perf_counter()
+    output = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **extra)
+    _synchronize(target.device)
+    seconds = time.perf_counter() - start
+    return Measurement(output[0, ids.shape[1] :].tolist(), seconds, getattr(drafter, "last_stats", None))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def first_difference(one: list[int], other: list[int]) -> int | None:
+    """Index of the first token that differs, the end of the shorter list if it is the other's start; None if equal."""
+    if one == other:
+        return None
+    return next(
+        (i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(map(len, (one, other)))
+    )
+
+
+def check_drafter(target: Any, tokenizer: Any, method: Method) -> None:
+    """Raises `ValueError` for a drafter or an assistant of another target, and for settings that it cannot draft with."""
+    if method.is_coral:
+        config = method.drafter.config
+        adapter = TargetAdapter(target)
+        adapter.check_drafter(config)
+        if config.target_vocab_hash is not None and config.target_vocab_hash != vocab_hash(tokenizer):
+            raise ValueError(
+                f"The drafter of method {method.name!r} was made for {config.target_name_or_path!r}, whose tokens have "
+                "other ids than this target's. Load a drafter trained for this target, or train one with `coral-hf "
+                "train`."
+            )
+        DraftSettings.resolve(config, None, method.settings).draft_head_of(method.drafter, adapter)
+    elif method.drafter is not None:
+        sizes = [model.config.get_text_config().vocab_size for model in (method.drafter, target)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"The assistant has a vocabulary of {sizes[0]}, the target one of {sizes[1]}: choose an --assistant of "
+                "the target's family."
+            )
+
+
+def describe_drafter(drafter: Any) -> dict[str, Any]:
+    """Which drafter a record measured: its Hub id or folder's name, and the hash of its weights file."""
+    return {
+        "drafter": None if drafter is None else public_name(drafter),
+        "drafter_sha256": None if drafter is None else drafter_sha256(drafter),
+    }
+
+
+def describe_methods(methods: Sequence[Method]) -> dict[str, Any]:
+    """What a record says of its methods: `methods` (settings), `drafters` by method, and the drafter if it is one alone."""
+    drafters = {id(method.drafter): method.drafter for method in methods if method.is_coral}
+    described = {key: describe_drafter(drafter) for key, drafter in drafters.items()}
+    assistants = {
+        m.name: {"assistant": public_name(m.drafter)} for m in methods if m.drafter is not None and not m.is_coral
+    }
+    return {
+        # several drafters' figures must not go into the card of one
+        **(next(iter(described.values())) if len(described) == 1 else describe_drafter(None)),
+        "drafters": {method.name: described[id(method.drafter)] for method in methods if method.is_coral},
+        "methods": {method.name: {**assistants.get(method.name, {}), **method.settings} for method in methods},
+    }
+
+
+def public_name(model: Any) -> str | None:
+    """A model's Hub id, or the name of the folder that it was loaded from."""
+    name = model.config._name_or_path or None
+    if name is not None and Path(name).is_dir():
+        name = Path(name).resolve().name
+    return name
+
+
+def draft_settings(method: Method) -> dict[str, Any]:
+    """What a method drafted with: the drafter's own settings and those it overrides."""
+    overrides = {key: value for key, value in method.settings.items() if key.startswith("draft_")}
+    return vars(DraftSettings.resolve(method.drafter.config, None, overrides))
+
+
+__all__ = [
+    "PLAIN",
+    "PRESETS",
+    "Measurement",
+    "Method",
+    "check_drafter",
+    "describe_drafter",
+    "describe_methods",
+    "draft_settings",
+    "first_difference",
+    "measure",
+    "parse_methods",
+    "public_name",
+]

@@ -1,0 +1,78 @@
+"""Acceptance length (tau) as an `evaluate` module.
+
+Loadable with `evaluate.load(path)` without a network, where path is this file's folder.
+"""
+
+from dataclasses import fields
+
+import datasets
+import evaluate
+
+from coral_hf.generation.statistics import DraftStats
+
+
+_DESCRIPTION = """
+Tokens per target forward of speculative decoding, the bonus token included: tau = 1 + accepted / steps, pooled over all
+verify steps of all answers (an answer's own tau is never averaged), and how many of the steps that reached a depth of the
+draft accepted it.
+"""
+_KWARGS_DESCRIPTION = """
+Args:
+    steps (`list[int]`): verify steps of every answer.
+    n_accepted (`list[int]`): drafted tokens that an answer accepted, bonus tokens excluded.
+    drafted_per_depth (`list[list[int]]`): steps of an answer that drafted to depth 1, 2, ...
+    accepted_per_depth (`list[list[int]]`): steps of an answer that accepted depth 1, 2, ...
+Returns:
+    acceptance_length (`float`), acceptance_per_depth (`list[float]`), steps (`int`).
+Examples:
+    >>> metric = evaluate.load("coral_hf/evaluation/metrics/acceptance_length")
+    >>> target.generate(**inputs, assistant_model=drafter)
+    >>> metric.add(**vars(drafter.last_stats))
+    >>> metric.compute()["acceptance_length"]
+"""
+_CITATION = """
+@article{leviathan2023fast,
+  title  = {Fast Inference from Transformers via Speculative Decoding},
+  author = {Leviathan, Yaniv and Kalman, Matan and Matias, Yossi},
+  year   = {2023}
+}
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class AcceptanceLength(evaluate.Metric):
+    """One row per answer: the fields of [`DraftStats`]."""
+
+    def _info(self):
+        count = datasets.Value("int64")
+        per_depth = datasets.Sequence(count)
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(
+                {
+                    "steps": count,
+                    "n_accepted": count,
+                    "drafted_per_depth": per_depth,
+                    "accepted_per_depth": per_depth,
+                }
+            ),
+        )
+
+    def _compute(self, **columns):
+        names = [field.name for field in fields(DraftStats)]
+        pooled = DraftStats()
+        for values in zip(*(columns[name] for name in names), strict=True):
+            stats = DraftStats(*values)
+            if stats.steps < 0 or not 0 <= stats.n_accepted == sum(stats.accepted_per_depth):
+                raise ValueError(
+                    f"{stats} is no answer's statistics: n_accepted must be the sum of accepted_per_depth, and no count "
+                    "negative. Pass the fields of drafter.last_stats as they are."
+                )
+            pooled = pooled.merge(stats)
+        return {
+            "acceptance_length": pooled.acceptance_length,
+            "acceptance_per_depth": pooled.acceptance_per_depth,
+            "steps": pooled.steps,
+        }

@@ -1,0 +1,103 @@
+"""A benchmark's record as pictures."""
+
+from pathlib import Path
+from typing import Any
+
+from .methods import PLAIN
+
+
+_PARTS = ("target_forward", "drafter_layer", "draft_head", "tree", "other")
+
+
+def plot_benchmark(record: dict[str, Any], folder: str | Path, step_time: dict[str, Any] | None = None) -> list[Path]:
+    """Draws `speedup.png`, `acceptance_per_depth.png` and, from a step profile, `step_time.png`.
+
+    Args:
+        record (`dict`): what [`run_benchmark`] returns.
+        folder (`str` or `Path`): where the pictures go.
+        step_time (`dict`, *optional*): what [`profile_methods`] returns.
+
+    Returns:
+        `list[Path]`: the pictures drawn; one that has nothing to show is left out.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The plots need matplotlib: pip install 'coral-hf[eval]'.") from error
+    figures = {"speedup": _speedup(record, Figure), "acceptance_per_depth": _acceptance(record, Figure)}
+    if step_time is not None:
+        figures["step_time"] = _step_time(step_time, Figure)
+    paths = []
+    for name, figure in figures.items():
+        if figure is not None:
+            paths.append(Path(folder) / f"{name}.png")
+            # without the version of matplotlib, equal records give equal files
+            figure.savefig(paths[-1], dpi=120, metadata={"Software": None})
+    return paths
+
+
+def _speedup(record: dict[str, Any], figure_type: Any) -> Any:
+    """Bars per benchmark and method with the quartiles of the prompts, one panel per temperature."""
+    rows = [row for row in record["runs"] if row["method"] != PLAIN]
+    if not rows:
+        return None
+    temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
+    figure = figure_type(figsize=(8, 3.5 * len(temperatures)), layout="constrained")
+    for axes, temperature in zip(figure.subplots(len(temperatures), squeeze=False)[:, 0], temperatures, strict=True):
+        shown = {(row["method"], row["benchmark"]): row for row in rows if row["temperature"] == temperature}
+        methods, benchmarks = (list(dict.fromkeys(key[i] for key in shown)) for i in (0, 1))
+        width = 0.8 / len(methods)
+        for index, method in enumerate(methods):
+            chosen = [shown[method, benchmark] for benchmark in benchmarks]
+            heights = [row["speedup"] for row in chosen]
+            # the median of few prompts may lie on a quartile: rounding must not make a bar negative
+            spread = [
+                [max(0.0, row["speedup"] - row["speedup_quartiles"][0]) for row in chosen],
+                [max(0.0, row["speedup_quartiles"][1] - row["speedup"]) for row in chosen],
+            ]
+            places = [place + (index - (len(methods) - 1) / 2) * width for place in range(len(benchmarks))]
+            axes.bar(places, heights, width, yerr=spread, capsize=2, label=method)
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(benchmarks)), benchmarks)
+        axes.set(ylabel="speedup over plain generate", title=f"temperature {temperature:g}")
+        axes.legend(fontsize="small")
+    return figure
+
+
+def _acceptance(record: dict[str, Any], figure_type: Any) -> Any:
+    """Of the steps that reached depth k, how many accepted it; over all benchmarks."""
+    rows = [row for row in record["runs"] if row["benchmark"] == "all" and row.get("acceptance_per_depth")]
+    if not rows:
+        return None
+    figure = figure_type(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        label = row["method"] + (f", temperature {row['temperature']:g}" if row["temperature"] else "")
+        depths = range(1, len(row["acceptance_per_depth"]) + 1)
+        axes.plot(depths, row["acceptance_per_depth"], marker="o", label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="depth", ylabel="accepted, of the steps that got there", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _step_time(step_time: dict[str, Any], figure_type: Any) -> Any:
+    """Stacked bars of a step's parts in milliseconds, one bar per method."""
+    methods = {name: row["milliseconds"] for name, row in step_time["methods"].items()}
+    if not methods:
+        return None
+    figure = figure_type(figsize=(8, 1.2 + 0.5 * len(methods)), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(methods)
+    for part in _PARTS:
+        widths = [parts.get(part, 0.0) for parts in methods.values()]
+        axes.barh(list(methods), widths, left=left, label=part.replace("_", " "))
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set(xlabel="milliseconds per step")
+    axes.legend(fontsize="small", ncols=len(_PARTS), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+__all__ = ["plot_benchmark"]

@@ -1,0 +1,134 @@
+"""`verify`: equal answers pass, the first unequal token is shown, and what cannot be checked is refused."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_drafter, make_target, make_tokenizer
+
+from coral_hf.cli import main
+from coral_hf.evaluation.methods import Method, first_difference
+from coral_hf.evaluation.prompts import Prompt
+from coral_hf.evaluation.verify import verify
+from coral_hf.generation.decoding import _Selector
+from coral_hf.hub.card_tables import _check
+
+
+PROMPTS = [Prompt(f"p{i}", "abc" if i < 2 else "xyz", (f"w{i} w{i + 1}", "more")) for i in range(3)]
+METHODS = ["coral", "chain:draft_depth=3", "stock:draft_top_k=1,draft_stock_loop=true"]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = make_target()
+    return target, make_tokenizer(), make_drafter(target, draft_depth=3, draft_top_k=2)
+
+
+@pytest.fixture
+def wrong_choice(monkeypatch):
+    """The drafted side takes the second-best token at the fifth place: what a broken verifier would do."""
+    original = _Selector.choose
+
+    def choose(self, input_ids, logits):
+        if self.start is None:
+            self.start = input_ids.shape[1]
+        token = original(self, input_ids, logits)
+        return (token + 1) % logits.shape[-1] if input_ids.shape[1] == self.start + 4 else token
+
+    monkeypatch.setattr(_Selector, "start", None, raising=False)
+    monkeypatch.setattr(_Selector, "is_argmax", False)
+    monkeypatch.setattr(_Selector, "choose", choose)
+
+
+def test_equal_answers(pair, tmp_path):
+    target, tokenizer, drafter = pair
+    methods = [Method.parse(text, drafter) for text in METHODS]
+    checks = verify(target, tokenizer, methods, PROMPTS, 12, [0.0, 0.8, 1.5], output=tmp_path)
+    # the stock loop draws other samples by design
+    assert [(check.method.name, check.temperature) for check in checks] == [
+        *((name, temperature) for name in ("coral", "chain") for temperature in (0.0, 0.8, 1.5)),
+        ("stock", 0.0),
+    ]
+    assert not any(check.different or check.first for check in checks)
+    record = json.loads((tmp_path / "check_coral.json").read_text())
+    assert record["n_prompts"] == record["identical"] == 3 and record["first_difference"] is None
+    assert set(record["acceptance_length"]) == {"all", "abc", "xyz"}
+    assert record["settings"]["draft_depth"] == 3 and record["environment"]["dtype"] == "float64"
+    assert [row["temperature"] for row in record["sampled"]] == [0.8, 1.5]
+    record["drafter_sha256"] = "0" * 64  # this drafter was never on disk
+    assert "Identity: 3 of 3 greedy answers of 12 tokens" in _check("check_coral.json", record)
+
+
+def test_samples_differ_from_greedy_and_between_seeds(pair):
+    """Otherwise equality of the samples would prove nothing."""
+    from coral_hf.evaluation.methods import measure
+
+    target, _, drafter = pair
+    ids = torch.tensor([[20, 30, 40]])
+    answers = [measure(target, ids, 12, drafter, temperature=t, seed=s).new_ids for t, s in ((0, 0), (1, 0), (1, 1))]
+    assert len({tuple(answer) for answer in answers}) == 3
+
+
+def test_first_difference_is_shown(pair, wrong_choice, tmp_path):
+    target, tokenizer, drafter = pair
+    (check, sampled) = verify(target, tokenizer, [Method("coral", drafter)], PROMPTS, 12, [1.0], output=tmp_path)
+    assert check.different == sampled.different == ["p0", "p1", "p2"]
+    first = check.first
+    assert (first.prompt, first.position, first.temperature) == ("p0", 4, 0.0)
+    assert first.drafted_token == (first.plain_token + 1) % 128
+    text = str(first)
+    for part in ("prompt p0", "new token 4", f"token {first.plain_token}", f"token {first.drafted_token}"):
+        assert part in text
+    assert first.plain_text in text and first.drafted_text in text
+    record = json.loads((tmp_path / "check_coral.json").read_text())
+    assert record["identical"] == 0 and record["first_difference"]["position"] == 4
+
+
+def test_an_answer_that_ends_early_differs_at_its_end():
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 2]) == first_difference([1, 2], [1, 2, 3]) == 2
+    assert first_difference([1, 2, 3], [1, 5, 3]) == 1
+
+
+def test_refusals(pair):
+    target, tokenizer, drafter = pair
+    other = make_target("qwen2")
+    cases = [
+        (target, [Method("lookup", None, {"prompt_lookup_num_tokens": 3})], "verify checks drafters"),
+        (other, [Method("coral", drafter)], "Load a drafter trained for this target"),
+        (target, [Method("coral", drafter), Method("coral", drafter)], "a name of its own"),
+        (target, [Method("tree", drafter, {"draft_total_tokens": 99})], "draft_total_tokens=99"),
+        (target, [Method("router", drafter, {"draft_head": "router"})], "no router"),
+    ]
+    for model, methods, message in cases:
+        with pytest.raises(ValueError, match=message):
+            verify(model, tokenizer, methods, PROMPTS, 4)
+    with pytest.raises(ValueError, match="at least 0"):
+        verify(target, tokenizer, [Method("coral", drafter)], PROMPTS, 4, [-1.0])
+    named = make_drafter(target, target_vocab_hash="0" * 64)
+    with pytest.raises(ValueError, match="tokens have other ids"):
+        verify(target, tokenizer, [Method("coral", named)], PROMPTS, 4)
+
+
+def test_command(tmp_path, capsys, monkeypatch, request):
+    target = make_target(dtype=torch.float32)
+    target.save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    make_drafter(target).save_pretrained(tmp_path / "drafter")
+    rows = "".join(json.dumps({"id": prompt.id, "turns": prompt.turns}) + "\n" for prompt in PROMPTS)
+    (tmp_path / "prompts.jsonl").write_text(rows)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["verify", "--target", "target", "--drafter", "drafter", "--max-new-tokens", "8", "--limit", "2"]
+    good = [*arguments, "--data", "prompts.jsonl", "--temperature", "0", "1", "--output", "records"]
+    assert main(good) == 0
+    assert "2/2" in capsys.readouterr().out
+    record = json.loads((tmp_path / "records" / "check_coral.json").read_text())
+    assert record["drafter"] == "drafter" and len(record["drafter_sha256"]) == 64
+    assert main([*arguments, "--data", "empty.jsonl"]) == 2
+    assert "holds no prompts" in capsys.readouterr().err
+    assert main([*good, "--method", "fly"]) == 2
+    assert "'fly' is unknown; choose coral, chain" in capsys.readouterr().err
+    request.getfixturevalue("wrong_choice")
+    assert main(good) == 1
+    assert "first difference: method coral, greedy, prompt p0, new token 4" in capsys.readouterr().out
