@@ -84,7 +84,11 @@ class BenchmarkCommand:
                 target, tokenizer, methods, prompts, self.output, tokens, self.temperature, self.seed
             )
         except KeyboardInterrupt:
-            print(f"coral-hf benchmark: interrupted; {path} holds the prompts that were done.", file=sys.stderr)
+            # Before the first prompt is done, an older record is left alone.
+            print(
+                f"coral-hf benchmark: interrupted; finished prompts, if any, are in {path}, marked partial.",
+                file=sys.stderr,
+            )
             return 130
         print_table(record)
         profile = None
