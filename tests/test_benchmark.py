@@ -218,3 +218,20 @@ def test_plots_leave_out_what_there_is_nothing_of(tmp_path):
     assert [path.name for path in paths] == ["speedup.png"]
     first = paths[0].read_bytes()
     assert plot_benchmark({"runs": [plain, lookup]}, tmp_path)[0].read_bytes() == first
+
+
+def test_an_assistants_settings_are_its_own_again():
+    """Two methods share one assistant: what one sets must not reach the other."""
+    target, assistant = make_target(), make_target(seed=1)
+    before = assistant.generation_config
+    seen = []
+    forward = assistant.forward
+
+    def watch(*args, **kwargs):
+        seen.append(assistant.generation_config.num_assistant_tokens)
+        return forward(*args, **kwargs)
+
+    assistant.forward = watch
+    measure(target, torch.tensor([[5, 9, 3]]), 6, assistant, num_assistant_tokens=3)
+    assert set(seen) == {3}
+    assert assistant.generation_config is before and before.num_assistant_tokens != 3

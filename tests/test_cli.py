@@ -72,6 +72,25 @@ def test_malformed_line_is_named(folder, capsys):
     assert not output.exists()
 
 
+def test_settings_and_evaluation_data_of_a_new_drafter(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    rows = [{"id": str(i), "prompt_ids": [5, 6, 7], "response_ids": [9, 8, 7, 6 + i]} for i in range(3)]
+    for name in ("few.jsonl", "dev.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["train", "--target", "target", "--dtype", "float32", "--data", "few.jsonl", "--output_dir", "out"]
+    # fewer rows than eval_rows holds out: with evaluation data none are
+    arguments += ["--eval_data", "dev.jsonl", "--max_steps", "1", "--report_to", "none", "--shape", "eagle3"]
+    for wrong, message in (('{"widht": 3}', "Unknown setting(s) ['widht']"), ("[3]", "JSON object"), ("{", "no JSON")):
+        assert main([*arguments, "--config_overrides", wrong]) == 2
+        assert message in capsys.readouterr().err
+    settings = {"target_feature_layers": [1, -1], "intermediate_size": 48}
+    assert main([*arguments, "--config_overrides", json.dumps(settings)]) == 0
+    saved = json.loads((folder / "out" / "config.json").read_text())
+    assert saved["shape"] == "eagle3" and {name: saved[name] for name in settings} == settings
+    assert main([*arguments[:-4], "--max_steps", "1", "--drafter", "out", "--config_overrides", "{}"]) == 2
+    assert "has its own" in capsys.readouterr().err
+
+
 def test_regenerate_train_benchmark(folder, capsys, monkeypatch):
     """Prompts -> responses -> drafter -> record, each by its verb; the three presets train by the same command."""
     monkeypatch.chdir(folder)

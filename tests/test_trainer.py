@@ -1,7 +1,5 @@
 """Tiny trainings: what moves, what must not, and that every way of running one gives the same drafter."""
 
-import copy
-import json
 import random
 
 import pytest
@@ -11,11 +9,9 @@ from tokenizers import Tokenizer, models
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from coral_hf import CoralDraftModel, TargetAdapter, coral_generate
+from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.training.arguments import CoralTrainingArguments, parse_schedule
 from coral_hf.training.data import ConversationDataset, CoralDataCollator
-from coral_hf.training.feature_cache import FeatureCache
-from coral_hf.training.simulation import ChainStatistics
 from coral_hf.training.trainer import CoralTrainer
 
 
@@ -318,42 +314,6 @@ def test_a_nan_gradient_stops_before_the_update(tmp_path, monkeypatch):
     assert all(torch.equal(value, weights[0][name]) for name, value in trainer.model.state_dict().items())
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-@pytest.mark.parametrize("shape", ["eagle", "eagle3"])
-def test_simulated_tau_is_what_generate_reaches(shape, depth, tmp_path):
-    target = make_target()
-    drafter = quick_drafter(target, shape)
-    prompts = [row["prompt_ids"] for row in random_rows(5, seed=3)]
-    rows = []
-    for prompt in prompts:
-        ids = target.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
-        rows.append({"prompt_ids": prompt, "response_ids": ids[0, len(prompt) :].tolist()})
-    trainer = make_trainer(
-        tmp_path, target, drafter, rows, eval_dataset=rows, eval_chain_depth=depth, num_train_epochs=8, preset="hass"
-    )
-    trainer.train()  # so that chains of several lengths occur
-    metrics = trainer.evaluate()
-
-    steps = accepted = 0
-    drafter.eval()
-    for prompt, row in zip(prompts, rows, strict=True):
-        ids = coral_generate(
-            target,
-            drafter,
-            input_ids=torch.tensor([prompt]),
-            max_new_tokens=24,
-            do_sample=False,
-            draft_depth=depth,
-            draft_top_k=1,
-        )
-        assert ids[0, len(prompt) :].tolist() == row["response_ids"]
-        steps += drafter.last_stats.steps
-        accepted += drafter.last_stats.n_accepted
-    assert accepted > 10
-    assert metrics["eval_acceptance_length"] == pytest.approx(1 + accepted / steps, abs=1e-12)
-    assert f"eval_acceptance_{depth}" in metrics and f"eval_acceptance_{depth + 1}" not in metrics
-
-
 def test_evaluation_loss_is_the_cross_entropy_of_step_1(tmp_path):
     target = make_target()
     trainer = make_trainer(tmp_path, target, eval_dataset=random_rows(5, seed=2))
@@ -367,121 +327,6 @@ def test_evaluation_loss_is_the_cross_entropy_of_step_1(tmp_path):
     assert metrics["eval_acceptance_1"] == pytest.approx(match)
     other = trainer.evaluate(eval_dataset=random_rows(3, seed=9), metric_key_prefix="other")
     assert "other_acceptance_length" in other
-
-
-def test_chain_statistics_by_hand():
-    """One response of six tokens (rows 1..6); the first comes out of the prefill, chains of two draft the other five.
-
-    Step 1 matches at rows 2, 3, 5, 6; step 2 at rows 3, 4 and 6. From row 2: drafts at rows 2 and 3 hold, bonus: 3
-    tokens. From row 5: drafts at 5 and 6 hold, the response ends: 2 tokens. 5 tokens in 2 target forwards.
-    """
-    trained = torch.tensor([[False, True, True, True, True, True, True, False]])
-    matches = torch.zeros(2, 1, 8, dtype=torch.bool)
-    matches[0, 0, [2, 3, 5, 6]] = True
-    matches[1, 0, [3, 4, 6]] = True
-    statistics = ChainStatistics(2)
-    statistics.add(matches, trained)
-    assert statistics.tokens.tolist() == [5.0, 2.0]
-    # rows 1..6 all start a chain; after a match at 2, 3 and 5 a second draft follows and always holds (row 6 has none)
-    assert statistics.summary() == {"acceptance_1": 4 / 6, "acceptance_2": 1.0, "acceptance_length": 2.5}
-    statistics.add(torch.zeros(2, 1, 8, dtype=torch.bool), trained)
-    assert statistics.tokens.tolist() == [10.0, 7.0]
-
-
-def test_chain_statistics_of_several_turns():
-    """Chains do not run from one response into the next, and every response starts with a prefill."""
-    trained = torch.tensor([[True, True, True, False, True, True]])
-    statistics = ChainStatistics(3)
-    statistics.add(torch.ones(3, 1, 6, dtype=torch.bool), trained)
-    assert statistics.tokens.tolist() == [3.0, 2.0]
-    short = ChainStatistics(5)
-    short.add(torch.ones(5, 1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool))
-    assert short.tokens.tolist() == [1.0, 1.0]
-
-
-# Feature cache -------------------------------------------------------------------------------------------------
-
-
-def test_cached_features_train_as_online_ones(tmp_path, monkeypatch):
-    target = make_target()
-    settings = {
-        "preset": "hass",
-        "rollout_schedule": "3",
-        "num_train_epochs": 1,
-        "optim": "sgd",
-        "learning_rate": 0.05,
-    }
-    online = make_trainer(tmp_path, target, **settings)
-    compute = TargetAdapter.compute_features
-    exact = copy.deepcopy(online.model)
-    online.train()
-
-    # The cache keeps bf16: rounding the online features must give the cached training itself.
-    monkeypatch.setattr(TargetAdapter, "compute_features", lambda *a, **k: compute(*a, **k).bfloat16())
-    rounded = make_trainer(tmp_path, target, copy.deepcopy(exact), **settings)
-    rounded.train()
-
-    def cached_training():
-        trainer = make_trainer(tmp_path, target, copy.deepcopy(exact), cache_features=str(tmp_path / "c"), **settings)
-        trainer.train()
-        return weights(trainer.model)
-
-    first = cached_training()
-    assert_same_weights(first, weights(rounded.model), rtol=0, atol=1e-11)
-    assert_same_weights(first, weights(online.model), rtol=0.05, atol=0.01)
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("a filled cache asks the target for nothing")
-
-    monkeypatch.setattr(TargetAdapter, "compute_features", refuse)
-    assert_same_weights(cached_training(), first, rtol=0, atol=0)
-
-
-def test_cache_holds_the_targets_features(tmp_path):
-    target = make_target(dtype=torch.float32)
-    adapter = TargetAdapter(target, [1, -1])
-    rows = [torch.tensor(row["prompt_ids"] + row["response_ids"]) for row in random_rows(5)]
-    cache = FeatureCache(tmp_path, adapter, "name")
-    assert rows[0] not in cache
-    cache.fill([*rows[:3], rows[0]], tokens_per_batch=20)
-    cache.fill(rows)
-    again = FeatureCache(tmp_path, adapter, "name")
-    for row in rows:
-        assert row in again and again[row].dtype == torch.bfloat16
-        expected = adapter.compute_features(row[None])[0].bfloat16()
-        torch.testing.assert_close(again[row], expected, rtol=0.02, atol=0.02)
-    assert len(list(tmp_path.glob("features-*.safetensors"))) == 2
-
-
-def test_a_killed_fill_loses_its_last_shard_only(tmp_path):
-    target = make_target(dtype=torch.float32)
-    adapter = TargetAdapter(target)
-    rows = [torch.tensor(row["prompt_ids"] + row["response_ids"]) for row in random_rows(4)]
-    cache = FeatureCache(tmp_path, adapter, "name")
-    cache.fill(rows[:2])
-    cache.fill(rows[2:])
-    (tmp_path / "features-00001.json").unlink()  # as if killed between weights and index
-    again = FeatureCache(tmp_path, adapter, "name")
-    assert rows[0] in again and rows[2] not in again
-    again.fill(rows)
-    assert all(row in FeatureCache(tmp_path, adapter, "name") for row in rows)
-    assert {path.name for path in tmp_path.glob("features-*")} == {
-        f"features-0000{number}.{kind}" for number in range(2) for kind in ("json", "safetensors")
-    }
-
-
-def test_a_cache_of_another_target_is_refused(tmp_path):
-    target = make_target(dtype=torch.float32)
-    FeatureCache(tmp_path, TargetAdapter(target), "name")
-    FeatureCache(tmp_path, TargetAdapter(target), "name")
-    for adapter, name in (
-        (TargetAdapter(make_target(dtype=torch.float32, seed=7)), "name"),
-        (TargetAdapter(target), "another name"),
-        (TargetAdapter(target, [0, -1]), "name"),
-    ):
-        with pytest.raises(ValueError, match=r"caches features of .*Use another folder, or delete this one"):
-            FeatureCache(tmp_path, adapter, name)
-    assert json.loads((tmp_path / "meta.json").read_text())["target"] == "name"
 
 
 # Bad input -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Ways to generate that are compared: plain `generate`, a drafter with its settings, or what Transformers brings."""
 
+import copy
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ..configuration_coral import vocab_hash
+from ..configuration_coral import check_vocabulary
 from ..generation.hook import is_coral_drafter
 from ..generation.settings import DraftSettings
 from ..generation.statistics import DraftStats
@@ -168,19 +170,35 @@ def measure(
         config.temperature, config.top_k, config.top_p = temperature, 0, 1.0
     config.eos_token_id = target.generation_config.eos_token_id
     config.pad_token_id = target.generation_config.pad_token_id
-    for name, value in settings.items():
-        # the assistant's own config is where Transformers looks for these
-        setattr(drafter.generation_config if name in ASSISTANT_SETTINGS else config, name, value)
+    for name in settings.keys() - set(ASSISTANT_SETTINGS):
+        setattr(config, name, settings[name])
     ids = ids.to(target.device)
     extra = {} if drafter is None else {"assistant_model": drafter}
     if temperature > 0:
         torch.manual_seed(seed)
-    _synchronize(target.device)
-    start = time.perf_counter()
-    output = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **extra)
-    _synchronize(target.device)
-    seconds = time.perf_counter() - start
+    with _assistant_settings(drafter, settings):
+        _synchronize(target.device)
+        start = time.perf_counter()
+        output = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **extra)
+        _synchronize(target.device)
+        seconds = time.perf_counter() - start
     return Measurement(output[0, ids.shape[1] :].tolist(), seconds, getattr(drafter, "last_stats", None))
+
+
+@contextmanager
+def _assistant_settings(assistant: Any, settings: dict[str, Any]) -> Iterator[None]:
+    """An assistant's settings stand in its own generation config, which other methods and the caller share."""
+    if assistant is None or is_coral_drafter(assistant):
+        yield
+        return
+    own = assistant.generation_config
+    assistant.generation_config = copy.deepcopy(own)
+    for name in settings.keys() & set(ASSISTANT_SETTINGS):
+        setattr(assistant.generation_config, name, settings[name])
+    try:
+        yield
+    finally:
+        assistant.generation_config = own
 
 
 def _synchronize(device: torch.device) -> None:
@@ -203,12 +221,7 @@ def check_drafter(target: Any, tokenizer: Any, method: Method) -> None:
         config = method.drafter.config
         adapter = TargetAdapter(target)
         adapter.check_drafter(config)
-        if config.target_vocab_hash is not None and config.target_vocab_hash != vocab_hash(tokenizer):
-            raise ValueError(
-                f"The drafter of method {method.name!r} was made for {config.target_name_or_path!r}, whose tokens have "
-                "other ids than this target's. Load a drafter trained for this target, or train one with `coral-hf "
-                "train`."
-            )
+        check_vocabulary(config, tokenizer)
         DraftSettings.resolve(config, None, method.settings).draft_head_of(method.drafter, adapter)
     elif method.drafter is not None:
         sizes = [model.config.get_text_config().vocab_size for model in (method.drafter, target)]

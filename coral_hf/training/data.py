@@ -221,6 +221,16 @@ class ConversationDataset(torch.utils.data.Dataset):
         return torch.bincount(ids.long(), minlength=vocab_size)
 
 
+def check_ids(dataset: ConversationDataset | None, vocab_size: int) -> None:
+    """Raises `ValueError` if a conversation holds an id that the target does not have."""
+    largest = max((int(ids.max()) for ids, _ in dataset.conversations), default=0) if dataset is not None else 0
+    if largest >= vocab_size:
+        raise ValueError(
+            f"The data holds token id {largest}, but the target's vocabulary ends at {vocab_size - 1}: these ids were "
+            "made with another tokenizer. Use the responses of this target."
+        )
+
+
 def preview(item: dict[str, torch.Tensor], tokenizer: Any) -> str:
     """The first sample as text, its trained tokens between `⟦` and `⟧`."""
     pieces, inside = [], False
@@ -267,4 +277,4 @@ class CoralDataCollator:
         return batch
 
 
-__all__ = ["ConversationDataset", "CoralDataCollator", "encode_row", "preview", "read_rows"]
+__all__ = ["ConversationDataset", "CoralDataCollator", "check_ids", "encode_row", "preview", "read_rows"]

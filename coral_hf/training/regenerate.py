@@ -12,9 +12,7 @@ import json
 import os
 import random
 import time
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,54 +21,12 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .prompt_queue import WINDOW_PER_SLOT, Conversation, Job, PromptQueue
 from .response_files import drop_incomplete_line, iter_prompts, iter_responses, write_shards
 from .slot_cache import SlotCache
 
 
 __all__ = ["iter_prompts", "iter_responses", "regenerate", "write_shards"]
-
-
-# Prompts are sorted by length inside windows of this many per slot: rows that are live together are of similar length,
-# so attention, which pays for the longest, wastes little, while the order over the whole file stays random.
-_WINDOW_PER_SLOT = 8
-
-
-@dataclass
-class _Conversation:
-    """One prompt row and the target's answers so far (as ids)."""
-
-    id: str
-    turns: list[str]
-    answers: list[list[int]] = field(default_factory=list)
-
-
-@dataclass
-class _Job:
-    """One turn that is being answered."""
-
-    conversation: _Conversation
-    prompt_ids: list[int]
-    response_ids: list[int] = field(default_factory=list)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, conversation: _Conversation, eos_ids: set[int]) -> list[int]:
-    """Ids of the conversation so far, up to the point where the next answer begins."""
-    texts = []
-    for answer in conversation.answers:
-        ids = answer[:-1] if answer and answer[-1] in eos_ids else answer
-        texts.append(tokenizer.decode(ids, skip_special_tokens=True))
-    turns = conversation.turns[: len(texts) + 1]
-    if tokenizer.chat_template is None:
-        # A base model: turns and answers one after the other, as plain text.
-        parts = [part for index, turn in enumerate(turns) for part in [turn, *texts[index : index + 1]]]
-        return list(tokenizer("\n\n".join(parts))["input_ids"])
-    messages: list[dict[str, str]] = []
-    for index, turn in enumerate(turns):
-        messages.append({"role": "user", "content": turn})
-        if index < len(texts):
-            messages.append({"role": "assistant", "content": texts[index]})
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
 
 
 def _read_answers(output: Path, temperature: float) -> dict[str, dict[int, list[int]]]:
@@ -86,52 +42,6 @@ def _read_answers(output: Path, temperature: float) -> dict[str, dict[int, list[
             )
         answers.setdefault(row["id"], {})[row["turn"]] = row["response_ids"]
     return answers
-
-
-class _Queue:
-    """
-    The prompts still to be answered, tokenized ahead of need and sorted by length inside a window. The next turn of a
-    conversation goes to the front: its answer is wanted before new conversations begin.
-    """
-
-    def __init__(self, conversations, tokenizer, eos_ids, window, max_prompt_tokens, rng):
-        self.source = list(conversations)
-        rng.shuffle(self.source)
-        self.source.reverse()  # popped from the end
-        self.tokenizer, self.eos_ids = tokenizer, eos_ids
-        self.window, self.max_prompt_tokens = window, max_prompt_tokens
-        self.ready: deque[_Job] = deque()
-        self.too_long: list[tuple[str, int, int]] = []
-        self.n_turns_left_out = 0
-        self.downwards = False
-
-    def push(self, conversation: _Conversation) -> None:
-        """Queues the next turn of `conversation` at the front."""
-        if (job := self._job(conversation)) is not None:
-            self.ready.appendleft(job)
-
-    def pop(self) -> _Job | None:
-        """The next turn to answer, `None` if there is none for now."""
-        while not self.ready and self.source:
-            chunk = [self.source.pop() for _ in range(min(self.window, len(self.source)))]
-            jobs = [job for job in map(self._job, chunk) if job is not None]
-            self.ready.extend(sorted(jobs, key=lambda job: len(job.prompt_ids), reverse=self.downwards))
-            # Up and down in turns, so that neighbouring windows meet at similar lengths.
-            self.downwards = not self.downwards
-        return self.ready.popleft() if self.ready else None
-
-    def _job(self, conversation: _Conversation) -> _Job | None:
-        """The next turn of `conversation`, `None` (and noted) if its context is too long."""
-        ids = _encode(self.tokenizer, conversation, self.eos_ids)
-        if not ids:
-            raise ValueError(
-                f"prompt {conversation.id!r} has no tokens; remove it or use a tokenizer with a BOS token."
-            )
-        if len(ids) > self.max_prompt_tokens:
-            self.too_long.append((conversation.id, len(conversation.answers), len(ids)))
-            self.n_turns_left_out += len(conversation.turns) - len(conversation.answers)
-            return None
-        return _Job(conversation, ids)
 
 
 def _eos_ids(target: PreTrainedModel) -> set[int]:
@@ -243,8 +153,8 @@ def regenerate(
         n_resumed = sum(len(answers) for answers in on_file.values())
         conversations, n_excluded = _unanswered(prompts, on_file, excluded, max_turns)
         # The order is the seed's; the draws of a resumed run are not those that are on file already.
-        queue = _Queue(
-            conversations, tokenizer, eos_ids, slots * _WINDOW_PER_SLOT, max_prompt_tokens, random.Random(seed)
+        queue = PromptQueue(
+            conversations, tokenizer, eos_ids, slots * WINDOW_PER_SLOT, max_prompt_tokens, random.Random(seed)
         )
         sampler = _Sampler(temperature, seed + 1_000_003 * n_resumed, target.device)
         writer = _Writer(output, queue, temperature, conversations, progress)
@@ -266,9 +176,9 @@ def _unanswered(
     on_file: dict[str, dict[int, list[int]]],
     excluded: set[str],
     max_turns: int | None,
-) -> tuple[list[_Conversation], int]:
+) -> tuple[list[Conversation], int]:
     """The conversations with turns to answer, holding the answers on file, and how many were excluded."""
-    conversations: list[_Conversation] = []
+    conversations: list[Conversation] = []
     seen: set[str] = set()
     n_excluded = 0
     for row in prompts:
@@ -278,7 +188,7 @@ def _unanswered(
         if row["id"] in excluded:
             n_excluded += 1
             continue
-        conversation = _Conversation(row["id"], list(row["turns"][:max_turns]))
+        conversation = Conversation(row["id"], list(row["turns"][:max_turns]))
         answers = on_file.get(row["id"], {})
         while len(conversation.answers) in answers:
             conversation.answers.append(answers[len(conversation.answers)])
@@ -298,7 +208,7 @@ class _Writer:
         self.counts = {"n_responses": 0, "n_response_tokens": 0, "n_prompt_tokens": 0}
         self.started = time.perf_counter()
 
-    def write(self, job: _Job) -> None:
+    def write(self, job: Job) -> None:
         conversation = job.conversation
         row: dict[str, Any] = {"id": conversation.id, "turn": len(conversation.answers)}
         if self.temperature > 0:
@@ -327,14 +237,14 @@ class _Writer:
 
 @torch.inference_mode()
 def _decode(
-    cache: SlotCache, queue: _Queue, sampler: _Sampler, writer: _Writer, eos_ids: set[int], max_new_tokens: int
+    cache: SlotCache, queue: PromptQueue, sampler: _Sampler, writer: _Writer, eos_ids: set[int], max_new_tokens: int
 ) -> None:
     """The loop: fill the free slots, step all, free the finished ones."""
-    jobs: list[_Job] = []  # jobs[i] lives in slot i
+    jobs: list[Job] = []  # jobs[i] lives in slot i
     # A forward on an accelerator costs the same for one prompt as for many: there, prompts wait for each other.
     refill_at = cache.slots - (1 if cache.device.type == "cpu" else max(1, cache.slots // 8))
     while True:
-        new_jobs: list[_Job] = []
+        new_jobs: list[Job] = []
         if len(jobs) <= refill_at:
             while len(jobs) + len(new_jobs) < cache.slots and (job := queue.pop()) is not None:
                 new_jobs.append(job)

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..configuration_coral import vocab_hash
+from ..configuration_coral import check_vocabulary
 from ..modeling_coral import CoralDraftModel
 from ..target_adapter import TargetAdapter
 from .arguments import CoralTrainingArguments
-from .data import IGNORED_LABEL, ConversationDataset, CoralDataCollator, preview
+from .data import IGNORED_LABEL, ConversationDataset, CoralDataCollator, check_ids, preview
 from .faults import StopOnNonFiniteGradient
 from .feature_cache import FeatureCache
 from .losses import chunked_classification_loss, csra_loss, regression_loss
@@ -339,25 +339,9 @@ class CoralTrainer(PublishingMixin, Trainer):
 
 def check_pair(drafter: CoralDraftModel, adapter: TargetAdapter, tokenizer: Any = None) -> None:
     """Raises `ValueError` unless the drafter's sizes fit the target and its hash fits the tokenizer."""
-    config = drafter.config
-    adapter.check_drafter(config)
-    if tokenizer is not None and config.target_vocab_hash is not None:
-        found = vocab_hash(tokenizer)
-        if found != config.target_vocab_hash:
-            raise ValueError(
-                f"The tokenizer's vocabulary hash {found[:12]}... is not the drafter's {config.target_vocab_hash[:12]}"
-                f"...: it was made for {config.target_name_or_path!r}. Use that target's tokenizer."
-            )
+    adapter.check_drafter(drafter.config)
+    if tokenizer is not None:
+        check_vocabulary(drafter.config, tokenizer)
 
 
-def check_ids(dataset: ConversationDataset | None, vocab_size: int) -> None:
-    """Raises `ValueError` if a conversation holds an id that the target does not have."""
-    largest = max((int(ids.max()) for ids, _ in dataset.conversations), default=0) if dataset is not None else 0
-    if largest >= vocab_size:
-        raise ValueError(
-            f"The data holds token id {largest}, but the target's vocabulary ends at {vocab_size - 1}: these ids were "
-            "made with another tokenizer. Use the responses of this target."
-        )
-
-
-__all__ = ["CoralTrainer", "check_ids", "check_pair"]
+__all__ = ["CoralTrainer", "check_pair"]
