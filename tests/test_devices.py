@@ -71,7 +71,15 @@ def test_two_processes_are_one_with_the_doubled_batch(kind, tmp_path, one_proces
     options = {"output": str(tmp_path), "settings": settings, "dtype": "float64", "evaluate": True}
     launch(kind, options, 29610 + list(LAUNCH).index(kind))
     found = json.loads((tmp_path / "result.json").read_text())
-    names = ("loss", "grad_norm", "classification_1", "regression_3", "acceptance_1", "acceptance_3", "response_tokens")
+    names = (
+        "loss",
+        "grad_norm",
+        "classification_1",
+        "regression_3",
+        "acceptance_1",
+        "acceptance_3",
+        "response_tokens",
+    )
     rows = [(row, other) for row, other in zip(history, found["history"], strict=False) if "loss" in row]
     assert len(rows) == 4
     for row, other in rows:
