@@ -197,6 +197,10 @@ class CoralDraftModel(PreTrainedModel):
         self.shortlist = FrequencyShortlist(size).count(counts.cpu()).to(self.device)
         return self.shortlist
 
+    def get_input_embeddings(self) -> None:
+        """None: the embedding is the target's. FSDP asks."""
+        return None
+
     @property
     def layer(self) -> CoralDraftLayer:
         return self.layers[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_target
+from conftest import make_target, make_tokenizer
 from test_trainer import assert_same_weights, make_args, make_trainer, quick_drafter, random_rows, weights
 
 from coral_hf import CoralDraftModel, TargetAdapter
@@ -16,6 +16,7 @@ from coral_hf.training.placement import place_target
 
 
 PROGRAM = Path(__file__).parent / "training_process.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 SETTINGS = {
     "preset": "hass",  # CSRA contrasts the rows of one process, so that its loss depends on their number
     "rollout_schedule": "1:0.5,3:0.5",
@@ -39,16 +40,17 @@ LAUNCH = {
 }
 
 
-def launch(kind: str, options: dict, port: int) -> None:
+def launch(kind: str, program: Path, *arguments: str, port: int) -> str:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1"]
     command += [f"--main_process_port={port}", "--mixed_precision=no", "--dynamo_backend=no"]
     command += LAUNCH[kind]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = str(PROGRAM.parent.parent)
     result = subprocess.run(
-        [*command, str(PROGRAM), json.dumps(options)], env=environment, capture_output=True, text=True, timeout=150
+        [*command, str(program), *arguments], env=environment, capture_output=True, text=True, timeout=150
     )
-    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.returncode == 0, result.stderr[:6000]
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_two_processes_are_one_with_the_doubled_batch(kind, tmp_path, one_proces
     if kind == "fsdp":
         settings["shard_target"] = True
     options = {"output": str(tmp_path), "settings": settings, "dtype": "float64", "evaluate": True}
-    launch(kind, options, 29610 + list(LAUNCH).index(kind))
+    launch(kind, PROGRAM, json.dumps(options), port=29610 + list(LAUNCH).index(kind))
     found = json.loads((tmp_path / "result.json").read_text())
     names = (
         "loss",
@@ -92,10 +94,32 @@ def test_two_processes_are_one_with_the_doubled_batch(kind, tmp_path, one_proces
     # a checkpoint holds both ranks' generators, no target, and nothing of it is left half-written
     assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == ["checkpoint-2", "checkpoint-4"]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in (tmp_path / "checkpoint-2").iterdir()}
+    if kind == "ddp":
+        return
+    assert any("fsdp" in path.name for path in (tmp_path / "checkpoint-2").iterdir()), "the state is sharded"
     # going on from the middle ends in the same weights
     resumed = tmp_path / "resumed"
-    launch(kind, {**options, "output": str(resumed), "resume": str(tmp_path / "checkpoint-2"), "seed": 9}, 29620)
+    options |= {"output": str(resumed), "resume": str(tmp_path / "checkpoint-2"), "seed": 9}
+    launch(kind, PROGRAM, json.dumps(options), port=29620)
     assert_same_weights(weights(trained), weights(CoralDraftModel.from_pretrained(resumed)), rtol=0, atol=1e-9)
+
+
+def test_accelerate_launches_the_example(tmp_path):
+    """Two ranks, each with its share of a feature cache; the drafter and its one record come from the first."""
+    target, data = tmp_path / "target", tmp_path / "data.jsonl"
+    make_target(dtype=torch.float32).save_pretrained(target)
+    make_tokenizer().save_pretrained(target)
+    data.write_text("".join(json.dumps(row) + "\n" for row in random_rows(20)))
+    output = tmp_path / "out"
+    arguments = ["--target", str(target), "--data", str(data), "--output_dir", str(output), "--eval_rows", "4"]
+    arguments += ["--max_steps", "2", "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true"]
+    arguments += ["--cache_features", str(tmp_path / "cache"), "--per_device_train_batch_size", "2"]
+    text = launch("ddp", EXAMPLES / "train_drafter.py", *arguments, port=29630)
+    assert text.count("First sample") == text.count("Feature cache (forecast)") == 1
+    assert text.count("eval_acceptance_length") >= 1
+    assert len(list((tmp_path / "cache").glob("features-*.json"))) == 2
+    record = json.loads((output / "training" / "training.json").read_text())
+    assert record["steps"] == 2 and CoralDraftModel.from_pretrained(output).config.vocab_size == 128
 
 
 @pytest.mark.parametrize("schedule", ["1", "3"])

@@ -12,6 +12,21 @@ from pathlib import Path
 import torch
 
 
+def allow_fsdp_on_cpu() -> None:
+    """Accelerate takes up FSDP on accelerators only; its own code runs as well on CPU ranks once they look like those."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    init = PartialState.__init__
+
+    def patched(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = patched
+
+
 def main() -> None:
     options = json.loads(sys.argv[1])
     sys.path.insert(0, str(Path(__file__).parent))
@@ -38,6 +53,8 @@ def main() -> None:
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (options["file_limit"], resource.RLIM_INFINITY))
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        allow_fsdp_on_cpu()
     target = make_target(dtype=getattr(torch, options.get("dtype", "float32")))
     trainer = CoralTrainer(
         model=quick_drafter(target, seed=options.get("seed", 1)),
@@ -67,6 +84,8 @@ def main() -> None:
         (output / "result.json").write_text(json.dumps({"history": history, "metrics": metrics}))
     if options.get("weights") and os.environ.get("RANK", "0") == "0":
         torch.save(weights(trainer.model), options["weights"])
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.state.destroy_process_group()
     assert checkpoints.PARTIAL_FOLDER not in {path.name for path in output.iterdir()}
 
 

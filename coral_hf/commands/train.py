@@ -99,7 +99,8 @@ class TrainCommand:
         metrics = trainer.evaluate() if eval_rows else {}
         trainer.save_model()
         trainer.save_state()
-        print(json.dumps(metrics))
+        if trainer.is_world_process_zero():
+            print(json.dumps(metrics))
         return 0
 
     def _overrides(self) -> dict[str, Any]:
