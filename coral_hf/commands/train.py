@@ -101,6 +101,7 @@ class TrainCommand:
         trainer.save_state()
         if trainer.is_world_process_zero():
             print(json.dumps(metrics))
+        trainer.accelerator.end_training()  # several processes leave together
         return 0
 
     def _overrides(self) -> dict[str, Any]:
