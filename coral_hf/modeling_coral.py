@@ -7,6 +7,7 @@ module: callers go through `TargetAdapter`.
 
 import importlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -61,6 +62,7 @@ class CoralDraftModel(PreTrainedModel):
     main_input_name = "inputs_embeds"
     _no_split_modules: ClassVar[list[str]] = ["EagleDraftLayer", "Eagle3DraftLayer"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: CoralDraftConfig):
         super().__init__(config)
@@ -84,6 +86,7 @@ class CoralDraftModel(PreTrainedModel):
         self.draft_head = None if own is None else DraftVocabularyHead(size, own)
         # Acceptance statistics of the last `generate` call, see `generation.candidate_generator.DraftStats`.
         self.last_stats = None
+        self.gradient_checkpointing = False
         self.post_init()
 
     @classmethod
@@ -194,6 +197,10 @@ class CoralDraftModel(PreTrainedModel):
         self.shortlist = FrequencyShortlist(size).count(counts.cpu()).to(self.device)
         return self.shortlist
 
+    def get_input_embeddings(self) -> None:
+        """None: the embedding is the target's. FSDP asks."""
+        return None
+
     @property
     def layer(self) -> CoralDraftLayer:
         return self.layers[0]
@@ -242,29 +249,51 @@ class CoralDraftModel(PreTrainedModel):
         causal = rows[:, None] >= rows  # [S, S]
         same = None if document_ids is None else document_ids[:, :, None] == document_ids[:, None, :]  # [B, S, S]
 
-        layer, attention = self.layer, self.layer.self_attn
         feature = self.project_features(features)
         keys, values, outputs, valids = [], [], [], []
         for step in range(1, num_steps + 1):
-            attention_input, residual = layer.inputs(inputs_embeds, feature, self.fc)
-            query, key, value = attention.project(attention_input, cos, sin)
-            keys.append(key)
-            values.append(value)
             if step == 1:
                 mask = None if same is None else (same & causal)[:, None]
-                attended = attention.attend(query, key, value, mask)
                 valid = torch.ones(batch, length, dtype=torch.bool, device=device)
             else:
                 visible = rows[:, None] - (step - 1) >= rows
                 mask = visible.expand(batch, 1, length, length) if same is None else (same & visible)[:, None]
-                attended = attention.attend_rollout(query, keys, values, mask)
                 valid = self._chain_rows(rows, step, batch, document_ids)
-            normed, fed_back = self._outputs(layer.finish(attended.to(residual.dtype), residual))
+            run = self._rollout_step
+            if self.gradient_checkpointing and self.training:
+                run = partial(self._gradient_checkpointing_func, run)
+            normed, fed_back, key, value = run(inputs_embeds, feature, cos, sin, mask, *keys, *values)
+            keys.append(key)
+            values.append(value)
             outputs.append(normed)
             valids.append(valid)
             feature = shift_rows(fed_back.detach(), 1, dim=1)
         group_logits = tuple(self.router(hidden) for hidden in outputs) if output_group_logits else None
         return CoralRolloutOutput(hidden_states=tuple(outputs), valid=tuple(valids), group_logits=group_logits)
+
+    def _rollout_step(
+        self,
+        inputs_embeds: torch.Tensor,
+        feature: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None,
+        *earlier: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Step k from the keys and values of steps 1..k-1: its two outputs, and its own keys and values.
+
+        All that gradient checkpointing computes again in the backward.
+        """
+        layer, attention = self.layer, self.layer.self_attn
+        attention_input, residual = layer.inputs(inputs_embeds, feature, self.fc)
+        query, key, value = attention.project(attention_input, cos, sin)
+        if earlier:
+            half = len(earlier) // 2
+            attended = attention.attend_rollout(query, [*earlier[:half], key], [*earlier[half:], value], mask)
+        else:
+            attended = attention.attend(query, key, value, mask)
+        normed, fed_back = self._outputs(layer.finish(attended.to(residual.dtype), residual))
+        return normed, fed_back, key, value
 
     @staticmethod
     def _chain_rows(rows: torch.Tensor, step: int, batch: int, document_ids: torch.Tensor | None) -> torch.Tensor:

@@ -6,8 +6,7 @@ python examples/finetune_for_my_model.py --target my/fine-tune --data responses.
 
 from dataclasses import dataclass, field
 
-from peft import LoraConfig, get_peft_model
-from torch import nn
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from coral_hf import CoralDraftModel, demo
@@ -31,27 +30,19 @@ if __name__ == "__main__":
         target = AutoModelForCausalLM.from_pretrained(script.target, dtype="bfloat16")
         tokenizer = AutoTokenizer.from_pretrained(script.target)
     folder = demo.drafter_path() if script.drafter == "demo" else script.drafter
-    drafter = CoralDraftModel.from_pretrained(folder, dtype="float32")
-    drafter.config.target_name_or_path, drafter.config.target_revision = target.config._name_or_path, None
-
-    # The layer and fc; a router is trained afterwards, by --stage router.
-    linear = [name for name, module in drafter.named_modules() if isinstance(module, nn.Linear)]
-    modules = [name for name in linear if not name.startswith("router")]
-    lora = LoraConfig(r=script.rank, lora_alpha=2 * script.rank, target_modules=modules)
-    adapted = get_peft_model(drafter, lora)
-    args.save_strategy = "no"  # what is worth keeping is the merged drafter
     rows = read_rows(script.data)
     trainer = CoralTrainer(
-        model=adapted.base_model.model,  # the drafter itself, LoRA layers inside
+        model=CoralDraftModel.from_pretrained(folder, dtype="float32"),
         target_model=target,
         args=args,
         train_dataset=rows[script.eval_rows :],
         eval_dataset=rows[: script.eval_rows],
         processing_class=tokenizer,
+        # all linear layers but the router's, which is trained afterwards, by --stage router
+        peft_config=LoraConfig(r=script.rank, lora_alpha=2 * script.rank),
     )
     before = trainer.evaluate()["eval_acceptance_length"]
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = trainer.evaluate()["eval_acceptance_length"]
-    trainer.model = adapted.merge_and_unload()
-    trainer.save_model()
+    trainer.save_model()  # the merged drafter, and the adapters in adapter/
     print(f"held-out acceptance length {before:.2f} -> {after:.2f}; the drafter is in {args.output_dir}")

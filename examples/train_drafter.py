@@ -39,5 +39,8 @@ if __name__ == "__main__":
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    print(trainer.evaluate())
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        print(metrics)
     trainer.save_model()
+    trainer.accelerator.end_training()  # several processes leave together

@@ -57,6 +57,14 @@ def test_finetune_for_my_model(tiny_demo, tmp_path, monkeypatch, capsys):
     assert "not measured" in (output / "README.md").read_text()
 
 
+def test_estimate_training(tmp_path, monkeypatch, capsys):
+    config, record = EXAMPLES / "recipes" / "llama-3-8b-instruct.config.json", tmp_path / "record.json"
+    arguments = ["--target", str(config), "--tokens", "1000000", "--flops_per_second", "3e14", "--json", str(record)]
+    run(monkeypatch, "estimate_training.py", *arguments)
+    assert "peak memory (estimate)" in capsys.readouterr().out
+    assert json.loads(record.read_text())["target_parameters"] == 8_030_261_248
+
+
 def test_push_to_hub(tiny_demo, hub, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     run(monkeypatch, "push_to_hub.py", "--repo_id", "org/tiny", "--license", "mit")

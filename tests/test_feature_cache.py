@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import make_target
 from test_trainer import assert_same_weights, make_trainer, random_rows, weights
 
 from coral_hf import TargetAdapter
+from coral_hf.training import feature_cache
 from coral_hf.training.feature_cache import FeatureCache
 
 
@@ -92,3 +94,83 @@ def test_a_cache_of_another_target_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"caches features of .*Use another folder, or delete this one"):
             FeatureCache(tmp_path, adapter, name)
     assert json.loads((tmp_path / "meta.json").read_text())["target"] == "name"
+
+
+def filled(folder, count=6):
+    adapter = TargetAdapter(make_target(dtype=torch.float32))
+    rows = [torch.tensor(row["prompt_ids"] + row["response_ids"]) for row in random_rows(count)]
+    cache = FeatureCache(folder, adapter, "name")
+    for start in range(0, count, 2):
+        cache.fill(rows[start : start + 2])
+    return adapter, rows
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "index"])
+def test_a_damaged_shard_is_computed_again(harm, tmp_path, capsys):
+    adapter, rows = filled(tmp_path)
+    expected = [FeatureCache(tmp_path, adapter, "name")[row].clone() for row in rows]
+    shard, data = tmp_path / "features-00001.safetensors", (tmp_path / "features-00001.safetensors").read_bytes()
+    if harm == "flip":
+        shard.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+    elif harm == "cut":
+        shard.write_bytes(data[:-100])
+    elif harm == "remove":
+        shard.unlink()
+    else:
+        record = json.loads(shard.with_suffix(".json").read_text())
+        shard.with_suffix(".json").write_text(json.dumps({**record, "sha256": "0"}))
+    cache = FeatureCache(tmp_path, adapter, "name")
+    cache.fill(rows)
+    assert "features-00001 damaged (checksum)" in capsys.readouterr().out
+    for row, features in zip(rows, expected, strict=True):
+        torch.testing.assert_close(cache[row], features, rtol=0.02, atol=0.02)
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == [f"features-0000{n}.json" for n in range(3)] + [
+        "meta.json"
+    ], "the hole is filled; other shards are untouched"
+    assert FeatureCache(tmp_path, adapter, "name").drop_damaged() == []
+
+
+def test_the_forecast_comes_first_and_a_full_disk_is_refused(tmp_path, monkeypatch, capsys):
+    adapter = TargetAdapter(make_target(dtype=torch.float32))
+    rows = [torch.tensor(row["prompt_ids"] + row["response_ids"]) for row in random_rows(6)]
+    cache = FeatureCache(tmp_path, adapter, "name")
+    tokens = sum(map(len, rows))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage._replace(free=tokens * 32 * 2))
+    with pytest.raises(ValueError, match=r"GiB free; the features need .* Use another disk, fewer rows"):
+        cache.fill(rows)
+    assert not list(tmp_path.glob("features-*"))
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage)
+    written = []
+    monkeypatch.setattr(FeatureCache, "write_shard", lambda self, *a: written.append(capsys.readouterr().out))
+    cache.fill(rows)
+    assert f"(forecast): {tokens:,} tokens" in written[0]
+    assert "GiB in" in written[0] and "hours at" in written[0]
+
+
+def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path, monkeypatch):
+    adapter, rows = filled(tmp_path, 4)
+    more = [torch.tensor(row["prompt_ids"] + row["response_ids"]) for row in random_rows(4, seed=9)]
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(feature_cache, "save_file", full)
+    with pytest.raises(OSError, match=r"could not be written .*No space left.* the 4 rows cached so far are kept"):
+        FeatureCache(tmp_path, adapter, "name").fill([*rows, *more])
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_processes_share_the_work(tmp_path):
+    adapter = TargetAdapter(make_target(dtype=torch.float32))
+    rows = [torch.tensor(row["prompt_ids"] + row["response_ids"]) for row in random_rows(7)]
+    caches = [FeatureCache(tmp_path, adapter, "name") for _ in range(2)]
+    for rank in (1, 0):
+        caches[rank].fill(rows, rank=rank, world_size=2)
+    for cache in caches:
+        cache.refresh()
+        assert all(row in cache for row in rows)
+    found = [len(json.loads(path.read_text())["rows"]) for path in sorted(tmp_path.glob("features-*.json"))]
+    assert sorted(found) == [3, 4]

@@ -20,7 +20,7 @@ ALLOWED = {
     "weight_files": set(),
     "modeling_coral": {"configuration_coral", "lm_head_router", "draft_layer", "draft_initialization", "weight_files"},
     "generation": {"configuration_coral", "lm_head_router", "draft_layer", "modeling_coral", "target_adapter"},
-    "training": {"configuration_coral", "modeling_coral", "target_adapter", "jsonl", "hub"},
+    "training": {"configuration_coral", "modeling_coral", "target_adapter", "weight_files", "jsonl", "hub"},
     "evaluation": {
         "configuration_coral",
         "lm_head_router",

@@ -38,6 +38,7 @@ def make_args(folder, **kwargs) -> CoralTrainingArguments:
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
         "loss_chunk_size": 16,
+        "learning_curve": False,
     }
     return CoralTrainingArguments(output_dir=str(folder), **{**defaults, **kwargs})
 

@@ -1,6 +1,7 @@
 """`coral-hf train`: a drafter, or its router."""
 
 import json
+import tempfile
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,12 @@ class TrainCommand:
     eval_data: list[str] = field(
         default_factory=list, metadata={"help": "Response files to evaluate on, instead of eval_rows."}
     )
+    estimate: bool = field(
+        default=False,
+        metadata={
+            "help": "Print parameters, peak memory, disk and tokens per second, measured on two real steps, and stop."
+        },
+    )
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self, args) -> int:
@@ -73,7 +80,10 @@ class TrainCommand:
             drafter = CoralDraftModel.from_target(target, tokenizer, **overrides)
         if self.router_groups is not None:
             drafter.add_router(self.router_groups)
-        trainer = (CoralRouterTrainer if router_stage else CoralTrainer)(
+        trainer_class = CoralRouterTrainer if router_stage else CoralTrainer
+        if self.estimate:
+            return _print_estimate(trainer_class, drafter, target, args, rows, tokenizer)
+        trainer = trainer_class(
             model=drafter,
             target_model=target,
             args=args,
@@ -89,7 +99,9 @@ class TrainCommand:
         metrics = trainer.evaluate() if eval_rows else {}
         trainer.save_model()
         trainer.save_state()
-        print(json.dumps(metrics))
+        if trainer.is_world_process_zero():
+            print(json.dumps(metrics))
+        trainer.accelerator.end_training()  # several processes leave together
         return 0
 
     def _overrides(self) -> dict[str, Any]:
@@ -101,3 +113,18 @@ class TrainCommand:
         if not isinstance(overrides, dict):
             raise ValueError(f"--config_overrides {self.config_overrides!r} must be a JSON object of settings.")
         return overrides if self.shape is None else {**overrides, "shape": self.shape}
+
+
+def _print_estimate(trainer_class: type, drafter: Any, target: Any, args: Any, rows: Any, tokenizer: Any) -> int:
+    from ..training.estimate import measure_training, without_traces
+
+    steps, epochs = args.max_steps, args.num_train_epochs
+    with tempfile.TemporaryDirectory() as folder:
+        without_traces(args, folder)
+        trainer = trainer_class(drafter, target, args, train_dataset=rows, processing_class=tokenizer)
+        if steps > 0:
+            epochs = steps * trainer._global_batch() / len(trainer.train_dataset)
+        estimate = measure_training(trainer, epochs)
+        if trainer.is_world_process_zero():
+            print("\n".join(estimate.lines()))
+    return 0

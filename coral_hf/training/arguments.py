@@ -90,6 +90,19 @@ class CoralTrainingArguments(TrainingArguments):
     cache_features: str | None = field(
         default=None, metadata={"help": "Folder of a feature cache: filled once, then read instead of the target."}
     )
+    shard_target: bool = field(
+        default=False,
+        metadata={
+            "help": "Split the frozen target's decoder layers over the processes instead of keeping a whole copy on "
+            "each; embedding and head stay whole."
+        },
+    )
+    learning_curve: bool = field(
+        default=True,
+        metadata={
+            "help": "Draw losses and acceptance to learning_curve.png in output_dir, where matplotlib is installed."
+        },
+    )
     eval_chain_depth: int = field(default=5, metadata={"help": "Depth of the chain simulated at evaluation."})
 
     learning_rate: float = field(default=2e-3, metadata={"help": "Initial learning rate."})
@@ -133,6 +146,11 @@ class CoralTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"topk_loss_weight={self.topk_loss_weight} is computed with the classification loss; set "
                 "classification_loss_weight above 0."
+            )
+        if self.shard_target and self.cache_features is not None:
+            raise ValueError(
+                f"shard_target=True with cache_features={self.cache_features!r}: with cached features the target is "
+                "read once. Fill the cache in a run without shard_target, or train without the cache."
             )
         if self.csra_temperature <= 0:
             raise ValueError(f"csra_temperature={self.csra_temperature} must be positive.")

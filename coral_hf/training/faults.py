@@ -9,7 +9,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 
 class StopOnNonFiniteGradient(TrainerCallback):
-    """Raises before an update whose gradient is NaN or infinite, so that weights and checkpoints stay as they were.
+    """Raises before an update whose loss or gradient is NaN or infinite, so that weights and checkpoints stay as they were.
 
     One such update turns every weight into NaN, and `Trainer` would go on with a logged loss of 0. Runs in float16
     are left to the gradient scaler, which skips such updates itself.
@@ -19,23 +19,39 @@ class StopOnNonFiniteGradient(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.batch: dict[str, torch.Tensor] = {}
+        self._batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def note(self, inputs: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
+        """Remembers a batch of the step under way and its loss."""
+        self._batches.append((inputs["input_ids"], loss.detach()))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        batches, self._batches = self._batches, []
         if args.fp16:
             return
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if not gradients or torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+        values = [loss.isfinite().all() for _, loss in batches]
+        values += [parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None]
+        if not values or all(bool(value) for value in _together(values)):
             return
-        ids = self.batch.get("input_ids")
-        rows = "" if ids is None else f" (last batch: {tuple(ids.shape)} ids, rows beginning {ids[:4, :8].tolist()})"
+        wrong = [index for index, (_, loss) in enumerate(batches) if not loss.isfinite().all()]
+        rows = ""
+        if batches:
+            ids = batches[wrong[0] if wrong else -1][0]
+            which = f"{wrong[0] + 1 if wrong else len(batches)} of {len(batches)}"
+            rows = f" (batch {which}: {tuple(ids.shape)} ids, rows beginning {ids[:4, :8].tolist()})"
         saved = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         kept = "no checkpoint was written yet" if saved is None else f"the last checkpoint is {saved}"
         raise FloatingPointError(
-            f"The gradient of step {state.global_step + 1} is not finite{rows}. The weights were not updated; {kept}. "
-            "Resume with a lower learning_rate or in float32 (--bf16 false); on a GPU also try "
-            "torch.backends.cuda.enable_cudnn_sdp(False)."
+            f"The {'loss' if wrong else 'gradient'} of step {state.global_step + 1} is not finite{rows}. The weights "
+            f"were not updated; {kept}. Resume with a lower learning_rate or in float32 (--bf16 false); on a GPU also "
+            "try torch.backends.cuda.enable_cudnn_sdp(False)."
         )
+
+
+def _together(values: list[torch.Tensor]) -> list[bool]:
+    """Scalars of one device in one transfer; a sharded gradient answers for its own part."""
+    local = [value.to_local() if hasattr(value, "to_local") else value for value in values]
+    return torch.stack([value.reshape(()) for value in local]).tolist()
 
 
 __all__ = ["StopOnNonFiniteGradient"]

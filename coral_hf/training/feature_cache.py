@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..target_adapter import TargetAdapter
+from ..weight_files import file_sha256
 
 
 SHARD_ROWS = 256
@@ -27,8 +29,8 @@ class FeatureCache:
     """Features on disk, in bf16 shards that are written once and read through a memory map.
 
     A shard `features-NNNNN.safetensors` holds the rows that its `.json` names (by a hash of their token ids, so that
-    order and epochs do not matter) and counts only once that `.json`, written last, exists: a killed run loses at most
-    one shard. `cache[input_ids]` is `[S, n * H]`.
+    order and epochs do not matter) and counts only once that `.json`, written last with the shard's checksum, exists: a
+    killed run loses at most one shard, and a damaged one is computed again. `cache[input_ids]` is `[S, n * H]`.
 
     Args:
         directory (`str` or `Path`): folder of the cache, made if missing.
@@ -43,11 +45,9 @@ class FeatureCache:
         self.directory = Path(directory)
         self.adapter = adapter
         self.directory.mkdir(parents=True, exist_ok=True)
-        # A weight sample tells two checkpoints under one name apart.
-        sample = adapter.head.weight.detach().flatten()[:4096].float().cpu().numpy().tobytes()
         self._identity = {
             "target": target_id,
-            "weights": hashlib.sha1(sample).hexdigest(),
+            "weights": weight_sample(adapter.target),
             "feature_layers": adapter.feature_layers,
             "feature_size": adapter.hidden_size * len(adapter.feature_layers),
         }
@@ -61,6 +61,10 @@ class FeatureCache:
                 )
         else:
             _write_whole(meta, json.dumps(self._identity))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads the indices again, for what other processes wrote."""
         self._places: dict[str, tuple[str, int, int]] = {}
         self._open: dict[str, object] = {}
         for index in sorted(self.directory.glob("features-*.json")):
@@ -84,31 +88,77 @@ class FeatureCache:
         # Memory maps do not travel into data-loader workers.
         return {**self.__dict__, "_open": {}, "adapter": None}
 
-    def fill(self, rows: Iterable[torch.Tensor], tokens_per_batch: int = 4096) -> None:
+    def fill(
+        self, rows: Iterable[torch.Tensor], tokens_per_batch: int = 4096, rank: int = 0, world_size: int = 1
+    ) -> None:
         """Computes what is missing of `rows` (token ids, each `[S]`); says beforehand what it will cost.
+
+        Args:
+            rows: the same on all processes.
+            tokens_per_batch (`int`): tokens in one forward of the target.
+            rank (`int`), world_size (`int`): this process computes every `world_size`-th of the missing rows.
 
         Raises:
             ValueError: if the disk cannot hold the features.
+            OSError: if it fills up meanwhile; what was written counts.
         """
+        if rank == 0:
+            self.drop_damaged()
         missing = list({_key(row): row for row in rows if row not in self}.values())
         if not missing:
             return
         tokens = sum(len(row) for row in missing)
         size = tokens * self._identity["feature_size"] * 2
         free = shutil.disk_usage(self.directory).free
-        print(
-            f"Feature cache: {tokens:,} tokens, {size / 2**30:.2f} GiB in {self.directory} ({free / 2**30:.0f} free)"
-        )
         if size * 1.05 > free:
             raise ValueError(
                 f"{self.directory} has {free / 2**30:.2f} GiB free; the features need {size / 2**30:.2f} GiB. "
                 "Use another disk, fewer rows, or train without cache_features."
             )
-        with tqdm(total=tokens, unit="tok", desc="features") as progress:
-            for start in range(0, len(missing), SHARD_ROWS):
-                self._write_shard(missing[start : start + SHARD_ROWS], tokens_per_batch, progress)
+        if rank == 0:
+            speed = self._measure(missing, tokens_per_batch) * world_size
+            print(
+                f"Feature cache (forecast): {tokens:,} tokens, {size / 2**30:.2f} GiB in {self.directory} "
+                f"({free / 2**30:.0f} free), about {tokens / speed / 3600:.2f} hours at {speed:,.0f} tokens/s",
+                flush=True,
+            )
+        mine = missing[rank::world_size]
+        with tqdm(total=sum(map(len, mine)), unit="tok", desc="features", disable=rank > 0) as progress:
+            for start in range(0, len(mine), SHARD_ROWS):
+                self._write_shard(mine[start : start + SHARD_ROWS], tokens_per_batch, progress, rank, world_size)
 
-    def _write_shard(self, rows: list[torch.Tensor], tokens_per_batch: int, progress: tqdm) -> None:
+    def _measure(self, rows: list[torch.Tensor], tokens_per_batch: int) -> float:
+        """The target's tokens per second on one batch of rows of the usual length, after one to warm up."""
+        usual = sorted(rows, key=len)[len(rows) // 2]
+        ids = usual[: min(len(usual), tokens_per_batch)][None].to(self.adapter.device)
+        ids = ids.expand(max(1, min(len(rows), tokens_per_batch // ids.shape[1])), -1)
+        for _ in range(2):
+            start = time.perf_counter()
+            self.adapter.compute_features(ids, attention_mask=torch.ones_like(ids))[..., :1].cpu()  # waits for a GPU
+            seconds = time.perf_counter() - start
+        return ids.numel() / max(seconds, 1e-9)
+
+    def drop_damaged(self) -> list[str]:
+        """Forgets shards whose file is missing or does not have its checksum, and says so; returns their names."""
+        damaged = []
+        for index in sorted(self.directory.glob("features-*.json")):
+            weights = index.with_suffix(".safetensors")
+            try:
+                stored = json.loads(index.read_text()).get("sha256")
+                sound = weights.is_file() and stored in (None, file_sha256(weights))
+            except ValueError:
+                sound = False
+            if not sound:
+                damaged.append(index.stem)
+                index.unlink()
+        if damaged:
+            print(f"{self.directory}: {', '.join(damaged)} damaged (checksum); computing these features again.")
+            self.refresh()
+        return damaged
+
+    def _write_shard(
+        self, rows: list[torch.Tensor], tokens_per_batch: int, progress: tqdm, rank: int = 0, world_size: int = 1
+    ) -> None:
         starts, total = [], 0
         for row in rows:
             starts.append(total)
@@ -131,19 +181,47 @@ class FeatureCache:
                 length = len(rows[index])
                 features[starts[index] : starts[index] + length] = computed[place, :length].cpu()
                 progress.update(length)
-        self.write_shard(rows, starts, features)
+        self.write_shard(rows, starts, features, rank, world_size)
 
-    def write_shard(self, rows: list[torch.Tensor], starts: list[int], features: torch.Tensor) -> None:
-        """Stores `features` `[T, n * H]`, row i of `rows` from `starts[i]` on, as one new shard."""
-        number = len(list(self.directory.glob("features-*.json")))
-        name = f"features-{number:05d}"
-        weights = self.directory / f"{name}.safetensors"
+    def write_shard(
+        self, rows: list[torch.Tensor], starts: list[int], features: torch.Tensor, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """Stores `features` `[T, n * H]`, row i of `rows` from `starts[i]` on, as one new shard.
+
+        Raises:
+            OSError: if it cannot be written; nothing of it is left.
+        """
+        # the first free number of this process
+        number = rank
+        while (self.directory / f"features-{number:05d}.json").exists():
+            number += world_size
+        weights = self.directory / f"features-{number:05d}.safetensors"
         part = weights.with_suffix(".part")
-        save_file({"features": features.to(torch.bfloat16)}, part)
-        os.replace(part, weights)
-        index = [[_key(row), start, len(row)] for row, start in zip(rows, starts, strict=True)]
-        _write_whole(weights.with_suffix(".json"), json.dumps({"rows": index, "written": time.time()}))
-        self._read_index(weights.with_suffix(".json"))
+        index = weights.with_suffix(".json")
+        places = [[_key(row), start, len(row)] for row, start in zip(rows, starts, strict=True)]
+        try:
+            save_file({"features": features.to(torch.bfloat16)}, part)
+            checksum = file_sha256(part)
+            os.replace(part, weights)
+            _write_whole(index, json.dumps({"rows": places, "sha256": checksum, "written": time.time()}))
+        except (OSError, SafetensorError) as error:
+            for path in (part, index.with_name(index.name + ".part")):
+                path.unlink(missing_ok=True)
+            raise OSError(
+                f"{weights} could not be written ({error}). Free the disk and run again: the "
+                f"{len(self._places):,} rows cached so far are kept."
+            ) from error
+        self._read_index(index)
+
+
+def weight_sample(target: nn.Module) -> str:
+    """A hash of a few values of every weight: tells fine-tuned copies and adapters under one name apart."""
+    digest = hashlib.sha1()
+    for name, parameter in sorted(target.named_parameters()):
+        digest.update(name.encode())
+        if parameter.device.type != "meta":  # offloaded
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _write_whole(path: Path, text: str) -> None:

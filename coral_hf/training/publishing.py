@@ -12,6 +12,7 @@ import transformers
 from ..hub.model_card import write_card
 from ..hub.publish import hub_errors, prepare_folder, require_token
 from ..hub.records import RECORD_FOLDER
+from .adapters import is_peft, save_merged
 
 
 # arguments that say where, not how
@@ -29,12 +30,26 @@ class PublishingMixin:
             super().init_hf_repo(token=token, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save and not _internal_call:
-            folder = Path(output_dir or self.args.output_dir)
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if self.is_fsdp_enabled:
+            # A checkpoint may be sharded; a drafter is one file that loads anywhere. All processes take part.
+            self._save(str(folder), state_dict=self.accelerator.get_state_dict(self.model))
+        elif is_peft(self.model):
+            if self.args.should_save:
+                save_merged(self.accelerator.unwrap_model(self.model), folder)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
+        else:
+            super().save_model(str(folder), _internal_call=True)
+        if self.args.should_save:
             self.write_training_record(folder)
             # Records of an earlier drafter in this folder are no reason to lose a training.
             write_card(folder, unmeasured=True, strict=False)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Pushes as [`~transformers.Trainer.push_to_hub`] does, with the card of `coral-hf card`, made from the records in

@@ -30,6 +30,8 @@ class CoralRouterTrainer(CoralTrainer):
                 "stage='router' trains the router of a trained drafter, and this one has none: call "
                 "drafter.add_router(num_groups) (--router-groups) first."
             )
+        if kwargs.get("peft_config") is not None:
+            raise ValueError("stage='router' trains a small router as it is: leave peft_config out.")
         model.requires_grad_(False)
         model.router.requires_grad_(True)
         super().__init__(model, *args, **kwargs)
@@ -38,9 +40,7 @@ class CoralRouterTrainer(CoralTrainer):
         num_steps = self.args.rollout_steps_at(self.state.global_step / max(self.state.max_steps, 1))
         loss, count, metrics, outputs = self._router_terms(model, inputs, num_steps)
         if model.training:
-            self.tokens_seen += count
-            for name, value in metrics.items():
-                self._metrics[name].append(value)
+            self._metrics.add({name: (value, torch.tensor(count)) for name, value in metrics.items()})
         if num_items_in_batch is not None:
             loss = loss * (count / num_items_in_batch)
             if self.args.average_tokens_across_devices:

@@ -1,33 +1,31 @@
 """CoralTrainer: trains a drafter against a frozen target that computes features in the same process."""
 
-import json
 import math
-from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration_coral import check_vocabulary
 from ..modeling_coral import CoralDraftModel
 from ..target_adapter import TargetAdapter
+from .adapters import add_adapters
 from .arguments import CoralTrainingArguments
+from .checkpoints import CheckpointMixin
+from .curves import DrawLearningCurve
 from .data import IGNORED_LABEL, ConversationDataset, CoralDataCollator, check_ids, preview
 from .faults import StopOnNonFiniteGradient
 from .feature_cache import FeatureCache
 from .losses import chunked_classification_loss, csra_loss, regression_loss
+from .metrics import WeightedMeans, chain_length
+from .placement import place_target, plain_sharding
 from .publishing import PublishingMixin
 from .simulation import ChainStatistics
 
 
-PROGRESS_FILE = "coral_progress.json"  # in a checkpoint: what TrainerState has no field for
-
-
-class CoralTrainer(PublishingMixin, Trainer):
+class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
     """Trains a [`CoralDraftModel`] with a K-step rollout (HASS), the classification and regression losses of EAGLE and
     CSRA (CORAL section 3).
 
@@ -38,6 +36,8 @@ class CoralTrainer(PublishingMixin, Trainer):
         train_dataset, eval_dataset: [`ConversationDataset`], a `datasets.Dataset`, or a list of response rows (see
             `training.data.SCHEMAS`).
         processing_class (*optional*): the target's tokenizer; its vocabulary hash must be the drafter's.
+        peft_config (`PeftConfig`, *optional*): adapts the drafter to this (fine-tuned) target with adapters instead of
+            training it; `save_model` writes the merged drafter, and the adapters beside it.
         **kwargs: as for [`~transformers.Trainer`].
 
     Raises:
@@ -54,6 +54,7 @@ class CoralTrainer(PublishingMixin, Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ):
         args = args or CoralTrainingArguments(output_dir="outputs/coral")
@@ -68,6 +69,8 @@ class CoralTrainer(PublishingMixin, Trainer):
         self.adapter = TargetAdapter(target_model, layers if layers[-1] == -1 else [*layers, -1])
         self._features_read = len(layers) * self.adapter.hidden_size
         check_pair(model, self.adapter, processing_class)
+        if peft_config is not None:
+            model = add_adapters(model, peft_config, self.adapter)
         train_dataset = self._encode(train_dataset, processing_class, args)
         eval_dataset = self._encode(eval_dataset, processing_class, args)
         for dataset in (train_dataset, eval_dataset):
@@ -84,10 +87,12 @@ class CoralTrainer(PublishingMixin, Trainer):
         )
         # `Trainer` reads this off the model's forward; the loss here is scaled by num_items_in_batch in compute_loss.
         self.model_accepts_loss_kwargs = True
-        self._place_target()
+        place_target(self.adapter, self.accelerator, args.shard_target)
         self._finite = StopOnNonFiniteGradient()
         self.add_callback(self._finite)
-        self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
+        if args.learning_curve:
+            self.add_callback(DrawLearningCurve())
+        self._metrics = WeightedMeans()
         self._shortlist = self._frequent_ids()
         self.tokens_seen = 0
         if args.cache_features is not None:
@@ -111,12 +116,9 @@ class CoralTrainer(PublishingMixin, Trainer):
     def _pad_token_id(tokenizer: Any) -> int:
         return getattr(tokenizer, "pad_token_id", None) or 0
 
-    def _place_target(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.accelerator.num_processes > 1:
-            # As TRL's DPO trainer places its reference model.
-            self.accelerator.prepare_model(self.target_model, evaluation_mode=True)
-        elif getattr(self.target_model, "hf_device_map", None) is None:
-            self.target_model.to(self.args.device)
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plain_sharding(self.accelerator)
 
     def _frequent_ids(self) -> torch.LongTensor | None:
         """The `loss_vocab_size` most frequent response ids, or None for the exact loss."""
@@ -132,13 +134,11 @@ class CoralTrainer(PublishingMixin, Trainer):
 
     def _fill_cache(self, directory: str, datasets: Sequence[Any]) -> None:
         config = self.model.config
-        with self.args.main_process_first(desc="feature cache"):
-            # opened in here, so that the other processes see what the first one wrote
-            cache = FeatureCache(directory, self.adapter, f"{config.target_name_or_path} {config.target_revision}")
-            rows = (
-                dataset[i]["input_ids"] for dataset in datasets if dataset is not None for i in range(len(dataset))
-            )
-            cache.fill(rows)
+        cache = FeatureCache(directory, self.adapter, f"{config.target_name_or_path} {config.target_revision}")
+        rows = [dataset[i]["input_ids"] for dataset in datasets if dataset is not None for i in range(len(dataset))]
+        cache.fill(rows, rank=self.args.process_index, world_size=self.args.world_size)
+        self.accelerator.wait_for_everyone()
+        cache.refresh()  # what the other processes wrote
         self.data_collator.feature_cache = cache
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -188,8 +188,15 @@ class CoralTrainer(PublishingMixin, Trainer):
         return outputs, features[:, 1:, -self.adapter.hidden_size :], trained
 
     def training_step(self, model, inputs, *args, **kwargs):
-        self._finite.batch = inputs
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._finite.note(inputs, loss)
+        return loss
+
+    def get_batch_samples(self, *args, **kwargs):
+        samples, num_items = super().get_batch_samples(*args, **kwargs)
+        if num_items is not None:
+            self.tokens_seen += int(num_items)  # of all processes
+        return samples, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args = self.args
@@ -200,7 +207,7 @@ class CoralTrainer(PublishingMixin, Trainer):
         count = trained.sum()
         share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
         total = torch.zeros((), device=count.device)
-        metrics: dict[str, torch.Tensor] = {}
+        metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # mean and the rows it is over
         alive = trained
         for step, (hidden, valid) in enumerate(zip(outputs.hidden_states, outputs.valid, strict=True), start=1):
             rows = trained & valid
@@ -216,26 +223,25 @@ class CoralTrainer(PublishingMixin, Trainer):
             )
             regression = regression_loss(hidden[rows], targets[rows])
             step_loss = args.classification_loss_weight * result.loss + args.regression_loss_weight * regression
-            step_share = share * rows.sum() / count.clamp(min=1)
+            row_count = rows.sum()
+            step_share = share * row_count / count.clamp(min=1)
             total = total + args.step_decay ** (step - 1) * step_share * step_loss
-            metrics[f"classification_{step}"] = result.loss.detach()
-            metrics[f"regression_{step}"] = regression.detach()
+            metrics[f"classification_{step}"] = result.loss, row_count
+            metrics[f"regression_{step}"] = regression, row_count
             if args.topk_loss_weight:
-                metrics[f"topk_{step}"] = result.topk_loss
+                metrics[f"topk_{step}"] = result.topk_loss, row_count
             # Conditional acceptance: step k counts where the chain before it was accepted.
             match = torch.zeros_like(rows)
             match[rows] = result.match
             reached = rows & (alive if step == 1 else alive.roll(1, dims=1))
             alive = reached & match
-            metrics[f"acceptance_{step}"] = alive.sum() / reached.sum().clamp(min=1)
+            metrics[f"acceptance_{step}"] = alive.sum() / reached.sum().clamp(min=1), reached.sum()
         if args.csra_weight and num_steps > 1:
             contrast = self._csra(outputs, targets, trained)
             total = total + args.csra_weight * share * contrast
-            metrics["csra"] = contrast.detach()
+            metrics["csra"] = contrast, count
         if model.training:
-            self.tokens_seen += int(count)
-            for name, value in metrics.items():
-                self._metrics[name].append(value.float())
+            self._metrics.add(metrics)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             total = total * self.accelerator.num_processes
         return (total, outputs) if return_outputs else total
@@ -271,28 +277,15 @@ class CoralTrainer(PublishingMixin, Trainer):
             offsets[-sampled.numel() :] = math.log(rest.numel() / sampled.numel())
         return token_ids.to(labels.device), offsets.to(labels.device)
 
-    # Checkpoints -----------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / PROGRESS_FILE).write_text(json.dumps({"response_tokens": self.tokens_seen}))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        progress = Path(resume_from_checkpoint) / PROGRESS_FILE
-        if progress.exists():
-            self.tokens_seen = json.loads(progress.read_text())["response_tokens"]
-
     # Logging and evaluation ------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._metrics and "loss" in logs:
-            logs = {**logs, **{name: torch.stack(v).mean().item() for name, v in sorted(self._metrics.items())}}
+            means = self._metrics.drain(self.accelerator)
+            length = chain_length(means)
+            logs = {**logs, **means} if length is None else {**logs, **means, "acceptance_length": length}
             logs["rollout_steps"] = self.args.rollout_steps_at(self.state.global_step / max(self.state.max_steps, 1))
             logs["response_tokens"] = self.tokens_seen
-            self._metrics.clear()
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
@@ -306,6 +299,8 @@ class CoralTrainer(PublishingMixin, Trainer):
         eval_dataset = self._encode(eval_dataset, self.processing_class, self.args)
         check_ids(eval_dataset, self.adapter.vocab_size)
         model = self._wrap_model(self.model, training=False)
+        if self.is_fsdp_enabled and self.model is self.model_wrapped:
+            self.model.to(self.args.device)  # not sharded yet: `Trainer` leaves it where it was
         was_training = self.model.training
         model.eval()
         statistics = ChainStatistics(self.args.eval_chain_depth)

@@ -1,0 +1,255 @@
+"""Checkpoints that outlive a kill: written beside and renamed, and checked before a training goes on from one."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, has_length, rotate_checkpoints
+
+from ..weight_files import WEIGHTS_FILE
+from .adapters import is_peft
+
+
+PROGRESS_FILE = "coral_progress.json"  # in a checkpoint: what TrainerState has no field for
+STATE_FILE = "trainer_state.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+PARTIAL_FOLDER = "checkpoint-being-written"  # never taken for a checkpoint: those end in a number
+_FINGERPRINT_ROWS = 64
+
+
+class CheckpointMixin:
+    """Saves and resumes exactly; before [`~transformers.Trainer`] in the bases.
+
+    What a step draws at random (CSRA's positions, sampled negatives, feature noise) comes from the default generators,
+    whose states `Trainer` stores; the order of rows is a function of seed and epoch alone.
+    """
+
+    _staging: Path | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As [`~transformers.Trainer.train`]; `resume_from_checkpoint` may also be `"true"` or `"last"`.
+
+        Raises:
+            ValueError: if the checkpoint is incomplete or belongs to another drafter, stage, data or batch size.
+            OSError: if a checkpoint cannot be written.
+        """
+        folder = self._resume_folder(resume_from_checkpoint)
+        if folder is not None:
+            self.check_checkpoint(folder)
+        output = Path(self.args.output_dir)
+        if self.args.should_save and output.is_dir():
+            shutil.rmtree(output / PARTIAL_FOLDER, ignore_errors=True)  # of a run that was killed
+            if self.args.save_strategy != "no":
+                self._check_space(output)
+        return super().train(None if folder is None else str(folder), *args, **kwargs)
+
+    # Writing ---------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # from its final place only
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial=trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging, final = run / PARTIAL_FOLDER, run / name
+        if self.args.should_save:
+            self._check_space(run)
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self._finish_staged(staging, name, final)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise OSError(
+                f"{final} could not be written ({str(error).splitlines()[0]}); {_last(run)}. Free or change the disk "
+                "(--output_dir), then go on with --resume_from_checkpoint last."
+            ) from error
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if final.exists():  # of an earlier run that went on from an older checkpoint
+                os.replace(final, staging / "old")
+            os.replace(staging / name, final)
+            shutil.rmtree(staging)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _finish_staged(self, staging: Path, name: str, final: Path) -> None:
+        (staging / name / PROGRESS_FILE).write_text(json.dumps(self._progress()))
+        # `Trainer` takes the best checkpoint for where this one is written now
+        if self.state.best_model_checkpoint == str(staging / name):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staging / name / STATE_FILE))
+
+    def _check_space(self, folder: Path) -> None:
+        """Raises `OSError` unless one more checkpoint (weights and AdamW's two moments) fits on the disk."""
+        needed = checkpoint_bytes(self.model)
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise OSError(
+                f"{folder} has {free / 2**20:,.0f} MiB free; a checkpoint needs {needed / 2**20:,.0f} MiB; "
+                f"{_last(folder)}. Free or change the disk (--output_dir), or lower --save_total_limit."
+            )
+
+    # Resuming --------------------------------------------------------------------------------------------------
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "response_tokens": self.tokens_seen,
+            "stage": self.args.stage,
+            "data": fingerprint(self.train_dataset),
+            "batch": self._global_batch(),
+        }
+
+    def _global_batch(self) -> int:
+        """Conversations per optimizer step, over all processes."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _resume_folder(self, given: str | bool | None) -> Path | None:
+        if given is None or given is False:
+            return None
+        output = Path(self.args.output_dir)
+        if given is not True and str(given).lower() not in ("true", "last"):
+            if not Path(given).is_dir():
+                raise ValueError(f"resume_from_checkpoint={str(given)!r} is no folder; {_last(output)}.")
+            return Path(given)
+        found = get_last_checkpoint(output) if output.is_dir() else None
+        if found is None:
+            raise ValueError(f"resume_from_checkpoint={given}: {_last(output)}. Leave it out to start anew.")
+        return Path(found)
+
+    def check_checkpoint(self, folder: str | Path) -> None:
+        """Raises `ValueError` unless a training of this drafter on this data can go on from `folder` exactly."""
+        folder = Path(folder)
+        anew = "To start a new training from its weights, give that folder as the drafter (--drafter) instead."
+        try:
+            json.loads((folder / STATE_FILE).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{folder} holds no readable {STATE_FILE}: it is no checkpoint of a training. {anew}"
+            ) from error
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        weights = ADAPTER_FILE if is_peft(self.model) else WEIGHTS_FILE
+        for name in (weights, "optimizer.pt", "scheduler.pt"):
+            if not sharded and not (folder / name).is_file():
+                raise ValueError(f"{folder} holds no {name}, which this training needs to go on. {anew}")
+        if not sharded and weights == WEIGHTS_FILE:
+            expected = {key: list(value.shape) for key, value in self.model.state_dict().items()}
+            found = _shapes(folder / WEIGHTS_FILE)
+            wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            if wrong:
+                key = wrong[0]
+                raise ValueError(
+                    f"{folder} is a checkpoint of another drafter: {key} has shape {found.get(key)} there and "
+                    f"{expected.get(key)} here ({len(wrong)} tensors differ). Resume with the settings it was trained with."
+                )
+        path = folder / PROGRESS_FILE
+        stored = json.loads(path.read_text()) if path.is_file() else {}
+        for name, value in self._progress().items():
+            if name == "response_tokens" or (name == "data" and self.args.ignore_data_skip):
+                continue
+            if stored.get(name) is not None and value is not None and stored[name] != value:
+                raise ValueError(
+                    f"{folder} was written by a training with another {name} ({stored[name]!r}, here {value!r}): its "
+                    f"steps would not continue. {anew}"
+                )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        progress = Path(resume_from_checkpoint) / PROGRESS_FILE
+        if progress.exists():
+            self.tokens_seen = json.loads(progress.read_text())["response_tokens"]
+
+    # The order of rows -----------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or dataset is None or not has_length(dataset):
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(self, dataset)
+
+
+class LengthGroupedSampler(torch.utils.data.Sampler):
+    """Rows of similar length together, in an order that depends on seed and epoch only.
+
+    `Trainer`'s own draws it from the global generator, which a resumed run has in another state in the middle of an
+    epoch, and two processes in two states.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): whose seed, epoch and global batch size count.
+        dataset: rows with `input_ids`.
+    """
+
+    def __init__(self, trainer: Any, dataset: Any):
+        self.trainer = trainer
+        self.lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        # the state's, because a loader that skips batches does not pass `set_epoch` on
+        epoch = int(self.trainer.state.epoch or 0)
+        args = self.trainer.args
+        generator = torch.Generator().manual_seed((args.data_seed or args.seed) + epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.trainer._global_batch(), generator=generator))
+
+
+def fingerprint(dataset: Any) -> str | None:
+    """A hash of a data set's size and of rows spread over it; None for a stream."""
+    if dataset is None or not has_length(dataset):
+        return None
+    size = len(dataset)
+    digest = hashlib.sha1(str(size).encode())
+    for index in range(0, size, max(1, size // _FINGERPRINT_ROWS)):
+        ids = torch.as_tensor(dataset[index]["input_ids"], dtype=torch.int64)
+        digest.update(ids.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Size of a checkpoint: all weights, and two moments of each trained one."""
+    size = 0
+    for parameter in model.parameters():
+        size += parameter.numel() * parameter.element_size() * (3 if parameter.requires_grad else 1)
+    return size + (1 << 16)
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return {key: list(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); resume from an older checkpoint.") from error
+
+
+def _last(folder: Path) -> str:
+    saved = get_last_checkpoint(folder) if folder.is_dir() else None
+    return f"{folder} holds no checkpoint" if saved is None else f"the last checkpoint is {saved}"
+
+
+__all__ = ["PROGRESS_FILE", "CheckpointMixin", "LengthGroupedSampler", "checkpoint_bytes", "fingerprint"]

@@ -1,0 +1,91 @@
+"""The learning curve of a training, as a picture in its output folder."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+CURVE_FILE = "learning_curve.png"
+
+
+class DrawLearningCurve(TrainerCallback):
+    """Draws [`draw_learning_curve`] after each evaluation and at the end; does nothing without matplotlib."""
+
+    def __init__(self) -> None:
+        self.available = importlib.util.find_spec("matplotlib") is not None
+
+    def _draw(self, args: Any, state: Any) -> None:
+        if self.available and state.is_world_process_zero and Path(args.output_dir).is_dir():
+            draw_learning_curve(state.log_history, Path(args.output_dir) / CURVE_FILE)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._draw(args, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._draw(args, state)
+
+
+def draw_learning_curve(log_history: list[dict[str, Any]], path: str | Path) -> Path | None:
+    """Draws classification and regression loss, conditional acceptance per rollout step and acceptance length over
+    steps.
+
+    Args:
+        log_history (`list[dict]`): `trainer.state.log_history`.
+        path (`str` or `Path`): the PNG.
+
+    Returns:
+        `Path`, or None if nothing was logged yet.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The learning curve needs matplotlib: pip install 'coral-hf[eval]'.") from error
+
+    panels = {
+        "classification loss": series(log_history, "classification_"),
+        "regression loss": series(log_history, "regression_"),
+        "conditional acceptance": series(log_history, "acceptance_", also="eval_acceptance_"),
+        "acceptance length (simulated)": lengths(log_history),
+        "router recall": series(log_history, "recall_", also="eval_recall_"),
+    }
+    panels = {title: curves for title, curves in panels.items() if curves}
+    if not panels:
+        return None
+    # no pyplot: its state is global, and the user's notebook may hold figures of its own
+    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, points in curves.items():
+            evaluated = name.startswith("eval")
+            axes.plot(*zip(*points, strict=True), label=name, linestyle="--" if evaluated else "-", marker=".")
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    path = Path(path)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    return path
+
+
+def series(log_history: list[dict[str, Any]], prefix: str, also: str | None = None) -> dict[str, list]:
+    """`{name: [(step, value), ...]}` of the logged values named `prefix` or `also` plus a number."""
+    found: dict[str, list] = {}
+    for row in log_history:
+        for name, value in row.items():
+            if any(part and name.startswith(part) and name[len(part) :].isdigit() for part in (prefix, also)):
+                found.setdefault(name, []).append((row["step"], value))
+    return dict(sorted(found.items()))
+
+
+def lengths(log_history: list[dict[str, Any]]) -> dict[str, list]:
+    names = ("acceptance_length", "eval_acceptance_length")
+    found = {name: [(row["step"], row[name]) for row in log_history if name in row] for name in names}
+    return {name: points for name, points in found.items() if points}
+
+
+__all__ = ["CURVE_FILE", "DrawLearningCurve", "draw_learning_curve"]

@@ -1,0 +1,53 @@
+"""What a training logs between two entries: weighted means over batches and processes."""
+
+from typing import Any
+
+import torch
+
+
+class WeightedMeans:
+    """Means of named values, each weighted by the rows behind it, so that small batches count little."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
+
+    def add(self, values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Adds `{name: (mean, weight)}` of one batch, scalars."""
+        for name, (mean, weight) in values.items():
+            weight = torch.as_tensor(weight, dtype=torch.float32, device=mean.device)
+            pair = torch.stack([mean.detach().float() * weight, weight])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def drain(self, accelerator: Any) -> dict[str, float]:
+        """The means over everything added since the last call, over all processes."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name] for name in names])  # [N, 2]
+        self._sums = {}
+        if accelerator.num_processes > 1:
+            sums = accelerator.reduce(sums, "sum")
+        means = (sums[:, 0] / sums[:, 1].clamp(min=1e-9)).tolist()
+        return dict(zip(names, means, strict=True))
+
+
+def chain_length(values: dict[str, float]) -> float | None:
+    """Expected acceptance length (bonus included) of a chain, from conditional rates `acceptance_1`, `acceptance_2`, ...
+
+    Returns:
+        `float`: 1 + a_1 + a_1 a_2 + ..., or None without rates.
+    """
+    if "acceptance_1" not in values:
+        return None
+    length, reached, step = 1.0, 1.0, 1
+    while (rate := values.get(f"acceptance_{step}")) is not None:
+        reached *= rate
+        length += reached
+        step += 1
+    return length
+
+
+__all__ = ["WeightedMeans", "chain_length"]

@@ -1,0 +1,84 @@
+"""Where the frozen target lies: whole on every process, or its layers sharded over them."""
+
+from typing import Any
+
+from torch import nn
+
+from ..target_adapter import TargetAdapter
+
+
+def place_target(adapter: TargetAdapter, accelerator: Any, shard: bool = False) -> None:
+    """Puts the target onto this process's device once; it is never wrapped, trained or saved with the drafter.
+
+    Args:
+        adapter ([`TargetAdapter`])
+        accelerator (`Accelerator`)
+        shard (`bool`): split the decoder layers over the processes (FSDP2's `fully_shard`, gathered layer by layer in
+            each forward); embedding, norms and head stay whole, because losses read them at any time.
+
+    Raises:
+        ValueError: if there is one process only to shard over, or the target was placed by its `device_map`.
+    """
+    target = adapter.target
+    placed = getattr(target, "hf_device_map", None) is not None
+    if not shard:
+        if not placed:
+            target.to(accelerator.device)
+        return
+    if accelerator.num_processes < 2 or placed:
+        why = "its device_map placed it already" if placed else "there is one process only"
+        raise ValueError(
+            f"shard_target=True, but {why}: start several with `accelerate launch`, without a device_map."
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    layers = decoder_layers(adapter)
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    for layer in layers:
+        layer.to(accelerator.device)
+        fully_shard(layer, mesh=mesh)
+    for module in target.modules():
+        if id(module) not in inside:
+            _move_own(module, accelerator.device)
+
+
+def plain_sharding(accelerator: Any) -> None:
+    """Makes FSDP treat the drafter as one unit: its rollout calls parts of its only layer, which units of their own
+    would leave sharded.
+
+    Raises:
+        ValueError: under DeepSpeed ZeRO stage 3, which would split frozen embedding and head as well.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.auto_wrap_policy = None
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed ZeRO stage 3 splits every parameter, the target's embedding and head too, which the losses read "
+            "at any time. Use stage 1 or 2 (a drafter is small), or FSDP with --shard_target true for a large target."
+        )
+
+
+def _move_own(module: nn.Module, device: Any) -> None:
+    """Moves a module's own tensors, not its children's: a sharded child refuses to be moved."""
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.to(device)
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(module, name, buffer.to(device))
+
+
+def decoder_layers(adapter: TargetAdapter) -> nn.ModuleList:
+    """The target's decoder layers, found by their number."""
+    count = adapter.text_config.num_hidden_layers
+    for module in adapter.target.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(
+        f"{type(adapter.target).__name__} has no list of {count} decoder layers to shard; use shard_target=False."
+    )
+
+
+__all__ = ["decoder_layers", "place_target", "plain_sharding"]

@@ -1,0 +1,245 @@
+"""Faults: killed trainings go on bit for bit, half-written checkpoints count for nothing, wrong ones are refused."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_target
+from test_trainer import assert_same_weights, make_trainer, quick_drafter, random_rows, weights
+
+from coral_hf import CoralDraftModel
+from coral_hf.training import checkpoints
+from coral_hf.training.checkpoints import PARTIAL_FOLDER, LengthGroupedSampler
+
+
+PROGRAM = Path(__file__).parent / "training_process.py"
+# every random draw of a step at once, over two and a half epochs
+SETTINGS = {
+    "rollout_schedule": "1:0.3,3:0.7",
+    "csra_max_positions": 6,
+    "loss_vocab_size": 16,
+    "loss_negatives": 8,
+    "feature_noise": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "save_total_limit": 2,
+    "max_steps": 10,
+    "lr_scheduler_type": "linear",
+}
+
+
+def start(options: dict) -> subprocess.Popen:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(PROGRAM.parent.parent)
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), json.dumps(options)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end, "the training did not come so far"
+        time.sleep(0.002)
+
+
+def kill(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Weights of the whole training, made in this process."""
+    target = make_target(dtype=torch.float32)
+    trainer = make_trainer(tmp_path_factory.mktemp("whole"), target, rows=random_rows(16), **SETTINGS)
+    trainer.train()
+    return weights(trainer.model), trainer.tokens_seen
+
+
+def test_a_killed_training_goes_on_bit_for_bit(tmp_path, uninterrupted):
+    """SIGKILL at a random moment of a later step, twice, then to the end."""
+    output, step_file = tmp_path / "out", tmp_path / "step"
+    options = {"output": str(output), "settings": SETTINGS, "step_file": str(step_file)}
+    rng = random.Random(os.getpid())
+    for resume, at_step in ((None, 3), ("last", 7)):
+        process = start({**options, "resume": resume, "seed": 50 + at_step if resume else 1})
+        wait_for(lambda at_step=at_step: step_file.exists() and int(step_file.read_text() or 0) >= at_step, process)
+        time.sleep(rng.random() * 0.02)
+        kill(process)
+    finish(start({**options, "resume": "last", "seed": 99}))
+    assert_same_weights(uninterrupted[0], weights(CoralDraftModel.from_pretrained(output)), rtol=0, atol=0)
+    record = json.loads((output / "training" / "training.json").read_text())
+    assert record["response_tokens_seen"] == uninterrupted[1]
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_good_one(tmp_path, uninterrupted):
+    output, mark = tmp_path / "out", tmp_path / "saving"
+    options = {"output": str(output), "settings": SETTINGS}
+    target = make_target(dtype=torch.float32)
+    first = make_trainer(output, target, rows=random_rows(16), **SETTINGS)
+    stop_after(first, 4)
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    process = start({**options, "resume": "last", "slow_save": str(mark)})
+    wait_for(mark.exists, process)
+    kill(process)
+    partial = output / PARTIAL_FOLDER
+    assert (partial / "checkpoint-6" / "optimizer.pt").exists(), "killed in the middle"
+    assert sorted(path.name for path in output.glob("checkpoint-[0-9]*")) == ["checkpoint-2", "checkpoint-4"]
+    trainer = make_trainer(output, target, quick_drafter(target, seed=7), random_rows(16), **SETTINGS)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_weights(uninterrupted[0], weights(trainer.model), rtol=0, atol=0)
+    assert not partial.exists()
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-8"]
+
+
+def stop_after(trainer, step: int) -> None:
+    """Trains to a step as if killed right after it."""
+    training_step = trainer.training_step
+
+    def stopping(*args, **kwargs):
+        if trainer.state.global_step >= step:
+            raise KeyboardInterrupt
+        return training_step(*args, **kwargs)
+
+    trainer.training_step = stopping
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+@pytest.mark.parametrize("at_step", range(1, 10))
+def test_every_step_can_be_resumed(at_step, tmp_path, uninterrupted):
+    target = make_target(dtype=torch.float32)
+    settings = {**SETTINGS, "save_steps": 1}
+    stop_after(make_trainer(tmp_path, target, rows=random_rows(16), **settings), at_step)
+    trainer = make_trainer(tmp_path, target, quick_drafter(target, seed=5), random_rows(16), **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at_step}"))
+    assert_same_weights(uninterrupted[0], weights(trainer.model), rtol=0, atol=0)
+    assert trainer.tokens_seen == uninterrupted[1]
+
+
+def test_resuming_into_an_existing_checkpoint_replaces_it(tmp_path, uninterrupted):
+    target = make_target(dtype=torch.float32)
+    settings = {**SETTINGS, "save_total_limit": None}
+    make_trainer(tmp_path, target, rows=random_rows(16), **settings).train()
+    (tmp_path / "checkpoint-6" / "stray").touch()
+    trainer = make_trainer(tmp_path, target, quick_drafter(target, seed=5), random_rows(16), **settings)
+    trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-4")
+    assert not (tmp_path / "checkpoint-6" / "stray").exists()
+    assert_same_weights(uninterrupted[0], weights(trainer.model), rtol=0, atol=0)
+
+
+def test_the_best_checkpoint_is_kept_under_its_final_name(tmp_path):
+    target = make_target(dtype=torch.float32)
+    settings = {**SETTINGS, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1}
+    settings |= {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "acceptance_length",
+        "greater_is_better": True,
+    }
+    trainer = make_trainer(tmp_path, target, rows=random_rows(16), eval_dataset=random_rows(4, seed=3), **settings)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path and (best / "optimizer.pt").exists()
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+    assert_same_weights(weights(trainer.model), weights(CoralDraftModel.from_pretrained(best)), rtol=0, atol=0)
+
+
+def test_the_order_of_rows_depends_on_seed_and_epoch(tmp_path):
+    def orders(batch, accumulation, **settings):
+        trainer = make_trainer(
+            tmp_path,
+            make_target(dtype=torch.float32),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            **settings,
+        )
+        sampler = trainer._get_train_sampler()
+        assert isinstance(sampler, LengthGroupedSampler) and len(sampler) == 16
+        result = []
+        for epoch in (0, 1, 0):
+            trainer.state.epoch = epoch
+            torch.rand(epoch + 3)  # the global generator plays no part
+            result.append(list(sampler))
+        return result
+
+    first, second, again = orders(8, 1)
+    assert first == again != second and sorted(first) == list(range(16))
+    assert orders(2, 4) == [first, second, first]
+    assert orders(8, 1, seed=7)[0] != first
+
+
+# Bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path):
+    target = make_target(dtype=torch.float32)
+    settings = {**SETTINGS, "max_steps": 2}
+    make_trainer(tmp_path, target, rows=random_rows(16), **settings).train()
+    return target, tmp_path, settings
+
+
+def test_a_wrong_checkpoint_is_refused(trained):
+    target, folder, settings = trained
+    checkpoint = folder / "checkpoint-2"
+
+    def resume(message, where=checkpoint, drafter=None, rows=None, **changed):
+        trainer = make_trainer(folder, target, drafter, rows or random_rows(16), **{**settings, **changed})
+        with pytest.raises(ValueError, match=message):
+            trainer.train(resume_from_checkpoint=where)
+
+    resume(r"'/no/such' is no folder; the last checkpoint is .*checkpoint-2", "/no/such")
+    resume("holds no readable trainer_state.json: it is no checkpoint of a training.*--drafter", folder.parent)
+    resume("is a checkpoint of another drafter: .* has shape .*tensors differ", drafter=quick_drafter(target, "eagle"))
+    resume("with another data", rows=random_rows(15))
+    resume("with another data", rows=random_rows(16, seed=8))
+    resume(r"with another batch \(4, here 8\)", per_device_train_batch_size=8)
+    (checkpoint / "optimizer.pt").rename(folder / "kept")
+    resume("holds no optimizer.pt, which this training needs")
+    (folder / "kept").rename(checkpoint / "optimizer.pt")
+    whole = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    resume("model.safetensors is damaged")
+    (checkpoint / "trainer_state.json").write_text('{"half": ')
+    resume("holds no readable trainer_state.json")
+    shutil.rmtree(checkpoint)
+    resume(r"resume_from_checkpoint=last: .* holds no checkpoint. Leave it out", "last")
+
+
+def test_a_full_disk_is_said_before_and_while_writing(trained, monkeypatch):
+    target, folder, settings = trained
+    usage = shutil.disk_usage(folder)
+    trainer = make_trainer(folder, target, rows=random_rows(16), **{**settings, "max_steps": 4})
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OSError, match=r"has 0 MiB free; a checkpoint needs .* the last checkpoint is .*checkpoint-2"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, uninterrupted):
+    output = tmp_path / "out"
+    options = {"output": str(output), "settings": SETTINGS}
+    stop_after(make_trainer(output, make_target(dtype=torch.float32), rows=random_rows(16), **SETTINGS), 2)
+    process = start({**options, "resume": "last", "file_limit": 20_000})
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert "checkpoint-4 could not be written" in errors and "the last checkpoint is" in errors
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-2"]
+    finish(start({**options, "resume": "last"}))
+    assert_same_weights(uninterrupted[0], weights(CoralDraftModel.from_pretrained(output)), rtol=0, atol=0)

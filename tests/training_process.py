@@ -1,0 +1,93 @@
+"""One tiny training as a program of its own, to be killed, resumed or launched in several processes.
+
+python training_process.py '{"output": DIR, "settings": {...}}'   (see `main`)
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+def allow_fsdp_on_cpu() -> None:
+    """Accelerate takes up FSDP on accelerators only; its own code runs as well on CPU ranks once they look like those."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    init = PartialState.__init__
+
+    def patched(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = patched
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    sys.path.insert(0, str(Path(__file__).parent))
+    torch.set_num_threads(1)
+    from conftest import make_target
+    from test_trainer import make_args, quick_drafter, random_rows, weights
+
+    from coral_hf.training import checkpoints
+    from coral_hf.training.trainer import CoralTrainer
+
+    output = Path(options["output"])
+    if options.get("slow_save"):  # time to be killed between two files of a checkpoint
+        save = CoralTrainer._save_optimizer_and_scheduler
+
+        def slow(self, folder):
+            save(self, folder)
+            Path(options["slow_save"]).touch()
+            time.sleep(60)
+
+        CoralTrainer._save_optimizer_and_scheduler = slow
+    if options.get("file_limit"):  # a write that fails half-way, as on a full disk
+        import resource
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (options["file_limit"], resource.RLIM_INFINITY))
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        allow_fsdp_on_cpu()
+    target = make_target(dtype=getattr(torch, options.get("dtype", "float32")))
+    trainer = CoralTrainer(
+        model=quick_drafter(target, seed=options.get("seed", 1)),
+        target_model=target,
+        args=make_args(output, **options["settings"]),
+        train_dataset=random_rows(options.get("rows", 16)),
+        eval_dataset=random_rows(4, seed=3) if options.get("evaluate") else None,
+    )
+    if options.get("step_file"):
+        step = trainer.training_step
+
+        def counted(*args, **kwargs):
+            loss = step(*args, **kwargs)
+            Path(options["step_file"]).write_text(str(trainer.state.global_step))
+            return loss
+
+        trainer.training_step = counted
+    try:
+        trainer.train(resume_from_checkpoint=options.get("resume"))
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    metrics = trainer.evaluate() if options.get("evaluate") else {}
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        history = trainer.state.log_history
+        (output / "result.json").write_text(json.dumps({"history": history, "metrics": metrics}))
+    if options.get("weights") and os.environ.get("RANK", "0") == "0":
+        torch.save(weights(trainer.model), options["weights"])
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.state.destroy_process_group()
+    assert checkpoints.PARTIAL_FOLDER not in {path.name for path in output.iterdir()}
+
+
+if __name__ == "__main__":
+    main()
