@@ -4,6 +4,7 @@ Runs a selection of the tests in one environment per combination of Python, torc
     python tests/run_matrix.py                                     # this Python, its torch, Transformers' floor and newest
     python tests/run_matrix.py --select full --torch 2.13.0 --python python3.10 python3.12
     python tests/run_matrix.py --list quick                        # the files of a selection, for .ci/run
+    python tests/run_matrix.py --requirement transformers floor    # what pip is asked for, for .ci/run
 
 Environments are kept under `--environments` and used again. `--transformers` and `--torch` take versions, `floor` (the
 lowest that pyproject.toml allows) and `newest`. On Linux `pip install torch` brings the CUDA build, gigabytes of it, where
@@ -74,7 +75,13 @@ def main() -> int:
     parser.add_argument("--select", choices=SELECTIONS, default="quick")
     parser.add_argument("--environments", type=Path, default=ROOT / "build" / "environments")
     parser.add_argument("--list", choices=SELECTIONS, help="print the files of a selection and stop")
+    parser.add_argument(
+        "--requirement", nargs=2, metavar=("PACKAGE", "VERSION"), help="print what pip is asked for and stop"
+    )
     arguments = parser.parse_args()
+    if arguments.requirement:
+        print(requirement(*arguments.requirement))
+        return 0
     if arguments.list:
         print(*files_of(arguments.list))
         return 0
