@@ -7,7 +7,8 @@ import torch
 from conftest import make_drafter
 from test_lossless import CHAIN, STOCK, config_of, prompt_of
 from transformers import DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.logging import get_logger, warning_once
 
 from coral_hf.compat import CACHE_NAME, cache_kwarg, cache_of
 
@@ -43,14 +44,26 @@ def test_a_prefilled_cache_under_the_old_name(target):
         run(STOCK)
 
 
-@pytest.mark.skipif(CACHE_NAME == "past_key_values", reason="this Transformers deprecates no name of the cache")
-def test_our_deprecations_are_errors(target, our_deprecations):
-    with pytest.raises(FutureWarning, match="past_key_values"):
-        target(prompt_of(5), past_key_values=DynamicCache())
-    with pytest.raises(FutureWarning, match="past_key_values"):
-        target.generate(prompt_of(5), past_key_values=DynamicCache(), max_new_tokens=2)
+class Renamed(torch.nn.Module):
+    @deprecate_kwarg("old", "99.0", new_name="new")
+    def forward(self, new=None):
+        return new
+
+
+def test_our_deprecations_are_errors(our_deprecations):
+    """Of forwards, of functions and in Transformers' log; another library's call is not ours."""
+    with pytest.raises(FutureWarning, match="`old` is deprecated"):
+        Renamed()(old=1)
+    with pytest.raises(FutureWarning, match="`old` is deprecated"):
+        Renamed().forward(old=1)
+
+    def deprecated():
+        get_logger("transformers.models").warning_once("This is deprecated.")
+
+    exec(compile("deprecated()", "/site-packages/peft/model.py", "exec"), {"deprecated": deprecated})
     assert not our_deprecations
-    assert CausalLMOutputWithPast(cache=DynamicCache()).past_key_values is not None
+    warning_once.cache_clear()
+    deprecated()
     [message] = our_deprecations
-    assert "test_compat.py" in message and "deprecated" in message
+    assert "test_compat.py" in message and "This is deprecated." in message
     our_deprecations.clear()
