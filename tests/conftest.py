@@ -6,10 +6,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import logging
+
 import pytest
 import torch
+from deprecations import OurDeprecations
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import warning_once
 
 import coral_hf  # noqa: F401  (registers the Auto classes and the generate hook)
 from coral_hf import CoralDraftModel
@@ -78,6 +82,17 @@ def randomize(module: torch.nn.Module, seed: int = 2, scale: float = 0.3) -> tor
         for parameter in module.parameters():
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
     return module
+
+
+@pytest.fixture(autouse=True)
+def our_deprecations():
+    """Fails a test in which a call of ours makes Transformers log a deprecation."""
+    warning_once.cache_clear()  # each message is logged once in a process: not in an earlier test alone
+    handler, logger = OurDeprecations(), logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield handler.messages
+    logger.removeHandler(handler)
+    assert not handler.messages, "\n".join(handler.messages)
 
 
 @pytest.fixture

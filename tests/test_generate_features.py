@@ -11,6 +11,7 @@ from transformers import DynamicCache, pipeline, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from coral_hf import CoralDraftModel, coral_generate
+from coral_hf.compat import CACHE_NAME, cache_kwarg, cache_of
 
 
 DRAFTS = {"chain": CHAIN, "tree": TREES["tree16"]}
@@ -23,7 +24,7 @@ def both(model, drafter, draft, ids, probability=0.9, cache=None, **settings):
 
     def run(size, **assistant):
         if cache is not None:
-            extra["past_key_values"] = cache()
+            extra[CACHE_NAME] = cache()
         set_seed(0)
         return model.generate(input_ids=ids, generation_config=config_of(size, **settings), **extra, **assistant)
 
@@ -119,8 +120,8 @@ def test_returned_dict_has_plain_layout(draft, do_sample, dtype):
         assert type(ours) is type(theirs) and len(ours) == len(theirs) == 18
         # the float32 cases differ by rounding only
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert drafted.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
-    for ours, theirs in zip(drafted.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    assert cache_of(drafted).get_seq_length() == cache_of(plain).get_seq_length()
+    for ours, theirs in zip(cache_of(drafted).layers, cache_of(plain).layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
 
 
@@ -134,7 +135,7 @@ def test_prefilled_cache(draft, family):
     def cache(past=20):
         filled = DynamicCache()
         if past:
-            target(ids[:, :past], past_key_values=filled, use_cache=True)
+            target(ids[:, :past], use_cache=True, **cache_kwarg(filled))
         return filled
 
     both(target, drafter, draft, ids, cache=cache)

@@ -12,6 +12,7 @@ PACKAGE = Path(coral_hf.__file__).parent
 # module or room -> rooms it may import from (see CONTRIBUTING, "Which way imports run")
 ALLOWED = {
     "configuration_coral": set(),
+    "compat": set(),
     "jsonl": set(),
     "target_adapter": set(),
     "draft_initialization": {"configuration_coral", "target_adapter"},
@@ -19,8 +20,15 @@ ALLOWED = {
     "draft_layer": {"configuration_coral"},
     "weight_files": set(),
     "modeling_coral": {"configuration_coral", "lm_head_router", "draft_layer", "draft_initialization", "weight_files"},
-    "generation": {"configuration_coral", "lm_head_router", "draft_layer", "modeling_coral", "target_adapter"},
-    "training": {"configuration_coral", "modeling_coral", "target_adapter", "weight_files", "jsonl", "hub"},
+    "generation": {
+        "compat",
+        "configuration_coral",
+        "lm_head_router",
+        "draft_layer",
+        "modeling_coral",
+        "target_adapter",
+    },
+    "training": {"compat", "configuration_coral", "modeling_coral", "target_adapter", "weight_files", "jsonl", "hub"},
     "evaluation": {
         "configuration_coral",
         "lm_head_router",

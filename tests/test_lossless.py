@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Te
 from transformers.generation.streamers import BaseStreamer
 
 from coral_hf import coral_generate
+from coral_hf.compat import cache_kwarg, cache_of
 
 
 CHAIN = {"draft_depth": 5, "draft_top_k": 1}
@@ -140,9 +141,9 @@ def test_continuing_a_conversation(target, tree):
         first = target.generate(ids, generation_config=config, assistant_model=assistant)
         longer = torch.cat([first.sequences, prompt_of(4, seed=8)], dim=1)
         second = target.generate(
-            longer, generation_config=config, assistant_model=assistant, past_key_values=first.past_key_values
+            longer, generation_config=config, assistant_model=assistant, **cache_kwarg(cache_of(first))
         )
-        assert second.past_key_values.get_seq_length() == second.sequences.shape[1] - 1
+        assert cache_of(second).get_seq_length() == second.sequences.shape[1] - 1
         outputs.append(second.sequences)
     assert torch.equal(*outputs)
 

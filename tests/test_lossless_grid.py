@@ -9,6 +9,8 @@ from oracle import oracle
 from test_lossless import TREES, config_of, prompt_of
 from transformers import set_seed
 
+from coral_hf.compat import cache_of
+
 
 PROCESSORS = {
     "none": {},
@@ -36,7 +38,7 @@ def run(target, ids, assistant=None, tree=None, **settings):
 def assert_same(drafted, plain, cell: str) -> None:
     """Tokens and the whole KV cache: a wrong mask, position or row shows there before it turns a token."""
     assert torch.equal(drafted.sequences, plain.sequences), cell
-    for ours, theirs in zip(drafted.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    for ours, theirs in zip(cache_of(drafted).layers, cache_of(plain).layers, strict=True):
         for name in ("keys", "values"):
             # norms go through float32 whatever the target's dtype
             torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-4, msg=cell)

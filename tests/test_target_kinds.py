@@ -7,6 +7,7 @@ from oracle import oracle
 from test_lossless import CHAIN, STOCK, TREES, compare, config_of, prompt_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from coral_hf.compat import cache_kwarg
 from coral_hf.generation.statistics import DraftStats
 
 
@@ -139,7 +140,7 @@ def assert_refused(target, drafter, size: dict, message: str, ids=None, cache=No
         return hooks, configs, target.config.get_text_config()._attn_implementation, target.training, drafter.training
 
     old = state()
-    extra = {} if cache is None else {"past_key_values": cache}
+    extra = {} if cache is None else cache_kwarg(cache)
     with pytest.raises(ValueError, match=message):
         config = config_of(size, **settings)
         ids = prompt_of(20) if ids is None else ids

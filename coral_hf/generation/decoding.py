@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ..compat import cache_kwarg, cache_of
 from ..modeling_coral import CoralDraftModel
 from .cache import check_cache, compact_cache, tree_attention_mask
 from .candidate_generator import CoralCandidateGenerator
@@ -30,10 +31,10 @@ def check_call(target: PreTrainedModel, settings: DraftSettings, input_ids: torc
         raise ValueError("CORAL drafts from token ids; pass input_ids instead of inputs_embeds.")
     if model_kwargs.get("use_cache") is False:
         raise ValueError("CORAL needs the target's KV cache; leave use_cache=True.")
-    cache = model_kwargs.get("past_key_values")
+    cache = cache_of(model_kwargs)
     if cache is None:
         raise ValueError(
-            f"{type(target).__name__} keeps no past_key_values that drafts could be dropped from (a recurrent model?); "
+            f"{type(target).__name__} keeps no KV cache that drafts could be dropped from (a recurrent model?); "
             "generate without assistant_model."
         )
     for name, module in (("embedding", target.get_input_embeddings()), ("LM head", target.get_output_embeddings())):
@@ -58,7 +59,7 @@ class _Verifier:
     def __init__(self, target: PreTrainedModel, model_kwargs: dict[str, Any]):
         self.target = target
         self.model_kwargs = model_kwargs
-        self.cache = model_kwargs["past_key_values"]
+        self.cache = cache_of(model_kwargs)
         mask = model_kwargs.get("attention_mask")
         # True at tokens, False at padding, over everything in the cache and the prompt; None: no padding.
         self.mask = None if mask is None else mask.bool()
@@ -94,10 +95,10 @@ class _Verifier:
             input_ids=tree.tokens.to(self.device),
             position_ids=tree.depths.to(self.device) + (prefix_length + self.position_offset),
             attention_mask=self._attention_mask(tree, prefix_length),
-            past_key_values=self.cache,
             use_cache=True,
             output_hidden_states=True,
             return_dict=True,
+            **cache_kwarg(self.cache),
         )
 
     def _prefix_mask(self, prefix_length: int) -> torch.Tensor | None:
@@ -255,7 +256,7 @@ def coral_decoding(
         scores=None if selector.scores is None else tuple(selector.scores),
         logits=None if selector.logits is None else tuple(selector.logits),
         hidden_states=None if states is None else tuple(states),
-        past_key_values=verifier.cache,
+        **cache_kwarg(verifier.cache),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
+from ..compat import CACHE_NAME, cache_of
 from ..target_adapter import TargetAdapter
 from .candidate_generator import CoralCandidateGenerator
 from .decoding import check_call, coral_decoding
@@ -80,6 +81,11 @@ def _wrap_decoding(original):
             raise ValueError(
                 "draft_stock_loop=True looks for stop_strings only at the end of a block of accepted tokens and may "
                 "run past one. Leave draft_stock_loop=False, or drop stop_strings."
+            )
+        if settings.draft_stock_loop and cache_of(kwargs).get_seq_length() > 0:
+            raise ValueError(
+                f"draft_stock_loop=True reads the whole prompt again behind a prefilled cache ({CACHE_NAME}=...). Leave "
+                "draft_stock_loop=False, or drop the cache."
             )
         if settings.draft_stock_loop:
             return original(self, input_ids, *args, **kwargs)
@@ -155,7 +161,7 @@ def coral_generate(
         RuntimeError: if this Transformers release is not one the hook knows.
     """
     if _problem is not None:
-        raise RuntimeError(f"{_problem}: CORAL cannot generate with it. Install transformers>=5.17,<5.24.")
+        raise RuntimeError(f"{_problem}: CORAL cannot generate with it. Install transformers>=5.17,<6.")
     if isinstance(drafter, torch.Tensor):
         raise ValueError(
             "coral_generate(target, drafter, ...): the second argument is the drafter; pass input_ids=...."

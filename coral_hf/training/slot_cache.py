@@ -6,6 +6,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..compat import cache_kwarg
+
 
 _KNOWN_LAYER_TYPES = ("full_attention", "sliding_attention")
 # Prompts are prefilled together up to so many padded tokens: enough for a full matrix product, little enough memory.
@@ -160,9 +162,9 @@ class SlotCache(Cache):
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions.expand(len(slots), width),
-                past_key_values=self,
                 use_cache=True,
                 logits_to_keep=1,
+                **cache_kwarg(self),
             )
         finally:
             self.prefill_slots = None
@@ -185,9 +187,9 @@ class SlotCache(Cache):
             input_ids=self.last_tokens[:n, None],
             attention_mask=self._mask(distance[:, None, None]),
             position_ids=self.positions[:, None],
-            past_key_values=self,
             use_cache=True,
             logits_to_keep=1,
+            **cache_kwarg(self),
         ).logits
         return logits[:, -1]  # [n, V]
 
