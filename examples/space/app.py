@@ -51,18 +51,19 @@ def build(load: Callable[[], Pair] = load_pair) -> gr.Blocks:
         subtitle = "No pair is loaded." if pair is None else f"{pair}"
         gr.Markdown(f"# CORAL, side by side\n{subtitle}", elem_id="title")
         with gr.Row(equal_height=True):
-            prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=2, scale=4, elem_id="prompt")
+            prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=3, scale=4, elem_id="prompt")
             with gr.Column(scale=1, min_width=200):
-                length = gr.Slider(16, 512, value=128, step=16, label="Tokens at most", elem_id="length")
+                length = gr.Slider(16, 512, value=128, step=16, label="Max tokens", elem_id="length")
                 go = gr.Button("Generate", variant="primary", interactive=pair is not None, elem_id="go")
         gr.Examples(EXAMPLES, prompt, cache_examples=False)
         verdict = gr.HTML(render_verdict(None, True) if problem is None else render_error(problem), elem_id="verdict")
+        gr.HTML(LEGEND)
         with gr.Row():
             outputs = [gr.HTML(pane, elem_id=f"lane-{i}", min_width=340) for i, pane in enumerate(panes())]
-        gr.HTML(LEGEND)
-        # one visitor at a time: a second one would share the processor, and spoil both clocks
+        # a second visitor would share the processor, and spoil both clocks
+        one_visitor = {"concurrency_limit": 1, "concurrency_id": "pair"}
         for start in (go.click, prompt.submit):
-            start(generate, [prompt, length], [verdict, *outputs], concurrency_limit=1, concurrency_id="pair")
+            start(generate, [prompt, length], [verdict, *outputs], show_progress="hidden", **one_visitor)
     return page
 
 

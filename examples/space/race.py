@@ -241,12 +241,12 @@ def render_lane(title: str, lane: Lane | None, tokenizer: Any) -> str:
             if piece
         )
         text += "" if lane.done else '<span class="caret"></span>'
-    names = ("tokens/s", "tokens per target forward (tau)", "tokens")
+    names = ("tokens per second", "tokens per target forward (tau)", "tokens")
     cells = "".join(
         f'<div class="figure"><b>{value}</b><small>{name}</small></div>'
         for value, name in zip(figures, names, strict=True)
     )
-    return f'<section class="lane"><h3>{title}</h3><div class="figures">{cells}</div><p class="text">{text}</p></section>'
+    return f'<section class="lane"><h3>{title}</h3><div class="figures">{cells}</div><div class="text"><div>{text}</div></div></section>'
 
 
 def render_verdict(lanes: tuple[Lane, Lane] | None, float32: bool) -> str:
