@@ -52,6 +52,15 @@ def test_help_has_an_example(verb, capsys):
         (["benchmark", "--output", "out", "--method", "fly"], "'fly' is unknown; choose coral"),
         (["benchmark", "--output", "out", "--method", "assistant"], "--assistant MODEL"),
         (["verify", "--data", "missing.jsonl"], "missing.jsonl"),
+        (["verify", "--data", "."], "is a folder; give"),
+        (["demo", "--json", "nowhere/out.json"], "its folder does not exist"),
+        (["verify", "--data", "x", "--temprature", "1"], "'--temprature'; did you mean --temperature?"),
+        (["verify", "--data", "x", "--xyz"], "`coral-hf verify --help` lists the options"),
+        (["verify", "--data", "x", "--threads", "0"], "--threads 0 must be at least 1"),
+        (["benchmark", "--output", "out", "--drafter", "nothere"], "--drafter nothere is no folder here"),
+        (["benchmark", "--output", "out", "--target", "nothere"], "--target nothere is no folder here"),
+        (["benchmark", "--output", "out", "--drafter", __file__], "is a file; give the folder"),
+        (["benchmark", "--output", __file__], "is a file; give a folder"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):

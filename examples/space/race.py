@@ -230,7 +230,7 @@ def pieces(decode: Callable[[list[int]], str], tokens: list[int]) -> list[str]:
 def render_lane(title: str, lane: Lane | None, tokenizer: Any) -> str:
     """One pane: its figures above its tokens."""
     if lane is None:
-        figures, text = ("–", "–", "–"), '<span class="empty">Its tokens appear here.</span>'
+        figures, text = ("-", "-", "-"), '<span class="empty">Its tokens appear here.</span>'
     else:
         tokens, drafted = list(lane.tokens), lane.drafted
         figures = f"{lane.tokens_per_second:.1f}", f"{lane.acceptance_length:.2f}", f"{len(tokens)}"
@@ -259,14 +259,16 @@ def render_verdict(lanes: tuple[Lane, Lane] | None, float32: bool) -> str:
         return f'<div class="verdict">Generating … CORAL is {max(ahead, 0)} tokens ahead.</div>'
     speedup = coral.tokens_per_second / plain.tokens_per_second
     share = sum(coral.drafted) / len(coral.tokens)
-    parted = next((i for i, both in enumerate(zip(plain.tokens, coral.tokens, strict=False)) if len(set(both)) > 1), None)
+    parted = next(
+        (i for i, both in enumerate(zip(plain.tokens, coral.tokens, strict=False)) if len(set(both)) > 1), None
+    )
     if parted is None and len(plain.tokens) == len(coral.tokens):
         same = f"the same {len(plain.tokens)} tokens"
     else:
         place = min(len(plain.tokens), len(coral.tokens)) if parted is None else parted
         why = "which float32 should not do" if float32 else "a near-tie that rounding decides outside float32"
         same = f"texts that part at token {place + 1}, {why}"
-    return f'<div class="verdict done"><b>{speedup:.2f}×</b> as fast, {same}; {share:.0%} of them were drafted.</div>'
+    return f'<div class="verdict done"><b>{speedup:.2f}&times;</b> as fast, {same}; {share:.0%} of them were drafted.</div>'
 
 
 def render_error(error: Exception) -> str:
