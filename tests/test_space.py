@@ -165,6 +165,7 @@ def test_page_in_a_browser(pair, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="needs gradio: pip install -r examples/space/requirements.txt")
     pytest.importorskip("selenium", reason="needs selenium: pip install selenium")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setattr(race, "REFRESH_SECONDS", 0.2)  # every refresh is work for the browser
     called, connect = set(), socket.socket.connect
     monkeypatch.setattr(socket.socket, "connect", lambda s, address: (called.add(address[0]), connect(s, address))[1])
     import app
