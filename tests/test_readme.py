@@ -52,11 +52,15 @@ def documented_commands() -> list[tuple[str, list[str]]]:
     for verb, command in cli.COMMANDS.items():
         example = inspect.cleandoc(command.__doc__).partition("Example:")[2]
         # an indented line goes on, unless it is a command of its own
-        texts.append((f"coral-hf {verb} --help", re.sub(r"\n\s+(?!coral-hf)", " ", example)))
+        texts.append((f"coral-hf {verb} --help", re.sub(r"\n *(?! |coral-hf)", " ", example)))
     return [(place, words) for place, text in texts for words in command_lines(text) if words[0] == "coral-hf"]
 
 
-@pytest.mark.parametrize(("place", "words"), documented_commands(), ids=lambda value: " ".join(value)[:60])
+@pytest.mark.parametrize(
+    ("place", "words"),
+    documented_commands(),
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else value,
+)
 def test_command_parses(place, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cli._parse(words[1], words[2:])  # SystemExit for what is no flag, ValueError for what is no setting
@@ -119,7 +123,7 @@ def test_python_snippets_run_in_order(workplace, hub, monkeypatch, capsys):  # n
 
 # What a tiny model on two cores needs beside the line of the README: fewer steps and tokens, and sizes that fit it.
 SMALLER = {
-    "regenerate": ["--max_new_tokens", "6", "--slots", "4"],
+    "regenerate": ["--max_new_tokens", "6", "--slots", "4", "--max_prompt_tokens", "64"],
     "train": ["--max_steps", "1", "--eval_rows", "2", "--report_to", "none"],
     "benchmark": ["--max_new_tokens", "6", "--limit", "1"],
     "verify": ["--max_new_tokens", "6", "--limit", "1"],
