@@ -25,7 +25,7 @@ import race  # noqa: E402
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SWITCHES = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1180,960"
+    "--disable-component-update --disable-sync --window-size=1180,1080"
 )
 
 
@@ -223,7 +223,7 @@ def take_screenshot(path: str, profile: Path) -> None:
         time.sleep(2)
         go.click()
         wait_for(browser, ".verdict.done", 600)
-        time.sleep(1)
+        time.sleep(1)  # until the last tokens are drawn
         browser.save_screenshot(path)
     finally:
         browser.quit()

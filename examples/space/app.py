@@ -22,9 +22,9 @@ EXAMPLES = [
 ]
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 LEGEND = (
-    '<div class="legend"><div><span class="drafted">drafted</span>proposed by the drafter, accepted by the target</div>'
-    '<div><span class="own">own</span>chosen by the target itself</div>'
-    "<div>The two take turns; each clock counts its own turns.</div></div>"
+    '<div class="legend"><div><span class="drafted">drafted</span>and accepted</div>'
+    '<div><span class="own">own</span>chosen by the target</div>'
+    "<div>both take turns, each clock counts its own</div></div>"
 )
 TITLES = ("Plain generate", "CORAL")
 
@@ -53,11 +53,11 @@ def build(load: Callable[[], Pair] = load_pair) -> gr.Blocks:
         with gr.Row(equal_height=True):
             prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=3, scale=4, elem_id="prompt")
             with gr.Column(scale=1, min_width=200):
-                length = gr.Slider(16, 512, value=128, step=16, label="Max tokens", elem_id="length")
+                length = gr.Slider(16, 512, value=128, step=16, label="Tokens", elem_id="length")
                 go = gr.Button("Generate", variant="primary", interactive=pair is not None, elem_id="go")
         gr.Examples(EXAMPLES, prompt, cache_examples=False)
         verdict = gr.HTML(render_verdict(None, True) if problem is None else render_error(problem), elem_id="verdict")
-        gr.HTML(LEGEND)
+        gr.HTML(LEGEND, elem_id="legend")
         with gr.Row():
             outputs = [gr.HTML(pane, elem_id=f"lane-{i}", min_width=340) for i, pane in enumerate(panes())]
         # a second visitor would share the processor, and spoil both clocks
