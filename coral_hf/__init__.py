@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel
 
 from .configuration_coral import CoralDraftConfig
 from .generation.hook import coral_generate, install
+from .generation.statistics import DraftStats
 from .modeling_coral import CoralDraftModel
 from .target_adapter import TargetAdapter
 
@@ -18,4 +19,4 @@ AutoConfig.register("coral", CoralDraftConfig, exist_ok=True)
 AutoModel.register(CoralDraftConfig, CoralDraftModel, exist_ok=True)
 install()
 
-__all__ = ["CoralDraftConfig", "CoralDraftModel", "TargetAdapter", "coral_generate"]
+__all__ = ["CoralDraftConfig", "CoralDraftModel", "DraftStats", "TargetAdapter", "coral_generate"]

@@ -1,6 +1,7 @@
 """The command line: `coral-hf demo | regenerate | train | benchmark | verify | convert | card`, one verb each (see `commands/`)."""
 
 import argparse
+import difflib
 import inspect
 import sys
 from collections.abc import Callable
@@ -50,7 +51,15 @@ def _parse(verb: str, arguments: list[str]) -> Callable[[], int]:
     )
     for name, text in getattr(command, "POSITIONAL", {}).items():
         parser.add_argument(name, help=text)
-    parsed = parser.parse_args_into_dataclasses(args=_underscores(arguments))
+    *parsed, unknown = parser.parse_args_into_dataclasses(args=_underscores(arguments), return_remaining_strings=True)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"`coral-hf {verb} --help` lists the options."
+        raise ValueError(f"unknown option or argument {unknown[0]!r}; {hint}")
+    threads = getattr(parsed[0], "threads", None)
+    if threads is not None and threads < 1:
+        raise ValueError(f"--threads {threads} must be at least 1.")
     return lambda: parsed[0].run(*parsed[1:])
 
 

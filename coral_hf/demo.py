@@ -264,3 +264,6 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         "gguf_sha256": TARGET_GGUF_SHA256,
     }
     (folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+__all__ = ["cache_dir", "drafter_path", "load_drafter", "load_target"]

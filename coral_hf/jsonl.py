@@ -15,7 +15,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; give the path of a .jsonl or .jsonl.gz file.")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {problem}; give the path of a .jsonl or .jsonl.gz file.")
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:

@@ -52,6 +52,14 @@ def test_help_has_an_example(verb, capsys):
         (["benchmark", "--output", "out", "--method", "fly"], "'fly' is unknown; choose coral"),
         (["benchmark", "--output", "out", "--method", "assistant"], "--assistant MODEL"),
         (["verify", "--data", "missing.jsonl"], "missing.jsonl"),
+        (["verify", "--data", "."], "is a folder; give"),
+        (["demo", "--json", "nowhere/out.json"], "its folder does not exist"),
+        (["verify", "--data", "x", "--temprature", "1"], "'--temprature'; did you mean --temperature?"),
+        (["verify", "--data", "x", "--xyz"], "`coral-hf verify --help` lists the options"),
+        (["verify", "--data", "x", "--threads", "0"], "--threads 0 must be at least 1"),
+        (["benchmark", "--output", "out", "--drafter", "nothere"], "--drafter nothere is no folder here"),
+        (["benchmark", "--output", "out", "--drafter", __file__], "is a file; give the folder"),
+        (["benchmark", "--output", __file__], "is a file; give a folder"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -60,6 +68,14 @@ def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_missing_target_is_named(folder, capsys):
+    output = folder / "out.jsonl"
+    arguments = ["regenerate", "--prompts", str(folder / "prompts.jsonl"), "--output", str(output), "--target", "gone"]
+    assert main(arguments) == 2
+    assert "--target gone is no folder here" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_malformed_line_is_named(folder, capsys):

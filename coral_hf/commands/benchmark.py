@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .loading import DEMO, load_drafter, load_target, require
+from .loading import DEMO, check_output_folder, load_drafter, load_target, require
 
 
 # what --quick sets where nothing else is asked for: a few minutes on two cores with a target of 135 M parameters
@@ -61,6 +61,7 @@ class BenchmarkCommand:
         from ..evaluation.step_profile import profile_methods
 
         require("rich", "matplotlib")
+        check_output_folder(self.output)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         tokens = self.max_new_tokens

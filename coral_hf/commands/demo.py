@@ -27,6 +27,8 @@ class DemoCommand:
 
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {self.max_new_tokens} must be at least 1.")
+        if self.json is not None and not Path(self.json).parent.is_dir():
+            raise ValueError(f"--json {self.json}: its folder does not exist; make it first.")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         record = run_demo(resolve_dtype(self.dtype), self.max_new_tokens, self.prompt)

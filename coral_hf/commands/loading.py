@@ -1,6 +1,8 @@
 """What several verbs load, by the names given on the command line."""
 
 import importlib.util
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,10 +20,11 @@ def load_target(name: str, dtype: str, device: str | None = None):
     if name == DEMO:
         model, tokenizer = demo.load_target(resolved)
     else:
-        model, tokenizer = (
-            AutoModelForCausalLM.from_pretrained(name, dtype=resolved),
-            AutoTokenizer.from_pretrained(name),
-        )
+        with _named("target", name):
+            model, tokenizer = (
+                AutoModelForCausalLM.from_pretrained(name, dtype=resolved),
+                AutoTokenizer.from_pretrained(name),
+            )
     return model.eval().to(resolve_device(device)), tokenizer
 
 
@@ -39,7 +42,32 @@ def resolve_device(name: str | None) -> torch.device:
 
 def load_drafter(name: str):
     """A drafter by path or Hub id; `demo` is the shipped one."""
-    return demo.load_drafter() if name == DEMO else CoralDraftModel.from_pretrained(name, dtype="auto").eval()
+    if name == DEMO:
+        return demo.load_drafter()
+    with _named("drafter", name):
+        return CoralDraftModel.from_pretrained(name, dtype="auto").eval()
+
+
+@contextmanager
+def _named(role: str, name: str):
+    """Says which model could not be loaded; Transformers takes a missing folder for a Hub id, and speaks of the Hub."""
+    if Path(name).is_file():
+        raise ValueError(f"--{role} {name} is a file; give the folder that holds config.json and the weights.")
+    try:
+        yield
+    except OSError as error:
+        if Path(name).is_dir():
+            raise OSError(f"--{role} {name}: {error}") from error
+        raise OSError(
+            f"--{role} {name} is no folder here, and could not be loaded from the Hub under that id: check the path, or "
+            f"the spelling and your access. ({error})"
+        ) from error
+
+
+def check_output_folder(path: str) -> None:
+    """Raises `ValueError` where a folder to write is a file, before a run instead of after it."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"--output {path} is a file; give a folder, new or existing.")
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .loading import DEMO, load_drafter, load_target, require
+from .loading import DEMO, check_output_folder, load_drafter, load_target, require
 
 
 @dataclass
@@ -40,6 +40,8 @@ class VerifyCommand:
         from ..evaluation.verify import print_checks, verify
 
         require("rich")
+        if self.output is not None:
+            check_output_folder(self.output)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         prompts = read_prompts(self.data, self.limit)

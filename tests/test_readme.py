@@ -1,0 +1,181 @@
+"""README and CONTRIBUTING do what they say: snippets run, command lines parse or run, public names are documented."""
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_drafter, make_target, make_tokenizer
+from hub_server import TOKEN
+from test_hub import hub  # noqa: F401  (a fixture)
+from test_trainer import random_rows
+
+from coral_hf import cli, demo
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md", "examples/space/README.md")
+# modules whose __all__ is promised, and single names of modules that hold more
+PUBLIC_MODULES = ("coral_hf", "coral_hf.demo", "coral_hf.training")
+PUBLIC_NAMES = (
+    "coral_hf.conversion.export_drafter",
+    "coral_hf.evaluation.benchmark.run_benchmark",
+    "coral_hf.evaluation.verify.verify",
+    "coral_hf.hub.model_card.write_card",
+    "coral_hf.training.router_trainer.CoralRouterTrainer",
+)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def command_lines(text: str) -> list[list[str]]:
+    """The commands of a shell script as words: continued lines joined, `&&` split, comments dropped."""
+    lines = text.replace("\\\n", " ").splitlines()
+    commands = [part for line in lines for part in line.split("&&")]
+    return [words for command in commands if (words := shlex.split(command, comments=True))]
+
+
+def documented_commands() -> list[tuple[str, list[str]]]:
+    """Every `coral-hf VERB ...` of the pages, the examples and the verbs' own help, with where it stands."""
+    texts = [(page, block) for page in PAGES for block in blocks(page, "bash")]
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+        texts.append((path.name, "\n".join(line for line in docstring.splitlines() if "coral-hf " in line)))
+    for verb, command in cli.COMMANDS.items():
+        example = inspect.cleandoc(command.__doc__).partition("Example:")[2]
+        # an indented line goes on, unless it is a command of its own
+        texts.append((f"coral-hf {verb} --help", re.sub(r"\n *(?! |coral-hf)", " ", example)))
+    return [(place, words) for place, text in texts for words in command_lines(text) if words[0] == "coral-hf"]
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    documented_commands(),
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else value,
+)
+def test_command_parses(place, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli._parse(words[1], words[2:])  # SystemExit for what is no flag, ValueError for what is no setting
+
+
+def test_commands_and_files_that_are_named_exist():
+    named = {words[1] for _, words in documented_commands()}
+    assert named == set(cli.COMMANDS)
+    for page in PAGES:
+        for words in [words for block in blocks(page, "bash") for words in command_lines(block)]:
+            for word in words:
+                if re.fullmatch(r"(examples|tests|\.ci)/\S+", word):
+                    assert (ROOT / word).exists(), f"{page} runs {word}"
+        text = (ROOT / page).read_text()
+        for path in re.findall(r"`((?:examples|tests|model_cards|docs|\.ci)/[\w./-]+)`", text):
+            assert (ROOT / path).exists(), f"{page} names {path}"
+        for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert ((ROOT / page).parent / path).exists(), f"{page} links {path}"
+
+
+@pytest.mark.parametrize("verb", cli.COMMANDS)
+def test_help_shows_an_example_of_the_verb(verb):
+    assert f"Example: coral-hf {verb} " in inspect.cleandoc(cli.COMMANDS[verb].__doc__)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder where the README's placeholders exist: a tiny `your/model`, prompts and responses; `demo` is tiny too."""
+    target, tokenizer = make_target(dtype=torch.float32), make_tokenizer()
+    for name in ("your/model", "a/small-model"):
+        target.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    make_drafter(target).save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(demo, "load_target", lambda dtype=None, *_: (target, tokenizer))
+    monkeypatch.setattr(demo, "drafter_path", lambda: tmp_path / "tiny")
+    prompts = [{"id": f"p{i}", "turns": [f"w{i} w{i + 1}"]} for i in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    rows = [{"turn": 0, **row} for row in random_rows(8)]
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "coral_hf").symlink_to(ROOT / "coral_hf")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python_snippets_run_in_order(workplace, hub, monkeypatch, capsys):  # noqa: F811
+    """The snippets in one namespace, as a reader types them; only the length of the training is another."""
+    pytest.importorskip("evaluate")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    namespace: dict = {}
+    snippets = blocks("README.md", "python")
+    assert sum("max_steps=1000" in snippet for snippet in snippets) == 1
+    for snippet in snippets:
+        snippet = snippet.replace("max_steps=1000", 'max_steps=1, report_to="none"')
+        if "evaluate.load" in snippet:
+            snippet = "import evaluate\n" + snippet
+        exec(compile(snippet, "README.md", "exec"), namespace)
+    assert (workplace / "outputs/drafter/model.safetensors").exists()
+    assert "README.md" in hub.files("org/name")
+
+
+# What a tiny model on two cores needs beside the line of the README: fewer steps and tokens, and sizes that fit it.
+SMALLER = {
+    "regenerate": ["--max_new_tokens", "6", "--slots", "4", "--max_prompt_tokens", "64"],
+    "train": ["--max_steps", "1", "--eval_rows", "2", "--report_to", "none"],
+    "benchmark": ["--max_new_tokens", "6", "--limit", "1"],
+    "verify": ["--max_new_tokens", "6", "--limit", "1"],
+}
+SIZES = {"--router-groups": "8", "--shortlist-size": "64"}
+
+
+def test_command_lines_run_in_order(workplace, capsys):
+    """The README's own lines, from regenerating to publishing, on a tiny `your/model`."""
+    wanted = ("regenerate", "train", "verify", "benchmark", "card")
+    lines = [w for block in blocks("README.md", "bash") for w in command_lines(block) if w[0] == "coral-hf"]
+    (workplace / "responses.jsonl").unlink()
+    ran = []
+    for _, verb, *words in lines:
+        if verb not in wanted:
+            continue
+        words = [SIZES.get(before, word) for before, word in zip([None, *words], words, strict=False)]
+        if "--drafter" in words and "outputs/eagle" in words:  # two drafters to compare: the one just trained
+            words = [w.replace("outputs/eagle", "outputs/drafter").replace("outputs/coral", "tiny") for w in words]
+        words = [word.replace("outputs/coral", "outputs/drafter") for word in words]
+        assert cli.main([verb, *words, *SMALLER.get(verb, [])]) == 0, f"{verb} {words}: {capsys.readouterr().err}"
+        ran.append(verb)
+    assert set(ran) == set(wanted)
+    assert (workplace / "outputs/drafter/README.md").exists() and (workplace / "outputs/routed/config.json").exists()
+
+
+def public_objects() -> list[tuple[str, object]]:
+    found = [
+        (f"{module}.{name}", getattr(importlib.import_module(module), name))
+        for module in PUBLIC_MODULES
+        for name in importlib.import_module(module).__all__
+    ]
+    for path in PUBLIC_NAMES:
+        module, _, name = path.rpartition(".")
+        found.append((path, getattr(importlib.import_module(module), name)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), public_objects(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_public_name_is_documented(path, value):
+    page = (ROOT / "docs" / "public_api.md").read_text()
+    assert re.search(rf"^\| `{re.escape(path)}` \| \S", page, re.MULTILINE), (
+        f"{path} has no line in docs/public_api.md"
+    )
+    if inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value):
+        docstring = value.__doc__ or ""
+        # what dataclasses write themselves is the signature again
+        assert docstring.strip() and not docstring.startswith(f"{path.rpartition('.')[2]}("), path
+
+
+def test_page_of_public_names_lists_no_other():
+    listed = re.findall(r"^\| `(coral_hf[\w.]*)` \|", (ROOT / "docs" / "public_api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(path for path, _ in public_objects())
