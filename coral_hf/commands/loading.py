@@ -13,8 +13,12 @@ DEMO = "demo"
 
 
 def load_target(name: str, dtype: str, device: str | None = None):
-    """A target and its tokenizer by path or Hub id; `demo` is the embedded one. `device` None: the accelerator."""
-    resolved = resolve_dtype(dtype)
+    """A target and its tokenizer by path or Hub id; `demo` is the embedded one. `device` None: the accelerator.
+
+    `dtype` may be `auto`, see [`fast_dtype`].
+    """
+    device = resolve_device(device)
+    resolved = fast_dtype(device) if dtype == "auto" else resolve_dtype(dtype)
     if name == DEMO:
         model, tokenizer = demo.load_target(resolved)
     else:
@@ -22,7 +26,7 @@ def load_target(name: str, dtype: str, device: str | None = None):
             AutoModelForCausalLM.from_pretrained(name, dtype=resolved),
             AutoTokenizer.from_pretrained(name),
         )
-    return model.eval().to(resolve_device(device)), tokenizer
+    return model.eval().to(device), tokenizer
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -40,6 +44,12 @@ def resolve_device(name: str | None) -> torch.device:
 def load_drafter(name: str):
     """A drafter by path or Hub id; `demo` is the shipped one."""
     return demo.load_drafter() if name == DEMO else CoralDraftModel.from_pretrained(name, dtype="auto").eval()
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively; on other CPUs float32, which is ten times as fast there."""
+    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 def resolve_dtype(name: str) -> torch.dtype:
