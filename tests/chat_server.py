@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +27,7 @@ class ChatServer(ThreadingHTTPServer):
         self.faults: list[int | str] = []
         self.dies_after: int | None = None
         self.token_ids = True
+        self.pause = 0.0  # seconds before each answer
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
 
@@ -52,6 +54,7 @@ class _Handler(BaseHTTPRequestHandler):
             server.busy += 1
             server.most_busy = max(server.busy, server.most_busy)
         try:
+            time.sleep(server.pause)
             self._respond(body, fault)
         finally:
             with server.lock:

@@ -32,7 +32,7 @@ def read(path):
 
 
 def test_texts_of_whole_conversations(server, tmp_path):
-    output = tmp_path / "out.jsonl"
+    output, server.pause = tmp_path / "out.jsonl", 0.05
     stats = ask(server, PROMPTS, output)
     rows = {row["id"]: row for row in read(output)}
     assert len(rows) == len(read(output)) == 9 and stats["n_responses"] == 18
