@@ -47,6 +47,7 @@ def test_help_has_an_example(verb, capsys):
         (["train", "--data", "missing.jsonl", "--output_dir", "out"], "missing.jsonl"),
         (["train", "--data", "x", "--output_dir", "out", "--preset", "hydra"], "hydra"),
         (["train", "--data", "x", "--output_dir", "out", "--rollout-schedule", "1", "--csra-weight", "0.1"], "K=1"),
+        (["train", "--data", "x.jsonl", "--output_dir", "out", "--eval-rows", "-1"], "--eval_rows -1"),
         (["regenerate", "--prompts", "missing.jsonl", "--output", "out.jsonl"], "missing.jsonl"),
         (["benchmark", "--data", "missing.jsonl", "--output", "out"], "missing.jsonl"),
         (["benchmark", "--output", "out", "--method", "fly"], "'fly' is unknown; choose coral"),
@@ -105,6 +106,26 @@ def test_settings_and_evaluation_data_of_a_new_drafter(folder, capsys, monkeypat
     assert saved["shape"] == "eagle3" and {name: saved[name] for name in settings} == settings
     assert main([*arguments[:-4], "--max_steps", "1", "--drafter", "out", "--config_overrides", "{}"]) == 2
     assert "has its own" in capsys.readouterr().err
+
+
+def test_streamed_packed_and_compared_with_evaluation_prompts(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    rows = [{"turns": [f"w{i} w{i + 1} w{i + 2}"], "responses": ["ok so be it"], "system": "be"} for i in range(5, 12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["train", "--target", "target", "--dtype", "float32", "--data", "rows.jsonl", "--output_dir", "out"]
+    arguments += ["--report_to", "none", "--eval_rows", "2", "--check_overlap", "prompts.jsonl", "--max_length", "64"]
+    assert main([*arguments, "--streaming", "true"]) == 2
+    assert "set max_steps" in capsys.readouterr().err
+    arguments += ["--max_steps", "2", "--packing", "true"]
+    for wrong in (["--estimate", "true"], ["--shortlist_size", "8"]):
+        assert main([*arguments, "--streaming", "true", *wrong]) == 2
+        assert f"{wrong[0]}" in capsys.readouterr().err
+    for streaming, conversations in (("true", None), ("false", 5)):
+        assert main([*arguments, "--streaming", streaming]) == 0
+        output = capsys.readouterr().out
+        assert "warning: 2 of 5 training conversations hold a prompt of prompts.jsonl (2 exactly" in output
+        record = json.loads((folder / "out" / "training" / "training.json").read_text())
+        assert record["conversations"] == conversations and record["arguments"]["packing"] is True
 
 
 def test_regenerate_train_benchmark(folder, capsys, monkeypatch):

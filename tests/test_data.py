@@ -8,14 +8,9 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from coral_hf.training.data import (
-    ConversationDataset,
-    CoralDataCollator,
-    encode_row,
-    preview,
-    read_jsonl,
-    read_rows,
-)
+from coral_hf.jsonl import read_jsonl
+from coral_hf.training.data import ConversationDataset, CoralDataCollator, encode_row, preview, read_rows
+from coral_hf.training.sources import RowStream
 
 
 WORDS = ["<unk>", "<s>", "<end>", "<start>", "user", "assistant", "\n", "\n\n", "hi", "you", "good", "day", "to", "ok"]
@@ -310,3 +305,111 @@ def test_preview_brackets_what_is_trained():
     assert text == (
         "<start>user\nhi<end>\n<start>assistant\n⟦good<end>⟧\n<start>user\nyou<end>\n<start>assistant\n⟦ok<end>⟧"
     )
+
+
+# System texts, messages, plain texts ---------------------------------------------------------------------------
+
+
+def test_messages_and_system_texts_render_as_turns_do():
+    tokenizer = word_tokenizer()
+    turns = {"system": "good", "turns": ["hi", "you"], "responses": ["ok", "day"]}
+    messages = [
+        {"role": "system", "content": "good"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": "you"},
+        {"role": "assistant", "content": "day"},
+        {"role": "user", "content": "never answered"},
+    ]
+    ids, mask = encode_row({"messages": messages}, tokenizer)
+    assert (ids, mask) == encode_row(turns, tokenizer)
+    assert (ids, mask) == encode_row({"messages": messages[1:], "system": "good"}, tokenizer)
+    assert trained(ids, mask) == ["ok", "<end>", "day", "<end>"]
+    assert words(ids[:6]) == ["<start>", "<unk>", "\n", "good", "<end>", "\n"], "system is no word of this vocabulary"
+
+
+def test_a_cut_response_does_not_end():
+    """The template closes it, but the target did not: nothing may be learnt from that end."""
+    row = {"turns": ["hi", "you"], "responses": ["good day", "ok"], "finish_reasons": ["length", "stop"]}
+    ids, mask = encode_row(row, word_tokenizer())
+    assert trained(ids, mask) == ["good", "day", "ok", "<end>"]
+    assert words(ids).count("<end>") == 4, "it stays in the context"
+    row["finish_reasons"] = ["stop", "length"]
+    assert trained(*encode_row(row, word_tokenizer())) == ["good", "day", "<end>", "ok"]
+    assert trained(*encode_row(row, word_tokenizer(None))) == ["good", "day", "<end>", "ok"]
+
+
+def test_plain_texts_are_trained_whole():
+    ids, mask = encode_row({"text": "hi you good"}, word_tokenizer(None))
+    assert words(ids) == ["hi", "you", "good"] and all(mask)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "user"}]}, "here: message 0 must be an object with the strings role and content"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "here: empty response mask"),
+        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "here has a system text beside a system"),
+        ({"turns": ["hi"], "responses": ["ok"], "system": 3}, "here: system must be a string; got 3"),
+        ({"turns": ["hi"], "responses": ["ok"], "finish_reasons": ["stop"] * 2}, "here: 2 finish_reasons but 1 resp"),
+        ({"text": ["hi"]}, r"here has columns \['text'\]"),
+    ],
+)
+def test_malformed_texts_name_their_place(row, message):
+    with pytest.raises(ValueError, match=message):
+        encode_row(row, word_tokenizer(), where="here")
+
+
+def test_a_template_that_refuses_a_role_says_so():
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    row = {"turns": ["hi"], "responses": ["ok"], "system": "good"}
+    with pytest.raises(
+        ValueError, match=r"here: the target's chat template refuses the roles system, user .*no system"
+    ):
+        encode_row(row, word_tokenizer(template), where="here")
+
+
+# Sources -------------------------------------------------------------------------------------------------------
+
+
+def test_saved_data_sets_and_their_splits(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": dataset, "test": dataset.select([1])}).save_to_disk(tmp_path / "two")
+    assert read_rows(tmp_path / "one") == read_rows(tmp_path / "two") == ROWS
+    assert read_rows(tmp_path / "two", split="test") == ROWS[1:]
+    with pytest.raises(ValueError, match=r"two has no split 'dev'; its splits are train, test \(--split\)"):
+        read_rows(tmp_path / "two", split="dev")
+    write_jsonl(tmp_path / "text.jsonl", [{"turns": ["hi"], "responses": ["ok"]}])
+    with pytest.raises(ValueError, match=r"one, row 0 has the columns of schema 'ids', but .*text\.jsonl, line 1"):
+        read_rows([tmp_path / "text.jsonl", tmp_path / "one"])
+
+
+def test_a_data_set_that_the_hub_cannot_give():
+    pytest.importorskip("datasets")
+    for name in ("org/absent", "org/absent@main:config"):
+        with pytest.raises(ValueError, match=f"{name} is no file or folder here and could not be loaded .*offline"):
+            read_rows(name)
+
+
+def test_data_sets_of_the_hub_pass_name_revision_and_split(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load(*args, **kwargs):
+        calls.append((*args, kwargs))
+        return ROWS
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_rows("org/name@v1:part", split="test") == ROWS
+    assert list(RowStream("org/name", skip=1)) == ROWS[1:]
+    assert calls[0] == ("org/name", "part", {"revision": "v1", "split": "test", "streaming": False})
+    assert calls[1] == ("org/name", None, {"revision": None, "split": "train", "streaming": True})
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "rows.parquet").write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match=r"rows\.parquet is no Parquet file"):
+        read_rows(tmp_path / "rows.parquet")

@@ -94,6 +94,24 @@ def test_without_a_chat_template_the_prompt_is_the_text(target, tmp_path):
     assert read(output)[0]["prompt_ids"] == tokenizer("hello")["input_ids"]
 
 
+def test_system_texts_and_chat_messages_as_prompts(target, tmp_path):
+    path, output, tokenizer = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl", make_tokenizer()
+    chat = [("system", "be kind"), ("user", "hello"), ("assistant", "to say again"), ("user", "and?")]
+    rows = [
+        {"messages": [{"role": role, "content": content} for role, content in chat]},
+        {"id": "b", "turns": ["hello", "and?"], "system": "be kind"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    regenerate(target, tokenizer, iter_prompts(path), output, max_new_tokens=4, slots=2, progress=False)
+    found = {(row["id"], row["turn"]): row["prompt_ids"] for row in read(output)}
+    assert set(found) == {("row0", 0), ("row0", 1), ("b", 0), ("b", 1)}
+    assert found["row0", 0] == found["b", 0] == tokenizer("[s]be kind[u]hello[a]")["input_ids"]
+    assert found["row0", 1] == found["b", 1]
+    path.write_text(json.dumps({"messages": [{"role": "tool", "content": "3"}]}))
+    with pytest.raises(ValueError, match="line 1: messages of role tool cannot be answered again"):
+        list(iter_prompts(path))
+
+
 def test_prompt_of_one_token(target, tmp_path):
     output = tmp_path / "out.jsonl"
     prompts = [{"id": "a", "turns": ["x"]}, {"id": "b", "turns": ["longer"]}]
@@ -186,6 +204,27 @@ def test_slots_move_and_refill_by_hand(target):
             cache.append(logits.argmax(-1))
             for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
                 row.append(token)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_shared_prefix_is_run_once(family, attention):
+    """Prefixes shorter and longer than the window of 16; one prompt begins otherwise, one is the prefix alone."""
+    target = make_target(family, attention=attention)
+    for length in (5, 20):
+        prefix = list(range(20, 20 + length))
+        prompts = [[*prefix, 7, 9, 11], [*prefix, 50], [3, 4, 5], prefix, [*prefix, *range(60, 90)], [8]]
+        with torch.inference_mode():
+            cache = SlotCache(target, len(prompts), 128)
+            cache.share_prefix(prefix)
+            cache.prefill(range(len(prompts)), prompts)
+            for _ in range(3):
+                logits = cache.step(len(prompts))
+                for slot, prompt in enumerate(prompts):
+                    expected = target(torch.tensor([prompt])).logits[0, -1]
+                    assert torch.allclose(logits[slot], expected, atol=1e-10)
+                    prompt.append(int(logits[slot].argmax()))
+                cache.append(logits.argmax(-1))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,12 @@ DEMO = "demo"
 
 
 def load_target(name: str, dtype: str, device: str | None = None):
-    """A target and its tokenizer by path or Hub id; `demo` is the embedded one. `device` None: the accelerator."""
-    resolved = resolve_dtype(dtype)
+    """A target and its tokenizer by path or Hub id; `demo` is the embedded one. `device` None: the accelerator.
+
+    `dtype` may be `auto`, see [`fast_dtype`].
+    """
+    device = resolve_device(device)
+    resolved = fast_dtype(device) if dtype == "auto" else resolve_dtype(dtype)
     if name == DEMO:
         model, tokenizer = demo.load_target(resolved)
     else:
@@ -25,7 +29,7 @@ def load_target(name: str, dtype: str, device: str | None = None):
                 AutoModelForCausalLM.from_pretrained(name, dtype=resolved),
                 AutoTokenizer.from_pretrained(name),
             )
-    return model.eval().to(resolve_device(device)), tokenizer
+    return model.eval().to(device), tokenizer
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -68,6 +72,12 @@ def check_output_folder(path: str) -> None:
     """Raises `ValueError` where a folder to write is a file, before a run instead of after it."""
     if Path(path).exists() and not Path(path).is_dir():
         raise ValueError(f"--output {path} is a file; give a folder, new or existing.")
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively; on other CPUs float32, which is ten times as fast there."""
+    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 def resolve_dtype(name: str) -> torch.dtype:

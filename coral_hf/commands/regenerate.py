@@ -1,7 +1,8 @@
-"""`coral-hf regenerate`: the target's own answers."""
+"""`coral-hf regenerate`: the target's own answers, computed here or by a serving engine."""
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -15,10 +16,17 @@ class RegenerateCommand:
     Example: coral-hf regenerate --prompts prompts.jsonl --output responses.jsonl
     """
 
-    prompts: str = field(metadata={"help": "JSONL file of {'id', 'turns'} rows."})
+    prompts: str = field(
+        metadata={
+            "help": "JSONL file or data set of {'id', 'turns'} rows, or of chat messages whose user turns count."
+        }
+    )
     output: str = field(metadata={"help": "JSONL file of responses, appended to."})
     target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the target."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Dtype of the target; auto: bfloat16 where it is computed natively."}
+    )
+    split: str = field(default="train", metadata={"help": "Split of data sets that have several."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest response."})
     max_prompt_tokens: int = field(default=2048, metadata={"help": "Longer prompts are left out and counted."})
     slots: int = field(default=128, metadata={"help": "Conversations decoded at one time."})
@@ -27,33 +35,76 @@ class RegenerateCommand:
     max_turns: int | None = field(default=None, metadata={"help": "Answer at most this many turns a conversation."})
     exclude: list[str] = field(default_factory=list, metadata={"help": "Response files whose prompts are skipped."})
     shards: str | None = field(default=None, metadata={"help": "Also pack all rows as Parquet into this folder."})
+    check_overlap: list[str] = field(
+        default_factory=list, metadata={"help": "Evaluation prompts: warn of prompts that are among them."}
+    )
+    endpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL of an OpenAI-compatible server (http://host:8000/v1; vLLM, SGLang, TGI) that answers instead of "
+            "--target; OPENAI_API_KEY is sent if set."
+        },
+    )
+    endpoint_model: str | None = field(
+        default=None, metadata={"help": "The name that the server knows the target by."}
+    )
+    endpoint_token_ids: bool = field(
+        default=False, metadata={"help": "Keep the token ids that the server returns (vLLM) instead of texts."}
+    )
+    endpoint_concurrency: int = field(default=64, metadata={"help": "Requests under way at one time."})
+    endpoint_attempts: int = field(
+        default=6, metadata={"help": "Attempts of a request, with growing pauses, before the run stops."}
+    )
     device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
         from ..training.data import read_rows
-        from ..training.regenerate import regenerate
+        from ..training.overlap import warn_of_overlap
         from ..training.response_files import iter_prompts, write_shards
 
+        if (self.endpoint is None) != (self.endpoint_model is None):
+            raise ValueError(
+                f"--endpoint {self.endpoint} and --endpoint_model {self.endpoint_model} go together: give both or none."
+            )
+        if self.shards is not None and self.endpoint is not None and not self.endpoint_token_ids:
+            raise ValueError(
+                f"--shards {self.shards} holds token ids: add --endpoint_token_ids true, or leave it out."
+            )
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        prompts = list(iter_prompts(self.prompts))
-        exclude = {row["id"] for row in read_rows(self.exclude)} if self.exclude else set()
-        target, tokenizer = load_target(self.target, self.dtype, self.device)
-        stats = regenerate(
-            target,
-            tokenizer,
-            prompts,
-            self.output,
-            max_new_tokens=self.max_new_tokens,
-            max_prompt_tokens=self.max_prompt_tokens,
-            slots=self.slots,
-            temperature=self.temperature,
-            seed=self.seed,
-            max_turns=self.max_turns,
-            exclude=exclude,
-        )
-        print(json.dumps(stats))
+        prompts = list(iter_prompts(self.prompts, self.split))
+        if self.check_overlap:
+            warn_of_overlap(prompts, self.check_overlap)
+        common = {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "max_turns": self.max_turns,
+            "exclude": {row["id"] for row in read_rows(self.exclude)} if self.exclude else set(),
+        }
+        print(json.dumps(self._ask_endpoint(prompts, common) if self.endpoint else self._ask_target(prompts, common)))
         if self.shards is not None:
             write_shards(self.output, self.shards)
         return 0
+
+    def _ask_target(self, prompts: list[dict[str, Any]], common: dict[str, Any]) -> dict[str, Any]:
+        from ..training.regenerate import regenerate
+
+        target, tokenizer = load_target(self.target, self.dtype, self.device)
+        sizes = {"max_prompt_tokens": self.max_prompt_tokens, "slots": self.slots}
+        return regenerate(target, tokenizer, prompts, self.output, **sizes, **common)
+
+    def _ask_endpoint(self, prompts: list[dict[str, Any]], common: dict[str, Any]) -> dict[str, Any]:
+        from ..training.endpoint import regenerate_from_endpoint
+
+        return regenerate_from_endpoint(
+            self.endpoint,
+            self.endpoint_model,
+            prompts,
+            self.output,
+            concurrency=self.endpoint_concurrency,
+            token_ids=self.endpoint_token_ids,
+            attempts=self.endpoint_attempts,
+            **common,
+        )

@@ -1,5 +1,6 @@
 """`coral-hf train`: a drafter, or its router."""
 
+import itertools
 import json
 import tempfile
 from dataclasses import dataclass, field
@@ -19,7 +20,20 @@ class TrainCommand:
     Example: coral-hf train --target demo --data responses.jsonl --output_dir outputs/drafter --preset coral
     """
 
-    data: list[str] = field(metadata={"help": "Response files (.jsonl, .jsonl.gz, .parquet) or folders of shards."})
+    data: list[str] = field(
+        metadata={
+            "help": "Response files (.jsonl, .jsonl.gz, .parquet), folders of Parquet shards or of save_to_disk, or data "
+            "sets on the Hub (org/name[@revision][:config])."
+        }
+    )
+    split: str = field(default="train", metadata={"help": "Split of data sets that have several."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read --data while training instead of before it: needs --max_steps; rows are shuffled in buffers "
+            "(--stream_buffer_size) and not grouped by length; resuming reads the stream again up to where it was."
+        },
+    )
     target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
     dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the frozen target."})
     drafter: str | None = field(default=None, metadata={"help": "Go on from this drafter instead of a new one."})
@@ -39,6 +53,10 @@ class TrainCommand:
     eval_data: list[str] = field(
         default_factory=list, metadata={"help": "Response files to evaluate on, instead of eval_rows."}
     )
+    check_overlap: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Evaluation prompts: warn of training prompts that are among them (as with --eval_data)."},
+    )
     estimate: bool = field(
         default=False,
         metadata={
@@ -48,7 +66,7 @@ class TrainCommand:
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self, args) -> int:
-        from ..training.data import read_rows
+        from ..training.overlap import warn_of_overlap
         from ..training.router_trainer import CoralRouterTrainer
         from ..training.trainer import CoralTrainer
 
@@ -59,15 +77,14 @@ class TrainCommand:
             raise ValueError(f"--router_groups {self.router_groups} adds a router: train it with --stage router.")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        rows = read_rows(self.data)
-        if self.eval_data:
-            eval_rows = read_rows(self.eval_data)
-        elif 0 <= self.eval_rows < len(rows):
-            eval_rows, rows = rows[: self.eval_rows], rows[self.eval_rows :]
-        else:
-            raise ValueError(f"--eval_rows {self.eval_rows}: the files hold {len(rows)} rows; leave some to train on.")
+        if self.streaming and (self.estimate or self.shortlist_size is not None):
+            name = "--estimate" if self.estimate else f"--shortlist_size {self.shortlist_size}"
+            raise ValueError(f"{name} goes over all rows first: leave --streaming out.")
+        rows, eval_rows = self._read()
         # the trainer places the target, on every rank's own device
         target, tokenizer = load_target(self.target, self.dtype, "cpu")
+        if (files := [*self.eval_data, *self.check_overlap]) and args.process_index == 0:
+            warn_of_overlap(rows, files, tokenizer)
         if self.drafter is not None:
             for name in ("shape", "config_overrides"):
                 if (value := getattr(self, name)) is not None:
@@ -103,6 +120,27 @@ class TrainCommand:
             print(json.dumps(metrics))
         trainer.accelerator.end_training()  # several processes leave together
         return 0
+
+    def _read(self) -> tuple[Any, list[dict[str, Any]]]:
+        """Rows to train on and to evaluate on."""
+        from ..training.data import read_rows
+        from ..training.sources import RowStream
+
+        if self.eval_rows < 0:
+            raise ValueError(f"--eval_rows {self.eval_rows} must be 0 or more.")
+        held_out = 0 if self.eval_data else self.eval_rows
+        if self.streaming:
+            rows = RowStream(self.data, self.split)
+            eval_rows = list(itertools.islice(rows, held_out))
+            rows.skip = held_out
+        else:
+            rows = read_rows(self.data, self.split)
+            if held_out >= len(rows):
+                raise ValueError(
+                    f"--eval_rows {self.eval_rows}: the files hold {len(rows)} rows; leave some to train on."
+                )
+            eval_rows, rows = rows[:held_out], rows[held_out:]
+        return rows, read_rows(self.eval_data, self.split) if self.eval_data else eval_rows
 
     def _overrides(self) -> dict[str, Any]:
         """`--shape` and `--config_overrides` as settings of a new drafter."""

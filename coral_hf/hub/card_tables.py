@@ -211,9 +211,10 @@ def _responses(folder: Path) -> list[str]:
 
 
 def _stage(stage: dict[str, Any]) -> str:
-    environment = stage["environment"]
+    environment, count = stage["environment"], stage["conversations"]
+    conversations = "a stream of conversations" if count is None else f"{count:,} conversations"
     lines = [
-        f"Stage `{stage['stage']}`: {stage['steps']:,} steps over {stage['conversations']:,} conversations, "
+        f"Stage `{stage['stage']}`: {stage['steps']:,} steps over {conversations}, "
         f"{stage['response_tokens_seen']:,} response tokens seen. {environment['device']}; torch {environment['torch']}, "
         f"transformers {environment['transformers']}, coral_hf {environment['coral_hf']}.",
     ]

@@ -87,6 +87,16 @@ class CoralTrainingArguments(TrainingArguments):
     )
     loss_chunk_size: int = field(default=256, metadata={"help": "Rows whose fp32 logits exist at one time."})
     max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut here (and counted)."})
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Pack several whole conversations into rows of up to max_length (a batch then counts rows), which "
+            "neither target nor drafter attend across."
+        },
+    )
+    stream_buffer_size: int = field(
+        default=1024, metadata={"help": "Streamed conversations that are shuffled, and packed, at one time."}
+    )
     cache_features: str | None = field(
         default=None, metadata={"help": "Folder of a feature cache: filled once, then read instead of the target."}
     )
@@ -136,7 +146,14 @@ class CoralTrainingArguments(TrainingArguments):
                 f"csra_weight={self.csra_weight} with rollout_schedule={self.rollout_schedule!r}: CSRA compares steps, "
                 "and there is only K=1. Use K >= 2 in the schedule, or csra_weight=0 (preset 'eagle')."
             )
-        for name in ("loss_chunk_size", "max_length", "eval_chain_depth", "csra_max_positions", "topk"):
+        for name in (
+            "loss_chunk_size",
+            "max_length",
+            "eval_chain_depth",
+            "csra_max_positions",
+            "topk",
+            "stream_buffer_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         for name in ("regression_loss_weight", "classification_loss_weight", "topk_loss_weight", "csra_weight"):

@@ -220,13 +220,17 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
 
 
 def fingerprint(dataset: Any) -> str | None:
-    """A hash of a data set's size and of rows spread over it; None for a stream."""
-    if dataset is None or not has_length(dataset):
+    """A hash of a data set's size and of rows spread over it; of a stream's first rows."""
+    if dataset is None:
         return None
-    size = len(dataset)
+    if has_length(dataset):
+        size = len(dataset)
+        items = (dataset[index] for index in range(0, size, max(1, size // _FINGERPRINT_ROWS)))
+    else:
+        size, items = "stream", dataset.head
     digest = hashlib.sha1(str(size).encode())
-    for index in range(0, size, max(1, size // _FINGERPRINT_ROWS)):
-        ids = torch.as_tensor(dataset[index]["input_ids"], dtype=torch.int64)
+    for item in items:
+        ids = torch.as_tensor(item["input_ids"], dtype=torch.int64)
         digest.update(ids.contiguous().numpy().tobytes())
     return digest.hexdigest()
 

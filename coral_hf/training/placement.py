@@ -81,4 +81,21 @@ def decoder_layers(adapter: TargetAdapter) -> nn.ModuleList:
     )
 
 
-__all__ = ["decoder_layers", "place_target", "plain_sharding"]
+def check_packing(adapter: TargetAdapter) -> None:
+    """Raises `ValueError` if the target would mix packed conversations."""
+    config = adapter.text_config
+    mixing = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if mixing:
+        raise ValueError(
+            f"packing=True: the target's layers of type {', '.join(mixing)} run across the conversations of a row; train "
+            "without packing."
+        )
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"packing=True: the target runs with attn_implementation={implementation!r}, which does not keep the "
+            'conversations of several rows apart; load it with attn_implementation="sdpa".'
+        )
+
+
+__all__ = ["check_packing", "decoder_layers", "place_target", "plain_sharding"]

@@ -1,9 +1,14 @@
 """The turns that a target has yet to answer, in an order that batches well."""
 
+import itertools
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from .conversations import build_messages, render
 
 
 # Prompts are sorted by length inside windows of this many per slot: rows that are live together are of similar length,
@@ -13,11 +18,12 @@ WINDOW_PER_SLOT = 8
 
 @dataclass
 class Conversation:
-    """One prompt row and the target's answers so far (as ids)."""
+    """One prompt row and the target's answers so far: ids, or the texts that an endpoint gave."""
 
     id: str
     turns: list[str]
-    answers: list[list[int]] = field(default_factory=list)
+    system: str | None = None
+    answers: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -35,18 +41,38 @@ def _encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, eos_
     for answer in conversation.answers:
         ids = answer[:-1] if answer and answer[-1] in eos_ids else answer
         texts.append(tokenizer.decode(ids, skip_special_tokens=True))
-    turns = conversation.turns[: len(texts) + 1]
+    messages = build_messages(conversation.turns[: len(texts) + 1], texts, conversation.system)
     if tokenizer.chat_template is None:
-        # A base model: turns and answers one after the other, as plain text.
-        parts = [part for index, turn in enumerate(turns) for part in [turn, *texts[index : index + 1]]]
-        return list(tokenizer("\n\n".join(parts))["input_ids"])
-    messages: list[dict[str, str]] = []
-    for index, turn in enumerate(turns):
-        messages.append({"role": "user", "content": turn})
-        if index < len(texts):
-            messages.append({"role": "assistant", "content": texts[index]})
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
+        # A base model: system text, turns and answers one after the other, as plain text.
+        return list(tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
+    text = render(tokenizer, messages, f"prompt {conversation.id!r}", add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def unanswered(
+    prompts: Iterable[dict[str, Any]],
+    on_file: dict[str, dict[int, Any]],
+    excluded: set[str],
+    max_turns: int | None,
+) -> tuple[list[Conversation], int]:
+    """The conversations with turns to answer, holding the answers on file, and how many were excluded."""
+    conversations: list[Conversation] = []
+    seen: set[str] = set()
+    n_excluded = 0
+    for row in prompts:
+        if row["id"] in seen:
+            raise ValueError(f"prompt id {row['id']!r} occurs twice; ids must be unique.")
+        seen.add(row["id"])
+        if row["id"] in excluded:
+            n_excluded += 1
+            continue
+        conversation = Conversation(row["id"], list(row["turns"][:max_turns]), row.get("system"))
+        answers = on_file.get(row["id"], {})
+        while len(conversation.answers) in answers:
+            conversation.answers.append(answers[len(conversation.answers)])
+        if len(conversation.answers) < len(conversation.turns):
+            conversations.append(conversation)
+    return conversations, n_excluded
 
 
 class PromptQueue:
@@ -66,6 +92,16 @@ class PromptQueue:
         self.n_turns_left_out = 0
         self.downwards = False
 
+    def common_prefix(self) -> list[int]:
+        """Ids with which all prompts of the next window begin, most of them from the chat template."""
+        self._fill()
+        prompts = [job.prompt_ids for job in self.ready]
+        if len(prompts) < 2:
+            return []
+        first, last = min(prompts), max(prompts)
+        pairs = zip(first[:-1], last[:-1], strict=False)
+        return [pair[0] for pair in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+
     def push(self, conversation: Conversation) -> None:
         """Queues the next turn of `conversation` at the front."""
         if (job := self._job(conversation)) is not None:
@@ -73,13 +109,16 @@ class PromptQueue:
 
     def pop(self) -> Job | None:
         """The next turn to answer, `None` if there is none for now."""
+        self._fill()
+        return self.ready.popleft() if self.ready else None
+
+    def _fill(self) -> None:
         while not self.ready and self.source:
             chunk = [self.source.pop() for _ in range(min(self.window, len(self.source)))]
             jobs = [job for job in map(self._job, chunk) if job is not None]
             self.ready.extend(sorted(jobs, key=lambda job: len(job.prompt_ids), reverse=self.downwards))
             # Up and down in turns, so that neighbouring windows meet at similar lengths.
             self.downwards = not self.downwards
-        return self.ready.popleft() if self.ready else None
 
     def _job(self, conversation: Conversation) -> Job | None:
         """The next turn of `conversation`, `None` (and noted) if its context is too long."""
@@ -95,4 +134,4 @@ class PromptQueue:
         return Job(conversation, ids)
 
 
-__all__ = ["WINDOW_PER_SLOT", "Conversation", "Job", "PromptQueue"]
+__all__ = ["WINDOW_PER_SLOT", "Conversation", "Job", "PromptQueue", "unanswered"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.trainer_utils import has_length
 
 from ..hub.model_card import write_card
 from ..hub.publish import hub_errors, prepare_folder, require_token
@@ -85,7 +86,7 @@ class PublishingMixin:
         record = {
             "stage": self.args.stage,
             "steps": self.state.global_step,
-            "conversations": 0 if self.train_dataset is None else len(self.train_dataset),
+            "conversations": _conversations(self.train_dataset),
             "response_tokens_seen": self.tokens_seen,
             "arguments": recipe(self.args),
             "environment": {
@@ -110,6 +111,14 @@ def recipe(args: Any) -> dict[str, Any]:
         if entry.init and entry.name not in _NOT_RECIPE and entry.default_factory is MISSING and value != default:
             settings[entry.name] = value
     return settings
+
+
+def _conversations(dataset: Any) -> int | None:
+    """How many conversations a data set holds, packed or not; None for a stream."""
+    dataset = getattr(dataset, "dataset", dataset)
+    if dataset is None:
+        return 0
+    return len(dataset) if has_length(dataset) else None
 
 
 def _version() -> str:

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .prompt_queue import WINDOW_PER_SLOT, Conversation, Job, PromptQueue
-from .response_files import drop_incomplete_line, iter_prompts, iter_responses, write_shards
+from .prompt_queue import WINDOW_PER_SLOT, Job, PromptQueue, unanswered
+from .response_files import exclusive, iter_prompts, iter_responses, write_shards
 from .slot_cache import SlotCache
 
 
@@ -91,7 +90,7 @@ def regenerate(
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer. Without a chat template the turns are taken as plain text.
         prompts (`Iterable[dict]`):
-            Rows `{"id", "turns"}`, as from [`iter_prompts`].
+            Rows `{"id", "turns"}`, with a `system` text or without, as from [`iter_prompts`].
         output (`str` or `os.PathLike`):
             JSONL file; a row is `{"id", "turn", "prompt_ids", "response_ids"}`, and `"temperature"` if sampled.
             `prompt_ids` is the whole context up to the generation prompt, `response_ids` ends with EOS if it came.
@@ -142,16 +141,10 @@ def regenerate(
 
     output, eos_ids, excluded = Path(output), _eos_ids(target), set(exclude)
     cache = SlotCache(target, slots, max_prompt_tokens + max_new_tokens)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(f"{output}.lock", timeout=0).acquire()
-    except Timeout as error:
-        raise ValueError(f"another process is writing {output}; wait for it or give another output.") from error
-    with lock:
-        drop_incomplete_line(output)
+    with exclusive(output):
         on_file = _read_answers(output, temperature)
         n_resumed = sum(len(answers) for answers in on_file.values())
-        conversations, n_excluded = _unanswered(prompts, on_file, excluded, max_turns)
+        conversations, n_excluded = unanswered(prompts, on_file, excluded, max_turns)
         # The order is the seed's; the draws of a resumed run are not those that are on file already.
         queue = PromptQueue(
             conversations, tokenizer, eos_ids, slots * WINDOW_PER_SLOT, max_prompt_tokens, random.Random(seed)
@@ -169,32 +162,6 @@ def regenerate(
         "n_too_long": len(queue.too_long),
         "too_long": queue.too_long,
     }
-
-
-def _unanswered(
-    prompts: Iterable[dict[str, Any]],
-    on_file: dict[str, dict[int, list[int]]],
-    excluded: set[str],
-    max_turns: int | None,
-) -> tuple[list[Conversation], int]:
-    """The conversations with turns to answer, holding the answers on file, and how many were excluded."""
-    conversations: list[Conversation] = []
-    seen: set[str] = set()
-    n_excluded = 0
-    for row in prompts:
-        if row["id"] in seen:
-            raise ValueError(f"prompt id {row['id']!r} occurs twice; ids must be unique.")
-        seen.add(row["id"])
-        if row["id"] in excluded:
-            n_excluded += 1
-            continue
-        conversation = Conversation(row["id"], list(row["turns"][:max_turns]))
-        answers = on_file.get(row["id"], {})
-        while len(conversation.answers) in answers:
-            conversation.answers.append(answers[len(conversation.answers)])
-        if len(conversation.answers) < len(conversation.turns):
-            conversations.append(conversation)
-    return conversations, n_excluded
 
 
 class _Writer:
@@ -240,6 +207,7 @@ def _decode(
     cache: SlotCache, queue: PromptQueue, sampler: _Sampler, writer: _Writer, eos_ids: set[int], max_new_tokens: int
 ) -> None:
     """The loop: fill the free slots, step all, free the finished ones."""
+    cache.share_prefix(queue.common_prefix())
     jobs: list[Job] = []  # jobs[i] lives in slot i
     # A forward on an accelerator costs the same for one prompt as for many: there, prompts wait for each other.
     refill_at = cache.slots - (1 if cache.device.type == "cpu" else max(1, cache.slots // 8))

@@ -2,40 +2,68 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ..jsonl import read_jsonl
+from .conversations import check_messages, check_system
+from .sources import iter_source
 
 
-def iter_prompts(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+def iter_prompts(path: str | os.PathLike, split: str = "train") -> Iterator[dict[str, Any]]:
     """
     Reads conversations, user turns only.
 
     Args:
         path (`str` or `os.PathLike`):
-            A `.jsonl` or `.jsonl.gz` file with one `{"id": str, "turns": [str, ...]}` a line; other keys are kept.
+            A file or data set (see `sources.iter_source`) of `{"id": str, "turns": [str, ...]}` rows, or of chat
+            `messages`, of which the user's are the turns; a `system` text may stand beside either. Other keys are kept.
+            Rows of messages need no id: it is then the row's place.
+        split (`str`, defaults to `"train"`):
+            Of data sets with several splits.
 
     Returns:
-        `Iterator[dict]`: the rows in file order.
+        `Iterator[dict]`: the rows in file order, with `id`, `turns` and `system` where there is one.
 
     Raises:
         ValueError: if the file is missing, or a line is malformed or repeats an id (with its number).
     """
-    seen: dict[str, int] = {}
-    for number, row in read_jsonl(path):
-        where = f"{path}, line {number}"
+    seen: dict[str, str] = {}
+    for number, (where, row) in enumerate(iter_source(path, split)):
+        if isinstance(row.get("messages"), list) and not isinstance(row.get("turns"), list):
+            row = _user_turns(row, where)
+            if row.get("id") is None:
+                row["id"] = f"row{number}"
         if not isinstance(row.get("id"), str) or not row["id"]:
             raise ValueError(f'{where}: "id" must be a non-empty string, got {row.get("id")!r}.')
         turns = row.get("turns")
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
             raise ValueError(f'{where}: "turns" must be a non-empty list of strings, got {str(turns)[:60]!r}.')
+        check_system(row, where)
+        place = where.removeprefix(f"{path}, ")
         if row["id"] in seen:
-            raise ValueError(
-                f"{where}: id {row['id']!r} already stands on line {seen[row['id']]}; ids must be unique."
-            )
-        seen[row["id"]] = number
+            raise ValueError(f"{where}: id {row['id']!r} already stands on {seen[row['id']]}; ids must be unique.")
+        seen[row["id"]] = place
         yield row
+
+
+def _user_turns(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row of messages as a row of turns: what the assistant said is left for the target to say."""
+    messages = check_messages(row["messages"], where)
+    known = {"system", "user", "assistant"}
+    if unknown := sorted({message["role"] for message in messages} - known):
+        raise ValueError(
+            f"{where}: messages of role {', '.join(unknown)} cannot be answered again; leave the row out."
+        )
+    row = {key: value for key, value in row.items() if key != "messages"}
+    row["turns"] = [message["content"] for message in messages if message["role"] == "user"]
+    systems = [message["content"] for message in messages if message["role"] == "system"]
+    if systems and row.get("system") is None:
+        row["system"] = "\n\n".join(systems)
+    return row
 
 
 def iter_responses(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
@@ -67,6 +95,23 @@ def _checked_response(row: dict[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
             raise ValueError(f'{where}: "{key}" must be a list of token ids, got {str(ids)[:60]!r}.')
     return row
+
+
+@contextmanager
+def exclusive(output: Path) -> Iterator[None]:
+    """Holds `output` for this process alone, a last line that a kill cut off removed.
+
+    Raises:
+        ValueError: if another process is writing it.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(f"{output}.lock", timeout=0).acquire()
+    except Timeout as error:
+        raise ValueError(f"another process is writing {output}; wait for it or give another output.") from error
+    with lock:
+        drop_incomplete_line(output)
+        yield
 
 
 def drop_incomplete_line(path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from .losses import router_loss, target_group_mass
 from .trainer import CoralTrainer
+from .training_rows import encode_dataset
 
 
 RECALL_AT = (1, 2, 4, 8)  # active groups that recall and uncovered mass are reported for
@@ -71,7 +72,7 @@ class CoralRouterTrainer(CoralTrainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Loss, group recall and uncovered mass over the evaluation set, over all steps of a chain."""
-        eval_dataset = self._encode(eval_dataset, self.processing_class, self.args)
+        eval_dataset = encode_dataset(eval_dataset, self.processing_class, self.args)
         was_training = self.model.training
         self.model.eval()
         sums: dict[str, float] = {}

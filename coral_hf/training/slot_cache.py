@@ -24,6 +24,7 @@ class _SlotLayer(CacheLayerMixin):
     def __init__(self, owner: "SlotCache"):
         super().__init__()
         self.owner = owner
+        self.prefix: tuple[torch.Tensor, torch.Tensor] | None = None  # of the shared prefix, [1, heads, P, d]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values = self._grown(None, key_states), self._grown(None, value_states)
@@ -47,10 +48,16 @@ class _SlotLayer(CacheLayerMixin):
         elif self.keys.shape[2] < owner.longest:
             self.keys, self.values = self._grown(self.keys, key_states), self._grown(self.values, value_states)
         if owner.prefill_slots is not None:
-            # [b, h, p, d] of new prompts: nothing stands before them, so they attend among themselves.
-            self.keys[owner.prefill_slots, :, :length] = key_states
-            self.values[owner.prefill_slots, :, :length] = value_states
-            return key_states, value_states
+            # [b, h, p, d] of new prompts: nothing but the shared prefix stands before them.
+            start = owner.prefill_start
+            self.keys[owner.prefill_slots, :, start : start + length] = key_states
+            self.values[owner.prefill_slots, :, start : start + length] = value_states
+            if not start:
+                return key_states, value_states
+            prefix = [states.expand(key_states.shape[0], -1, -1, -1) for states in self.prefix]
+            self.keys[owner.prefill_slots, :, :start] = prefix[0]
+            self.values[owner.prefill_slots, :, :start] = prefix[1]
+            return torch.cat([prefix[0], key_states], dim=2), torch.cat([prefix[1], value_states], dim=2)
         n, longest = key_states.shape[0], owner.longest
         self.keys[owner.rows, :, owner.positions] = key_states.squeeze(2)  # [n, h, d]
         self.values[owner.rows, :, owner.positions] = value_states.squeeze(2)
@@ -118,9 +125,26 @@ class SlotCache(Cache):
         self.all_rows = torch.arange(slots, device=self.device)
         self.all_positions = torch.arange(max_length, device=self.device)
         self.prefill_slots: torch.Tensor | None = None
+        self.prefill_start = 0
+        self.prefix: list[int] = []
         self.rows = self.positions = None
         self.longest = 0
         super().__init__(layers=[_SlotLayer(self) for _ in range(config.num_hidden_layers)])
+
+    def share_prefix(self, ids: list[int]) -> None:
+        """
+        Runs ids with which most prompts begin (a chat template's system text) once instead of in every prefill.
+
+        Args:
+            ids (`list[int]`):
+                The prefix; a prompt that begins otherwise, or is no longer, is prefilled whole.
+        """
+        self.prefix = []
+        if ids:
+            self._prefill([0], [[*ids, 0]])  # slot 0 is free again at once
+            for layer in self.layers:
+                layer.prefix = tuple(states[:1, :, : len(ids)].clone() for states in (layer.keys, layer.values))
+            self.prefix = list(ids)
 
     def prefill(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
         """
@@ -133,33 +157,40 @@ class SlotCache(Cache):
             prompts (`Sequence[list[int]]`):
                 Their ids, of any lengths.
         """
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        while order:
-            widest = len(prompts[order[-1]])
-            group = order[-max(1, _PREFILL_TOKENS.get(self.device.type, 8192) // widest) :]
-            del order[-len(group) :]
-            self._prefill([slots[index] for index in group], [prompts[index] for index in group])
+        start = len(self.prefix)
+        begins = [bool(start) and len(prompt) > start + 1 and prompt[:start] == self.prefix for prompt in prompts]
+        for shared in (True, False):
+            order = [index for index in range(len(prompts)) if begins[index] == shared]
+            order.sort(key=lambda index: len(prompts[index]))
+            while order:
+                widest = len(prompts[order[-1]])
+                group = order[-max(1, _PREFILL_TOKENS.get(self.device.type, 8192) // widest) :]
+                del order[-len(group) :]
+                group_slots, group_prompts = [slots[i] for i in group], [prompts[i] for i in group]
+                self._prefill(group_slots, group_prompts, start if shared else 0)
 
-    def _prefill(self, slots: list[int], prompts: list[list[int]]) -> None:
+    def _prefill(self, slots: list[int], prompts: list[list[int]], start: int = 0) -> None:
+        """Prompts whose first `start` tokens are the shared prefix."""
         index = torch.tensor(slots, device=self.device)
         for slot, prompt in zip(slots, prompts, strict=True):
             self.host_lengths[slot] = len(prompt) - 1
         self.lengths[index] = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         self.last_tokens[index] = torch.tensor([prompt[-1] for prompt in prompts], device=self.device)
-        width = max(len(prompt) for prompt in prompts) - 1
+        end = max(len(prompt) for prompt in prompts) - 1
+        width = end - start
         if width == 0:
             return
-        ids = torch.tensor([prompt[:-1] + [0] * (width + 1 - len(prompt)) for prompt in prompts], device=self.device)
-        positions = self.all_positions[:width]
+        rows = [prompt[start:-1] + [0] * (end + 1 - len(prompt)) for prompt in prompts]
+        positions = self.all_positions[start:end]
         # Without a mask `sdpa` takes its causal path, which a window within which all prompts fit does not change.
         mask = None
-        if self.eager or (self.window is not None and width > self.window):
-            distance = (positions[:, None] - positions[None, :]).expand(len(slots), 1, width, width)
-            mask = self._mask(distance)
-        self.prefill_slots, self.longest = index, width
+        if start or self.eager or (self.window is not None and end > self.window):
+            distance = positions[:, None] - self.all_positions[None, :end]
+            mask = self._mask(distance.expand(len(slots), 1, width, end))
+        self.prefill_slots, self.prefill_start, self.longest = index, start, end
         try:
             self.target(
-                input_ids=ids,
+                input_ids=torch.tensor(rows, device=self.device),
                 attention_mask=mask,
                 position_ids=positions.expand(len(slots), width),
                 use_cache=True,

@@ -15,14 +15,15 @@ from .adapters import add_adapters
 from .arguments import CoralTrainingArguments
 from .checkpoints import CheckpointMixin
 from .curves import DrawLearningCurve
-from .data import IGNORED_LABEL, ConversationDataset, CoralDataCollator, check_ids, preview
+from .data import IGNORED_LABEL, CoralDataCollator, check_ids, preview
 from .faults import StopOnNonFiniteGradient
 from .feature_cache import FeatureCache
 from .losses import chunked_classification_loss, csra_loss, regression_loss
 from .metrics import WeightedMeans, chain_length
-from .placement import place_target, plain_sharding
+from .placement import check_packing, place_target, plain_sharding
 from .publishing import PublishingMixin
 from .simulation import ChainStatistics
+from .training_rows import encode_dataset, encode_training_dataset, first_item
 
 
 class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
@@ -33,8 +34,9 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         model ([`CoralDraftModel`]): the drafter.
         target_model (`PreTrainedModel`): the frozen target; never saved, never trained.
         args ([`CoralTrainingArguments`])
-        train_dataset, eval_dataset: [`ConversationDataset`], a `datasets.Dataset`, or a list of response rows (see
-            `training.data.SCHEMAS`).
+        train_dataset, eval_dataset: [`ConversationDataset`], a `datasets.Dataset`, or a list of training rows (see
+            [`encode_row`]). Rows without a length (`RowStream`, `datasets.IterableDataset`) are streamed in training,
+            which needs `max_steps`, and read whole for evaluation.
         processing_class (*optional*): the target's tokenizer; its vocabulary hash must be the drafter's.
         peft_config (`PeftConfig`, *optional*): adapts the drafter to this (fine-tuned) target with adapters instead of
             training it; `save_model` writes the merged drafter, and the adapters beside it.
@@ -71,9 +73,13 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         check_pair(model, self.adapter, processing_class)
         if peft_config is not None:
             model = add_adapters(model, peft_config, self.adapter)
-        train_dataset = self._encode(train_dataset, processing_class, args)
-        eval_dataset = self._encode(eval_dataset, processing_class, args)
-        for dataset in (train_dataset, eval_dataset):
+        if args.packing:
+            check_packing(self.adapter)
+        eval_dataset = encode_dataset(eval_dataset, processing_class, args)
+        conversations, train_dataset = encode_training_dataset(
+            train_dataset, processing_class, args, self.adapter.vocab_size
+        )
+        for dataset in (conversations, eval_dataset):
             check_ids(dataset, self.adapter.vocab_size)
         collator = kwargs.pop("data_collator", None) or CoralDataCollator(self._pad_token_id(processing_class))
         super().__init__(
@@ -96,21 +102,10 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         self._shortlist = self._frequent_ids()
         self.tokens_seen = 0
         if args.cache_features is not None:
-            self._fill_cache(args.cache_features, [train_dataset, eval_dataset])
+            self._fill_cache(args.cache_features, [conversations, eval_dataset])
         if processing_class is not None and train_dataset is not None and self.is_world_process_zero():
-            print(f"First sample, trained tokens between ⟦ and ⟧:\n{preview(train_dataset[0], processing_class)}")
-
-    @staticmethod
-    def _encode(dataset: Any, tokenizer: Any, args: CoralTrainingArguments) -> Any:
-        if dataset is None or isinstance(dataset, ConversationDataset):
-            return dataset
-        encoded = ConversationDataset(dataset, tokenizer, args.max_length)
-        if encoded.truncated or encoded.dropped:
-            print(
-                f"{encoded.truncated} conversations cut at max_length={args.max_length}, {encoded.dropped} of them "
-                "left out because no response token remained."
-            )
-        return encoded
+            sample = preview(first_item(train_dataset), processing_class)
+            print(f"First sample, trained tokens between ⟦ and ⟧:\n{sample}")
 
     @staticmethod
     def _pad_token_id(tokenizer: Any) -> int:
@@ -143,7 +138,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["input_ids", "response_mask"]
+            self._signature_columns = ["input_ids", "response_mask", "lengths"]
 
     # One batch -------------------------------------------------------------------------------------------------
 
@@ -163,10 +158,12 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
             count in step 1, `torch.BoolTensor` of shape `[B, S-1]`.
         """
         ids, documents = inputs["input_ids"], inputs["document_ids"]
-        features = inputs.get("features")
+        features, positions = inputs.get("features"), inputs.get("position_ids")
         with torch.autocast(ids.device.type, enabled=False), torch.no_grad():
             if features is None:
-                features = self.adapter.compute_features(ids, attention_mask=(documents >= 0).long())
+                # Transformers keeps packed conversations apart by positions that begin anew, where no mask is given
+                mask = (documents >= 0).long() if positions is None else None
+                features = self.adapter.compute_features(ids, attention_mask=mask, position_ids=positions)
             embeds = self.adapter.embed(ids[:, 1:])
         dtype = next(model.parameters()).dtype
         read = features[:, :-1, : self._features_read].to(dtype)
@@ -179,7 +176,9 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
             inputs_embeds=embeds.to(dtype),
             features=read,
             num_steps=num_steps,
-            document_ids=documents[:, 1:],
+            position_ids=None if positions is None else positions[:, :-1],
+            # row r joins x_r and x_{r+1}: where another conversation begins between them there is no row
+            document_ids=documents[:, 1:].masked_fill(documents[:, 1:] != documents[:, :-1], -1),
             output_group_logits=output_group_logits,
         )
         # Row r predicts x_{r+2} and f_{r+1}, whose last-layer part comes last.
@@ -296,7 +295,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
             `dict`: `{prefix}_loss` (cross-entropy of step 1), `{prefix}_acceptance_k` (conditional, per depth) and
             `{prefix}_acceptance_length` (tau of a chain of `eval_chain_depth`, pooled, bonus token included).
         """
-        eval_dataset = self._encode(eval_dataset, self.processing_class, self.args)
+        eval_dataset = encode_dataset(eval_dataset, self.processing_class, self.args)
         check_ids(eval_dataset, self.adapter.vocab_size)
         model = self._wrap_model(self.model, training=False)
         if self.is_fsdp_enabled and self.model is self.model_wrapped:

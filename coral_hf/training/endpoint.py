@@ -1,0 +1,327 @@
+"""Regeneration by a serving engine: any server with OpenAI's chat completions (vLLM, SGLang, TGI) answers the prompts.
+
+For targets that outgrow one machine: the engine distributes and batches, this side keeps many requests open, and a file
+that a later run goes on with.
+
+    >>> regenerate_from_endpoint("http://host:8000/v1", "your/model", iter_prompts("prompts.jsonl"), "responses.jsonl")
+"""
+
+import http.client
+import json
+import os
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..jsonl import read_jsonl
+from .conversations import build_messages
+from .prompt_queue import Conversation, unanswered
+from .response_files import exclusive
+
+
+_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+_LONGEST_PAUSE = 30.0
+_TOO_LONG = re.compile(r"context|too (long|large|many tokens)|maximum.*length", re.IGNORECASE)
+
+
+class PromptTooLong(Exception):
+    """The server refused a conversation for its length."""
+
+
+class Stopped(Exception):
+    """Another request failed for good."""
+
+
+@dataclass
+class Answer:
+    """One completion: its text, why it ended, its tokens if the server counted them, and their ids if it was asked."""
+
+    text: str
+    finish_reason: str | None
+    n_tokens: int
+    prompt_ids: list[int] | None = None
+    response_ids: list[int] | None = None
+
+
+class ChatEndpoint:
+    """Chat completions of an OpenAI-compatible server, asked again with growing pauses where that may help.
+
+    `OPENAI_API_KEY`, if set, is sent as the bearer token.
+
+    Args:
+        url (`str`): up to and with `/v1`.
+        model (`str`): the name that the server knows the target by.
+        token_ids (`bool`): ask for token ids (`return_token_ids` of vLLM).
+        attempts (`int`): before a request is given up; pause (`float`): seconds before the second one, doubled each time.
+        timeout (`float`): seconds that one answer may take.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        token_ids: bool = False,
+        attempts: int = 6,
+        pause: float = 1.0,
+        timeout: float = 600.0,
+    ):
+        if not re.match(r"https?://[^/]", url):
+            raise ValueError(f"endpoint {url!r} must be a URL such as http://host:8000/v1.")
+        if attempts < 1:
+            raise ValueError(f"attempts must be at least 1, got {attempts}.")
+        self.url, self.model, self.token_ids = url.rstrip("/") + "/chat/completions", model, token_ids
+        self.attempts, self.pause, self.timeout = attempts, pause, timeout
+        self.stopped = threading.Event()
+
+    def complete(self, messages: list[dict[str, str]], **settings: Any) -> Answer:
+        """The answer to messages.
+
+        Raises:
+            ValueError: if the server refuses the request, or answers something else than a chat completion.
+            ConnectionError: if it gives no answer in all attempts.
+            PromptTooLong: if the conversation is too long for it.
+        """
+        body = {"model": self.model, "messages": messages, **settings}
+        if self.token_ids:
+            body["return_token_ids"] = True
+        reason, asked_pause = "", 0.0
+        for attempt in range(self.attempts):
+            if attempt:
+                pause = min(self.pause * 2 ** (attempt - 1), _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
+                if self.stopped.wait(max(pause, asked_pause)):
+                    raise Stopped
+                asked_pause = 0.0
+            try:
+                return self._answer(self._post(body))
+            except urllib.error.HTTPError as error:
+                text = error.read().decode(errors="replace")
+                if error.code in (400, 413, 422) and _TOO_LONG.search(text):
+                    raise PromptTooLong(text) from error
+                reason = f"HTTP {error.code}: {_one_line(text)}"
+                if error.code not in _RETRIED:
+                    raise ValueError(f"{self.url} refused a request for model {self.model!r} ({reason}).") from error
+                asked_pause = _seconds(error.headers.get("Retry-After"))
+            except (
+                OSError,
+                http.client.HTTPException,
+                json.JSONDecodeError,
+            ) as error:  # unreachable, cut off, too slow
+                reason = str(error) or type(error).__name__
+        raise ConnectionError(f"{self.url} gave no answer in {self.attempts} attempts ({reason})")
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers, method="POST")
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            return json.loads(response.read())
+
+    def _answer(self, body: Any) -> Answer:
+        try:
+            choice = body["choices"][0]
+            text, count = choice["message"]["content"] or "", (body.get("usage") or {}).get("completion_tokens") or 0
+            finish_reason, ids = choice.get("finish_reason"), choice.get("token_ids")
+            prompt_ids = body.get("prompt_token_ids")
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.url} answered no chat completion: {_one_line(json.dumps(body))}") from error
+        if self.token_ids and not (ids and prompt_ids):
+            raise ValueError(
+                f"{self.url} returned no token ids (vLLM does, for return_token_ids): leave --endpoint_token_ids out and "
+                "keep texts."
+            )
+        return Answer(text, finish_reason, count or len(ids or ()), prompt_ids, ids)
+
+
+def regenerate_from_endpoint(
+    url: str,
+    model: str,
+    prompts: Iterable[dict[str, Any]],
+    output: str | os.PathLike,
+    *,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+    concurrency: int = 64,
+    token_ids: bool = False,
+    max_turns: int | None = None,
+    exclude: Iterable[str] = (),
+    attempts: int = 6,
+    pause: float = 1.0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """
+    Lets a server answer every prompt, each turn after the answer to the one before, and appends the answers to a file.
+
+    Texts are kept one conversation a row, `{"id", "turns", "responses", "finish_reasons"}` with `system` and
+    `temperature` where they are set; training tokenises them, and learns no end from a response that was cut
+    ("length"). With `token_ids` a row is one turn, as [`regenerate`] writes it, and its text. An `output` that exists is
+    continued.
+
+    Args:
+        url (`str`), model (`str`), attempts (`int`), pause (`float`): see [`ChatEndpoint`].
+        prompts (`Iterable[dict]`): rows `{"id", "turns"}` with a `system` text or without, as from [`iter_prompts`].
+        output (`str` or `os.PathLike`): JSONL file.
+        max_new_tokens (`int`), temperature (`float`), seed (`int`): sent with every request.
+        concurrency (`int`): requests under way at one time.
+        token_ids (`bool`): keep the token ids that the server returns.
+        max_turns (`int`, *optional*), exclude (`Iterable[str]`), progress (`bool`): as for [`regenerate`].
+
+    Returns:
+        `dict`: `n_responses`, `n_response_tokens` (as the server counts them), `n_resumed` (turns found on file),
+        `n_excluded`, `n_too_long`, `n_empty` (conversations that ended early), `seconds`, `tokens_per_second`.
+
+    Raises:
+        ValueError: on settings out of range, duplicate ids, a request that the server refuses, or an `output` that holds
+            other rows or is being written by another process.
+        ConnectionError: if the server stops answering; what was answered is on file.
+    """
+    for name, value in {"max_new_tokens": max_new_tokens, "concurrency": concurrency}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}.")
+    endpoint, output = ChatEndpoint(url, model, token_ids, attempts, pause), Path(output)
+    settings = {"max_tokens": max_new_tokens, "temperature": temperature}
+    if temperature > 0:
+        settings["seed"] = seed
+    with exclusive(output):
+        on_file = _read_answers(output, temperature, token_ids)
+        conversations, n_excluded = unanswered(prompts, on_file, set(exclude), max_turns)
+        if not token_ids:  # a conversation on file is whole, or ended there
+            conversations = [conversation for conversation in conversations if conversation.id not in on_file]
+        writer = _Writer(output, conversations, temperature, token_ids, progress)
+        pool = ThreadPoolExecutor(concurrency)
+        try:
+            futures = [pool.submit(_converse, endpoint, item, settings, writer) for item in conversations]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            errors = [error for future in done if (error := future.exception()) is not None]
+            if errors:
+                raise next((error for error in errors if not isinstance(error, Stopped)), errors[0])
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{error}. {writer.counts['n_responses']} new answers are in {output}: start the server and run the same "
+                "command again to go on."
+            ) from error
+        finally:
+            endpoint.stopped.set()
+            pool.shutdown(cancel_futures=True)
+            writer.close()
+    return {**writer.stats(), "n_resumed": sum(map(len, on_file.values())), "n_excluded": n_excluded}
+
+
+def _converse(endpoint: ChatEndpoint, conversation: Conversation, settings: dict[str, Any], writer: "_Writer") -> None:
+    """Answers the turns of one conversation that are not on file."""
+    reasons: list[str | None] = []
+    while len(conversation.answers) < len(conversation.turns):
+        if endpoint.stopped.is_set():
+            raise Stopped
+        turns = conversation.turns[: len(conversation.answers) + 1]
+        try:
+            answer = endpoint.complete(build_messages(turns, conversation.answers, conversation.system), **settings)
+        except PromptTooLong:
+            writer.ended("n_too_long", conversation)
+            break
+        if not answer.text:
+            writer.ended("n_empty", conversation)
+            break
+        writer.turn(conversation, answer)
+        conversation.answers.append(answer.text)
+        reasons.append(answer.finish_reason)
+    writer.conversation(conversation, reasons)
+
+
+class _Writer:
+    """Writes answers line by line, from any thread, and keeps the progress bar."""
+
+    def __init__(self, output: Path, conversations: list, temperature: float, token_ids: bool, progress: bool):
+        self.file = output.open("a", encoding="utf-8")
+        self.lock = threading.Lock()
+        self.temperature, self.token_ids = temperature, token_ids
+        total = sum(len(item.turns) - len(item.answers) for item in conversations)
+        self.bar = tqdm(total=total, unit="turn", desc="regenerate", disable=not progress, smoothing=0.02)
+        self.counts = dict.fromkeys(("n_responses", "n_response_tokens", "n_too_long", "n_empty"), 0)
+        self.started = time.perf_counter()
+
+    def turn(self, conversation: Conversation, answer: Answer) -> None:
+        with self.lock:
+            if self.token_ids:
+                row = {"id": conversation.id, "turn": len(conversation.answers), **self._sampling()}
+                row |= {"prompt_ids": answer.prompt_ids, "response_ids": answer.response_ids, "response": answer.text}
+                self._write(row)
+            self.counts["n_responses"] += 1
+            self.counts["n_response_tokens"] += answer.n_tokens
+            self.bar.set_postfix_str(f"{self.stats()['tokens_per_second']:.0f} tokens/s", refresh=False)
+            self.bar.update()
+
+    def conversation(self, conversation: Conversation, reasons: list[str | None]) -> None:
+        if self.token_ids or not conversation.answers:
+            return
+        row: dict[str, Any] = {"id": conversation.id, **self._sampling()}
+        if conversation.system is not None:
+            row["system"] = conversation.system
+        row |= {"turns": conversation.turns[: len(conversation.answers)], "responses": conversation.answers}
+        with self.lock:
+            self._write({**row, "finish_reasons": reasons})
+
+    def ended(self, name: str, conversation: Conversation) -> None:
+        with self.lock:
+            self.counts[name] += 1
+            self.bar.total -= len(conversation.turns) - len(conversation.answers)
+
+    def _sampling(self) -> dict[str, float]:
+        return {"temperature": self.temperature} if self.temperature > 0 else {}
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+        self.file.flush()
+
+    def stats(self) -> dict[str, Any]:
+        seconds = time.perf_counter() - self.started
+        return {**self.counts, "seconds": seconds, "tokens_per_second": self.counts["n_response_tokens"] / seconds}
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+
+
+def _read_answers(output: Path, temperature: float, token_ids: bool) -> dict[str, dict[int, str]]:
+    """Answers on file by id and turn; refuses a file of other rows."""
+    answers: dict[str, dict[int, str]] = {}
+    if not output.exists():
+        return answers
+    columns = ("turn", "response_ids", "response") if token_ids else ("turns", "responses")
+    for number, row in read_jsonl(output):
+        where = f"{output}, line {number}"
+        if "id" not in row or any(column not in row for column in columns):
+            raise ValueError(f"{where} is no row of such a run ({', '.join(columns)}); give another output file.")
+        if row.get("temperature", 0.0) != temperature:
+            raise ValueError(
+                f"{where} was sampled at temperature {row.get('temperature', 0.0)}, this run has {temperature}; give "
+                "another output file."
+            )
+        found = answers.setdefault(row["id"], {})
+        found.update({row["turn"]: row["response"]} if token_ids else dict(enumerate(row["responses"])))
+    return answers
+
+
+def _seconds(text: str | None) -> float:
+    """A Retry-After header in seconds; 0 for none, or a date."""
+    return min(float(text), 10 * _LONGEST_PAUSE) if text and text.strip().isdigit() else 0.0
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
+__all__ = ["ChatEndpoint", "regenerate_from_endpoint"]

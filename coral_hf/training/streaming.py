@@ -1,0 +1,102 @@
+"""Training on rows that are read while they are used."""
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from .data import encode_rows, unknown_id
+from .packing import join, pack_lengths
+
+
+HEAD = 64
+
+
+class StreamedConversations(torch.utils.data.IterableDataset):
+    """Encoded conversations of rows that are read, again and again, while they are used.
+
+    The stream has no end: `max_steps` ends a training. It is shuffled (and packed) inside buffers of `buffer_size`
+    conversations, by seed and pass alone, so that a resumed training finds every batch again by reading the stream from
+    its start. What needs all rows at one time (length grouping, response counts, the feature cache) is not to be had.
+
+    Args:
+        rows (`Iterable[dict]`): training rows, iterated anew in every pass: a [`RowStream`] or a
+            `datasets.IterableDataset`.
+        tokenizer (*optional*): the target's tokenizer, for rows of text.
+        max_length (`int`): longer rows are cut there, counted and, the first one, told of.
+        vocab_size (`int`): of the target.
+        seed (`int`), buffer_size (`int`): of the shuffling.
+        packing (`bool`): pack the conversations of a buffer into rows of `max_length`.
+
+    Raises:
+        ValueError: while iterating, on a malformed row or a pass without a trainable row.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[dict[str, Any]],
+        tokenizer: Any,
+        max_length: int,
+        vocab_size: int,
+        seed: int = 0,
+        buffer_size: int = 1024,
+        packing: bool = False,
+    ):
+        if iter(rows) is rows:
+            raise ValueError(
+                "The rows are an iterator, which can be read once only: give what makes one anew for every pass "
+                "(training.sources.RowStream, datasets.IterableDataset, a list)."
+            )
+        self.rows, self.tokenizer, self.max_length, self.vocab_size = rows, tokenizer, max_length, vocab_size
+        self.seed, self.buffer_size, self.packing = seed, buffer_size, packing
+        self._told = False
+
+    @cached_property
+    def head(self) -> list[dict[str, torch.Tensor]]:
+        """The first conversations of the stream, by which it is recognised."""
+        head = list(itertools.islice(self.conversations_in_order(), HEAD))
+        if not head:
+            raise ValueError(
+                f"The stream holds no conversation with a response token within max_length={self.max_length}."
+            )
+        return head
+
+    def conversations_in_order(self) -> Iterator[dict[str, torch.Tensor]]:
+        """One pass over the stream as it comes."""
+        counts = {"truncated": 0, "dropped": 0}
+        for ids, mask in encode_rows(self.rows, self.tokenizer, self.max_length, counts):
+            if max(ids) >= self.vocab_size:
+                raise unknown_id(max(ids), self.vocab_size)
+            if counts["truncated"] and not self._told:
+                print(f"Conversations longer than max_length={self.max_length} are cut there.", flush=True)
+                self._told = True
+            yield {"input_ids": torch.tensor(ids), "response_mask": torch.tensor(mask, dtype=torch.bool)}
+        if any(counts.values()):
+            print(
+                f"One pass over the stream: {counts['truncated']} conversations cut at max_length={self.max_length}, "
+                f"{counts['dropped']} left out because no response token remained.",
+                flush=True,
+            )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ValueError(
+                f"dataloader_num_workers={worker.num_workers}: each worker would read the whole stream; use 0 or 1."
+            )
+        self.head  # noqa: B018  (raises for an empty stream, which would be read without end)
+        for number in itertools.count():
+            shuffle = random.Random(self.seed * 1_000_003 + number).shuffle
+            conversations = self.conversations_in_order()
+            while buffer := list(itertools.islice(conversations, self.buffer_size)):
+                if self.packing:
+                    places = pack_lengths([len(item["input_ids"]) for item in buffer], self.max_length)
+                    buffer = [join([buffer[place] for place in row]) for row in places]
+                shuffle(buffer)
+                yield from buffer
+
+
+__all__ = ["StreamedConversations"]

@@ -1,0 +1,72 @@
+"""What a trainer is given as data -> the data set it trains on."""
+
+from typing import Any
+
+from transformers.trainer_utils import has_length
+
+from .arguments import CoralTrainingArguments
+from .data import ConversationDataset
+from .packing import PackedConversations
+from .streaming import StreamedConversations
+
+
+def encode_dataset(rows: Any, tokenizer: Any, args: CoralTrainingArguments) -> ConversationDataset | None:
+    """Rows, or a data set of conversations, as a data set; prints how many were cut at `max_length` or left out."""
+    if rows is None or isinstance(rows, ConversationDataset):
+        return rows
+    encoded = ConversationDataset(rows, tokenizer, args.max_length)
+    if encoded.truncated or encoded.dropped:
+        print(
+            f"{encoded.truncated} conversations cut at max_length={args.max_length}, {encoded.dropped} of them "
+            "left out because no response token remained."
+        )
+    return encoded
+
+
+def encode_training_dataset(
+    rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size: int
+) -> tuple[ConversationDataset | None, Any]:
+    """Training rows as conversations (None for a stream) and as what batches are made of, packed or streamed.
+
+    Raises:
+        ValueError: on settings that a stream cannot serve.
+    """
+    if rows is not None and not has_length(rows):
+        return None, _stream(rows, tokenizer, args, vocab_size)
+    conversations = encode_dataset(rows, tokenizer, args)
+    if conversations is None or not args.packing:
+        return conversations, conversations
+    packed = PackedConversations(conversations, args.max_length)
+    print(f"{len(conversations)} conversations packed into {len(packed)} rows of at most {args.max_length} tokens.")
+    return conversations, packed
+
+
+def _stream(rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size: int) -> StreamedConversations:
+    refused = {
+        "cache_features": (args.cache_features, "its features are computed once, for rows that are known"),
+        "loss_vocab_size": (args.loss_vocab_size, "it counts the tokens of all responses first"),
+    }
+    for name, (value, reason) in refused.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} does not work on a stream ({reason}): leave out one of the two.")
+    if args.max_steps <= 0:
+        raise ValueError("A stream has no end: set max_steps (--max_steps).")
+    # Otherwise the first process would read for all and cut its batches, which differ in width, into pieces.
+    args.accelerator_config.dispatch_batches = False
+    return StreamedConversations(
+        rows,
+        tokenizer,
+        args.max_length,
+        vocab_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        buffer_size=args.stream_buffer_size,
+        packing=args.packing,
+    )
+
+
+def first_item(dataset: Any) -> dict[str, Any]:
+    """The first conversation or row of a data set."""
+    return dataset[0] if has_length(dataset) else dataset.head[0]
+
+
+__all__ = ["encode_dataset", "encode_training_dataset", "first_item"]
