@@ -21,7 +21,10 @@ class TrainCommand:
 
     data: list[str] = field(metadata={"help": "Response files (.jsonl, .jsonl.gz, .parquet) or folders of shards."})
     target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the frozen target."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Dtype of the frozen target; auto: bfloat16 where the hardware multiplies it natively."},
+    )
     drafter: str | None = field(default=None, metadata={"help": "Go on from this drafter instead of a new one."})
     shape: str | None = field(default=None, metadata={"help": "Shape of a new drafter: eagle or eagle3."})
     router_groups: int | None = field(
@@ -67,7 +70,7 @@ class TrainCommand:
         else:
             raise ValueError(f"--eval_rows {self.eval_rows}: the files hold {len(rows)} rows; leave some to train on.")
         # the trainer places the target, on every rank's own device
-        target, tokenizer = load_target(self.target, self.dtype, "cpu")
+        target, tokenizer = load_target(self.target, self._dtype(args), "cpu")
         if self.drafter is not None:
             for name in ("shape", "config_overrides"):
                 if (value := getattr(self, name)) is not None:
@@ -103,6 +106,13 @@ class TrainCommand:
             print(json.dumps(metrics))
         trainer.accelerator.end_training()  # several processes leave together
         return 0
+
+    def _dtype(self, args) -> str:
+        if self.dtype != "auto":
+            return self.dtype
+        from ..training.arguments import native_bfloat16
+
+        return "bfloat16" if native_bfloat16(args.device) else "float32"
 
     def _overrides(self) -> dict[str, Any]:
         """`--shape` and `--config_overrides` as settings of a new drafter."""

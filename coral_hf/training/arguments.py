@@ -108,7 +108,9 @@ class CoralTrainingArguments(TrainingArguments):
     learning_rate: float = field(default=2e-3, metadata={"help": "Initial learning rate."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 (HASS)."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Gradient clipping (HASS)."})
-    bf16: bool = field(default=True, metadata={"help": "bf16 autocast."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bf16 autocast; by default where the hardware multiplies bf16 natively."}
+    )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Keep the mask columns."})
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "Batch conversations of similar length."}
@@ -154,6 +156,8 @@ class CoralTrainingArguments(TrainingArguments):
             )
         if self.csra_temperature <= 0:
             raise ValueError(f"csra_temperature={self.csra_temperature} must be positive.")
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and native_bfloat16("cpu" if self.use_cpu else None)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # or bf16=True would be refused where there is no GPU
         super().__post_init__()
@@ -166,6 +170,20 @@ class CoralTrainingArguments(TrainingArguments):
             if progress < passed - 1e-9:
                 return steps
         return self.rollout[-1][0]
+
+
+def native_bfloat16(device: torch.device | str | None = None) -> bool:
+    """Whether a device (None: the accelerator, else the CPU) multiplies bf16 faster than float32.
+
+    CPUs without AVX-512 or AMX fall back to loops that are ten times slower than float32 (measured on an AMD EPYC with
+    AVX2: 3.5 against 42 GFLOP/s on one thread).
+    """
+    kind = torch.accelerator.current_accelerator() if device is None else torch.device(device)
+    if kind is not None and kind.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind is not None and kind.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def parse_schedule(schedule: str) -> list[tuple[int, float]]:
@@ -187,4 +205,4 @@ def parse_schedule(schedule: str) -> list[tuple[int, float]]:
     return parsed
 
 
-__all__ = ["CoralTrainingArguments"]
+__all__ = ["CoralTrainingArguments", "native_bfloat16"]

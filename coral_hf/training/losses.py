@@ -122,11 +122,13 @@ def chunked_classification_loss(
                     match[step, part] = logits.argmax(dim=-1) == target_best
                     if logit_offsets is not None:
                         logits = logits + logit_offsets
-                    q = torch.softmax(logits, dim=-1, out=buffers[1, : len(logits)])
+                    q = buffers[1, : len(logits)]
+                    expected = torch.mul(p, logits, out=q).sum(dim=-1)
+                    torch.softmax(logits, dim=-1, out=q)
                     # logsumexp from the largest q, which is exp(largest logit - logsumexp)
                     normaliser = logits.amax(dim=-1) - q.amax(dim=-1).log()
                     # sum_x p (logsumexp - logit) = -sum_x p log q, as p sums to 1
-                    values[0, step, part] = normaliser - torch.linalg.vecdot(p, logits)
+                    values[0, step, part] = normaliser - expected
                     if use_top_k:
                         log_q = logits.gather(-1, best_ids) - normaliser[:, None]
                         values[1, step, part] = -(mass * log_q).sum(dim=-1)
