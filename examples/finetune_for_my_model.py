@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from coral_hf import CoralDraftModel, demo
+from coral_hf.hardware import native_bfloat16
 from coral_hf.training import CoralTrainer, CoralTrainingArguments, read_rows
 
 
@@ -24,10 +25,11 @@ class ScriptArguments:
 
 if __name__ == "__main__":
     script, args = HfArgumentParser((ScriptArguments, CoralTrainingArguments)).parse_args_into_dataclasses()
+    dtype = "bfloat16" if native_bfloat16() else "float32"
     if script.target == "demo":
-        target, tokenizer = demo.load_target()
+        target, tokenizer = demo.load_target(dtype)
     else:
-        target = AutoModelForCausalLM.from_pretrained(script.target, dtype="bfloat16")
+        target = AutoModelForCausalLM.from_pretrained(script.target, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(script.target)
     folder = demo.drafter_path() if script.drafter == "demo" else script.drafter
     rows = read_rows(script.data)

@@ -65,6 +65,22 @@ def test_estimate_training(tmp_path, monkeypatch, capsys):
     assert json.loads(record.read_text())["target_parameters"] == 8_030_261_248
 
 
+def test_benchmark_training(tiny_demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    sizes = ["--batch", "2", "--length", "80", "--threads", "1", "--json", str(tmp_path / "record.json")]
+    run(monkeypatch, "benchmark_training.py", *sizes, "--repeats", "1", "--memory_length", "0")
+    record = json.loads((tmp_path / "record.json").read_text())
+    for name in ("ratio", "ratio_cached", "ratio_same_precision", "ratio_cached_same_precision"):
+        assert record[f"tokens_per_second_{name}"] > 0
+    assert record["target_forward_share"] > 0 and set(record["seconds"]) >= {"trainer", "trainer_cached"}
+    capsys.readouterr()
+    for side in ("trainer", "float32"):
+        shape = ["--vocab_size", "128", "--hidden_size", "64", "--memory_length", "80", "--only_memory_of", side]
+        run(monkeypatch, "benchmark_training.py", *sizes, *shape)
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["peak"] >= found["above_start"] >= 0
+
+
 def test_push_to_hub(tiny_demo, hub, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     run(monkeypatch, "push_to_hub.py", "--repo_id", "org/tiny", "--license", "mit")

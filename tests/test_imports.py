@@ -13,6 +13,7 @@ PACKAGE = Path(coral_hf.__file__).parent
 ALLOWED = {
     "configuration_coral": set(),
     "compat": set(),
+    "hardware": set(),
     "jsonl": set(),
     "target_adapter": set(),
     "draft_initialization": {"configuration_coral", "target_adapter"},
@@ -28,7 +29,16 @@ ALLOWED = {
         "modeling_coral",
         "target_adapter",
     },
-    "training": {"compat", "configuration_coral", "modeling_coral", "target_adapter", "weight_files", "jsonl", "hub"},
+    "training": {
+        "compat",
+        "configuration_coral",
+        "hardware",
+        "modeling_coral",
+        "target_adapter",
+        "weight_files",
+        "jsonl",
+        "hub",
+    },
     "evaluation": {
         "configuration_coral",
         "lm_head_router",

@@ -58,6 +58,46 @@ def test_classification_equals_the_full_logits_formula(family, top_k, subset, ch
     assert torch.equal(result.match, expected_match)
 
 
+@pytest.mark.parametrize("subset", [False, True])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_steps_together_equal_each_step_alone(top_k, subset):
+    """K steps over the same rows, each with its own valid ones; what stands in the others reaches nothing."""
+    adapter = TargetAdapter(make_target("gemma3_text").requires_grad_(False))
+    hidden = rows(21, seed=1).view(3, 7, -1).clone()
+    valid = torch.ones(3, 7, dtype=torch.bool)
+    valid[1, 0] = valid[2, :2] = valid[2, 5] = False
+    hidden[2, 1] = float("nan")
+    hidden.requires_grad_()
+    features, weights = rows(7, seed=2), torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+    token_ids = torch.tensor([0, 3, 4, 17, 90, 91, 127]) if subset else None
+    options = {"token_ids": token_ids, "top_k": top_k, "top_k_weight": 0.7 if top_k else 0.0, "chunk_size": 3}
+    result = chunked_classification_loss(hidden, features, adapter.logits, valid=valid, **options)
+    (gradient,) = torch.autograd.grad((weights * result.loss).sum(), hidden)
+    for step in range(3):
+        kept = valid[step]
+        alone = hidden[step, kept].detach().requires_grad_()
+        loss, topk, match = plain_classification(alone, features[kept], adapter.logits, token_ids, top_k)
+        (expected,) = torch.autograd.grad(weights[step] * (loss + options["top_k_weight"] * topk), alone)
+        torch.testing.assert_close(result.loss[step], loss, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(result.topk_loss[step], topk, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient[step, kept], expected, rtol=1e-10, atol=1e-12)
+        assert torch.equal(result.match[step, kept], match)
+        assert (gradient[step, ~kept] == 0).all() and not result.match[step, ~kept].any()
+
+
+def test_steps_share_the_target_logits():
+    adapter = TargetAdapter(make_target().requires_grad_(False))
+    seen = []
+
+    def spy(features, **kwargs):
+        seen.append(features.shape[0])
+        return adapter.logits(features, **kwargs)
+
+    hidden = rows(60).view(3, 20, -1).requires_grad_()
+    chunked_classification_loss(hidden, rows(20, seed=1), spy, chunk_size=8).loss.sum().backward()
+    assert max(seen) == 8 and sum(seen) == (1 + 3) * 20
+
+
 def test_classification_passes_gradcheck():
     adapter = TargetAdapter(make_target("gemma3_text").requires_grad_(False))
     hidden, features = rows(3, seed=1).requires_grad_(), rows(3, seed=2)

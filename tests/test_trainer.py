@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from coral_hf import CoralDraftModel, TargetAdapter
+from coral_hf.commands import loading
+from coral_hf.training import arguments
 from coral_hf.training.arguments import CoralTrainingArguments, parse_schedule
 from coral_hf.training.data import ConversationDataset, CoralDataCollator
 from coral_hf.training.trainer import CoralTrainer
@@ -351,6 +353,16 @@ def test_evaluation_loss_is_the_cross_entropy_of_step_1(tmp_path):
 def test_contradictory_arguments_are_refused(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bf16_by_default_where_the_hardware_multiplies_it(native, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "native_bfloat16", lambda device=None: native)
+    assert make_args(tmp_path, bf16=None).bf16 is native
+    assert make_args(tmp_path, bf16=not native).bf16 is not native
+    monkeypatch.setattr(loading, "native_bfloat16", lambda device=None: native)
+    assert loading.resolve_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if native else torch.float32)
+    assert loading.resolve_dtype("float16", torch.device("cpu")) == torch.float16
 
 
 def test_presets_and_schedules(tmp_path):

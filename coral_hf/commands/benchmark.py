@@ -33,7 +33,9 @@ class BenchmarkCommand:
     assistant: str | None = field(
         default=None, metadata={"help": "Path or Hub id of an ordinary small model; adds the method 'assistant'."}
     )
-    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the models."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Dtype of the models; auto: bfloat16 where it is computed natively."}
+    )
     limit: int | None = field(default=None, metadata={"help": "Prompts per file."})
     max_new_tokens: int | None = field(
         default=None, metadata={"help": f"Tokens generated per turn ({MAX_NEW_TOKENS} where nothing is given)."}
@@ -77,7 +79,7 @@ class BenchmarkCommand:
         target, tokenizer = load_target(self.target, self.dtype, self.device)
         for drafter in drafters.values():
             drafter.to(device=target.device, dtype=target.dtype)
-        assistant = None if self.assistant is None else load_target(self.assistant, self.dtype, self.device)[0]
+        assistant = None if self.assistant is None else load_target(self.assistant, target.dtype, self.device)[0]
         methods = parse_methods(texts, drafters, assistant)
         path = Path(self.output) / "benchmark.json"
         try:

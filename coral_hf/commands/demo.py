@@ -16,7 +16,9 @@ class DemoCommand:
     Example: coral-hf demo --max-new-tokens 128
     """
 
-    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the timed runs."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Dtype of the timed runs; auto: bfloat16 where it is computed natively."}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated per prompt."})
     prompt: str | None = field(default=None, metadata={"help": "One prompt of your own instead of the built-in ones."})
     json: str | None = field(default=None, metadata={"help": "Write the figures to this file."})
@@ -31,7 +33,7 @@ class DemoCommand:
             raise ValueError(f"--json {self.json}: its folder does not exist; make it first.")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        record = run_demo(resolve_dtype(self.dtype), self.max_new_tokens, self.prompt)
+        record = run_demo(resolve_dtype(self.dtype, torch.device("cpu")), self.max_new_tokens, self.prompt)
         if self.json is not None:
             Path(self.json).write_text(json.dumps(record, indent=2) + "\n")
         return 0 if record["identical"] else 1

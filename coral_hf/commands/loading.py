@@ -8,19 +8,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import demo
+from ..hardware import native_bfloat16
 from ..modeling_coral import CoralDraftModel
 
 
 DEMO = "demo"
 
 
-def load_target(name: str, dtype: str, device: str | None = None):
-    """A target and its tokenizer by path or Hub id; `demo` is the embedded one. `device` None: the accelerator.
-
-    `dtype` may be `auto`, see [`fast_dtype`].
-    """
+def load_target(name: str, dtype: str | torch.dtype, device: str | None = None):
+    """A target and its tokenizer by path or Hub id; `demo` is the embedded one. `device` None: the accelerator."""
     device = resolve_device(device)
-    resolved = fast_dtype(device) if dtype == "auto" else resolve_dtype(dtype)
+    resolved = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
     if name == DEMO:
         model, tokenizer = demo.load_target(resolved)
     else:
@@ -74,17 +72,17 @@ def check_output_folder(path: str) -> None:
         raise ValueError(f"--output {path} is a file; give a folder, new or existing.")
 
 
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively; on other CPUs float32, which is ten times as fast there."""
-    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`'bfloat16'` -> `torch.bfloat16`; `'auto'`: bfloat16 where `device` multiplies it natively, else float32.
 
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """`'bfloat16'` -> `torch.bfloat16`; `ValueError` for what is no floating-point dtype."""
+    Raises:
+        ValueError: for what is no floating-point dtype.
+    """
+    if name == "auto":
+        return torch.bfloat16 if native_bfloat16(device) else torch.float32
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"--dtype {name!r} is unknown; use bfloat16, float16 or float32.")
+        raise ValueError(f"--dtype {name!r} is unknown; use auto, bfloat16, float16 or float32.")
     return dtype
 
 

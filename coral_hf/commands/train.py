@@ -10,7 +10,7 @@ import torch
 
 from .. import demo
 from ..modeling_coral import CoralDraftModel
-from .loading import DEMO, load_drafter, load_target
+from .loading import DEMO, load_drafter, load_target, resolve_dtype
 
 
 @dataclass
@@ -35,7 +35,10 @@ class TrainCommand:
         },
     )
     target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the frozen target."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Dtype of the frozen target; auto: bfloat16 where the hardware multiplies it natively."},
+    )
     drafter: str | None = field(default=None, metadata={"help": "Go on from this drafter instead of a new one."})
     shape: str | None = field(default=None, metadata={"help": "Shape of a new drafter: eagle or eagle3."})
     router_groups: int | None = field(
@@ -82,7 +85,7 @@ class TrainCommand:
             raise ValueError(f"{name} goes over all rows first: leave --streaming out.")
         rows, eval_rows = self._read()
         # the trainer places the target, on every rank's own device
-        target, tokenizer = load_target(self.target, self.dtype, "cpu")
+        target, tokenizer = load_target(self.target, resolve_dtype(self.dtype, args.device), "cpu")
         if (files := [*self.eval_data, *self.check_overlap]) and args.process_index == 0:
             warn_of_overlap(rows, files, tokenizer)
         if self.drafter is not None:

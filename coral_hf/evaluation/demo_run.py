@@ -60,9 +60,10 @@ def run_demo(dtype: torch.dtype, max_new_tokens: int, prompt: str | None = None)
         "max_new_tokens": max_new_tokens,
         "environment": describe_environment(target.device, dtype),
     }
+    name, proven = str(dtype).removeprefix("torch."), min(IDENTITY_TOKENS, max_new_tokens)
     print(
-        f"\nspeedup {record['speedup']:.2f}x, tau {stats.acceptance_length:.2f}; in float32 both outputs are "
-        f"{'identical' if identical else 'DIFFERENT'} over {min(IDENTITY_TOKENS, max_new_tokens)} tokens a prompt"
+        f"\nspeedup {record['speedup']:.2f}x in {name}, tau {stats.acceptance_length:.2f}; in float32 both outputs are "
+        f"{'identical' if identical else 'DIFFERENT'} over {proven} tokens a prompt"
     )
     return record
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from ..hardware import native_bfloat16
+
 
 PRESETS = {
     # preset: (rollout schedule, CSRA weight); equal in data, steps and loss weights otherwise
@@ -118,7 +120,9 @@ class CoralTrainingArguments(TrainingArguments):
     learning_rate: float = field(default=2e-3, metadata={"help": "Initial learning rate."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 (HASS)."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Gradient clipping (HASS)."})
-    bf16: bool = field(default=True, metadata={"help": "bf16 autocast."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bf16 autocast; by default where the hardware multiplies bf16 natively."}
+    )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Keep the mask columns."})
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "Batch conversations of similar length."}
@@ -171,6 +175,8 @@ class CoralTrainingArguments(TrainingArguments):
             )
         if self.csra_temperature <= 0:
             raise ValueError(f"csra_temperature={self.csra_temperature} must be positive.")
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and native_bfloat16("cpu" if self.use_cpu else None)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # or bf16=True would be refused where there is no GPU
         super().__post_init__()

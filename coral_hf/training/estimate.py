@@ -117,8 +117,8 @@ def estimate_on_paper(
         "activations": rollout_bytes(drafter, batch_size, length, num_steps, gradient_checkpointing),
         # features, drafter outputs and their gradients, of which regression takes fp32 copies
         "features": rows * (2 * read + num_steps * hidden * (2 + 2 + 4)),
-        # target's and drafter's logits, both distributions, the gradient, in fp32
-        "loss": 5 * 4 * min(loss_chunk_size, rows) * vocabulary,
+        # both distributions, the logits under way and, where the head is bf16, their gradient in its dtype
+        "loss": 4 * 4 * min(loss_chunk_size, rows) * vocabulary,
         # the widest layer of a target forward
         "target forward": 2 * rows * (4 * hidden + 3 * getattr(text, "intermediate_size", 4 * hidden)),
     }

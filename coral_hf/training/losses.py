@@ -17,12 +17,12 @@ LogitsFunction = Callable[..., torch.Tensor]
 
 @dataclass
 class ClassificationResult:
-    """Result of [`chunked_classification_loss`].
+    """Result of [`chunked_classification_loss`], of each rollout step, or of one without the leading dimension.
 
     Args:
-        loss (`torch.Tensor`, scalar): mean cross-entropy over the rows, differentiable in the drafter's output.
-        topk_loss (`torch.Tensor`, scalar): mean top-K distillation term (0 when `top_k` is 0).
-        match (`torch.BoolTensor` of shape `[M]`): drafter's argmax equals the target's.
+        loss (`torch.Tensor` of shape `[K]`): mean cross-entropy over the rows, differentiable in the drafter's output.
+        topk_loss (`torch.Tensor` of shape `[K]`): mean top-K distillation term (0 when `top_k` is 0).
+        match (`torch.BoolTensor` of shape `[K, M]`): drafter's argmax equals the target's, in valid rows.
     """
 
     loss: torch.Tensor
@@ -31,7 +31,7 @@ class ClassificationResult:
 
 
 class _GradientFromForward(torch.autograd.Function):
-    """A scalar whose gradient with respect to `hidden` was already computed."""
+    """K values whose gradient with respect to `hidden` `[K, M, H]` was already computed."""
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ class _GradientFromForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output.to(gradient.dtype), None, None
+        return gradient * grad_output.to(gradient.dtype)[:, None, None], None, None
 
 
 def chunked_classification_loss(
@@ -49,18 +49,23 @@ def chunked_classification_loss(
     target_features: torch.Tensor,
     logits_fn: LogitsFunction,
     *,
+    valid: torch.Tensor | None = None,
     token_ids: torch.LongTensor | None = None,
     logit_offsets: torch.Tensor | None = None,
     top_k: int = 0,
     top_k_weight: float = 0.0,
     chunk_size: int = 256,
 ) -> ClassificationResult:
-    """Mean cross-entropy CE(p_target, q) over M rows, in chunks of rows (CORAL eq. 2; HASS eq. 5 for the top-K term).
+    """Mean cross-entropy CE(p_target, q) of K steps over M rows, in chunks of rows (CORAL eq. 2; HASS eq. 5 for the top-K
+    term).
+
+    All steps predict the same rows, so that one pass of the target's head serves them.
 
     Args:
-        hidden (`torch.Tensor` of shape `[M, H]`): the drafter's outputs.
+        hidden (`torch.Tensor` of shape `[K, M, H]`, or `[M, H]` for one step): the drafter's outputs.
         target_features (`torch.Tensor` of shape `[M, H]`): the target's features at the same positions.
         logits_fn: `TargetAdapter.logits`; frozen, its weights get no gradient.
+        valid (`torch.BoolTensor` of shape `[K, M]`, *optional*): which rows of each step count; defaults to all.
         token_ids (`torch.LongTensor` of shape `[A]`, *optional*): compare p and q on these tokens only, both
             renormalised (cheaper; the default, the whole vocabulary, is exact).
         logit_offsets (`torch.Tensor` of shape `[A]`, *optional*): added to both logits; log(1 / sampling probability)
@@ -72,56 +77,78 @@ def chunked_classification_loss(
     Returns:
         [`ClassificationResult`]; `loss` already carries `top_k_weight * topk_loss` in its gradient, not in its value.
     """
-    rows = hidden.shape[0]
+    if hidden.dim() == 2:
+        options = {"token_ids": token_ids, "logit_offsets": logit_offsets, "top_k": top_k}
+        options |= {"top_k_weight": top_k_weight, "chunk_size": chunk_size}
+        one = chunked_classification_loss(hidden[None], target_features, logits_fn, valid=valid, **options)
+        return ClassificationResult(one.loss[0], one.topk_loss[0], one.match[0])
+    steps, rows = hidden.shape[:2]
     if rows == 0:
-        zero = hidden.sum() * 0.0
-        return ClassificationResult(zero, zero.detach(), torch.zeros(0, dtype=torch.bool, device=hidden.device))
+        zero = hidden.sum(dim=(1, 2)) * 0.0
+        return ClassificationResult(zero, zero.detach(), hidden.new_zeros(steps, 0, dtype=torch.bool))
+    if valid is None:
+        valid = torch.ones(steps, rows, dtype=torch.bool, device=hidden.device)
     # float64 inputs stay float64, so that gradients can be checked exactly
-    compute_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     kwargs = {} if token_ids is None else {"token_ids": token_ids}
     needs_gradient = hidden.requires_grad and torch.is_grad_enabled()
     source = hidden.detach()
     gradient = torch.empty_like(source) if needs_gradient else None
-    total = torch.zeros((), dtype=compute_dtype, device=hidden.device)
-    topk_total = torch.zeros_like(total)
-    match = torch.empty(rows, dtype=torch.bool, device=hidden.device)
+    scale = valid.to(dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)  # [K, M]: what each row counts
+    values = torch.zeros(2, steps, rows, dtype=dtype, device=hidden.device)  # cross-entropy and top-K term per row
+    match = torch.empty(steps, rows, dtype=torch.bool, device=hidden.device)
+    buffers = None  # p and q of one chunk; fresh memory for every chunk would cost as much as a pass over it
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, rows, chunk_size):
             part = slice(start, min(start + chunk_size, rows))
             with torch.no_grad():
-                target_logits = logits_fn(target_features[part], **kwargs).to(compute_dtype)  # [C, A]
+                logits = logits_fn(target_features[part], **kwargs).to(dtype)  # [C, A]
+                if buffers is None:
+                    buffers = torch.empty(2, *logits.shape, dtype=dtype, device=logits.device)
                 # before the offsets, which lift a sampled token by all that it stands for
-                target_best = target_logits.argmax(dim=-1)
-                if logit_offsets is not None:
-                    target_logits = target_logits + logit_offsets
-                p = target_logits.softmax(dim=-1)
-            with torch.set_grad_enabled(needs_gradient):
-                chunk = source[part].requires_grad_(needs_gradient)
-                raw = logits_fn(chunk, **kwargs)  # [C, A]
-            with torch.no_grad():
-                logits = raw.detach().to(compute_dtype)
-                match[part] = logits.argmax(dim=-1) == target_best
+                target_best = logits.argmax(dim=-1)
                 if logit_offsets is not None:
                     logits = logits + logit_offsets
-                normaliser = logits.logsumexp(dim=-1, keepdim=True)
-                # sum_x p (logsumexp - logit) = -sum_x p log q, as p sums to 1
-                total += normaliser.sum() - torch.linalg.vecdot(p, logits).sum()
-                q = logits.sub_(normaliser)  # log q
-                coefficient, weight = p, 1.0
-                if top_k and top_k_weight:
-                    best, best_ids = p.topk(min(top_k, p.shape[-1]), dim=-1)
-                    topk_total -= (best * q.gather(-1, best_ids)).sum()
-                    # gradient of -sum_{x in K} p log q is (sum_K p) q - p 1[x in K]
-                    coefficient = p.scatter_add(-1, best_ids, top_k_weight * best)
-                    weight = 1.0 + top_k_weight * best.sum(dim=-1, keepdim=True)
+                p = torch.softmax(logits, dim=-1, out=buffers[0, : len(logits)])
+                del logits
+                if use_top_k := bool(top_k and top_k_weight):
+                    mass, best_ids = p.topk(min(top_k, p.shape[-1]), dim=-1)
+            for step in range(steps):
+                with torch.set_grad_enabled(needs_gradient):
+                    chunk = source[step, part].requires_grad_(needs_gradient)
+                    raw = logits_fn(chunk, **kwargs)  # [C, A]
+                with torch.no_grad():
+                    logits = raw.detach().to(dtype)
+                    match[step, part] = logits.argmax(dim=-1) == target_best
+                    if logit_offsets is not None:
+                        logits = logits + logit_offsets
+                    q = buffers[1, : len(logits)]
+                    expected = torch.mul(p, logits, out=q).sum(dim=-1)
+                    torch.softmax(logits, dim=-1, out=q)
+                    # logsumexp from the largest q, which is exp(largest logit - logsumexp)
+                    normaliser = logits.amax(dim=-1) - q.amax(dim=-1).log()
+                    # sum_x p (logsumexp - logit) = -sum_x p log q, as p sums to 1
+                    values[0, step, part] = normaliser - expected
+                    if use_top_k:
+                        log_q = logits.gather(-1, best_ids) - normaliser[:, None]
+                        values[1, step, part] = -(mass * log_q).sum(dim=-1)
+                    del logits
+                    if needs_gradient:
+                        # gradient of -sum_{x in K} p log q is (sum_K p) q - p 1[x in K]
+                        if use_top_k:
+                            q.mul_(1.0 + top_k_weight * mass.sum(dim=-1, keepdim=True))
+                            q.scatter_add_(-1, best_ids, -top_k_weight * mass)
+                        delta = q.sub_(p).to(raw.dtype)
                 if needs_gradient:
-                    delta = q.exp_().mul_(weight).sub_(coefficient).div_(rows)
-            if needs_gradient:
-                (gradient[part],) = torch.autograd.grad(raw, chunk, delta.to(raw.dtype))
-    loss, topk_loss = total / rows, topk_total / rows
+                    (rows_gradient,) = torch.autograd.grad(raw, chunk, delta)
+                    gradient[step, part] = rows_gradient * scale[step, part, None]
+                del raw
+    if needs_gradient:
+        gradient.masked_fill_(~valid[..., None], 0.0)  # outputs of other rows mean nothing, NaN included
+    loss, topk_loss = (values.masked_fill_(~valid, 0.0) * scale).sum(dim=-1)
     if needs_gradient:
         loss = _GradientFromForward.apply(hidden, loss, gradient)
-    return ClassificationResult(loss, topk_loss, match)
+    return ClassificationResult(loss, topk_loss, match & valid)
 
 
 def regression_loss(hidden: torch.Tensor, target_features: torch.Tensor) -> torch.Tensor:

@@ -207,36 +207,46 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
         total = torch.zeros((), device=count.device)
         metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # mean and the rows it is over
+        # Rows of all steps beside each other: every step predicts the same ones.
+        hidden = torch.stack([step[trained] for step in outputs.hidden_states])  # [K, M, H]
+        valid = torch.stack([step[trained] for step in outputs.valid])  # [K, M]
+        goals = targets[trained]
+        result = chunked_classification_loss(
+            hidden,
+            goals,
+            self.adapter.logits,
+            valid=valid,
+            token_ids=token_ids,
+            logit_offsets=logit_offsets,
+            top_k=args.topk,
+            top_k_weight=args.topk_loss_weight / max(args.classification_loss_weight, 1e-9),
+            chunk_size=args.loss_chunk_size,
+        )
         alive = trained
-        for step, (hidden, valid) in enumerate(zip(outputs.hidden_states, outputs.valid, strict=True), start=1):
-            rows = trained & valid
-            result = chunked_classification_loss(
-                hidden[rows],
-                targets[rows],
-                self.adapter.logits,
-                token_ids=token_ids,
-                logit_offsets=logit_offsets,
-                top_k=args.topk,
-                top_k_weight=args.topk_loss_weight / max(args.classification_loss_weight, 1e-9),
-                chunk_size=args.loss_chunk_size,
-            )
-            regression = regression_loss(hidden[rows], targets[rows])
-            step_loss = args.classification_loss_weight * result.loss + args.regression_loss_weight * regression
+        for step, (rows, classification) in enumerate(zip(valid, result.loss, strict=True), start=1):
+            regression = regression_loss(hidden[step - 1][rows], goals[rows])
+            step_loss = args.classification_loss_weight * classification + args.regression_loss_weight * regression
             row_count = rows.sum()
             step_share = share * row_count / count.clamp(min=1)
             total = total + args.step_decay ** (step - 1) * step_share * step_loss
-            metrics[f"classification_{step}"] = result.loss, row_count
+            metrics[f"classification_{step}"] = classification, row_count
             metrics[f"regression_{step}"] = regression, row_count
             if args.topk_loss_weight:
-                metrics[f"topk_{step}"] = result.topk_loss, row_count
+                metrics[f"topk_{step}"] = result.topk_loss[step - 1], row_count
             # Conditional acceptance: step k counts where the chain before it was accepted.
-            match = torch.zeros_like(rows)
-            match[rows] = result.match
-            reached = rows & (alive if step == 1 else alive.roll(1, dims=1))
+            match = torch.zeros_like(trained)
+            match[trained] = result.match[step - 1]
+            reached = trained & outputs.valid[step - 1] & (alive if step == 1 else alive.roll(1, dims=1))
             alive = reached & match
             metrics[f"acceptance_{step}"] = alive.sum() / reached.sum().clamp(min=1), reached.sum()
         if args.csra_weight and num_steps > 1:
-            contrast = self._csra(outputs, targets, trained)
+            contrast = csra_loss(
+                hidden,
+                valid,
+                temperature=args.csra_temperature,
+                target_features=goals if args.csra_include_target else None,
+                max_positions=args.csra_max_positions,
+            )
             total = total + args.csra_weight * share * contrast
             metrics["csra"] = contrast, count
         if model.training:
@@ -244,16 +254,6 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             total = total * self.accelerator.num_processes
         return (total, outputs) if return_outputs else total
-
-    def _csra(self, outputs, targets: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
-        args = self.args
-        return csra_loss(
-            torch.stack([hidden[trained] for hidden in outputs.hidden_states]),
-            torch.stack([valid[trained] for valid in outputs.valid]),
-            temperature=args.csra_temperature,
-            target_features=targets[trained] if args.csra_include_target else None,
-            max_positions=args.csra_max_positions,
-        )
 
     def _loss_tokens(self, labels: torch.Tensor) -> tuple[torch.LongTensor | None, torch.Tensor | None]:
         """Tokens of this batch's classification loss and their logit offsets, both `[A]`; None, None: all, exactly.
@@ -309,15 +309,17 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
             with self.compute_loss_context_manager():
                 outputs, targets, trained = self.rollout(model, inputs, self.args.eval_chain_depth)
                 matches = torch.zeros(len(outputs.hidden_states), *trained.shape, dtype=torch.bool)
-                for step, (hidden, valid) in enumerate(zip(outputs.hidden_states, outputs.valid, strict=True)):
-                    rows = trained & valid
-                    result = chunked_classification_loss(
-                        hidden[rows], targets[rows], self.adapter.logits, chunk_size=self.args.loss_chunk_size
-                    )
-                    matches[step][rows.cpu()] = result.match.cpu()
-                    if step == 0:
-                        count = int(rows.sum())
-                        loss += torch.tensor([float(result.loss) * count, count], dtype=torch.float64)
+                valid = torch.stack([step[trained] for step in outputs.valid])
+                result = chunked_classification_loss(
+                    torch.stack([step[trained] for step in outputs.hidden_states]),
+                    targets[trained],
+                    self.adapter.logits,
+                    valid=valid,
+                    chunk_size=self.args.loss_chunk_size,
+                )
+                matches[:, trained.cpu()] = result.match.cpu()
+                count = int(valid[0].sum())
+                loss += torch.tensor([float(result.loss[0]) * count, count], dtype=torch.float64)
             statistics.add(matches, trained.cpu())
         if self.accelerator.num_processes > 1:
             statistics.reduce(self.accelerator)
