@@ -13,13 +13,21 @@ PACKAGE = Path(coral_hf.__file__).parent
 ALLOWED = {
     "configuration_coral": set(),
     "jsonl": set(),
+    "user_cache": set(),
     "target_adapter": set(),
     "draft_initialization": {"configuration_coral", "target_adapter"},
     "lm_head_router": {"configuration_coral"},
     "draft_layer": {"configuration_coral"},
     "weight_files": set(),
     "modeling_coral": {"configuration_coral", "lm_head_router", "draft_layer", "draft_initialization", "weight_files"},
-    "generation": {"configuration_coral", "lm_head_router", "draft_layer", "modeling_coral", "target_adapter"},
+    "generation": {
+        "configuration_coral",
+        "lm_head_router",
+        "draft_layer",
+        "modeling_coral",
+        "target_adapter",
+        "user_cache",
+    },
     "training": {"configuration_coral", "modeling_coral", "target_adapter", "weight_files", "jsonl", "hub"},
     "evaluation": {
         "configuration_coral",
@@ -32,11 +40,11 @@ ALLOWED = {
         "weight_files",
     },
     "hub": {"configuration_coral", "modeling_coral", "weight_files", "jsonl"},
-    "demo": {"modeling_coral"},
+    "demo": {"modeling_coral", "user_cache"},
     "conversion": {"configuration_coral", "target_adapter"},
 }
 # tensors only: no model in here
-MODEL_FREE = {"generation/draft_tree.py", "generation/verification.py", "training/losses.py"}
+MODEL_FREE = {"generation/draft_tree.py", "generation/tuning.py", "generation/verification.py", "training/losses.py"}
 
 
 def imported_rooms(path: Path) -> set[str]:
