@@ -95,7 +95,7 @@ def test_calibration_finds_the_acceptance_behind_the_data():
     torch.testing.assert_close(fitted(points, 1), points**2, atol=0.03, rtol=0)
     torch.testing.assert_close(fitted(points, 2), points, atol=1e-3, rtol=0)
     for row in fitted.rows:
-        assert row == sorted(row) and 0 <= row[0] and row[-1] <= 1
+        assert row == sorted(row) and row[0] >= 0 and row[-1] <= 1
     CoralDraftConfig(draft_calibration=fitted.rows)  # what is fitted is a valid setting
 
 

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,9 @@ def measure_costs(
     verifier, generator, ids, features = _bench(target, drafter, settings)
     parts: dict[tuple[str, int], Callable[[], Any]] = {}
     for size in measured_sizes(total):
-        parts["target", size] = lambda tree=_star(ids, size): _verify(verifier, generator, tree)
+        parts["target", size] = partial(_verify, verifier, generator, _star(ids, size))
     for levels in sorted({1, depth}):
-        parts["levels", levels] = lambda levels=levels: _propose(generator, ids, features, levels)
+        parts["levels", levels] = partial(_propose, generator, ids, features, levels)
     for part in parts.values():
         part()
     times: dict[tuple[str, int], list[float]] = {name: [] for name in parts}
