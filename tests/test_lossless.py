@@ -9,6 +9,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from coral_hf import coral_generate
 from coral_hf.compat import cache_kwarg, cache_of
+from coral_hf.configuration_coral import CALIBRATION_KNOTS
+from coral_hf.generation import hook
+from coral_hf.generation.tuning import DraftCosts
 
 
 CHAIN = {"draft_depth": 5, "draft_top_k": 1}
@@ -105,6 +108,27 @@ def test_sampling_draws_the_same_tokens(target, tree, settings):
     drafter = make_drafter(target)
     _, stats = compare(target, drafter, prompt_of(9), TREES[tree], do_sample=True, **settings)
     assert stats.n_accepted / stats.steps >= 1.5
+
+
+@pytest.fixture
+def stairs(monkeypatch):
+    """Costs of a machine on which depth and size change from step to step."""
+    target_ms = tuple(10.0 + 6.0 * (size > 1) + 5.0 * ((size - 1) // 4) for size in range(1, 61))
+    monkeypatch.setattr(hook, "draft_costs", lambda *_: DraftCosts(target_ms, first_level_ms=2.0, level_ms=1.5))
+
+
+@pytest.mark.parametrize("tree", [*TREES, "stock"])
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_p": 0.9}, {"repetition_penalty": 1.3}], ids=str)
+def test_cost_aware_trees(target, stairs, tree, settings):
+    """The choice of a size draws nothing at random: the same tokens, with and without a calibration."""
+    sizes = STOCK if tree == "stock" else TREES[tree]
+    if tree == "stock" and "do_sample" in settings:
+        settings = {}  # Transformers' own loop draws other samples by design
+    calibration = [[value**1.5 for value in CALIBRATION_KNOTS], list(CALIBRATION_KNOTS)]
+    for drafter in (make_drafter(target), make_drafter(target, draft_calibration=calibration)):
+        _, stats = compare(target, drafter, prompt_of(9), {**sizes, "draft_cost_aware": True}, 0.85, **settings)
+        assert stats.n_accepted / stats.steps >= 1
+        assert min(stats.drafted_per_depth) < stats.steps  # not every step goes down to the box's depth
 
 
 def test_left_padding(target):
@@ -240,6 +264,7 @@ BAD_CALLS = {
     "negative": ({"draft_top_k": -1}, {}, "draft_top_k=-1"),
     "total": ({"draft_depth": 2, "draft_top_k": 2, "draft_total_tokens": 60}, {}, "draft_total_tokens=60"),
     "unknown": ({"draft_width": 3}, {}, "draft_width"),
+    "cost-aware": ({"draft_cost_aware": "yes"}, {}, "draft_cost_aware='yes'"),
     "stock tree": ({"draft_stock_loop": True, "draft_top_k": 2}, {}, "draft_top_k=1"),
     "static cache": ({}, {"cache_implementation": "static"}, "[Ss]tatic"),
     "no cache": ({}, {"use_cache": False}, "use_cache=True"),

@@ -33,6 +33,8 @@ CORAL_SETTINGS = (
     "draft_depth",
     "draft_top_k",
     "draft_total_tokens",
+    "draft_cost_aware",
+    "draft_calibration",
 )
 # Set to something true, each of these makes a forward that CoralDraftModel does not have.
 UNSUPPORTED = {

@@ -12,6 +12,7 @@ from ..target_adapter import TargetAdapter
 from .draft_tree import DraftTree, DraftTreeBuilder
 from .settings import DraftSettings
 from .statistics import DraftStats
+from .tuning import DraftCosts, TreeSizeRule, calibration_of
 
 
 class CoralCandidateGenerator(CandidateGenerator):
@@ -27,9 +28,10 @@ class CoralCandidateGenerator(CandidateGenerator):
         settings ([`DraftSettings`])
         max_length (`int`): longest sequence this call can reach, for the cache and for shortening the last drafts.
         num_padding (`int`): left padding of the prompt, which the drafter never sees.
+        costs ([`DraftCosts`], *optional*): measured times (`cost_measurement.draft_costs`), for `draft_cost_aware`.
 
     Raises:
-        ValueError: if drafter and target do not belong together.
+        ValueError: if drafter and target do not belong together, or costs are needed and not given.
     """
 
     requires_model_outputs = True
@@ -41,6 +43,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         settings: DraftSettings,
         max_length: int,
         num_padding: int = 0,
+        costs: DraftCosts | None = None,
     ):
         self.drafter = drafter
         self.settings = settings
@@ -49,6 +52,12 @@ class CoralCandidateGenerator(CandidateGenerator):
         self.adapter = TargetAdapter(target, drafter.config.target_feature_layers)
         self.adapter.check_drafter(drafter.config)
         self.head = settings.draft_head_of(drafter, self.adapter)
+        self.rule = self.calibration = None
+        if settings.draft_cost_aware:
+            if costs is None:
+                raise ValueError("draft_cost_aware=True needs costs: pass those of cost_measurement.draft_costs().")
+            self.rule = TreeSizeRule(costs, settings.draft_total_tokens)
+            self.calibration = calibration_of(drafter.config)
         self.model_kwargs_overrides = {"output_hidden_states": True}
         self.stats = DraftStats()
         # A drafter of another class (remote code) has the same interface; its parameters name device and dtype.
@@ -81,7 +90,7 @@ class CoralCandidateGenerator(CandidateGenerator):
             return DraftTree.chain(root)
         # Row t holds token x_{t+1}: drafts of the root's children sit at the root's own index.
         position = input_ids.shape[1] - 1 - self.num_padding
-        if self.settings.is_chain:
+        if self.settings.is_chain and self.rule is None:
             return self._draft_chain(root, hidden, feature, position, depth)
         return self._draft_tree(root, hidden, feature, position, depth)
 
@@ -123,27 +132,39 @@ class CoralCandidateGenerator(CandidateGenerator):
 
     def _draft_tree(self, root, hidden, feature, position: int, depth: int) -> DraftTree:
         top_k, length = self.settings.draft_top_k, self.cache.length
-        builder = DraftTreeBuilder(root, top_k)
+        builder = DraftTreeBuilder(root, top_k, self.calibration)
         tokens, stored, parent = builder.add_level(*self._children(hidden, root.device))
         # feature of each expanded node's parent, and which scratch slots the node sees
         feature = feature.expand(1, top_k, -1)
         seen = torch.zeros(1, top_k, 0, dtype=torch.bool, device=self._device)
         prefix = torch.ones(1, top_k, length, dtype=torch.bool, device=self._device)
         itself = torch.eye(top_k, dtype=torch.bool, device=self._device)[None]
+        origin = torch.zeros_like(stored)  # stored indices of the parents
         for step in range(depth - 1):
+            if self.rule is not None:
+                chances = builder.chances(), builder.chances(stored), builder.chances(origin)
+                if not bool(self.rule.repays_level(*chances, levels=step + 1)):
+                    break
             mask = torch.cat([prefix, seen, itself], dim=-1)[:, None]  # [1, 1, top_k, length + scratch]
             positions = torch.full((1, top_k), position + step, device=self._device)
             hidden, fed_back = self.drafter.draft(
                 self._embed(tokens), feature, positions, self.cache, slot=length + step * top_k, mask=mask
             )
             children = self._children(hidden, root.device, builder.path_probabilities(stored))
-            tokens, stored, parent = builder.add_level(*children, parents=stored)
+            expanded = stored
+            tokens, stored, parent = builder.add_level(*children, parents=expanded)
+            origin = expanded.gather(1, parent)
             # [1, top_k, ...]: each new node inherits from the expanded node that is its parent
             index = parent.to(self._device)[..., None]
             seen = torch.cat([seen, itself], dim=-1)
             seen = seen.gather(1, index.expand(-1, -1, seen.shape[-1]))
             feature = fed_back.gather(1, index.expand(-1, -1, fed_back.shape[-1]))
-        return builder.build(self.settings.draft_total_tokens)
+        if self.rule is None:
+            return builder.build(self.settings.draft_total_tokens)
+        size, _ = self.rule.best_size(builder.chances(), builder.num_levels)
+        tree = builder.build(int(size))
+        # one branch a node: a chain, for every attention and cache
+        return DraftTree.chain(tree.tokens, tree.scores) if self.settings.is_chain else tree
 
     def _children(self, hidden, device, weights=None) -> tuple[torch.Tensor, torch.Tensor]:
         """The `top_k` likeliest next tokens of each row: ids and log q, both `[1, W, top_k]`."""

@@ -12,6 +12,7 @@ from .cache import check_cache, compact_cache, tree_attention_mask
 from .candidate_generator import CoralCandidateGenerator
 from .draft_tree import DraftTree
 from .settings import DraftSettings
+from .tuning import DraftCosts
 from .verification import accept_greedy, accept_walk
 
 
@@ -53,7 +54,7 @@ def check_call(target: PreTrainedModel, settings: DraftSettings, input_ids: torc
     check_cache(cache, branches=not settings.is_chain, layer_types=kinds)
 
 
-class _Verifier:
+class Verifier:
     """The target's side of the loop: prefill, and one forward per draft tree."""
 
     def __init__(self, target: PreTrainedModel, model_kwargs: dict[str, Any]):
@@ -192,6 +193,7 @@ def coral_decoding(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     streamer: Any = None,
+    costs: DraftCosts | None = None,
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | torch.LongTensor:
     """Generates with draft trees; the same tokens as plain `generate`, greedy or sampled (same seed, in fp32).
@@ -200,6 +202,7 @@ def coral_decoding(
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
         input_ids (`torch.LongTensor` of shape `[1, L]`)
         logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: as `generate` prepares them.
+        costs ([`DraftCosts`], *optional*): for `draft_cost_aware`.
 
     Returns:
         As `generate`: ids `[1, L + new]`, or a `GenerateDecoderOnlyOutput` with `return_dict_in_generate`.
@@ -209,10 +212,10 @@ def coral_decoding(
     """
     if generation_config.return_dict_in_generate and generation_config.output_attentions:
         raise ValueError("CORAL verifies trees, whose attentions are not a sequence's: set output_attentions=False.")
-    verifier = _Verifier(target, model_kwargs)
+    verifier = Verifier(target, model_kwargs)
     selector = _Selector(logits_processor, generation_config)
     max_length = generation_config.max_length
-    generator = CoralCandidateGenerator(drafter, target, settings, max_length, num_padding=verifier.num_padding)
+    generator = CoralCandidateGenerator(drafter, target, settings, max_length, verifier.num_padding, costs)
     keep_states = generation_config.return_dict_in_generate and generation_config.output_hidden_states
     states: list | None = [] if keep_states else None
     # Nothing refuses from here on: a call that was refused leaves the last one's statistics.
@@ -286,4 +289,4 @@ def _accept(tree: DraftTree, logits: torch.Tensor, input_ids: torch.Tensor, sele
     return path, tokens, finished
 
 
-__all__ = ["check_call", "coral_decoding"]
+__all__ = ["Verifier", "check_call", "coral_decoding"]

@@ -1,5 +1,6 @@
 """DraftTree: drafted tokens as plain tensors - tokens, parents, depths, scores, ancestors. No model in here."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,17 +59,30 @@ class DraftTreeBuilder:
     Args:
         root (`torch.LongTensor` of shape `[B, 1]`): the last accepted token.
         top_k (`int`): branches per node, and nodes expanded per level.
+        calibrate (`Callable`, *optional*): path probabilities `[B, M]` and their depth -> chances of acceptance
+            `[B, M]`, by which the best nodes are then kept.
     """
 
-    def __init__(self, root: torch.Tensor, top_k: int):
+    def __init__(
+        self,
+        root: torch.Tensor,
+        top_k: int,
+        calibrate: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    ):
         self.root = root
         self.top_k = top_k
         self._tokens = [root]
         self._parents = [torch.full_like(root, -1)]
         self._depths = [torch.zeros_like(root)]
         self._scores = [torch.zeros(root.shape, dtype=torch.float32, device=root.device)]
+        self._calibrate = calibrate
+        self._chances = [torch.ones(root.shape, dtype=torch.float32, device=root.device)]
         self._count = 1
         self._level = 0
+
+    @property
+    def num_levels(self) -> int:
+        return self._level
 
     def add_level(self, tokens: torch.Tensor, log_probs: torch.Tensor, parents: torch.Tensor | None = None):
         """Stores the children of the nodes expanded last.
@@ -94,6 +108,10 @@ class DraftTreeBuilder:
         self._scores.append(scores)
         self._parents.append(parents.repeat_interleave(branches, dim=1))
         self._depths.append(torch.full_like(tokens, self._level))
+        if self._calibrate is not None:
+            # A child is accepted after its parent only: the bound also keeps what is kept a tree.
+            bound = self.chances(parents).repeat_interleave(branches, dim=1)  # [B, W * top_k]
+            self._chances.append(torch.minimum(self._calibrate(scores.exp(), self._level), bound))
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : self.top_k]  # [B, top_k]
         stored = order + self._count
         self._count += tokens.shape[1]
@@ -103,11 +121,18 @@ class DraftTreeBuilder:
         """Drafted probability of the path to stored nodes, `[B, W]` for `[B, W]` indices."""
         return torch.cat(self._scores, dim=1).gather(1, stored).exp()
 
+    def chances(self, stored: torch.LongTensor | None = None) -> torch.Tensor:
+        """Calibrated chances of acceptance of stored nodes, `[B, W]` for `[B, W]` indices; None: all but the root."""
+        if self._calibrate is None:
+            return torch.cat(self._scores[1:], dim=1).exp() if stored is None else self.path_probabilities(stored)
+        return torch.cat(self._chances[1:], 1) if stored is None else torch.cat(self._chances, 1).gather(1, stored)
+
     def build(self, total_tokens: int) -> DraftTree:
         """The tree of the best `total_tokens` nodes, root included (fewer if fewer were stored)."""
         tokens, parents = torch.cat(self._tokens, dim=1), torch.cat(self._parents, dim=1)
         depths, scores = torch.cat(self._depths, dim=1), torch.cat(self._scores, dim=1)
-        best = scores[:, 1:].argsort(dim=1, descending=True, stable=True)[:, : total_tokens - 1] + 1
+        ranks = scores[:, 1:] if self._calibrate is None else self.chances()
+        best = ranks.argsort(dim=1, descending=True, stable=True)[:, : total_tokens - 1] + 1
         # Back into stored order, in which parents precede children; the root in front.
         kept = torch.cat([torch.zeros_like(self.root), best.sort(dim=1).values], dim=1)  # [B, N]
         batch, count = kept.shape

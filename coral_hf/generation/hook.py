@@ -12,6 +12,7 @@ from transformers.generation import GenerationMode
 from ..compat import CACHE_NAME, cache_of
 from ..target_adapter import TargetAdapter
 from .candidate_generator import CoralCandidateGenerator
+from .cost_measurement import draft_costs
 from .decoding import check_call, coral_decoding
 from .settings import DraftSettings
 
@@ -91,8 +92,9 @@ def _wrap_decoding(original):
             return original(self, input_ids, *args, **kwargs)
         for name in ("synced_gpus", "inputs_tensor", "assistant_tokenizer", "tokenizer", "assistant_model"):
             kwargs.pop(name, None)
+        costs = draft_costs(self, drafter, settings) if settings.draft_cost_aware else None
         # Hugging Face's generate runs under no_grad already.
-        return coral_decoding(self, drafter, settings, input_ids, *args, **kwargs)
+        return coral_decoding(self, drafter, settings, input_ids, *args, costs=costs, **kwargs)
 
     setattr(_assisted_decoding, _MARK, original)
     return _assisted_decoding
@@ -130,7 +132,8 @@ def _wrap_candidate_generator(original):
         settings = DraftSettings.resolve(drafter.config, generation_config)
         mask = kwargs.get("model_kwargs", {}).get("attention_mask")
         padding = 0 if mask is None else int((mask == 0).sum())
-        generator = CoralCandidateGenerator(drafter, self, settings, generation_config.max_length, padding)
+        costs = draft_costs(self, drafter, settings) if settings.draft_cost_aware else None
+        generator = CoralCandidateGenerator(drafter, self, settings, generation_config.max_length, padding, costs)
         drafter.last_stats = generator.stats
         return generator
 

@@ -20,6 +20,8 @@ class DraftSettings:
         draft_groups_per_row (`bool`): every node of a tree level has groups of its own instead of sharing them.
         draft_scoring (`str`): log q from the "active" logits, or from the "router" times the softmax in the group.
         draft_stock_loop (`bool`): run Transformers' own assisted loop (chains only) instead of ours.
+        draft_cost_aware (`bool`): decide depth and nodes anew at every step, by measured costs (see
+            `generation.tuning`); depth, top_k and total_tokens are then the most that is drafted.
     """
 
     draft_depth: int = 5
@@ -30,6 +32,7 @@ class DraftSettings:
     draft_groups_per_row: bool = False
     draft_scoring: str = "active"
     draft_stock_loop: bool = False
+    draft_cost_aware: bool = False
 
     def __post_init__(self):
         for name in ("draft_depth", "draft_top_k"):
@@ -47,6 +50,8 @@ class DraftSettings:
                 f"draft_top_k={self.draft_top_k} can produce ({most}, the root included). Lower it to {most} or raise "
                 "draft_depth or draft_top_k."
             )
+        if not isinstance(self.draft_cost_aware, bool):
+            raise ValueError(f"draft_cost_aware={self.draft_cost_aware!r} must be true or false.")
         if self.draft_head not in (None, "full", "shortlist", "router", "both"):
             raise ValueError(
                 f"draft_head={self.draft_head!r} is unknown; choose 'full', 'shortlist', 'router' or 'both'."

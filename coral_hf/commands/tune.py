@@ -1,0 +1,68 @@
+"""`coral-hf tune`: which draft size pays for a target and a drafter on this machine?"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .. import demo
+from .loading import DEMO, load_drafter, load_target, require
+
+
+@dataclass
+class TuneCommand:
+    """Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
+
+    Example: coral-hf tune --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 8
+        --dtype float32 --output outputs/tune
+    """
+
+    output: str = field(metadata={"help": "Folder for tune.json."})
+    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows; first turns are answered."})
+    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
+    drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the models."})
+    limit: int | None = field(default=8, metadata={"help": "Prompts per file."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Tokens generated per prompt."})
+    temperature: float = field(default=0.0, metadata={"help": "Temperature of the answers; 0 is greedy."})
+    seed: int = field(default=0, metadata={"help": "Seed of sampled answers."})
+    draft_depth: int = field(default=8, metadata={"help": "Deepest draft to try."})
+    draft_top_k: int = field(default=4, metadata={"help": "Most branches per node to try."})
+    draft_total_tokens: int = field(default=32, metadata={"help": "Most nodes to try, the root included."})
+    save: bool = field(default=False, metadata={"help": "Put the best settings into the drafter's config.json."})
+    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
+
+    def run(self) -> int:
+        from ..evaluation.prompts import read_prompts
+        from ..evaluation.tune import chosen_settings, print_record, save_settings, tune, write_record
+        from ..generation.settings import DraftSettings
+
+        require("rich")
+        sizes = (self.draft_depth, self.draft_top_k, self.draft_total_tokens)
+        box = DraftSettings(**dict(zip(("draft_depth", "draft_top_k", "draft_total_tokens"), sizes, strict=True)))
+        if self.max_new_tokens < 2 or self.temperature < 0:
+            raise ValueError(
+                f"--max-new-tokens {self.max_new_tokens} must be at least 2, --temperature {self.temperature} at least 0."
+            )
+        folder = demo.drafter_path() if self.drafter == DEMO else Path(self.drafter)
+        if self.save and not folder.is_dir():
+            raise ValueError(
+                f"--save writes into a drafter's folder; {self.drafter!r} is none. Save the drafter first."
+            )
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        prompts = read_prompts(self.data, self.limit)
+        drafter = load_drafter(self.drafter)
+        target, tokenizer = load_target(self.target, self.dtype, self.device)
+        drafter.to(device=target.device, dtype=target.dtype)
+        record = tune(target, tokenizer, drafter, prompts, box, self.max_new_tokens, self.temperature, self.seed)
+        print_record(record)
+        print(write_record(record, self.output))
+        settings = chosen_settings(record)
+        shown = ", ".join(f"{name}={value}" for name, value in settings.items() if name != "draft_calibration")
+        print(f"best by prediction: {shown}")
+        if self.save:
+            save_settings(folder, settings)
+            print(f"saved in {folder / 'config.json'}; measure again with `coral-hf benchmark`.")
+        return 0

@@ -1,0 +1,225 @@
+"""Which draft size pays for a target and a drafter on this machine: measured costs, replayed acceptance, predictions."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..configuration_coral import CoralDraftConfig
+from ..generation.cost_measurement import measure_costs
+from ..generation.settings import DraftSettings
+from ..generation.tuning import Calibration, DraftCosts, TreeSizeRule
+from .draft_traces import DraftTrace, fit_calibration, record_traces, replay_all
+from .environment import describe_environment
+from .methods import Method, check_drafter, describe_drafter
+from .prediction import predict_speedup
+from .prompts import Prompt
+
+
+TOTALS = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 60)
+SIZES = ("draft_depth", "draft_top_k", "draft_total_tokens", "draft_active_groups")
+
+
+def tune(
+    target: Any,
+    tokenizer: Any,
+    drafter: Any,
+    prompts: Sequence[Prompt],
+    box: DraftSettings,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measures costs and acceptance, and predicts the speedup of every fixed size and of cost-aware trees.
+
+    Args:
+        target (`PreTrainedModel`), tokenizer, drafter ([`CoralDraftModel`])
+        prompts (`list[Prompt]`): first turns are answered plainly, and drafted at every token.
+        box ([`DraftSettings`]): the largest depth, top_k and total_tokens to try, and the head to draft with.
+        max_new_tokens (`int`), temperature (`float`), seed (`int`): of the answers.
+
+    Returns:
+        `dict`: the record. `target_ms` (T(n)), `drafting` (times per width), `fixed` and `cost_aware` (rows with sizes,
+        `acceptance_length`, `step_ms` and `predicted_speedup`, best first), `calibration`. Speedups are predictions.
+
+    Raises:
+        ValueError: if there are no prompts, or the drafter is another target's.
+    """
+    if not prompts:
+        raise ValueError("There are no prompts: read some with read_prompts([path, ...]).")
+    check_drafter(target, tokenizer, Method("tune", drafter))
+    record: dict[str, Any] = {
+        "environment": describe_environment(target.device, target.dtype),
+        "target": target.config._name_or_path,
+        **describe_drafter(drafter),
+        "n_prompts": len(prompts),
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "drafting": [],
+        "fixed": [],
+        "cost_aware": [],
+    }
+    target_ms = None
+    for groups in _active_groups(drafter, box):
+        settings = replace(box, draft_active_groups=groups)
+        costs = {}
+        for top_k in range(box.draft_top_k, 0, -1):
+            # T(n) belongs to the target: once is enough
+            total = box.draft_total_tokens if target_ms is None else 2
+            sizes = replace(settings, draft_top_k=top_k, draft_total_tokens=total)
+            measured = measure_costs(target, drafter, sizes)
+            target_ms = target_ms or measured.target_ms
+            costs[top_k] = replace(measured, target_ms=target_ms)
+            times = {"first_level_ms": measured.first_level_ms, "level_ms": measured.level_ms}
+            record["drafting"].append({"draft_top_k": top_k, "draft_active_groups": groups, **times})
+        traces = record_traces(target, tokenizer, drafter, prompts, settings, max_new_tokens, temperature, seed)
+        record.setdefault("prefill_steps", _prefill_steps(traces))
+        fixed, cost_aware = _rows(traces, costs, settings, record["prefill_steps"])
+        best = max(cost_aware, key=_speedup)["predicted_speedup"]
+        if best > max(map(_speedup, record["cost_aware"]), default=0.0):
+            record["calibration"] = [list(row) for row in fit_calibration(traces).rows]
+        record["fixed"] += fixed
+        record["cost_aware"] += cost_aware
+    record["target_ms"] = list(target_ms)
+    for name in ("fixed", "cost_aware"):
+        record[name].sort(key=_speedup, reverse=True)
+    return record
+
+
+def _speedup(row: dict[str, Any]) -> float:
+    return row["predicted_speedup"]
+
+
+def _active_groups(drafter: Any, box: DraftSettings) -> list[int | None]:
+    """The router's choice, half and twice of it; None where no router is used."""
+    router = getattr(drafter, "router", None)
+    if router is None or box.draft_head in ("full", "shortlist"):
+        return [None]
+    active = box.draft_active_groups or drafter.config.router_active_groups
+    return sorted({max(1, active // 2), active, min(router.num_groups, 2 * active)})
+
+
+def _prefill_steps(traces: Sequence[DraftTrace]) -> float:
+    """How many plain steps the prefill takes, as measured side by side."""
+    steps = sum(trace.num_tokens - 1 for trace in traces)
+    prefill = sum(trace.prefill_seconds for trace in traces)
+    decoding = sum(trace.seconds for trace in traces) - prefill
+    return prefill / len(traces) / (decoding / steps) if decoding > 0 else 0.0
+
+
+def _rows(traces: list[DraftTrace], costs: dict[int, DraftCosts], box: DraftSettings, prefill_steps: float):
+    fixed, cost_aware = [], []
+    # A calibration is judged on answers that it was not fitted on.
+    halves = [traces[::2], traces[1::2]] if len(traces) > 1 else [traces, traces]
+    fitted = [fit_calibration(half) for half in reversed(halves)]
+    for top_k in range(1, box.draft_top_k + 1):
+        for depth in range(1, box.draft_depth + 1):
+            for sizes in _sizes(box, depth, top_k):
+                stats, steps = replay_all(traces, sizes)
+                fixed.append(_row(traces, sizes, costs[top_k], stats, steps, prefill_steps))
+        for sizes in _sizes(box, box.draft_depth, top_k):
+            rule = TreeSizeRule(costs[top_k], sizes.draft_total_tokens)
+            stats, steps = _held_out(halves, fitted, sizes, rule)
+            sizes = replace(sizes, draft_cost_aware=True)
+            row = _row(traces, sizes, costs[top_k], stats, steps, prefill_steps)
+            mean = {"mean_levels": sum(s[0] for s in steps) / len(steps)}
+            mean["mean_nodes"] = sum(s[1] for s in steps) / len(steps)
+            cost_aware.append({**row, **mean})
+    return fixed, cost_aware
+
+
+def _held_out(halves, fitted: list[Calibration], sizes: DraftSettings, rule: TreeSizeRule):
+    (stats, steps), (other, more) = (
+        replay_all(half, sizes, rule, calibration) for half, calibration in zip(halves, fitted, strict=True)
+    )
+    return stats.merge(other), steps + more
+
+
+def _sizes(box: DraftSettings, depth: int, top_k: int) -> list[DraftSettings]:
+    most = min(
+        box.draft_total_tokens,
+        replace(box, draft_depth=depth, draft_top_k=top_k, draft_total_tokens=None).draft_total_tokens,
+    )
+    # A chain verifies all that it drafted; a tree of fewer nodes than levels would draft some for nothing.
+    totals = [most] if top_k == 1 else sorted({total for total in (*TOTALS, most) if depth < total <= most})
+    return [replace(box, draft_depth=depth, draft_top_k=top_k, draft_total_tokens=total) for total in totals]
+
+
+def _row(traces, sizes: DraftSettings, costs: DraftCosts, stats, steps, prefill_steps: float) -> dict[str, Any]:
+    times = [costs.step_ms(max(levels, 1), nodes) for levels, nodes in steps]
+    step_ms, plain_ms = sum(times) / len(times), costs.target_ms[0]
+    tokens = sum(trace.num_tokens for trace in traces) / len(traces)
+    length = stats.acceptance_length
+    return {
+        **{name: getattr(sizes, name) for name in SIZES},
+        "acceptance_length": length,
+        "acceptance_per_depth": stats.acceptance_per_depth,
+        "step_ms": step_ms,
+        "predicted_speedup": predict_speedup(plain_ms, step_ms, length, round(tokens), prefill_steps * plain_ms),
+    }
+
+
+def chosen_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a drafter's config that a record recommends: cost-aware where that is predicted to be best."""
+    fixed, cost_aware = record["fixed"][0], record["cost_aware"][0]
+    aware = cost_aware["predicted_speedup"] > fixed["predicted_speedup"]
+    best = cost_aware if aware else fixed
+    settings = {name: best[name] for name in SIZES[:3]}
+    if best["draft_active_groups"] is not None:
+        settings["router_active_groups"] = best["draft_active_groups"]
+    return {**settings, "draft_cost_aware": aware, "draft_calibration": record["calibration"]}
+
+
+def save_settings(folder: str | Path, settings: dict[str, Any]) -> None:
+    """Puts settings into the config of a drafter's folder, whose weights stay as they are.
+
+    Raises:
+        ValueError: if the folder holds no drafter, or its config refuses them.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no drafter's folder: save the drafter there first (save_pretrained).")
+    config = {**json.loads(path.read_text(encoding="utf-8")), **settings}
+    CoralDraftConfig.from_dict(config)  # refuses what it does not know
+    # Beside and renamed: a reader finds the old file or the new one.
+    part = path.with_name("config.json.part")
+    part.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_record(record: dict[str, Any], folder: str | Path) -> Path:
+    """Writes `tune.json`, beside and renamed."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path, part = Path(folder) / "tune.json", Path(folder) / "tune.json.part"
+    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def print_record(record: dict[str, Any], count: int = 5) -> None:
+    """Prints T(n), the best fixed settings, the best cost-aware boxes and what they are predicted to give."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError as error:
+        raise ImportError("The table needs rich: pip install 'coral-hf[eval]'.") from error
+    times = record["target_ms"]
+    shown = [n for n in (1, 2, 4, 8, 12, 16, 24, 32, 48, 60) if n <= len(times)]
+    print("T(n) in ms: " + ", ".join(f"{n}: {times[n - 1]:.1f}" for n in shown))
+    environment = record["environment"]
+    title = f"predicted, not measured: {record['target']}, {environment['dtype']}, {environment['threads']} threads"
+    table = Table(title=title, caption="k: branches a node; nodes with the root; tau: tokens a step, replayed")
+    for column in ("draft", "depth", "k", "nodes", "groups", "tau", "ms a step", "speedup"):
+        table.add_column(column, justify="left" if column == "draft" else "right")
+    for name in ("fixed", "cost_aware"):
+        for row in record[name][:count]:
+            sizes = ["-" if row[key] is None else str(row[key]) for key in SIZES]
+            how = "fixed" if name == "fixed" else f"cost-aware ({row['mean_nodes']:.1f} nodes)"
+            figures = f"{row['acceptance_length']:.2f}", f"{row['step_ms']:.1f}", f"{row['predicted_speedup']:.2f}x"
+            table.add_row(how, *sizes, *figures)
+    Console().print(table)
+
+
+__all__ = ["chosen_settings", "print_record", "save_settings", "tune", "write_record"]

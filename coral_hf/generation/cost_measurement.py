@@ -1,0 +1,209 @@
+"""Measures what a step costs on this machine, once per target, drafter, device, dtype and threads, and keeps it."""
+
+import hashlib
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache, PreTrainedModel
+
+from ..compat import cache_kwarg
+from ..modeling_coral import CoralDraftModel
+from ..user_cache import cache_dir
+from .cache import compact_cache
+from .candidate_generator import CoralCandidateGenerator
+from .decoding import Verifier
+from .draft_tree import DraftTree, ancestors_of
+from .settings import DraftSettings
+from .tuning import DraftCosts, smooth_times
+from .verification import accept_greedy
+
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of the cached files; another one is measured again
+PREFIX_LENGTH = 256  # tokens before the root, of an ordinary chat
+_NEW_ROWS = 2  # true rows that the drafter catches up on before it drafts: about what a step accepts
+_MIN_ROUNDS, _MAX_ROUNDS = 3, 12
+_measured: dict[str, DraftCosts] = {}  # of this process, by file name
+
+
+def draft_costs(
+    target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings, refresh: bool = False
+) -> DraftCosts:
+    """The costs of drafting and verifying with these settings: from the cache, or measured now (seconds).
+
+    Args:
+        target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
+        refresh (`bool`): measure again.
+
+    Returns:
+        [`DraftCosts`]
+    """
+    key = costs_key(target, drafter, settings)
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    if refresh or name not in _measured:
+        path = cache_dir() / "draft_costs" / f"{name}.json"
+        costs = None if refresh else _read(path, key)
+        if costs is None:
+            logger.info("Measuring draft costs once for %s ...", type(target).__name__)
+            costs = measure_costs(target, drafter, settings)
+            _write(path, key, costs)
+        _measured[name] = costs
+    return _measured[name]
+
+
+def costs_key(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings) -> dict[str, Any]:
+    """All that the costs depend on, as plain JSON values."""
+    device = target.get_input_embeddings().weight.device
+    parameter = next(drafter.parameters())
+    architecture = target.config.to_json_string(use_diff=False)
+    sizes = ("shape", "hidden_size", "intermediate_size", "target_feature_layers", "draft_vocab_size")
+    heads = ("router_groups", "router_active_groups", "router_hidden_size", "shortlist_size")
+    names = ("draft_top_k", "draft_total_tokens", "draft_head", "draft_active_groups", "draft_groups_per_row")
+    return {
+        "format": FORMAT,
+        "target": type(target).__name__,
+        "target_config": hashlib.sha256(architecture.encode()).hexdigest(),
+        "attention": target.config.get_text_config()._attn_implementation,
+        "dtype": str(target.dtype),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} {os.uname().machine}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "drafter": {
+            "dtype": str(parameter.dtype),
+            "device": parameter.device.type,
+            **{name: getattr(drafter.config, name, None) for name in (*sizes, *heads)},
+        },
+        "settings": {name: getattr(settings, name) for name in names},
+    }
+
+
+def _read(path: Path, key: dict[str, Any]) -> DraftCosts | None:
+    """A cached measurement; None where there is none, or none that can be used: it is then measured again."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["key"] != key:
+            return None
+        costs = content["costs"]
+        costs = DraftCosts(**{**costs, "target_ms": tuple(costs["target_ms"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return costs if len(costs.target_ms) == key["settings"]["draft_total_tokens"] else None
+
+
+def _write(path: Path, key: dict[str, Any], costs: DraftCosts) -> None:
+    """Beside and renamed: two processes that measure at once leave one whole file."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"key": key, "costs": asdict(costs)}, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        # Only the next process pays for it: it measures again.
+        logger.warning("Draft costs were measured but not kept in %s: %s", path, error)
+
+
+@torch.inference_mode()
+def measure_costs(
+    target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings, seconds: float = 8.0
+) -> DraftCosts:
+    """Times the parts of a step in turns, so that a drift of the machine hits all alike; medians, made monotone.
+
+    Args:
+        target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
+        seconds (`float`): stop after this long, but not before three rounds.
+    """
+    depth, total = min(settings.draft_depth, 4), settings.draft_total_tokens
+    verifier, generator, ids, features = _bench(target, drafter, settings)
+    parts: dict[tuple[str, int], Callable[[], Any]] = {}
+    for size in measured_sizes(total):
+        parts["target", size] = partial(_verify, verifier, generator, _star(ids, size))
+    for levels in sorted({1, depth}):
+        parts["levels", levels] = partial(_propose, generator, ids, features, levels)
+    for part in parts.values():
+        part()
+    times: dict[tuple[str, int], list[float]] = {name: [] for name in parts}
+    start = time.perf_counter()
+    for round_ in range(_MAX_ROUNDS):
+        if round_ >= _MIN_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        for name, part in parts.items():
+            before = _clock(ids.device)
+            part()
+            times[name].append(1e3 * (_clock(ids.device) - before))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    first = medians["levels", 1]
+    level = max(0.0, medians["levels", depth] - first) / (depth - 1) if depth > 1 else 0.0
+    target_ms = smooth_times({size: value for (kind, size), value in medians.items() if kind == "target"}, total)
+    return DraftCosts(target_ms, first, level)
+
+
+def measured_sizes(total: int) -> list[int]:
+    """Every size up to 8, then both sides of every multiple of four, where matmuls step, and the largest."""
+    return [size for size in range(1, total + 1) if size <= 8 or size % 4 <= 1 or size == total]
+
+
+def _bench(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings):
+    """A prefilled target and a drafter that has seen the same prefix."""
+    device = target.get_input_embeddings().weight.device
+    vocab_size = target.config.get_text_config().vocab_size
+    longest = PREFIX_LENGTH + settings.draft_total_tokens + settings.draft_depth
+    limit = getattr(target.config.get_text_config(), "max_position_embeddings", None) or longest
+    length = max(1 + _NEW_ROWS, min(PREFIX_LENGTH, limit - settings.draft_total_tokens - settings.draft_depth))
+    ids = (torch.arange(length, device=device) * 7919 % vocab_size)[None]
+    cache = DynamicCache(config=target.config)
+    cache.activate_past_recording()
+    outputs = target(input_ids=ids, use_cache=True, output_hidden_states=True, **cache_kwarg(cache))
+    cache.crop(0)
+    verifier = Verifier(target, cache_kwarg(cache))
+    fixed = replace(settings, draft_cost_aware=False)
+    generator = CoralCandidateGenerator(drafter, target, fixed, length + settings.draft_depth + 1)
+    features = generator.features_of(outputs.hidden_states)
+    ids = torch.cat([ids, ids[:, :1]], dim=1)  # the root follows the prefix
+    generator.propose(ids, features, max_depth=0)
+    return verifier, generator, ids, features[:, -_NEW_ROWS:]
+
+
+def _star(ids: torch.Tensor, size: int) -> DraftTree:
+    """A tree of a root and leaves: times depend on the number of nodes alone."""
+    parents = torch.zeros(1, size, dtype=torch.long, device=ids.device)
+    parents[:, 0] = -1
+    depths = (parents >= 0).long()
+    return DraftTree(ids[:, :size], parents, depths, depths.float(), ancestors_of(parents, 1))
+
+
+def _verify(verifier: Verifier, generator: CoralCandidateGenerator, tree: DraftTree) -> None:
+    """What a step does with a tree, from its mask to the features of what it keeps; the cache is then as before."""
+    outputs = verifier.verify(tree)
+    path, _ = accept_greedy(tree, outputs.logits.argmax(dim=-1).to(tree.tokens.device))
+    states = tuple(state.index_select(1, path[0].to(state.device)) for state in outputs.hidden_states)
+    generator.features_of(states)
+    # Nothing is kept: rows that a sliding window has dropped would not come back.
+    compact_cache(verifier.cache, path[:, :0], tree.num_nodes)
+
+
+def _propose(generator: CoralCandidateGenerator, ids: torch.Tensor, features: torch.Tensor, levels: int) -> None:
+    generator.cache.length -= features.shape[1]
+    generator.propose(ids, features, max_depth=levels)
+
+
+def _clock(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+__all__ = ["costs_key", "draft_costs", "measure_costs", "measured_sizes"]
