@@ -49,6 +49,12 @@ class CoralCandidateGenerator(CandidateGenerator):
         self.adapter = TargetAdapter(target, drafter.config.target_feature_layers)
         self.adapter.check_drafter(drafter.config)
         self.head = settings.draft_head_of(drafter, self.adapter)
+        if settings.draft_top_k > self.head.fewest_tokens:
+            raise ValueError(
+                f"The draft head can be left with {self.head.fewest_tokens} tokens, fewer than "
+                f"draft_top_k={settings.draft_top_k} branches. Lower draft_top_k, raise draft_active_groups, or set "
+                "draft_head='full'."
+            )
         self.model_kwargs_overrides = {"output_hidden_states": True}
         self.stats = DraftStats()
         # A drafter of another class (remote code) has the same interface; its parameters name device and dtype.

@@ -81,6 +81,11 @@ def _wrap_decoding(original):
                 "draft_stock_loop=True looks for stop_strings only at the end of a block of accepted tokens and may "
                 "run past one. Leave draft_stock_loop=False, or drop stop_strings."
             )
+        if settings.draft_stock_loop and kwargs["past_key_values"].get_seq_length() > 0:
+            raise ValueError(
+                "draft_stock_loop=True goes wrong with a cache that is filled already (Transformers' own assistants do "
+                "too). Leave draft_stock_loop=False, or pass the whole text without past_key_values."
+            )
         if settings.draft_stock_loop:
             return original(self, input_ids, *args, **kwargs)
         for name in ("synced_gpus", "inputs_tensor", "assistant_tokenizer", "tokenizer", "assistant_model"):
