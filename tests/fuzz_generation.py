@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache as cached
 
 import torch
 from conftest import FAMILIES, make_drafter, make_target, make_tokenizer, randomize
@@ -172,12 +172,12 @@ def draw(seed: int, index: int) -> Case:
     )
 
 
-@lru_cache(maxsize=None)
+@cached
 def target_of(family: str, attention: str):
     return make_target(family, attention=attention)
 
 
-@lru_cache(maxsize=None)
+@cached
 def drafter_of(family: str, attention: str, shape: str, head: str):
     settings = {name: value for name, value in HEADS[head].items() if name != "shape"}
     size = settings.pop("shortlist_size", None)
@@ -189,7 +189,7 @@ def drafter_of(family: str, attention: str, shape: str, head: str):
     return drafter
 
 
-tokenizer_of = lru_cache(maxsize=None)(make_tokenizer)
+tokenizer_of = cached(make_tokenizer)
 
 
 class _CountingProcessor(LogitsProcessor):

@@ -69,7 +69,11 @@ def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ImportError("Reading Parquet needs pyarrow: pip install 'coral-hf[train]'.") from error
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a .jsonl, .jsonl.gz or .parquet file.")
-    for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
+    try:
+        table = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no Parquet file ({error}). Fetch or write it again.") from error
+    for number, row in enumerate(table):
         yield f"{path}, row {number}", row
 
 
