@@ -9,6 +9,8 @@ import typing
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 SHAPES = ("eagle", "eagle3")
@@ -193,8 +195,13 @@ class CoralDraftConfig(PreTrainedConfig):
             )
         rope = self.rope_parameters
         theta, kind = rope.get("rope_theta", 10000.0), rope.get("rope_type", "default")
-        if not (_is_of(theta, float) and theta > 0 and isinstance(kind, str)):
-            raise ValueError(f"rope_parameters={rope} must name a rope_type and hold a positive number as rope_theta.")
+        if not (_is_of(theta, float) and theta > 0 and kind in ("default", *ROPE_INIT_FUNCTIONS)):
+            raise ValueError(
+                f"rope_parameters={rope} must hold a positive number as rope_theta and one of "
+                f"{['default', *ROPE_INIT_FUNCTIONS]} as rope_type."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown to Transformers; 'silu' is the usual one.")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs.")
         layers, depth = self.target_feature_layers, self.target_num_hidden_layers
