@@ -87,7 +87,7 @@ def test_interrupted_training_leaves_whole_files(tmp_path):
 
 
 def test_two_threads_share_target_and_drafter(target):
-    """Each call has its own caches and statistics; `drafter.last_stats` is of the call that finished last."""
+    """Each call has its own caches and statistics; `drafter.last_stats` is of the call that began last."""
     drafter = make_drafter(target)
     prompts = [prompt_of(5 + number, seed=number) for number in range(4)]
     expected = [target.generate(ids, generation_config=config_of({})) for ids in prompts]
@@ -133,8 +133,9 @@ def tiny(layers):
         num_attention_heads=2, pad_token_id=0, eos_token_id=None, initializer_range=0.3)).double().eval()
     model.generation_config.eos_token_id = None
     return model
-target, assistant, ids = tiny(2), tiny(1), torch.tensor([[5, 9, 3, 17]])
+target, ids = tiny(2), torch.tensor([[5, 9, 3, 17]])
 def outputs():
+    assistant = tiny(1)  # a new one: assistants remember how much they guessed right
     ways = [{"do_sample": False}, {"do_sample": True}, {"num_beams": 3, "do_sample": False},
         {"num_beams": 2, "num_return_sequences": 2, "do_sample": True}, {"assistant_model": assistant},
         {"assistant_model": assistant, "do_sample": True}, {"prompt_lookup_num_tokens": 2}]
