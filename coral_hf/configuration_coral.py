@@ -4,9 +4,13 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
+import typing
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 SHAPES = ("eagle", "eagle3")
@@ -152,6 +156,7 @@ class CoralDraftConfig(PreTrainedConfig):
         if unknown:
             known = ", ".join(sorted(field.name for field in dataclasses.fields(CoralDraftConfig)))
             raise ValueError(f"Unknown setting(s) {unknown} for CoralDraftConfig. Known settings: {known}.")
+        self._check_types()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -167,6 +172,14 @@ class CoralDraftConfig(PreTrainedConfig):
         self._check()
         self._check_head()
         super().__post_init__(**kwargs)
+
+    def _check_types(self) -> None:
+        """A `config.json` may come from anywhere: every field is of its declared type before anything is computed."""
+        for name, declared in CoralDraftConfig.__annotations__.items():
+            value = getattr(self, name)
+            if not any(_is_of(value, kind) for kind in typing.get_args(declared) or (declared,)):
+                written = str(declared).removeprefix("<class '").removesuffix("'>").replace("NoneType", "None")
+                raise ValueError(f"{name}={str(value)[:80]!r} must be of type {written}.")
 
     def _check(self) -> None:
         if self.shape not in SHAPES:
@@ -189,6 +202,15 @@ class CoralDraftConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
+        rope = self.rope_parameters
+        theta, kind = rope.get("rope_theta", 10000.0), rope.get("rope_type", "default")
+        if not (_is_of(theta, float) and theta > 0 and kind in ("default", *ROPE_INIT_FUNCTIONS)):
+            raise ValueError(
+                f"rope_parameters={rope} must hold a positive number as rope_theta and one of "
+                f"{['default', *ROPE_INIT_FUNCTIONS]} as rope_type."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown to Transformers; 'silu' is the usual one.")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs.")
         layers, depth = self.target_feature_layers, self.target_num_hidden_layers
@@ -288,6 +310,16 @@ class CoralDraftConfig(PreTrainedConfig):
             **{name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         }
         return cls(**{**settings, **overrides})
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(item, typing.get_args(kind)[0]) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:  # what a tensor's size can be
+        return type(value) is int and abs(value) < 2**31
+    return isinstance(value, kind)
 
 
 def _target_rope_parameters(text: PreTrainedConfig) -> dict:

@@ -1,10 +1,39 @@
-"""Reading JSONL files, with errors that name the line."""
+"""Reading JSON and JSONL files, with errors that name the file and the line."""
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+
+# longer lines are no rows: a small .gz can hold one that fills the memory
+LONGEST_LINE = 1 << 28
+
+
+def parse_json(text: str, where: str, remedy: str) -> Any:
+    """The value of a JSON text; `ValueError` with `where` and `remedy` for what is none, nested too deeply or too long."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error}). {remedy}") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: if the file cannot be read or holds anything else.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); write it again or delete it.") from error
+    value = parse_json(text, str(path), "Write it again or delete it.")
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}; write it again or delete it.")
+    return value
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -21,23 +50,22 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), ""), start=1):
+                if len(line) == LONGEST_LINE:
+                    raise ValueError(f"{path}, line {number}: longer than {LONGEST_LINE:,} characters, so no row.")
                 if line.strip():
                     yield number, _row(line, f"{path}, line {number}")
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}, after line {number}: the file is cut off or not what its name says ({error}). Fetch it again."
         ) from error
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error}). Fix or remove that line.") from error
+    row = parse_json(line, where, "Fix or remove that line.")
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}.")
     return row
 
 
-__all__ = ["read_jsonl"]
+__all__ = ["parse_json", "read_json", "read_jsonl"]

@@ -119,6 +119,16 @@ class DraftHead:
                 listed[self._listed] = True
                 self._is_listed = listed.view(router.num_groups, router.group_size)
 
+    @property
+    def fewest_tokens(self) -> int:
+        """How many different tokens every row can choose from, whatever groups are active."""
+        listed = 0 if self._listed is None else self._listed.numel()
+        if self.router is None:
+            return listed or self.adapter.vocab_size
+        size = self.router.group_size
+        padding = self.router.num_groups * size - self.adapter.vocab_size  # in the last group
+        return max(listed, self.active_groups * size - padding)
+
     @torch.inference_mode()
     def top_k(
         self, hidden: torch.Tensor, k: int, weights: torch.Tensor | None = None

@@ -26,7 +26,7 @@ from .draft_layer import (
     shift_rows,
 )
 from .lm_head_router import DraftVocabularyHead, FrequencyShortlist, LMHeadRouter
-from .weight_files import check_weights, most_bytes
+from .weight_files import check_weights, loading, most_bytes
 
 
 @dataclass
@@ -134,19 +134,20 @@ class CoralDraftModel(PreTrainedModel):
             *args, **kwargs: as for [`~transformers.PreTrainedModel.from_pretrained`] (`revision`, `token`, `dtype`, ...).
 
         Raises:
-            ValueError: if the weights are missing, pickled, or larger than the config allows.
+            ValueError: if the weights are missing, pickled, damaged or larger than the config allows, or the config malformed.
         """
-        names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-        if pretrained_model_name_or_path is not None and not kwargs.get("variant"):
-            hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            config = kwargs.get("config")
-            # by type: the class may be another one where the code came with the weights
-            if getattr(config, "model_type", None) != cls.config_class.model_type:
-                config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub)
-            with torch.device("meta"):
-                count = sum(tensor.numel() for tensor in cls(config).state_dict().values())
-            check_weights(pretrained_model_name_or_path, most_bytes(count), **hub)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
+        with loading(pretrained_model_name_or_path):
+            names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+            if pretrained_model_name_or_path is not None and not kwargs.get("variant"):
+                hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+                config = kwargs.get("config")
+                # by type: the class may be another one where the code came with the weights
+                if getattr(config, "model_type", None) != cls.config_class.model_type:
+                    config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub)
+                with torch.device("meta"):
+                    count = sum(tensor.numel() for tensor in cls(config).state_dict().values())
+                check_weights(pretrained_model_name_or_path, most_bytes(count), **hub)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Publishes the drafter with its card, its code and the records behind its figures.

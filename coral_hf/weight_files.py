@@ -4,14 +4,17 @@ A flat sibling of the model, so that it travels with a published drafter's code.
 """
 
 import hashlib
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 
@@ -62,6 +65,20 @@ def drafter_sha256(drafter: Any) -> str | None:
     return file_sha256(path)
 
 
+@contextmanager
+def loading(name: Any) -> Iterator[None]:
+    """What a damaged file makes of Transformers' and safetensors' own errors is a `ValueError` that says which it is."""
+    remedy = "Fetch it again, or save the drafter again with drafter.save_pretrained(folder)."
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{name}: {WEIGHTS_FILE} is damaged ({error}). {remedy}") from error
+    except (AttributeError, LookupError, RecursionError, TypeError) as error:
+        raise ValueError(
+            f"{name}: config.json is malformed, or an argument unknown ({type(error).__name__}: {error}). {remedy}"
+        ) from error
+
+
 def most_bytes(num_parameters: int) -> int:
     """The largest file that weights of so many parameters can need."""
     return _MOST_BYTES_PER_PARAMETER * num_parameters + _HEADER_BYTES
@@ -92,7 +109,9 @@ def check_weights(name: str | os.PathLike, limit: int, **hub: Any) -> None:
     if folder.is_dir():
         if (folder / WEIGHTS_FILE).is_file():
             check_size((folder / WEIGHTS_FILE).stat().st_size, limit, str(name))
-        elif not (folder / INDEX_FILE).is_file():
+        elif (folder / INDEX_FILE).is_file():
+            _check_index(folder / INDEX_FILE)
+        else:
             _refuse(str(name), [file for file in PICKLED_FILES if (folder / file).is_file()])
         return
     hub = {key: value for key, value in hub.items() if value is not None}
@@ -108,6 +127,14 @@ def check_weights(name: str | os.PathLike, limit: int, **hub: Any) -> None:
         check_size(size, limit, str(name))
     elif _remote_size(str(name), INDEX_FILE, hub) is None:
         _refuse(str(name), [file for file in PICKLED_FILES if _remote_size(str(name), file, hub) is not None])
+
+
+def _check_index(path: Path) -> None:
+    """An index may come from anywhere: it may only name files beside it."""
+    shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    outside = sorted(str(shard) for shard in shards if Path(str(shard)).name != shard)
+    if outside:
+        raise ValueError(f"{path} names shards outside its folder: {outside}. Fetch the drafter again.")
 
 
 def _remote_size(name: str, file: str, hub: dict[str, Any]) -> int | None:
@@ -137,4 +164,4 @@ def _refuse(name: str, pickled: list[str]) -> None:
     )
 
 
-__all__ = ["WEIGHTS_FILE", "check_size", "check_weights", "drafter_sha256", "file_sha256", "most_bytes"]
+__all__ = ["WEIGHTS_FILE", "check_size", "check_weights", "drafter_sha256", "file_sha256", "loading", "most_bytes"]

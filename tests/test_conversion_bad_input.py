@@ -256,16 +256,16 @@ def test_shards_and_index_differ(target, tmp_path):
         refuse(path, target, part)
     index_file.write_text(json.dumps({"weight_map": without(index["weight_map"], "fc.weight")}))
     refuse(path, target, "not in the index ['fc.weight']")
-    for text in ("[]", '{"metadata": {}}'):
+    for text, message in (("[]", "must hold a JSON object"), ('{"metadata": {}}', "holds no weight_map")):
         index_file.write_text(text)
-        refuse(path, target, "holds no weight_map")
+        refuse(path, target, message)
 
 
 def test_folders(target, tmp_path):
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", target, "holds no config.json")
     (tmp_path / "empty" / "config.json").write_text("{")
-    refuse(tmp_path / "empty", target, "is no JSON")
+    refuse(tmp_path / "empty", target, "not valid JSON")
     (tmp_path / "empty" / "config.json").write_text("[]")
     refuse(tmp_path / "empty", target, "not an object")
     (tmp_path / "empty" / "config.json").write_text(json.dumps(LLAMA))

@@ -269,3 +269,28 @@ def test_a_router_for_another_partition_is_refused(tmp_path):
     config.router_groups = 16
     with pytest.raises(RuntimeError, match="mismatch"):
         CoralDraftModel.from_pretrained(tmp_path, config=config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fewest"),
+    [
+        ({"shortlist_size": 3}, 3),
+        ({"router_groups": 64, "router_active_groups": 1}, 2),
+        ({"router_groups": 43, "router_active_groups": 1}, 2),  # 43 groups of 3, the last of 2
+        ({"router_groups": 43, "router_active_groups": 1, "shortlist_size": 4}, 4),
+        ({"shape": "eagle3", "draft_vocab_size": 5}, 5),
+        ({}, 128),
+    ],
+)
+def test_more_branches_than_tokens_are_refused(settings, fewest, prompt):
+    """Else a branch would be a slot without a token, whose id may lie past the vocabulary."""
+    target = make_target()
+    settings = dict(settings)
+    size = settings.pop("shortlist_size", None)
+    drafter = make_drafter(target, **settings)
+    if size is not None:
+        drafter.add_shortlist(torch.arange(128).float(), size)
+    drafted = coral_generate(target, drafter, input_ids=prompt, draft_depth=3, draft_top_k=fewest, max_new_tokens=6)
+    assert torch.equal(drafted, target.generate(prompt, max_new_tokens=6))
+    with pytest.raises(ValueError, match=rf"{fewest} tokens, fewer than draft_top_k={fewest + 1}"):
+        coral_generate(target, drafter, input_ids=prompt, draft_top_k=fewest + 1, max_new_tokens=6)

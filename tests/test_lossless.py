@@ -172,6 +172,19 @@ def test_continuing_a_conversation(target, tree):
     assert torch.equal(*outputs)
 
 
+def test_stock_loop_with_a_filled_cache_is_refused(target):
+    """Transformers' own loop gives other tokens there, with prompt lookup as well."""
+    ids = prompt_of(9)
+    first = target.generate(ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="draft_stock_loop=False"):
+        target.generate(
+            first.sequences,
+            generation_config=config_of(STOCK),
+            assistant_model=make_drafter(target),
+            past_key_values=first.past_key_values,
+        )
+
+
 def test_returned_dict(target):
     """Scores, logits and hidden states are those of plain decoding, one entry a token."""
     drafter, ids = make_drafter(target), prompt_of(9)

@@ -149,7 +149,7 @@ class TrainCommand:
         """`--shape` and `--config_overrides` as settings of a new drafter."""
         try:
             overrides = json.loads(self.config_overrides or "{}")
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"--config_overrides {self.config_overrides!r} is no JSON: {error}.") from error
         if not isinstance(overrides, dict):
             raise ValueError(f"--config_overrides {self.config_overrides!r} must be a JSON object of settings.")

@@ -1,6 +1,5 @@
 """Reading a checkpoint folder without running code from it, and writing one that is either whole or absent."""
 
-import json
 import os
 import pickle
 import shutil
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from ..jsonl import read_json
 
 
 CONFIG_FILE = "config.json"
@@ -51,13 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder} holds no {CONFIG_FILE}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, not an object.")
-    return config
+    return read_json(path)
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -71,8 +66,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{folder} holds no weights; expected one of {list(WEIGHT_FILES)}.")
     if not name.endswith(".index.json"):
         return read_weight_file(folder / name)
-    index = json.loads((folder / name).read_text(encoding="utf-8"))
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = read_json(folder / name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / name} holds no weight_map.")
     # An index is data from elsewhere: it may only name files beside it.

@@ -140,7 +140,7 @@ def _split(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"--method {text!r}: write NAME:setting=value,setting=value.")
         try:
             settings[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             settings[key.strip()] = value.strip()
     return name, settings
 

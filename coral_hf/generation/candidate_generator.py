@@ -58,6 +58,12 @@ class CoralCandidateGenerator(CandidateGenerator):
                 raise ValueError("draft_cost_aware=True needs costs: pass those of cost_measurement.draft_costs().")
             self.rule = TreeSizeRule(costs, settings.draft_total_tokens)
             self.calibration = calibration_of(drafter.config)
+        if settings.draft_top_k > self.head.fewest_tokens:
+            raise ValueError(
+                f"The draft head can be left with {self.head.fewest_tokens} tokens, fewer than "
+                f"draft_top_k={settings.draft_top_k} branches. Lower draft_top_k, raise draft_active_groups, or set "
+                "draft_head='full'."
+            )
         self.model_kwargs_overrides = {"output_hidden_states": True}
         self.stats = DraftStats()
         # A drafter of another class (remote code) has the same interface; its parameters name device and dtype.

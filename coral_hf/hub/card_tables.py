@@ -1,5 +1,7 @@
 """A card's tables and lists, as Markdown: every figure is read from a record, and what no record holds says so."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,18 @@ def headline_rows(records: Records) -> list[dict[str, Any]]:
     return [row for row in rows if row.get("temperature", 0.0) == rows[0].get("temperature", 0.0)]
 
 
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Whatever a record lacks, or holds of another type, is a `ValueError` that names it."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{RECORD_FOLDER}/{name} is not as coral_hf writes it ({type(error).__name__}: {error}). Measure again, or "
+            "delete it."
+        ) from error
+
+
 # Measured ------------------------------------------------------------------------------------------------------------
 
 
@@ -38,27 +52,18 @@ def measured_section(records: Records, config: CoralDraftConfig) -> str:
     """Every benchmark record as a table under the line that says where it was measured."""
     parts = []
     for name, record in records.benchmarks:
-        rows = [row for row in record["runs"] if row["method"] != "plain"]
-        methods = list(dict.fromkeys(row["method"] for row in rows))
-        if name != "benchmark.json" and len(methods) > 1:  # settings side by side: the sum is enough
-            rows = [row for row in rows if row["benchmark"] == "all"]
-        parts.append(
-            f"{_where(name, record)} By `coral-hf benchmark`, greedy unless stated, {record['max_new_tokens']} new tokens a "
-            "prompt.\n\n"
-            + table(
-                ["method", "prompts", "tau", "accepted per depth", "speedup (quartiles)", "same tokens as plain"],
-                [_benchmark_row(row) for row in rows],
-            )
-        )
-        parts.append("\n".join(f"- `{method}`: {_draft(record, method, config)}" for method in methods))
+        with reading(name):
+            parts += _benchmark(name, record, config)
     if not records.benchmarks:
         parts.append(table(["prompts", "tau", "speedup"], [["all", NOT_MEASURED, NOT_MEASURED]]))
     for name, record in records.checks:
-        parts.append(_check(name, record))
+        with reading(name):
+            parts.append(_check(name, record))
     if not records.checks:
         parts.append(f"Identity with plain `generate` in float32 on real prompts: {NOT_MEASURED}.")
     for name, record in records.heads:
-        parts.append(_heads(name, record))
+        with reading(name):
+            parts.append(_heads(name, record))
     parts += [
         f"`{RECORD_FOLDER}/{name}` does not say which drafter it measured: its figures are not shown."
         for name in records.anonymous
@@ -67,6 +72,22 @@ def measured_section(records: Records, config: CoralDraftConfig) -> str:
         f"`{RECORD_FOLDER}/{name}` measured another drafter: its figures are not shown." for name in records.foreign
     ]
     return "\n\n".join(parts)
+
+
+def _benchmark(name: str, record: dict[str, Any], config: CoralDraftConfig) -> list[str]:
+    rows = [row for row in record["runs"] if row["method"] != "plain"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    if name != "benchmark.json" and len(methods) > 1:  # settings side by side: the sum is enough
+        rows = [row for row in rows if row["benchmark"] == "all"]
+    measured = (
+        f"{_where(name, record)} By `coral-hf benchmark`, greedy unless stated, {record['max_new_tokens']} new tokens a "
+        "prompt.\n\n"
+        + table(
+            ["method", "prompts", "tau", "accepted per depth", "speedup (quartiles)", "same tokens as plain"],
+            [_benchmark_row(row) for row in rows],
+        )
+    )
+    return [measured, "\n".join(f"- `{method}`: {_draft(record, method, config)}" for method in methods)]
 
 
 def _where(name: str, record: dict[str, Any]) -> str:
@@ -145,15 +166,26 @@ def training_section(records: Records) -> str:
     """Data, runs, commands and the curve."""
     parts = [records.stated["data"]] if records.stated.get("data") else []
     parts += _responses(records.folder)
-    parts += [_stage(stage) for stage in records.stages]
+    with reading("training*.json"):
+        parts += [_stage(stage) for stage in records.stages]
+    with reading("log.jsonl"):
+        parts += _progress(records)
+    if not parts:
+        parts.append("Not recorded.")
+    if (records.folder / RECORD_FOLDER / "curve.png").is_file():
+        parts.append(f"![Acceptance over training]({RECORD_FOLDER}/curve.png)")
+    return "\n\n".join(parts)
+
+
+def _progress(records: Records) -> list[str]:
+    """What the log says, and the commands beside it."""
+    parts = []
     seen = [count for row in records.log if (count := tokens_seen(row)) is not None]
     if seen:
         parts.append(f"{seen[-1]:,} response tokens seen, repetitions counted (`{RECORD_FOLDER}/log.jsonl`).")
     commands = records.folder / RECORD_FOLDER / "commands.sh"
     if commands.is_file():
         parts.append(f"```bash\n{commands.read_text(encoding='utf-8').strip()}\n```")
-    if not parts:
-        parts.append("Not recorded.")
     curve = curve_rows(records.log)
     if curve:
         depths = sorted({int(key.rsplit("_", 1)[1]) for row in curve for key in row if _is_depth(key)})
@@ -166,9 +198,7 @@ def training_section(records: Records) -> str:
             f"Held out, simulated greedy chains of {len(depths)} with the full head:\n\n"
             + table(["response tokens seen", "tau", *(f"accepted at depth {depth}" for depth in depths)], rows)
         )
-    if (records.folder / RECORD_FOLDER / "curve.png").is_file():
-        parts.append(f"![Acceptance over training]({RECORD_FOLDER}/curve.png)")
-    return "\n\n".join(parts)
+    return parts
 
 
 def tokens_seen(row: dict[str, Any]) -> int | None:
@@ -229,6 +259,7 @@ __all__ = [
     "curve_rows",
     "headline_rows",
     "measured_section",
+    "reading",
     "table",
     "tokens_seen",
     "training_section",

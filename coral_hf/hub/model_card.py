@@ -7,11 +7,11 @@ from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..configuration_coral import CoralDraftConfig
 from ..weight_files import WEIGHTS_FILE
-from .card_tables import NOT_MEASURED, headline_rows, measured_section, training_section
+from .card_tables import NOT_MEASURED, headline_rows, measured_section, reading, training_section
 from .records import Records, check_stated, read_records
 
 
@@ -89,21 +89,9 @@ def write_card(folder: str | Path, **settings: Any) -> Path:
 
 
 def _metadata(records: Records, title: str, target: str | None) -> ModelCardData:
+    with reading("benchmark.json"):
+        results = _results(records)
     stated = records.stated
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            task_name="Speculative decoding",
-            dataset_type=row["benchmark"],
-            dataset_name="all prompts" if row["benchmark"] == "all" else row["benchmark"],
-            metric_type=metric,
-            metric_name=name,
-            metric_value=round(row[metric], 2),
-        )
-        for row in headline_rows(records)
-        for metric, name in (("acceptance_length", "tau, tokens per target forward"), ("speedup", "median speedup"))
-        if row.get(metric) is not None
-    ]
     return ModelCardData(
         base_model=target,
         library_name="transformers",
@@ -117,6 +105,23 @@ def _metadata(records: Records, title: str, target: str | None) -> ModelCardData
     )
 
 
+def _results(records: Records) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Speculative decoding",
+            dataset_type=row["benchmark"],
+            dataset_name="all prompts" if row["benchmark"] == "all" else row["benchmark"],
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round(row[metric], 2),
+        )
+        for row in headline_rows(records)
+        for metric, name in (("acceptance_length", "tau, tokens per target forward"), ("speedup", "median speedup"))
+        if row.get(metric) is not None
+    ]
+
+
 def _public_name(name: str | None) -> str | None:
     """A Hub id, or None for what is a path on somebody's machine."""
     if not name or name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).is_dir():
@@ -125,9 +130,11 @@ def _public_name(name: str | None) -> str | None:
 
 
 def _summary(records: Records, config: CoralDraftConfig, target: str | None) -> str:
-    with safe_open(records.folder / WEIGHTS_FILE, framework="pt") as weights:
-        names = list(weights.keys())
-        pieces = [weights.get_slice(name) for name in names]
+    try:
+        with safe_open(records.folder / WEIGHTS_FILE, framework="pt") as weights:
+            pieces = [weights.get_slice(name) for name in weights.keys()]  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{records.folder / WEIGHTS_FILE} is damaged ({error}); save the drafter again.") from error
     floats = [piece for piece in pieces if "F" in piece.get_dtype()]  # the shortlist's ids are no parameters
     count = sum(math.prod(piece.get_shape()) for piece in floats)
     dtypes = "/".join(sorted({piece.get_dtype() for piece in floats}))

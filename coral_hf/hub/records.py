@@ -9,12 +9,11 @@ A drafter's folder holds them under `training/`:
 - `card.json`: what no program knows (see `STATED`); no figures
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..jsonl import read_jsonl
+from ..jsonl import read_json, read_jsonl
 from ..weight_files import WEIGHTS_FILE, file_sha256
 
 
@@ -78,7 +77,7 @@ def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = Tr
     training = folder / RECORD_FOLDER
     benchmarks = sorted(training.glob("benchmark*.json"), key=lambda path: (path.name != "benchmark.json", path.name))
     for path in benchmarks:
-        record = _read_json(path)
+        record = read_json(path)
         if "runs" not in record:  # a benchmark of something else than decoding
             continue
         if record.get("partial"):
@@ -90,17 +89,17 @@ def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = Tr
             "--unmeasured true."
         )
     for path in sorted(training.glob("check_*.json")):
-        _sort_in(records, path, _read_json(path), records.checks, strict)
+        _sort_in(records, path, read_json(path), records.checks, strict)
     for path in sorted(training.glob("compare_heads*.json")):
         # candidates that do not ship are compared too: theirs is no error
-        record = _read_json(path)
+        record = read_json(path)
         if record.get("drafter_sha256") == records.sha256:
             records.heads.append((path.name, record))
-    records.stages = [_read_json(path) for path in sorted(training.glob("training*.json"))]
+    records.stages = [read_json(path) for path in sorted(training.glob("training*.json"))]
     if (training / "log.jsonl").is_file():
         records.log = [row for _, row in read_jsonl(training / "log.jsonl")]
     if (training / "card.json").is_file():
-        records.stated = _read_json(training / "card.json")
+        records.stated = read_json(training / "card.json")
         check_stated(records.stated, str(training / "card.json"))
     return records
 
@@ -110,6 +109,14 @@ def check_stated(stated: dict[str, Any], where: str) -> None:
     unknown = sorted(set(stated) - set(STATED))
     if unknown:
         raise ValueError(f"{where}: unknown key(s) {unknown}; the keys are {list(STATED)}.")
+    for key, value in stated.items():
+        listed = STATED[key].startswith("list")
+        if not (
+            isinstance(value, list) and all(isinstance(item, str) for item in value)
+            if listed
+            else isinstance(value, str)
+        ):
+            raise ValueError(f"{where}: {key}={value!r} must be a {'list of strings' if listed else 'string'}.")
 
 
 def _sort_in(records: Records, path: Path, record: dict, measured: list, strict: bool) -> None:
@@ -120,7 +127,7 @@ def _sort_in(records: Records, path: Path, record: dict, measured: list, strict:
         measured.append((path.name, record))
     elif strict:
         raise ValueError(
-            f"{path} measured another drafter ({WEIGHTS_FILE} sha256 {found[:12]}..., this one has "
+            f"{path} measured another drafter ({WEIGHTS_FILE} sha256 {str(found)[:12]}..., this one has "
             f"{records.sha256[:12]}...): {_remedy(records.folder)}, or delete that record."
         )
     else:
@@ -132,16 +139,6 @@ def _remedy(folder: Path) -> str:
         f"measure this drafter with `coral-hf benchmark --target TARGET --drafter {folder} --data PROMPTS.jsonl --output "
         f"{folder / RECORD_FOLDER}`"
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); write it again or delete it.") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(record).__name__}; write it again or delete it.")
-    return record
 
 
 __all__ = ["RECORD_FOLDER", "STATED", "Records", "check_stated", "read_records"]

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, has_length, rotate_checkpoints
 
+from ..jsonl import read_json
 from ..weight_files import WEIGHTS_FILE
 from .adapters import is_peft
 
@@ -147,8 +148,8 @@ class CheckpointMixin:
         folder = Path(folder)
         anew = "To start a new training from its weights, give that folder as the drafter (--drafter) instead."
         try:
-            json.loads((folder / STATE_FILE).read_text())
-        except (OSError, ValueError) as error:
+            read_json(folder / STATE_FILE)
+        except ValueError as error:
             raise ValueError(
                 f"{folder} holds no readable {STATE_FILE}: it is no checkpoint of a training. {anew}"
             ) from error
@@ -168,7 +169,7 @@ class CheckpointMixin:
                     f"{expected.get(key)} here ({len(wrong)} tensors differ). Resume with the settings it was trained with."
                 )
         path = folder / PROGRESS_FILE
-        stored = json.loads(path.read_text()) if path.is_file() else {}
+        stored = read_json(path) if path.is_file() else {}
         for name, value in self._progress().items():
             if name == "response_tokens" or (name == "data" and self.args.ignore_data_skip):
                 continue
@@ -182,7 +183,7 @@ class CheckpointMixin:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         progress = Path(resume_from_checkpoint) / PROGRESS_FILE
         if progress.exists():
-            self.tokens_seen = json.loads(progress.read_text())["response_tokens"]
+            self.tokens_seen = read_json(progress)["response_tokens"]
 
     # The order of rows -----------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..jsonl import read_json
 from ..target_adapter import TargetAdapter
 from ..weight_files import file_sha256
 
@@ -53,7 +54,7 @@ class FeatureCache:
         }
         meta = self.directory / "meta.json"
         if meta.exists():
-            found = json.loads(meta.read_text())
+            found = read_json(meta)
             if found != self._identity:
                 raise ValueError(
                     f"{self.directory} caches features of {found}, not of {self._identity}. Use another folder, or "
@@ -71,7 +72,7 @@ class FeatureCache:
             self._read_index(index)
 
     def _read_index(self, index: Path) -> None:
-        for key, start, length in json.loads(index.read_text())["rows"]:
+        for key, start, length in _sound_index(index).get("rows", ()):
             self._places[key] = (index.stem, start, length)
 
     def __contains__(self, input_ids: torch.Tensor) -> bool:
@@ -143,12 +144,8 @@ class FeatureCache:
         damaged = []
         for index in sorted(self.directory.glob("features-*.json")):
             weights = index.with_suffix(".safetensors")
-            try:
-                stored = json.loads(index.read_text()).get("sha256")
-                sound = weights.is_file() and stored in (None, file_sha256(weights))
-            except ValueError:
-                sound = False
-            if not sound:
+            found = _sound_index(index)
+            if not found or not weights.is_file() or found["sha256"] != file_sha256(weights):
                 damaged.append(index.stem)
                 index.unlink()
         if damaged:
@@ -203,7 +200,7 @@ class FeatureCache:
             save_file({"features": features.to(torch.bfloat16)}, part)
             checksum = file_sha256(part)
             os.replace(part, weights)
-            _write_whole(index, json.dumps({"rows": places, "sha256": checksum, "written": time.time()}))
+            _write_whole(index, json.dumps(_index_of(places, checksum)))
         except (OSError, SafetensorError) as error:
             for path in (part, index.with_name(index.name + ".part")):
                 path.unlink(missing_ok=True)
@@ -212,6 +209,22 @@ class FeatureCache:
                 f"{len(self._places):,} rows cached so far are kept."
             ) from error
         self._read_index(index)
+
+
+def _index_of(rows: list[list], sha256: str) -> dict:
+    """What a shard's index holds: its rows, its checksum, and one of both."""
+    both = hashlib.sha256(json.dumps([rows, sha256]).encode()).hexdigest()
+    return {"rows": rows, "sha256": sha256, "index_sha256": both, "written": time.time()}
+
+
+def _sound_index(index: Path) -> dict:
+    """A shard's index, or an empty one if it is damaged."""
+    try:
+        found = read_json(index)
+        sound = found["index_sha256"] == _index_of(found["rows"], found["sha256"])["index_sha256"]
+    except (KeyError, ValueError):
+        return {}
+    return found if sound else {}
 
 
 def weight_sample(target: nn.Module) -> str:

@@ -112,8 +112,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             yield from _numbered(str(path), rows)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file ({str(error).splitlines()[0]}). Fetch it again.") from error
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged or no Parquet file ({reason}). Fetch or write it again.") from error
 
 
 def _datasets() -> Any:

@@ -1,0 +1,396 @@
+"""Random generation settings x families x trees x {random, oracle} drafters, compared with plain `generate`.
+
+    python tests/fuzz_generation.py --count 2000 --seed 0
+
+Case i of a seed is always the same; one that differs is printed with the command that runs it alone. Exit status 1 if
+any did. Targets are tiny and in float64, so that there are no near-ties. `tests/test_fuzz_generation.py` runs a slice.
+"""
+
+import argparse
+import copy
+import json
+import random
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import dataclass, field
+from functools import cache as cached
+
+import torch
+from conftest import FAMILIES, make_drafter, make_target, make_tokenizer, randomize
+from oracle import oracle
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
+    WatermarkingConfig,
+    logging,
+    set_seed,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from coral_hf.generation.settings import DraftSettings
+
+
+VOCAB = 128
+# what a drafter has besides its layer, and the shape it needs
+HEADS = {
+    "full": {},
+    "features": {"shape": "eagle3", "target_feature_layers": [1, 3, -1]},
+    "own": {"shape": "eagle3", "draft_vocab_size": 40},
+    "shortlist": {"shortlist_size": 24},
+    "tiny_shortlist": {"shortlist_size": 3},
+    "router": {"router_groups": 12, "router_active_groups": 4},
+    "narrow_router": {"router_groups": 64, "router_active_groups": 1},
+    "both": {"router_groups": 26, "router_active_groups": 3, "shortlist_size": 10},
+    "narrow_both": {"router_groups": 43, "router_active_groups": 1, "shortlist_size": 2},
+}
+
+
+@dataclass
+class Case:
+    """One random call; `generation` is for both sides, `draft` for the drafted one."""
+
+    family: str
+    attention: str
+    shape: str
+    head: str
+    prompt_length: int
+    padding: int
+    prefilled: str | None
+    probability: float
+    seed: int
+    generation: dict
+    draft: dict
+    extras: dict = field(default_factory=dict)
+
+
+def draw(seed: int, index: int) -> Case:
+    """Case `index` of a seed."""
+    rng = random.Random(f"{seed}-{index}")
+    maybe = lambda probability: rng.random() < probability  # noqa: E731
+    tokens = lambda most: [rng.randrange(3, VOCAB) for _ in range(rng.randint(1, most))]  # noqa: E731
+    generation: dict = {"do_sample": maybe(0.5), "max_new_tokens": rng.choice([1, 2, 3, 8, 16, 24])}
+    if generation["do_sample"]:
+        generation["top_k"] = rng.choice([0, 0, 1, 5, 20])
+        options = {
+            "temperature": lambda: rng.choice([0.3, 0.7, 1.0, 1.5]),
+            "top_p": lambda: rng.choice([0.5, 0.9, 0.99]),
+            "min_p": lambda: rng.choice([0.02, 0.1]),
+            "typical_p": lambda: 0.9,
+            "epsilon_cutoff": lambda: 0.005,
+            "eta_cutoff": lambda: 0.005,
+        }
+        for name, value in options.items():
+            if maybe(0.6 if name == "temperature" else 0.2):
+                generation[name] = value()
+    options = {
+        "repetition_penalty": lambda: rng.choice([0.8, 1.1, 1.5]),
+        "encoder_repetition_penalty": lambda: 1.3,
+        "no_repeat_ngram_size": lambda: rng.randint(1, 3),
+        "bad_words_ids": lambda: [tokens(3) for _ in range(rng.randint(1, 4))],
+        "suppress_tokens": lambda: tokens(20),
+        "begin_suppress_tokens": lambda: tokens(20),
+        "sequence_bias": lambda: [[tokens(2), rng.choice([-5.0, 3.0])] for _ in range(3)],
+        "forced_eos_token_id": lambda: rng.randrange(3, VOCAB),
+        "renormalize_logits": lambda: True,
+        "remove_invalid_values": lambda: True,
+        "guidance_scale": lambda: 1.5,
+        "watermarking_config": lambda: WatermarkingConfig(bias=2.0, context_width=rng.randint(1, 2)),
+    }
+    for name, value in options.items():
+        if maybe(0.1):
+            generation[name] = value()
+    if generation.get("forced_eos_token_id") in generation.get("suppress_tokens", []):
+        del generation["forced_eos_token_id"]  # refused by Transformers
+    if generation["do_sample"] and maybe(0.05):
+        generation["watermarking_config"] = SynthIDTextWatermarkingConfig(keys=[654, 400, 836], ngram_len=3)
+    if maybe(0.4):
+        generation["eos_token_id"] = sorted(set(tokens(12)))
+        if maybe(0.4):
+            generation["min_new_tokens"] = rng.randint(1, generation["max_new_tokens"])
+        if maybe(0.15):
+            generation["exponential_decay_length_penalty"] = (2, 1.2)
+    if maybe(0.3):
+        generation["return_dict_in_generate"] = True
+        for name in ("output_scores", "output_logits", "output_hidden_states"):
+            generation[name] = maybe(0.6)
+    extras = {
+        "stop_strings": [chr(rng.randrange(33, 127)) + (chr(rng.randrange(33, 127)) if maybe(0.2) else "")]
+        + [chr(rng.randrange(33, 127)) for _ in range(rng.randint(0, 6))]
+        if maybe(0.15)
+        else None,
+        "stateful_processor": maybe(0.1),
+        "stateful_criterion": maybe(0.1),
+        "allowed_tokens": maybe(0.05),
+        "streamer": maybe(0.15),
+    }
+    head = rng.choice(list(HEADS)) if maybe(0.6) else "full"
+    depth = rng.choice([1, 2, 3, 4, 5, 7])
+    # the smallest heads can fill two branches or three; more is refused
+    top_k = rng.choice([1, 1, 2, 2, 2, 3, 4] if "narrow" in head or "tiny" in head else [1, 1, 2, 3, 4, 6, 10])
+    draft: dict = {"draft_depth": depth, "draft_top_k": top_k}
+    most = DraftSettings(**draft).max_total_tokens
+    if maybe(0.7):
+        draft["draft_total_tokens"] = rng.randint(2, min(most, 60))
+    if "router" in head or "both" in head:
+        if maybe(0.5):
+            draft["draft_active_groups"] = rng.randint(1, 12)
+        draft["draft_groups_per_row"] = maybe(0.5)
+        if "router" in head and maybe(0.4):
+            draft["draft_scoring"] = "router"
+    if "both" in head and maybe(0.3):
+        draft["draft_head"] = rng.choice(["router", "both"])
+    # Transformers' own loop: chains, and what it calls a processor for is not one token after the other
+    stateful = extras["stateful_processor"] or extras["stateful_criterion"] or extras["stop_strings"]
+    stateful = stateful or {"guidance_scale", "watermarking_config"} & set(generation)
+    if top_k == 1 and not generation["do_sample"] and not stateful and maybe(0.4):
+        draft["draft_stock_loop"] = True
+    padding = rng.randint(1, 9) if maybe(0.2) else 0
+    prefilled = rng.choice(["whole", "whole", "own cache"]) if maybe(0.2) else None
+    if prefilled:
+        draft.pop("draft_stock_loop", None)
+    return Case(
+        family=rng.choice(list(FAMILIES)),
+        # eager attention in float64 makes NaN of a padding row, with or without a drafter
+        attention="eager" if maybe(0.25) and not padding else "sdpa",
+        shape=HEADS[head].get("shape") or rng.choice(["eagle", "eagle3"]),
+        head=head,
+        prompt_length=rng.choice([1, 2, 5, 9, 15, 16, 17, 30]),
+        padding=padding,
+        prefilled=prefilled,
+        probability=rng.choice([0.3, 0.7, 0.9, 1.0]),
+        seed=rng.randrange(2**31),
+        generation=generation,
+        draft=draft,
+        extras={name: value for name, value in extras.items() if value},
+    )
+
+
+@cached
+def target_of(family: str, attention: str):
+    return make_target(family, attention=attention)
+
+
+@cached
+def drafter_of(family: str, attention: str, shape: str, head: str):
+    settings = {name: value for name, value in HEADS[head].items() if name != "shape"}
+    size = settings.pop("shortlist_size", None)
+    drafter = make_drafter(target_of(family, attention), shape=shape, **settings)
+    if drafter.router is not None:
+        randomize(drafter.router)
+    if size is not None:
+        drafter.add_shortlist(torch.rand(VOCAB, generator=torch.Generator().manual_seed(7)), size)
+    return drafter
+
+
+tokenizer_of = cached(make_tokenizer)
+
+
+class _CountingProcessor(LogitsProcessor):
+    """Favours another token at every call: right only if it is called once a token, in order."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        scores = scores.clone()
+        scores[:, (37 * self.calls + int(input_ids[0, -1])) % VOCAB] += 4.0
+        return scores
+
+
+class _CountingCriterion(StoppingCriteria):
+    """Ends the text at its own count of calls, a multiple of the last token."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls += 1
+        return torch.full((1,), self.calls > 4 and (self.calls + int(input_ids[0, -1])) % 7 == 0)
+
+
+class _Recorder(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], 0
+
+    def put(self, value):
+        assert not self.ended
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
+@dataclass
+class Outcome:
+    """What one call returned and left behind."""
+
+    sequences: torch.Tensor
+    parts: dict[str, list[torch.Tensor]]
+    random_state: torch.Tensor
+    streamed: list[int] | None
+
+
+def _inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(case.seed)
+    ids = torch.randint(3, VOCAB, (1, case.prompt_length), generator=generator)
+    if not case.padding:
+        return ids, None
+    ids = torch.cat([torch.zeros(1, case.padding, dtype=torch.long), ids], dim=1)
+    return ids, (torch.arange(ids.shape[1]) >= case.padding).long()[None]
+
+
+def _prefill(case: Case, ids: torch.Tensor, mask: torch.Tensor | None):
+    """A longer conversation whose first part is in a cache; returns its ids, mask and cache."""
+    target = target_of(case.family, case.attention)
+    cache = DynamicCache() if case.prefilled == "own cache" else None
+    kwargs = {} if cache is None else {"past_key_values": cache}
+    if mask is not None:
+        kwargs["attention_mask"] = mask
+    first = target.generate(
+        ids, max_new_tokens=case.seed % 9 + 1, do_sample=False, return_dict_in_generate=True, **kwargs
+    )
+    more = torch.randint(3, VOCAB, (1, case.seed % 4), generator=torch.Generator().manual_seed(case.seed + 1))
+    longer = torch.cat([first.sequences, more], dim=1)
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(1, longer.shape[1] - mask.shape[1])], dim=1)
+    return longer, mask, first.past_key_values
+
+
+def call(case: Case, ids, mask, cache, drafter=None) -> Outcome:
+    """Generates, with the drafter if there is one."""
+    config = GenerationConfig(pad_token_id=0, **case.generation)
+    if drafter is not None:
+        for name, value in case.draft.items():
+            setattr(config, name, value)
+    kwargs: dict = {} if drafter is None else {"assistant_model": drafter}
+    if mask is not None:
+        kwargs["attention_mask"] = mask
+    if cache is not None:
+        kwargs["past_key_values"] = copy.deepcopy(cache)
+    if "stop_strings" in case.extras:
+        config.stop_strings = case.extras["stop_strings"]
+        kwargs["tokenizer"] = tokenizer_of()
+    if "stateful_processor" in case.extras:
+        kwargs["logits_processor"] = LogitsProcessorList([_CountingProcessor()])
+    if "stateful_criterion" in case.extras:
+        kwargs["stopping_criteria"] = StoppingCriteriaList([_CountingCriterion()])
+    if "allowed_tokens" in case.extras:
+        kwargs["prefix_allowed_tokens_fn"] = lambda _, text: [3 + (int(text[-1]) * 5 + i) % 120 for i in range(40)]
+    recorder = _Recorder() if "streamer" in case.extras else None
+    if recorder is not None:
+        kwargs["streamer"] = recorder
+    set_seed(case.seed)
+    output = target_of(case.family, case.attention).generate(ids, generation_config=config, **kwargs)
+    state = torch.get_rng_state()
+    if recorder is not None:
+        assert recorder.ended == 1, "the streamer was not ended once"
+    streamed = None if recorder is None else recorder.tokens
+    if isinstance(output, torch.Tensor):
+        return Outcome(output, {}, state, streamed)
+    parts = {name: list(getattr(output, name) or ()) for name in ("scores", "logits")}
+    parts["hidden_states"] = [layer for step in output.hidden_states or () for layer in step]
+    parts["cache"] = [
+        states[:, :, -16:] for layer in output.past_key_values.layers for states in (layer.keys, layer.values)
+    ]
+    return Outcome(output.sequences, parts, state, streamed)
+
+
+def difference(drafted: Outcome, plain: Outcome, stock: bool) -> str | None:
+    """What of a drafted outcome is not the plain one's; None if nothing."""
+    if not torch.equal(drafted.sequences, plain.sequences):
+        return f"tokens {drafted.sequences.tolist()} instead of {plain.sequences.tolist()}"
+    if drafted.streamed != plain.streamed:
+        return f"streamed {drafted.streamed} instead of {plain.streamed}"
+    if stock:  # Transformers' own loop answers for the rest
+        return None
+    if not torch.equal(drafted.random_state, plain.random_state):
+        return "random numbers spent"
+    for name, expected in plain.parts.items():
+        found = drafted.parts[name]
+        if len(found) != len(expected):
+            return f"{len(found)} {name} instead of {len(expected)}"
+        for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+            # norms go through float32 whatever the target's dtype
+            if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4):
+                return f"{name}[{index}]"
+    return None
+
+
+def run_case(case: Case) -> tuple[str | None, dict[str, int]]:
+    """The difference of a case, if there is one, and what was accepted."""
+    counts = {"random_accepted": 0, "random_steps": 0, "oracle_accepted": 0, "oracle_steps": 0}
+    drafter = drafter_of(case.family, case.attention, case.shape, case.head)
+    ids, mask = _inputs(case)
+    cache = None
+    if case.prefilled:
+        ids, mask, cache = _prefill(case, ids, mask)
+    plain = call(case, ids, mask, cache)
+    stock = case.draft.get("draft_stock_loop", False)
+    for kind in ("random", "oracle"):
+        if kind == "random":
+            try:
+                drafted = call(case, ids, mask, cache, drafter)
+            except ValueError as error:
+                if "fewer than draft_top_k" not in str(error):
+                    raise
+                return None, {"refused": 1}
+        else:
+            with oracle(plain.sequences, case.probability, case.seed):
+                drafted = call(case, ids, mask, cache, drafter)
+        counts[f"{kind}_accepted"] += drafter.last_stats.n_accepted
+        counts[f"{kind}_steps"] += drafter.last_stats.steps
+        found = difference(drafted, plain, stock)
+        if found is not None:
+            return f"{kind} drafter: {found}", counts
+    return None, counts
+
+
+def run(seed: int, start: int, count: int, verbose: bool = False) -> dict:
+    """Runs cases and returns what was counted; every difference is printed with the command that shows it alone."""
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    total = {"cases": 0, "differences": 0, "refused": 0, "sampled": 0, "trees": 0}
+    began = time.perf_counter()
+    for index in range(start, start + count):
+        case = draw(seed, index)
+        try:
+            found, counts = run_case(case)
+        except Exception as error:
+            found, counts = f"{type(error).__name__}: {error}", {}
+            if verbose:
+                traceback.print_exc()
+        total["cases"] += 1
+        total["sampled"] += case.generation["do_sample"]
+        total["trees"] += case.draft["draft_top_k"] > 1
+        for name, value in counts.items():
+            total[name] = total.get(name, 0) + value
+        if found is not None:
+            total["differences"] += 1
+            print(f"python tests/fuzz_generation.py --seed {seed} --start {index} --count 1 --verbose", flush=True)
+            print(f"    {found[:600]}\n    {case}", flush=True)
+    return {"seed": seed, "start": start, **total, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0, help="first case")
+    parser.add_argument("--verbose", action="store_true", help="print tracebacks")
+    arguments = parser.parse_args()
+    total = run(arguments.seed, arguments.start, arguments.count, arguments.verbose)
+    print(json.dumps(total))
+    return 1 if total["differences"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
