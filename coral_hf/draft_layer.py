@@ -7,6 +7,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
 from .configuration_coral import CoralDraftConfig
+from .rollout_attention import rollout_attention
 
 
 class DraftKeyValues:
@@ -105,19 +106,13 @@ class CoralAttention(nn.Module):
         """
         batch, heads, length, dim = query.shape
         k = len(keys)
-        grouped = query.reshape(batch, self.num_key_value_heads, self.num_groups, length, dim) * self.scaling
-        # softmax in float32 at least, as every attention implementation does
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        scores = torch.einsum("bgnsd,bgcd->bgnsc", grouped, keys[0])  # [B, kv, n, S, S]
-        scores = scores.to(dtype).masked_fill(~mask.unsqueeze(2), float("-inf"))
+        grouped = (query * self.scaling).reshape(batch, self.num_key_value_heads, self.num_groups, length, dim)
         shifts = [k - j for j in range(2, k + 1)]
-        diagonal_keys = [shift_rows(key, shift, dim=2) for key, shift in zip(keys[1:], shifts, strict=True)]
-        diagonals = [(grouped * key.unsqueeze(2)).sum(-1, dtype=dtype) for key in diagonal_keys]
-        chain = torch.stack(diagonals, dim=-1)  # [B, kv, n, S, k-1]
-        weights = torch.cat([scores, chain], dim=-1).softmax(dim=-1).to(query.dtype)
-        attended = torch.einsum("bgnsc,bgcd->bgnsd", weights[..., :length], values[0])
-        for index, (value, shift) in enumerate(zip(values[1:], shifts, strict=True)):
-            attended = attended + weights[..., length + index, None] * shift_rows(value, shift, dim=2).unsqueeze(2)
+        chain_keys, chain_values = (
+            torch.stack([shift_rows(x, shift, dim=2) for x, shift in zip(later[1:], shifts, strict=True)], dim=3)
+            for later in (keys, values)
+        )  # [B, kv, S, k-1, d]
+        attended = rollout_attention(grouped.to(values[0].dtype), keys[0], values[0], chain_keys, chain_values, mask)
         return attended.reshape(batch, heads, length, dim)
 
 

@@ -19,7 +19,8 @@ ALLOWED = {
     "target_adapter": set(),
     "draft_initialization": {"configuration_coral", "target_adapter"},
     "lm_head_router": {"configuration_coral"},
-    "draft_layer": {"configuration_coral"},
+    "rollout_attention": set(),
+    "draft_layer": {"configuration_coral", "rollout_attention"},
     "weight_files": set(),
     "modeling_coral": {"configuration_coral", "lm_head_router", "draft_layer", "draft_initialization", "weight_files"},
     "generation": {

@@ -163,7 +163,10 @@ def rollout_bytes(drafter: CoralDraftModel, batch_size: int, length: int, num_st
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
+        # fused attention keeps no weights; on the meta device step 1 runs the plain one
+        scores = batch_size * config.num_attention_heads * length**2
+        weights = tensor.shape[-2:] == (length, length) and tensor.numel() == scores
+        if storage._cdata not in parameters and not (weights and tensor.is_floating_point()):
             kept[storage._cdata] = tensor  # held, so that its address is not given out again
         return tensor
 
