@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 
 SHAPES = ("eagle", "eagle3")
+GROUPINGS = ("consecutive", "clustered")
 FEATURE_LAYER_LAST = -1
 
 # What `PreTrainedConfig` itself accepts beside its declared fields (`Trainer` writes the tokenizer's special ids); every
@@ -87,7 +88,10 @@ class CoralDraftConfig(PreTrainedConfig):
             Size of a draft: levels below the root, branches per node (1: a chain), nodes verified with the root. See
             `generation.settings.DraftSettings`, also for overriding them per call.
         router_groups (`int`, defaults to 0):
-            G, groups of consecutive ids of the LM-head router (CORAL section 3.2); 0: no router.
+            G, groups of the LM-head router (CORAL section 3.2); 0: no router.
+        router_grouping (`str`, defaults to `"consecutive"`):
+            `"consecutive"`: groups of consecutive ids, views of the target's own head (the paper's). `"clustered"`
+            (ours): groups of similar rows of the head, computed from one copy of it in the router's order.
         router_active_groups (`int`, *optional*):
             Groups computed per drafting step; defaults to a sixteenth of `router_groups`.
         router_hidden_size (`int`, *optional*):
@@ -133,6 +137,7 @@ class CoralDraftConfig(PreTrainedConfig):
     draft_top_k: int = 1
     draft_total_tokens: int | None = None
     router_groups: int = 0
+    router_grouping: str = "consecutive"
     router_active_groups: int | None = None
     router_hidden_size: int | None = None
     shortlist_size: int = 0
@@ -199,6 +204,8 @@ class CoralDraftConfig(PreTrainedConfig):
             raise ValueError("fc_bias=True exists for shape='eagle' only; set it to False.")
 
     def _check_head(self) -> None:
+        if self.router_grouping not in GROUPINGS:
+            raise ValueError(f"router_grouping={self.router_grouping!r} is unknown; choose one of {list(GROUPINGS)}.")
         if self.router_groups:
             group_size(self.vocab_size, self.router_groups)
             if not 0 < self.router_active_groups <= self.router_groups:
