@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 SHAPES = ("eagle", "eagle3")
+GROUPINGS = ("consecutive", "clustered")
 FEATURE_LAYER_LAST = -1
 # path probabilities at which `draft_calibration` gives the observed acceptance, with straight lines between them
 CALIBRATION_KNOTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
@@ -98,7 +99,10 @@ class CoralDraftConfig(PreTrainedConfig):
             One row per depth (the last holds for all below): observed acceptance at the path probabilities
             `CALIBRATION_KNOTS`, as `coral-hf tune` fits it. None: drafted probabilities are taken as they are.
         router_groups (`int`, defaults to 0):
-            G, groups of consecutive ids of the LM-head router (CORAL section 3.2); 0: no router.
+            G, groups of the LM-head router (CORAL section 3.2); 0: no router.
+        router_grouping (`str`, defaults to `"consecutive"`):
+            `"consecutive"`: groups of consecutive ids, views of the target's own head (the paper's). `"clustered"`
+            (ours): groups of similar rows of the head, computed from one copy of it in the router's order.
         router_active_groups (`int`, *optional*):
             Groups computed per drafting step; defaults to a sixteenth of `router_groups`.
         router_hidden_size (`int`, *optional*):
@@ -146,6 +150,7 @@ class CoralDraftConfig(PreTrainedConfig):
     draft_cost_aware: bool = False
     draft_calibration: list | None = None
     router_groups: int = 0
+    router_grouping: str = "consecutive"
     router_active_groups: int | None = None
     router_hidden_size: int | None = None
     shortlist_size: int = 0
@@ -237,6 +242,8 @@ class CoralDraftConfig(PreTrainedConfig):
                 )
 
     def _check_head(self) -> None:
+        if self.router_grouping not in GROUPINGS:
+            raise ValueError(f"router_grouping={self.router_grouping!r} is unknown; choose one of {list(GROUPINGS)}.")
         if self.router_groups:
             group_size(self.vocab_size, self.router_groups)
             if not 0 < self.router_active_groups <= self.router_groups:

@@ -3,6 +3,8 @@
 The verification always uses the full head, so that what is chosen here changes the speed and never the output.
 """
 
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,34 +15,57 @@ from .configuration_coral import group_size
 
 
 class LMHeadRouter(nn.Module):
-    """Which groups of consecutive token ids are worth computing (CORAL section 3.2).
+    """Which groups of token ids are worth computing (CORAL section 3.2).
 
-    A group is a view of the target's own weight: the router holds no copy of the head. It is trained after the drafter
-    towards the target's probability mass per group.
+    Group g holds the ids at places `g * group_size` on of the router's order: the ids themselves (a group is then a view
+    of the target's own weight), or, clustered, the permutation `token_order`, for which drafting keeps one copy of the
+    head in that order. It is trained after the drafter towards the target's probability mass per group.
 
     Args:
         hidden_size (`int`): H, width of the drafter's output.
         vocab_size (`int`): V; the last group is shorter where V does not divide evenly.
         num_groups (`int`): G.
         router_hidden_size (`int`): width of the MLP.
+        clustered (`bool`): has a `token_order`, see `training.token_clusters`.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int, num_groups: int, router_hidden_size: int):
+    def __init__(
+        self, hidden_size: int, vocab_size: int, num_groups: int, router_hidden_size: int, clustered: bool = False
+    ):
         super().__init__()
         self.vocab_size = vocab_size
         self.num_groups = num_groups
         self.group_size = group_size(vocab_size, num_groups)
         self.up_proj = nn.Linear(hidden_size, router_hidden_size, bias=True)
         self.down_proj = nn.Linear(router_hidden_size, num_groups, bias=True)
+        self.register_buffer("token_order", torch.arange(vocab_size, dtype=torch.int32) if clustered else None)
+
+    @classmethod
+    def from_config(cls, config: Any) -> "LMHeadRouter":
+        """The untrained router that a [`CoralDraftConfig`] describes."""
+        sizes = config.hidden_size, config.vocab_size, config.router_groups, config.router_hidden_size
+        return cls(*sizes, clustered=config.router_grouping == "clustered")
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Drafter outputs `[..., H]` -> group logits `[..., G]`."""
         return self.down_proj(F.silu(self.up_proj(hidden.to(self.up_proj.weight.dtype))))
 
+    def in_order(self, values: torch.Tensor) -> torch.Tensor:
+        """Values per id `[..., V]` -> values per place of a group `[..., G, group_size]`, 0 past the vocabulary."""
+        if self.token_order is not None:
+            values = values[..., self.token_order.long()]
+        padding = self.num_groups * self.group_size - self.vocab_size
+        return F.pad(values, (0, padding)).unflatten(-1, (self.num_groups, self.group_size))
+
     def group_mass(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Token probabilities `[..., V]` -> probability mass per group `[..., G]`."""
-        padding = self.num_groups * self.group_size - self.vocab_size
-        return F.pad(probabilities, (0, padding)).unflatten(-1, (self.num_groups, self.group_size)).sum(-1)
+        return self.in_order(probabilities).sum(-1)
+
+    def groups_of(self, token_ids: torch.LongTensor) -> torch.LongTensor:
+        """The group of each id, in the shape of `token_ids`."""
+        if self.token_order is None:
+            return token_ids // self.group_size
+        return self.token_order.long().argsort()[token_ids] // self.group_size
 
 
 class FrequencyShortlist(nn.Module):
@@ -105,7 +130,11 @@ class DraftHead:
     ):
         self.adapter, self.router = adapter, router
         self.active_groups, self.per_row, self.scoring = active_groups, per_row, scoring
-        self._listed = self._listed_weight = self._listed_bias = None
+        self._listed = self._listed_weight = self._listed_bias = self._order = None
+        if router is not None:
+            if router.token_order is not None:
+                self._order = router.token_order.to(adapter.device).long()
+            self._grouped_head = ordered_head(adapter, router)
         self._transform = adapter.transform_logits if own_head is None else lambda logits: logits
         if own_head is not None:
             self._listed = own_head.token_ids.to(adapter.device)
@@ -115,9 +144,9 @@ class DraftHead:
             self._listed = shortlist.token_ids.to(adapter.device)
             self._listed_weight, self._listed_bias = adapter.head_rows(self._listed)
             if router is not None:
-                listed = torch.zeros(router.num_groups * router.group_size, dtype=torch.bool, device=adapter.device)
-                listed[self._listed] = True
-                self._is_listed = listed.view(router.num_groups, router.group_size)
+                listed = torch.zeros(router.vocab_size, dtype=torch.bool)
+                listed[shortlist.token_ids.cpu()] = True
+                self._is_listed = router.in_order(listed.to(router.up_proj.weight.device)).to(adapter.device)
 
     @property
     def fewest_tokens(self) -> int:
@@ -163,7 +192,7 @@ class DraftHead:
         group_logits = self.router(hidden).float().to(self.adapter.device)
         hidden = hidden.to(self.adapter.device)
         groups = self._select(group_logits, weights)
-        logits = grouped_logits(self.adapter, hidden, groups, self.router.group_size).float()  # [1, T, k, s]
+        logits = grouped_logits(self._grouped_head, hidden, groups, self.router.group_size).float()  # [1, T, k, s]
         normalizer = None
         if self._listed is not None:
             logits = logits.masked_fill(self._is_listed[groups], float("-inf"))
@@ -199,19 +228,71 @@ class DraftHead:
         place = (index - fixed).clamp(min=0)
         group = groups.expand(*index.shape[:2], -1).gather(-1, place // size)
         ids = group * size + place % size
+        if self._order is not None:
+            ids = self._order[ids]
         return (
             ids if self._listed is None else torch.where(index < fixed, self._listed[index.clamp(max=fixed - 1)], ids)
         )
 
 
+# Per router: its target's head (weakly), the state of weight and order that the copy was made in, and the copy.
+_ordered_rows: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def ordered_head(adapter: Any, router: LMHeadRouter) -> Any:
+    """What `grouped_logits` reads: the adapter itself, or for a clustered router its head in the router's order.
+
+    The copy is made once for a router and a target, and again when either has changed.
+
+    Raises:
+        ValueError: if the router's `token_order` is no permutation of the vocabulary.
+    """
+    if router.token_order is None:
+        return adapter
+    head, order = adapter.head, router.token_order
+    tensors = (head.weight, getattr(head, "bias", None), order)
+    state = [None if tensor is None else _state(tensor) for tensor in tensors]
+    kept = _ordered_rows.get(router)
+    if kept is None or kept[0]() is not head or kept[1] != state:
+        ids = order.to(adapter.device).long()
+        if not torch.equal(ids.sort().values, torch.arange(adapter.vocab_size, device=ids.device)):
+            raise ValueError(
+                f"The router's token_order is no permutation of the {adapter.vocab_size} ids: its checkpoint is damaged. "
+                "Train the router again (`coral-hf train --stage router`), or use draft_head='full'."
+            )
+        kept = _ordered_rows[router] = (weakref.ref(head), state, adapter.head_rows(ids))
+    weight, bias = kept[2]
+    return _OrderedHead(adapter, weight, bias)
+
+
+def _state(tensor: torch.Tensor) -> tuple:
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.device
+
+
+class _OrderedHead:
+    """A permuted copy of a target's head in the shape of its adapter."""
+
+    def __init__(self, adapter: Any, weight: torch.Tensor, bias: torch.Tensor | None):
+        self.head, self.head_dtype, self.vocab_size = (
+            SimpleNamespace(weight=weight, bias=bias),
+            weight.dtype,
+            len(weight),
+        )
+        self.transform_logits = adapter.transform_logits
+
+    def head_rows(self, places: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.head.weight[places], None if self.head.bias is None else self.head.bias[places]
+
+
 def grouped_logits(adapter: Any, hidden: torch.Tensor, groups: torch.LongTensor, size: int) -> torch.Tensor:
-    """Logits of the ids in the given groups of `size` consecutive ids.
+    """Logits of the rows in the given groups of `size` consecutive rows.
 
     On a CPU one matmul per distinct group on a view of the head, nothing gathered; elsewhere `gathered_logits`, which
     never waits for the device.
 
     Args:
-        adapter ([`TargetAdapter`])
+        adapter ([`TargetAdapter`], or what `ordered_head` returns)
         hidden (`torch.Tensor` of shape `[1, T, H]`).
         groups (`torch.LongTensor` of shape `[1, T, k]` or, shared by all rows, `[1, 1, k]`).
         size (`int`): ids per group.
@@ -274,4 +355,5 @@ __all__ = [
     "LMHeadRouter",
     "gathered_logits",
     "grouped_logits",
+    "ordered_head",
 ]

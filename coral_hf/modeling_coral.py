@@ -80,7 +80,7 @@ class CoralDraftModel(PreTrainedModel):
         self.rotary_emb = CoralRotaryEmbedding(config)
         self.router = None
         if config.router_groups:
-            self.router = LMHeadRouter(size, config.vocab_size, config.router_groups, config.router_hidden_size)
+            self.router = LMHeadRouter.from_config(config)
         self.shortlist = FrequencyShortlist(config.shortlist_size) if config.shortlist_size else None
         own = config.draft_vocab_size
         self.draft_head = None if own is None else DraftVocabularyHead(size, own)
@@ -162,22 +162,25 @@ class CoralDraftModel(PreTrainedModel):
         # By name: this file is also read without the package around it, as a published drafter's code.
         return importlib.import_module("coral_hf.hub.publish").push_drafter(self, repo_id, **kwargs)
 
-    def add_router(self, num_groups: int, active_groups: int | None = None) -> LMHeadRouter:
+    def add_router(
+        self, num_groups: int, active_groups: int | None = None, grouping: str = "consecutive"
+    ) -> LMHeadRouter:
         """Gives the drafter a new, untrained LM-head router, replacing any it has.
 
         Args:
-            num_groups (`int`): G, groups of consecutive ids.
+            num_groups (`int`): G.
             active_groups (`int`, *optional*): groups computed per drafting step; defaults to a sixteenth.
+            grouping (`str`): `"consecutive"` ids, or `"clustered"`; `CoralRouterTrainer` then finds the clusters.
 
         Raises:
             ValueError: if the numbers do not fit the vocabulary or each other.
         """
         settings = {**self.config.to_dict(), "router_groups": num_groups, "router_active_groups": active_groups}
+        settings["router_grouping"] = grouping
         config = type(self.config)(**{key: value for key, value in settings.items() if key != "model_type"})
-        for name in ("router_groups", "router_active_groups", "router_hidden_size"):
+        for name in ("router_groups", "router_active_groups", "router_hidden_size", "router_grouping"):
             setattr(self.config, name, getattr(config, name))
-        router = LMHeadRouter(config.hidden_size, config.vocab_size, num_groups, config.router_hidden_size)
-        self.router = router.to(device=self.device, dtype=self.dtype)
+        self.router = LMHeadRouter.from_config(config).to(device=self.device, dtype=self.dtype)
         return self.router
 
     def add_shortlist(self, counts: torch.Tensor, size: int) -> FrequencyShortlist:

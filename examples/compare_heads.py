@@ -39,12 +39,13 @@ def collect(drafter, adapter, dataset, steps: int):
         item = dataset[index]
         ids, response = item["input_ids"][None], item["response_mask"][None]
         features = adapter.compute_features(ids).float()
-        rollout = drafter(adapter.embed(ids[:, 1:]).float(), features[:, :-1], num_steps=steps)
+        read = features[:, :-1, : drafter.config.num_target_features * adapter.hidden_size]
+        rollout = drafter(adapter.embed(ids[:, 1:]).float(), read, num_steps=steps)
         rows = torch.zeros_like(response[:, 1:])
         rows[:, :-1] = response[:, 2:]
         for hidden, valid in zip(rollout.hidden_states, rollout.valid, strict=True):
             outputs.append(hidden[rows & valid])
-            targets.append(features[:, 1:][rows & valid])
+            targets.append(features[:, 1:, -adapter.hidden_size :][rows & valid])
     return torch.cat(outputs), torch.cat(targets)
 
 
@@ -54,7 +55,10 @@ def main() -> None:
     torch.set_num_threads(script.threads)
     target, _ = demo.load_target(torch.float32)
     drafter = CoralDraftModel.from_pretrained(script.drafter).float().eval()
-    adapter, router = TargetAdapter(target), drafter.router
+    layers = drafter.config.target_feature_layers  # the last layer's feature, which is predicted, comes last
+    adapter, router = TargetAdapter(target, layers if layers[-1] == -1 else [*layers, -1]), drafter.router
+    if router is None:
+        raise SystemExit(f"--drafter {script.drafter} has no router; train one with coral-hf train --stage router.")
     vocab_size = adapter.vocab_size
     counts = ConversationDataset(read_rows(script.counts), None, 2048).response_counts(vocab_size)
     rank = torch.empty(vocab_size, dtype=torch.long)
@@ -62,7 +66,7 @@ def main() -> None:
     hidden, features = collect(
         drafter, adapter, ConversationDataset(read_rows(script.responses), None, 2048), script.steps
     )
-    group_of = torch.arange(vocab_size) // router.group_size
+    group_of = router.groups_of(torch.arange(vocab_size))
     sums: dict[tuple[str, int], torch.Tensor] = {}
     for chunk, target_chunk in zip(hidden.split(256), features.split(256), strict=True):
         p = adapter.logits(target_chunk).softmax(-1)
@@ -87,7 +91,10 @@ def main() -> None:
         )
     if script.json is not None:
         record = {"environment": describe_environment(target.device, target.dtype), "rows_measured": len(hidden)}
-        record |= {"router_groups": router.num_groups, "steps": script.steps, "curve": rows}
+        record |= {"router_groups": router.num_groups, "router_grouping": drafter.config.router_grouping}
+        # the MLP's multiplications as so many rows of the head, on top of the active ones
+        mlp = (router.up_proj.weight.numel() + router.down_proj.weight.numel()) / adapter.hidden_size
+        record |= {"router_mlp_rows": mlp, "steps": script.steps, "curve": rows}
         record |= describe_drafter(drafter)
         Path(script.json).write_text(json.dumps(record, indent=2) + "\n")
 

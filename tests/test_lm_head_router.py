@@ -17,6 +17,7 @@ from coral_hf.lm_head_router import (
     LMHeadRouter,
     gathered_logits,
     grouped_logits,
+    ordered_head,
 )
 
 
@@ -37,9 +38,16 @@ def make_head_target(kind: str):
     return with_bias(make_target("phi3")) if kind == "bias" else make_target(kind)
 
 
-def make_router(adapter, num_groups: int, seed: int = 3) -> LMHeadRouter:
-    router = LMHeadRouter(adapter.hidden_size, adapter.vocab_size, num_groups, 16).to(adapter.head_dtype)
+def make_router(adapter, num_groups: int, seed: int = 3, clustered: bool = False) -> LMHeadRouter:
+    router = LMHeadRouter(adapter.hidden_size, adapter.vocab_size, num_groups, 16, clustered).to(adapter.head_dtype)
+    if clustered:
+        router.token_order.copy_(torch.randperm(adapter.vocab_size, generator=torch.Generator().manual_seed(seed)))
     return randomize(router, seed).requires_grad_(False)
+
+
+def ids_of(router, group: int) -> list[int]:
+    order = range(router.vocab_size) if router.token_order is None else router.token_order.tolist()
+    return list(order)[group * router.group_size : (group + 1) * router.group_size]
 
 
 @contextmanager
@@ -80,7 +88,7 @@ def slow_active(adapter, hidden, router=None, shortlist=None, active=1, per_row=
         shared = sum(weight * row for weight, row in zip(weights, mass, strict=True))
         for row in range(len(logits)):
             for group in (mass[row] if per_row else shared).topk(active).indices.tolist():
-                allowed[row, group * router.group_size : (group + 1) * router.group_size] = True
+                allowed[row, ids_of(router, group)] = True
     return logits.masked_fill(~allowed, float("-inf"))
 
 
@@ -88,10 +96,11 @@ def slow_active(adapter, hidden, router=None, shortlist=None, active=1, per_row=
 @pytest.mark.parametrize("num_groups", [7, 16])  # 7 does not divide 128
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("clustered", [False, True])
 @torch.no_grad()
-def test_top_k_equals_the_masked_full_head(kind, num_groups, listed, per_row):
+def test_top_k_equals_the_masked_full_head(kind, num_groups, listed, per_row, clustered):
     adapter = TargetAdapter(make_head_target(kind))
-    router = make_router(adapter, num_groups)
+    router = make_router(adapter, num_groups, clustered=clustered)
     shortlist = FrequencyShortlist(20).count(torch.randperm(128)) if listed else None
     for rows in (1, 5):
         hidden = torch.randn(1, rows, 32, dtype=torch.float64)
@@ -120,10 +129,11 @@ def test_shortlist_alone_equals_the_masked_full_head():
     torch.testing.assert_close(log_probs[0], expected)
 
 
+@pytest.mark.parametrize("clustered", [False, True])
 @torch.no_grad()
-def test_router_scoring_is_group_mass_times_softmax_inside():
+def test_router_scoring_is_group_mass_times_softmax_inside(clustered):
     adapter = TargetAdapter(make_target("gemma3_text"))
-    router = make_router(adapter, 7)
+    router = make_router(adapter, 7, clustered=clustered)
     hidden = torch.randn(1, 3, 32, dtype=torch.float64)
     head = DraftHead(adapter, router, active_groups=7, per_row=True, scoring="router")
     tokens, log_probs = head.top_k(hidden, 128)
@@ -131,8 +141,8 @@ def test_router_scoring_is_group_mass_times_softmax_inside():
     mass = router(hidden)[0].log_softmax(-1)
     for row in range(3):
         for token, log_prob in zip(tokens[0, row].tolist(), log_probs[0, row].tolist(), strict=True):
-            group = token // router.group_size
-            inside = full[row, group * router.group_size : (group + 1) * router.group_size].logsumexp(-1)
+            group = next(g for g in range(7) if token in ids_of(router, g))
+            inside = full[row, ids_of(router, group)].logsumexp(-1)
             assert abs(log_prob - (mass[row, group] + full[row, token] - inside).item()) < 1e-5
     assert abs(log_probs.exp().sum().item() - 3) < 1e-5
 
@@ -152,6 +162,32 @@ def test_gathered_logits_equal_the_views():
             )
 
 
+@torch.no_grad()
+def test_the_ordered_copy_follows_its_target_and_its_router():
+    target = with_bias(make_target("granite"))
+    adapter, other = TargetAdapter(target), TargetAdapter(with_bias(make_target("granite", seed=7)))
+    router = make_router(adapter, 7, clustered=True)
+    first = ordered_head(adapter, router)
+    assert torch.equal(first.head.weight, adapter.head.weight[router.token_order.long()])
+    assert torch.equal(first.head.bias, adapter.head.bias[router.token_order.long()])
+    assert ordered_head(TargetAdapter(target), router).head.weight is first.head.weight  # copied once
+    for change in (
+        lambda: adapter.head.weight.add_(1.0),
+        lambda: adapter.head.bias.add_(1.0),
+        lambda: router.token_order.copy_(router.token_order.flip(0)),
+    ):
+        before = ordered_head(adapter, router).head.weight
+        change()
+        after = ordered_head(adapter, router).head
+        assert after.weight is not before
+        assert torch.equal(after.weight, adapter.head.weight[router.token_order.long()])
+        assert torch.equal(after.bias, adapter.head.bias[router.token_order.long()])
+    assert torch.equal(ordered_head(other, router).head.weight, other.head.weight[router.token_order.long()])
+    router.token_order[0] = router.token_order[1]
+    with pytest.raises(ValueError, match="no permutation"):
+        DraftHead(adapter, router)
+
+
 def test_group_mass():
     router = LMHeadRouter(8, 10, 4, 4)
     probabilities = torch.rand(2, 10)
@@ -160,16 +196,26 @@ def test_group_mass():
         1,
     )
     torch.testing.assert_close(router.group_mass(probabilities), expected)
+    clustered = LMHeadRouter(8, 10, 4, 4, clustered=True)
+    clustered.token_order.copy_(torch.randperm(10))
+    expected = torch.stack([probabilities[:, ids_of(clustered, group)].sum(1) for group in range(4)], 1)
+    torch.testing.assert_close(clustered.group_mass(probabilities), expected)
+    for group in range(4):
+        ids = torch.tensor(ids_of(clustered, group))
+        assert (clustered.groups_of(ids) == group).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "granite"])
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("head", ["router", "shortlist", "both"])
+@pytest.mark.parametrize("head", ["router", "shortlist", "both", "clustered"])
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_generation_stays_lossless(family, settings, head, do_sample, prompt, monkeypatch):
     target = make_target(family)
     drafter = make_drafter(target)
-    drafter.add_router(8, 2)
+    drafter.add_router(8, 2, grouping="clustered" if head == "clustered" else "consecutive")
+    if head == "clustered":
+        drafter.router.token_order.copy_(torch.randperm(128))
+        head = "router"
     kwargs = {"max_new_tokens": 20, "do_sample": do_sample}
     torch.manual_seed(5)
     plain = target.generate(prompt, **kwargs)
@@ -206,10 +252,13 @@ def test_all_groups_draft_what_the_full_head_drafts(prompt):
     assert steps[0].acceptance_length == steps[1].acceptance_length
 
 
-def test_router_and_shortlist_are_in_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("grouping", ["consecutive", "clustered"])
+def test_router_and_shortlist_are_in_the_checkpoint(grouping, tmp_path):
     drafter = make_drafter(make_target())
     plain_keys = set(drafter.state_dict())
-    drafter.add_router(8)
+    drafter.add_router(8, grouping=grouping)
+    if grouping == "clustered":
+        drafter.router.token_order.copy_(torch.randperm(128))
     drafter.add_shortlist(torch.randperm(128), 24)
     drafter.save_pretrained(tmp_path)
     loaded = CoralDraftModel.from_pretrained(tmp_path)
@@ -220,7 +269,7 @@ def test_router_and_shortlist_are_in_the_checkpoint(tmp_path):
         "router.down_proj.weight",
         "router.down_proj.bias",
         "shortlist.token_ids",
-    }
+    } | ({"router.token_order"} if grouping == "clustered" else set())
     for name, tensor in drafter.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
 
@@ -256,6 +305,8 @@ def test_bad_settings_with_a_router():
         drafter.add_shortlist(torch.arange(128), 128)
     with pytest.raises(ValueError, match="router_active_groups=9"):
         drafter.add_router(8, 9)
+    with pytest.raises(ValueError, match="router_grouping='frequency' is unknown"):
+        drafter.add_router(8, grouping="frequency")
     for groups in (1, 129, 100):
         with pytest.raises(ValueError, match=f"router_groups={groups}"):
             CoralDraftConfig(vocab_size=128, router_groups=groups)

@@ -10,6 +10,7 @@ from coral_hf.lm_head_router import LMHeadRouter
 from coral_hf.training.arguments import CoralTrainingArguments
 from coral_hf.training.losses import router_loss, target_group_mass
 from coral_hf.training.router_trainer import CoralRouterTrainer
+from coral_hf.training.token_clusters import cluster_tokens, start_from_centroids
 
 
 def make_trainer(folder, target, drafter, **kwargs):
@@ -41,12 +42,14 @@ def test_router_loss_equals_the_plain_formula(chunk_size):
     torch.testing.assert_close(ours, torch.autograd.grad(plain, router.up_proj.weight)[0])
 
 
-def test_only_the_router_moves_and_recall_rises(tmp_path):
+@pytest.mark.parametrize("grouping", ["consecutive", "clustered"])
+def test_only_the_router_moves_and_recall_rises(grouping, tmp_path):
     target = make_target(dtype=torch.float32)
     drafter = make_drafter(target, dtype=torch.float32)
-    drafter.add_router(8)
-    before, target_before = weights(drafter), weights(target)
+    drafter.add_router(8, grouping=grouping)
     trainer = make_trainer(tmp_path, target, drafter, num_train_epochs=15)
+    trainer.start_router()
+    before, target_before = weights(drafter), weights(target)
     first = trainer.evaluate()
     trainer.train()
     last = trainer.evaluate()
@@ -55,7 +58,7 @@ def test_only_the_router_moves_and_recall_rises(tmp_path):
     assert last["eval_recall_8"] == pytest.approx(1)
     assert abs(last["eval_uncovered_8"]) < 1e-5
     for name, tensor in weights(drafter).items():
-        assert torch.equal(tensor, before[name]) != name.startswith("router."), name
+        assert torch.equal(tensor, before[name]) != name.startswith(("router.up", "router.down")), name
     for name, tensor in weights(target).items():
         assert torch.equal(tensor, target_before[name]), name
     assert {"recall_1", "uncovered_4", "response_tokens"} <= set(
@@ -94,6 +97,34 @@ def test_accumulation_gives_the_same_router(tmp_path):
         results.append(weights(drafter.router))
     for name, tensor in results[0].items():
         torch.testing.assert_close(tensor, results[1][name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("vocab_size", "size"), [(128, 8), (130, 7), (50, 16)])
+def test_clusters_hold_like_rows(vocab_size, size):
+    order = cluster_tokens(torch.randn(vocab_size, 6), torch.randint(0, 9, (vocab_size,)), size)
+    assert torch.equal(order.sort().values, torch.arange(vocab_size))
+    # rows around few far centres, none of which splits when it fills whole groups
+    centres = 100 * torch.randn(vocab_size // size, 6)
+    belongs = torch.arange(vocab_size // size * size) % len(centres)
+    rows = centres[belongs] + torch.randn(len(belongs), 6)
+    order = cluster_tokens(rows, torch.zeros(len(rows)), size)
+    spread = rows[order].view(-1, size, 6).std(1).mean()
+    assert spread < 0.7 * rows.view(-1, size, 6).std(1).mean()
+
+
+@torch.no_grad()
+def test_a_router_starts_as_the_groups_mean_rows():
+    adapter = TargetAdapter(make_target("granite"))
+    counts = torch.randint(0, 50, (128,))
+    router = LMHeadRouter(32, 128, 7, 33, clustered=True).double()  # rank 16 holds all of 7 groups; one unit left over
+    start_from_centroids(router, adapter, counts)
+    hidden = torch.randn(5, 32, dtype=torch.float64)
+    full, order = adapter.logits(hidden), router.token_order.tolist()
+    added = 0.1 / 19  # for every id, so that no group's share is 0
+    shares = torch.stack([(counts[order[19 * g : 19 * (g + 1)]] + added).sum() for g in range(7)])
+    for group in range(7):
+        expected = full[:, order[19 * group : 19 * (group + 1)]].mean(1) + (shares[group] / shares.sum()).log()
+        torch.testing.assert_close(router(hidden)[:, group].float(), expected.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_router_stage_needs_a_router(tmp_path):

@@ -44,6 +44,10 @@ class TrainCommand:
     router_groups: int | None = field(
         default=None, metadata={"help": "With --stage router: give the drafter a new router of this many groups."}
     )
+    router_grouping: str | None = field(
+        default=None,
+        metadata={"help": "With --router-groups: consecutive ids (default) or clustered rows of the head."},
+    )
     shortlist_size: int | None = field(
         default=None,
         metadata={"help": "Also give the drafter a shortlist of this many ids, the most frequent in the responses."},
@@ -78,6 +82,8 @@ class TrainCommand:
             raise ValueError("--stage router trains the router of a trained drafter: name it with --drafter.")
         if self.router_groups is not None and not router_stage:
             raise ValueError(f"--router_groups {self.router_groups} adds a router: train it with --stage router.")
+        if self.router_grouping is not None and self.router_groups is None:
+            raise ValueError(f"--router_grouping {self.router_grouping} is of a new router: name its --router_groups.")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         if self.streaming and (self.estimate or self.shortlist_size is not None):
@@ -99,7 +105,7 @@ class TrainCommand:
                 overrides["target_revision"] = demo.TARGET_REVISION
             drafter = CoralDraftModel.from_target(target, tokenizer, **overrides)
         if self.router_groups is not None:
-            drafter.add_router(self.router_groups)
+            drafter.add_router(self.router_groups, grouping=self.router_grouping or "consecutive")
         trainer_class = CoralRouterTrainer if router_stage else CoralTrainer
         if self.estimate:
             return _print_estimate(trainer_class, drafter, target, args, rows, tokenizer)
@@ -115,6 +121,8 @@ class TrainCommand:
             drafter.add_shortlist(
                 trainer.train_dataset.response_counts(drafter.config.vocab_size), self.shortlist_size
             )
+        if self.router_groups is not None:
+            trainer.start_router()
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         metrics = trainer.evaluate() if eval_rows else {}
         trainer.save_model()

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 
 from .losses import router_loss, target_group_mass
+from .token_clusters import start_from_centroids
 from .trainer import CoralTrainer
 from .training_rows import encode_dataset
 
 
-RECALL_AT = (1, 2, 4, 8)  # active groups that recall and uncovered mass are reported for
+RECALL_AT = (1, 2, 4, 8)  # active groups that recall and uncovered mass are reported for, besides the configured
 
 
 class CoralRouterTrainer(CoralTrainer):
@@ -37,6 +38,12 @@ class CoralRouterTrainer(CoralTrainer):
         model.router.requires_grad_(True)
         super().__init__(model, *args, **kwargs)
 
+    def start_router(self) -> None:
+        """Finds the groups of a new clustered router and its starting weights; leaves any other router as it is."""
+        if self.model.router.token_order is not None:
+            counts = self.train_dataset.response_counts(self.adapter.vocab_size)
+            start_from_centroids(self.model.router, self.adapter, counts)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         num_steps = self.args.rollout_steps_at(self.state.global_step / max(self.state.max_steps, 1))
         loss, count, metrics, outputs = self._router_terms(model, inputs, num_steps)
@@ -61,11 +68,13 @@ class CoralRouterTrainer(CoralTrainer):
         group_logits = torch.cat([logits[trained][rows] for logits, rows in pairs])
         mass, best = torch.cat([mass[rows] for rows in kept]), torch.cat([best[rows] for rows in kept])
         loss = router_loss(group_logits, mass)
-        metrics = {}
+        metrics, group = {}, router.groups_of(best)
         order = group_logits.detach().argsort(dim=-1, descending=True)
-        for count in (n for n in RECALL_AT if n <= router.num_groups):
+        for count in sorted(
+            {*(n for n in RECALL_AT if n <= router.num_groups), self.model.config.router_active_groups}
+        ):
             active = order[:, :count]
-            metrics[f"recall_{count}"] = (active == (best // router.group_size)[:, None]).any(-1).float().mean()
+            metrics[f"recall_{count}"] = (active == group[:, None]).any(-1).float().mean()
             metrics[f"uncovered_{count}"] = 1 - mass.gather(1, active).sum(-1).mean().float()
         return loss, int(trained.sum()), metrics, outputs
 
