@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from coral_hf.compat import cache_kwarg
 from coral_hf.generation.cache import check_cache, compact_cache, tree_attention_mask
-from coral_hf.generation.decoding import _Verifier
+from coral_hf.generation.decoding import Verifier
 
 
 def test_mask_by_hand():
@@ -38,7 +38,7 @@ def test_mask_with_window_and_padding():
 
 def prefilled(target, ids):
     cache = DynamicCache(config=target.config)
-    verifier = _Verifier(target, {**cache_kwarg(cache), "attention_mask": None, "use_cache": True})
+    verifier = Verifier(target, {**cache_kwarg(cache), "attention_mask": None, "use_cache": True})
     verifier.prefill(ids, target.generation_config)
     return verifier
 
