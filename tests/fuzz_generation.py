@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from coral_hf.compat import cache_kwarg, cache_of
 from coral_hf.generation.settings import DraftSettings
 
 
@@ -251,7 +252,7 @@ def _prefill(case: Case, ids: torch.Tensor, mask: torch.Tensor | None):
     """A longer conversation whose first part is in a cache; returns its ids, mask and cache."""
     target = target_of(case.family, case.attention)
     cache = DynamicCache() if case.prefilled == "own cache" else None
-    kwargs = {} if cache is None else {"past_key_values": cache}
+    kwargs = {} if cache is None else cache_kwarg(cache)
     if mask is not None:
         kwargs["attention_mask"] = mask
     first = target.generate(
@@ -261,7 +262,7 @@ def _prefill(case: Case, ids: torch.Tensor, mask: torch.Tensor | None):
     longer = torch.cat([first.sequences, more], dim=1)
     if mask is not None:
         mask = torch.cat([mask, mask.new_ones(1, longer.shape[1] - mask.shape[1])], dim=1)
-    return longer, mask, first.past_key_values
+    return longer, mask, cache_of(first)
 
 
 def call(case: Case, ids, mask, cache, drafter=None) -> Outcome:
@@ -274,7 +275,7 @@ def call(case: Case, ids, mask, cache, drafter=None) -> Outcome:
     if mask is not None:
         kwargs["attention_mask"] = mask
     if cache is not None:
-        kwargs["past_key_values"] = copy.deepcopy(cache)
+        kwargs |= cache_kwarg(copy.deepcopy(cache))
     if "stop_strings" in case.extras:
         config.stop_strings = case.extras["stop_strings"]
         kwargs["tokenizer"] = tokenizer_of()
@@ -298,7 +299,7 @@ def call(case: Case, ids, mask, cache, drafter=None) -> Outcome:
     parts = {name: list(getattr(output, name) or ()) for name in ("scores", "logits")}
     parts["hidden_states"] = [layer for step in output.hidden_states or () for layer in step]
     parts["cache"] = [
-        states[:, :, -16:] for layer in output.past_key_values.layers for states in (layer.keys, layer.values)
+        states[:, :, -16:] for layer in cache_of(output).layers for states in (layer.keys, layer.values)
     ]
     return Outcome(output.sequences, parts, state, streamed)
 

@@ -181,7 +181,7 @@ def test_stock_loop_with_a_filled_cache_is_refused(target):
             first.sequences,
             generation_config=config_of(STOCK),
             assistant_model=make_drafter(target),
-            past_key_values=first.past_key_values,
+            **cache_kwarg(cache_of(first)),
         )
 
 
