@@ -298,9 +298,7 @@ def call(case: Case, ids, mask, cache, drafter=None) -> Outcome:
         return Outcome(output, {}, state, streamed)
     parts = {name: list(getattr(output, name) or ()) for name in ("scores", "logits")}
     parts["hidden_states"] = [layer for step in output.hidden_states or () for layer in step]
-    parts["cache"] = [
-        states[:, :, -16:] for layer in cache_of(output).layers for states in (layer.keys, layer.values)
-    ]
+    parts["cache"] = [states[:, :, -16:] for layer in cache_of(output).layers for states in (layer.keys, layer.values)]
     return Outcome(output.sequences, parts, state, streamed)
 
 
