@@ -211,6 +211,7 @@ def test_slots_move_and_refill_by_hand(target):
 def test_a_shared_prefix_is_run_once(family, attention):
     """Prefixes shorter and longer than the window of 16; one prompt begins otherwise, one is the prefix alone."""
     target = make_target(family, attention=attention)
+    atol = 1e-5 if attention == "eager" else 1e-10  # eager's softmax is float32
     for length in (5, 20):
         prefix = list(range(20, 20 + length))
         prompts = [[*prefix, 7, 9, 11], [*prefix, 50], [3, 4, 5], prefix, [*prefix, *range(60, 90)], [8]]
@@ -222,7 +223,7 @@ def test_a_shared_prefix_is_run_once(family, attention):
                 logits = cache.step(len(prompts))
                 for slot, prompt in enumerate(prompts):
                     expected = target(torch.tensor([prompt])).logits[0, -1]
-                    assert torch.allclose(logits[slot], expected, atol=1e-10)
+                    assert torch.allclose(logits[slot], expected, atol=atol)
                     prompt.append(int(logits[slot].argmax()))
                 cache.append(logits.argmax(-1))
 
