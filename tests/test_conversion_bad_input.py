@@ -267,7 +267,7 @@ def test_folders(target, tmp_path):
     (tmp_path / "empty" / "config.json").write_text("{")
     refuse(tmp_path / "empty", target, "not valid JSON")
     (tmp_path / "empty" / "config.json").write_text("[]")
-    refuse(tmp_path / "empty", target, "not an object")
+    refuse(tmp_path / "empty", target, "must hold a JSON object")
     (tmp_path / "empty" / "config.json").write_text(json.dumps(LLAMA))
     refuse(tmp_path / "empty", target, "holds no weights", "model.safetensors")
     with pytest.raises(OSError, match="is not a folder"):

@@ -36,6 +36,7 @@ ALLOWED = {
         "compat",
         "configuration_coral",
         "hardware",
+        "lm_head_router",
         "modeling_coral",
         "target_adapter",
         "weight_files",
