@@ -342,7 +342,7 @@ def test_more_branches_than_tokens_are_refused(settings, fewest, prompt):
     if size is not None:
         drafter.add_shortlist(torch.arange(128).float(), size)
     # a small tree: by default it would hold all that top_k produces, about 2 * fewest ** 2 nodes
-    sizes = {"draft_depth": 3, "draft_top_k": fewest, "draft_total_tokens": 16}
+    sizes = {"draft_depth": 3, "draft_top_k": fewest, "draft_total_tokens": 11}
     drafted = coral_generate(target, drafter, input_ids=prompt, max_new_tokens=6, **sizes)
     assert torch.equal(drafted, target.generate(prompt, max_new_tokens=6))
     with pytest.raises(ValueError, match=rf"{fewest} tokens, fewer than draft_top_k={fewest + 1}"):
