@@ -1,4 +1,4 @@
-# How the drafter was trained: stages 1 and 2 on one NVIDIA H100 in 172 and 267 seconds, while the same GPU wrote the answers that stage
+# How the drafter was trained, on one NVIDIA H100 in 172 and 267 seconds, while the same GPU wrote the answers that stage
 # 2 then trained on. The two stages ran until a time of the clock instead of a step (rates and K follow the time passed);
 # max_steps and the schedules below are the steps that were reached. Only finite updates were applied (none was skipped),
 # and cuDNN's attention was switched off after one earlier trial with it ended in NaN.
@@ -15,15 +15,6 @@ coral-hf train $common --data $model_card/responses/responses-0000[012].parquet 
     --rollout_schedule 1 --csra_weight 0 --lr_scheduler_type constant_with_warmup --feature_noise 0.1 --max_steps 448
 coral-hf train $common --data $model_card/responses --output_dir stage2 --drafter stage1 \
     --rollout_schedule 1:0.37,3:0.63 --csra_weight 0.05 --lr_scheduler_type linear --feature_noise 0.05 --max_steps 1684
-# Stage 3, in 42 minutes on one CPU thread: 1,019 answers, 158,509 tokens. 459 of them are new (in responses-00004): news
-# articles, long passages (360 prompts "Summarize: " and the longest paragraph of a P3 prompt), OASST1, roleplay, code; the
-# others were drawn from stage 2's, at most 520 tokens long. Its held-out answers are others than those of stages 1 and 2:
-# the target's to the first 10 prompts each of MT-bench, HumanEval, GSM8K and CNN/DM, 128 tokens; tau there was 2.18 before it.
-coral-hf train --target demo --dtype float32 --bf16 false --threads 1 --drafter stage2 --data stage3.jsonl \
-    --eval_data dev40_responses.jsonl --output_dir stage3 --rollout_schedule 3 --csra_weight 0.05 --feature_noise 0.1 \
-    --weight_decay 0.05 --learning_rate 2e-4 --lr_scheduler_type linear --warmup_steps 10 \
-    --per_device_train_batch_size 4 --max_length 900 --num_train_epochs 1 --loss_vocab_size 8192 --loss_negatives 2048 \
-    --loss_chunk_size 128
 # dev_responses.jsonl: the target's greedy answers to 80 development prompts, 128 tokens each; never trained on.
 # Afterwards: weights cast to bfloat16, draft_depth, draft_top_k and draft_total_tokens set in config.json, and
-# drafter.add_shortlist(counts over responses-0000[0-3], 8192) before stage 3.
+# drafter.add_shortlist(counts over all of responses/, 8192).
