@@ -53,12 +53,11 @@ class _Handler(BaseHTTPRequestHandler):
                 fault = 503
             server.busy += 1
             server.most_busy = max(server.busy, server.most_busy)
-        try:
-            time.sleep(server.pause)
-            self._respond(body, fault)
-        finally:
-            with server.lock:
-                server.busy -= 1
+        time.sleep(server.pause)
+        # before the answer: a client may ask again the moment it has it
+        with server.lock:
+            server.busy -= 1
+        self._respond(body, fault)
 
     def _respond(self, body: dict, fault: int | str | None):
         last = body["messages"][-1]["content"]
