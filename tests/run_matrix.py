@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SELECTIONS = {
-    # Under two minutes: what breaks first with another release.
+    # Two to three minutes on one core: what breaks first with another release.
     "quick": [
         *("test_imports.py", "test_compat.py", "test_cache.py", "test_lossless.py::test_families"),
         *("test_lossless.py::test_continuing_a_conversation", "test_lossless.py::test_returned_dict"),
