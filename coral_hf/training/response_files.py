@@ -164,12 +164,13 @@ def write_shards(
         raise ImportError("Writing Parquet needs pyarrow: pip install 'coral-hf[train]'.") from error
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard must be at least 1, got {rows_per_shard}.")
+    source = f"{rows} holds" if isinstance(rows, str | os.PathLike) else "these are"
     if isinstance(rows, str | os.PathLike):
         rows = list(iter_responses(rows))
     else:
         rows = [_checked_response(row, f"row {number}") for number, row in enumerate(rows)]
     if not rows:
-        raise ValueError("there are no rows to write.")
+        raise ValueError(f"{source} no rows to write; make some with `coral-hf regenerate`.")
     largest = max(max([*row["prompt_ids"], *row["response_ids"]], default=0) for row in rows)
     ids_type = pyarrow.list_(pyarrow.uint16() if largest < 2**16 else pyarrow.int32())
     schema = pyarrow.schema(
