@@ -6,8 +6,7 @@ import torch
 def native_bfloat16(device: torch.device | str | None = None) -> bool:
     """Whether a device (None: the accelerator, else the CPU) multiplies bf16 faster than float32.
 
-    CPUs without AVX-512 or AMX fall back to loops that are ten times slower than float32 (measured on an AMD EPYC with
-    AVX2: 3.5 against 42 GFLOP/s on one thread).
+    CPUs without AVX-512 or AMX fall back to plain loops, far slower than float32 for all but single rows.
     """
     kind = torch.accelerator.current_accelerator() if device is None else torch.device(device)
     if kind is not None and kind.type == "cuda":

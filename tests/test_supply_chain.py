@@ -57,7 +57,7 @@ def test_nothing_runs_code_from_data():
 def test_only_the_hub_client_pip_and_a_named_endpoint_reach_the_network():
     """`coral-hf regenerate --endpoint` asks the server that the user names; nothing else opens a connection."""
     for path in SOURCES:
-        if path.name == "endpoint.py":
+        if path == ROOT / "coral_hf/training/endpoint.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
