@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .configuration_coral import group_size
+from .few_rows import few_row_linear
 
 
 class LMHeadRouter(nn.Module):
@@ -209,7 +210,7 @@ class DraftHead:
         if self._listed is None:
             return self.adapter.logits(hidden)
         features = hidden.to(self._listed_weight)
-        return self._transform(F.linear(features, self._listed_weight, self._listed_bias))
+        return self._transform(few_row_linear(features, self._listed_weight, self._listed_bias))
 
     def _select(self, group_logits: torch.Tensor, weights: torch.Tensor | None) -> torch.LongTensor:
         """Group logits `[1, T, G]` -> active groups `[1, T, k]`, or `[1, 1, k]` when all rows share them."""
@@ -322,7 +323,7 @@ def _group_logits(adapter: Any, features: torch.Tensor, group: int, size: int) -
     """Untransformed logits `[..., size]` of one group, through a view of the head."""
     ids = slice(group * size, min((group + 1) * size, adapter.vocab_size))
     bias = getattr(adapter.head, "bias", None)
-    logits = F.linear(features, adapter.head.weight[ids], None if bias is None else bias[ids])
+    logits = few_row_linear(features, adapter.head.weight[ids], None if bias is None else bias[ids])
     return F.pad(logits, (0, size - logits.shape[-1])) if logits.shape[-1] < size else logits
 
 

@@ -83,6 +83,24 @@ def test_benchmark_training(tiny_demo, tmp_path, monkeypatch, capsys):
         assert found["peak"] >= found["above_start"] >= 0
 
 
+def test_ablate_training(tiny_demo, tmp_path, monkeypatch, capsys):
+    data, output = tmp_path / "responses.jsonl", tmp_path / "ablation"
+    data.write_text("".join(json.dumps({"turn": 0, **row}) + "\n" for row in random_rows(16)))
+    common = ["--data", str(data), "--eval_data", str(data), "--output_dir", str(output), "--disable_tqdm", "true"]
+    common += ["--response_tokens", "40", "--min_response_tokens", "1", "--report_to", "none", "--save_strategy", "no"]
+    variants = ["--variants", "hass", "strong:preset=coral,rollout_schedule=2,csra_weight=0.5"]
+    run(monkeypatch, "ablate_training.py", *common, "--seeds", "0", *variants)
+    run(monkeypatch, "ablate_training.py", *common, "--seeds", "0", "1", *variants)  # goes on
+    record = json.loads((output / "ablation.json").read_text())
+    assert [(one["variant"], one["seed"]) for one in record["runs"]] == [
+        (n, s) for s in (0, 1) for n in ("hass", "strong")
+    ]
+    assert len({one["steps"] for one in record["runs"]}) == 1 and record["response_tokens"] >= 40
+    assert record["acceptance_length"]["strong"]["stdev"] is not None
+    with pytest.raises(SystemExit, match="csra_wait"):
+        run(monkeypatch, "ablate_training.py", *common, "--variants", "odd:preset=coral,csra_wait=1")
+
+
 def test_push_to_hub(tiny_demo, hub, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     run(monkeypatch, "push_to_hub.py", "--repo_id", "org/tiny", "--license", "mit")

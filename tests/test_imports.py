@@ -13,12 +13,13 @@ PACKAGE = Path(coral_hf.__file__).parent
 ALLOWED = {
     "configuration_coral": set(),
     "compat": set(),
+    "few_rows": set(),
     "hardware": set(),
     "jsonl": set(),
     "user_cache": set(),
     "target_adapter": set(),
     "draft_initialization": {"configuration_coral", "target_adapter"},
-    "lm_head_router": {"configuration_coral"},
+    "lm_head_router": {"configuration_coral", "few_rows"},
     "rollout_attention": set(),
     "draft_layer": {"configuration_coral", "rollout_attention"},
     "weight_files": set(),
@@ -26,6 +27,7 @@ ALLOWED = {
     "generation": {
         "compat",
         "configuration_coral",
+        "few_rows",
         "lm_head_router",
         "draft_layer",
         "modeling_coral",

@@ -17,6 +17,7 @@ import transformers
 from transformers import DynamicCache, PreTrainedModel
 
 from ..compat import cache_kwarg
+from ..few_rows import few_row_linears
 from ..modeling_coral import CoralDraftModel
 from ..user_cache import cache_dir
 from .cache import compact_cache
@@ -30,7 +31,7 @@ from .verification import accept_greedy
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the cached files; another one is measured again
+FORMAT = 2  # of the cached files; another one is measured again
 PREFIX_LENGTH = 256  # tokens before the root, of an ordinary chat
 _NEW_ROWS = 2  # true rows that the drafter catches up on before it drafts: about what a step accepts
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 12
@@ -133,6 +134,19 @@ def measure_costs(
         parts["target", size] = partial(_verify, verifier, generator, _star(ids, size))
     for levels in sorted({1, depth}):
         parts["levels", levels] = partial(_propose, generator, ids, features, levels)
+    with few_row_linears(target, drafter):
+        times = _take_turns(parts, ids.device, seconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    first = medians["levels", 1]
+    level = max(0.0, medians["levels", depth] - first) / (depth - 1) if depth > 1 else 0.0
+    target_ms = smooth_times({size: value for (kind, size), value in medians.items() if kind == "target"}, total)
+    return DraftCosts(target_ms, first, level)
+
+
+def _take_turns(
+    parts: dict[tuple[str, int], Callable[[], Any]], device: torch.device, seconds: float
+) -> dict[tuple[str, int], list[float]]:
+    """Milliseconds of every round of every part, after a warm-up."""
     for part in parts.values():
         part()
     times: dict[tuple[str, int], list[float]] = {name: [] for name in parts}
@@ -141,14 +155,10 @@ def measure_costs(
         if round_ >= _MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
         for name, part in parts.items():
-            before = _clock(ids.device)
+            before = _clock(device)
             part()
-            times[name].append(1e3 * (_clock(ids.device) - before))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    first = medians["levels", 1]
-    level = max(0.0, medians["levels", depth] - first) / (depth - 1) if depth > 1 else 0.0
-    target_ms = smooth_times({size: value for (kind, size), value in medians.items() if kind == "target"}, total)
-    return DraftCosts(target_ms, first, level)
+            times[name].append(1e3 * (_clock(device) - before))
+    return times
 
 
 def measured_sizes(total: int) -> list[int]:

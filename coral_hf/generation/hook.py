@@ -10,6 +10,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from ..compat import CACHE_NAME, cache_of
+from ..few_rows import few_row_linears
 from ..target_adapter import TargetAdapter
 from .candidate_generator import CoralCandidateGenerator
 from .cost_measurement import draft_costs
@@ -89,12 +90,14 @@ def _wrap_decoding(original):
                 "draft_stock_loop=False, or drop the cache."
             )
         if settings.draft_stock_loop:
-            return original(self, input_ids, *args, **kwargs)
+            with few_row_linears(self, drafter):
+                return original(self, input_ids, *args, **kwargs)
         for name in ("synced_gpus", "inputs_tensor", "assistant_tokenizer", "tokenizer", "assistant_model"):
             kwargs.pop(name, None)
         costs = draft_costs(self, drafter, settings) if settings.draft_cost_aware else None
         # Hugging Face's generate runs under no_grad already.
-        return coral_decoding(self, drafter, settings, input_ids, *args, costs=costs, **kwargs)
+        with few_row_linears(self, drafter):
+            return coral_decoding(self, drafter, settings, input_ids, *args, costs=costs, **kwargs)
 
     setattr(_assisted_decoding, _MARK, original)
     return _assisted_decoding

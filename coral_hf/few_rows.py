@@ -1,0 +1,99 @@
+"""Linear layers over a few rows on a CPU: all that drafting and verifying a tree consists of.
+
+MKL multiplies `x @ weight.T` for 2 to 32 rows of float32 up to three times slower than the transposed product
+`weight @ x.T`, whose rows it takes in blocks of 4 and 8 (measured on AVX2 with 2 threads; one thread gains nothing). One
+row is memory-bound either way, and more rows than these are as fast in the plain form.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+_MOST_ROWS = 32
+_lock = threading.Lock()
+# How many calls are using the layers of `few_row_linears` at this moment.
+_users: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+@cache
+def _transposed_is_faster() -> bool:
+    """Only where it was measured: MKL without AVX-512."""
+    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear`, in the form that the CPU is fast at; elsewhere, and where gradients are recorded, `F.linear` itself.
+
+    Args:
+        x (`torch.Tensor` of shape `[..., in]`).
+        weight (`torch.Tensor` of shape `[out, in]`).
+        bias (`torch.Tensor` of shape `[out]`, *optional*).
+
+    Returns:
+        `torch.Tensor` of shape `[..., out]`.
+    """
+    rows = x.numel() // max(x.shape[-1], 1)
+    if (
+        not 1 < rows <= _MOST_ROWS
+        or x.dtype != torch.float32
+        or weight.dtype != torch.float32
+        or x.device.type != "cpu"
+        or torch.is_grad_enabled()
+        or torch.get_num_threads() == 1
+        or not _transposed_is_faster()
+    ):
+        return F.linear(x, weight, bias)
+    flat = x.reshape(rows, -1)  # [rows, in]
+    block = 4 if rows <= 4 else 8
+    if padding := -rows % block:
+        flat = F.pad(flat, (0, 0, 0, padding))
+    # Contiguous: attention has no fast path for anything else.
+    product = (weight @ flat.t())[:, :rows].t().contiguous()  # [rows, out]
+    if bias is not None:
+        product += bias
+    return product.view(*x.shape[:-1], -1)
+
+
+@contextmanager
+def few_row_linears(*models: nn.Module) -> Iterator[None]:
+    """Within it the plain `nn.Linear` layers of the models run as [`few_row_linear`], also in other threads; afterwards
+    they are as they were. Layers that something else has wrapped (Accelerate's hooks), and compiled models, stay alone."""
+    layers = _layers(models) if _transposed_is_faster() else []
+    with _lock:
+        for layer in layers:
+            _users[layer] = _users.get(layer, 0) + 1
+            if _users[layer] == 1:
+                layer.forward = partial(_forward, weakref.proxy(layer))
+    try:
+        yield
+    finally:
+        with _lock:
+            for layer in layers:
+                _users[layer] -= 1
+                if not _users[layer]:
+                    del _users[layer], layer.forward
+
+
+def _forward(layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    return few_row_linear(input, layer.weight, layer.bias)
+
+
+def _layers(models: tuple[nn.Module, ...]) -> list[nn.Linear]:
+    found: dict[nn.Linear, None] = {}
+    for model in models:
+        if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+            continue
+        for layer in model.modules():
+            if type(layer) is nn.Linear and ("forward" not in vars(layer) or layer in _users):
+                found[layer] = None
+    return list(found)
+
+
+__all__ = ["few_row_linear", "few_row_linears"]

@@ -1,0 +1,133 @@
+"""What each part of the recipe adds: eagle, hass and coral drafters for one target at equal data and steps, several seeds.
+
+    python examples/ablate_training.py --data responses/ --eval_data dev_responses.jsonl --output_dir outputs/ablation \
+        --cache_features outputs/ablation/features --learning_rate 1e-3
+    python examples/ablate_training.py ... --variants hass coral "strong:preset=coral,csra_weight=0.3"
+
+Every training flag applies to all variants. A variant is a preset, or a name with the fields that it changes. The rows are
+the first in a shuffled order that add up to --response_tokens; `seed` moves a drafter's random weights, the order of the
+rows and all draws. Finished runs stand in ablation.json and are not repeated. tau is that of a simulated greedy chain of
+`eval_chain_depth` on the answers in --eval_data, with the full head.
+"""
+
+import dataclasses
+import json
+import random
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser, set_seed
+
+from coral_hf import CoralDraftModel
+from coral_hf.commands.loading import load_target
+from coral_hf.evaluation.environment import describe_environment
+from coral_hf.training import CoralTrainer, CoralTrainingArguments
+from coral_hf.training.data import read_rows
+
+
+@dataclass
+class ScriptArguments:
+    data: list[str] = field(metadata={"help": "Response files to train on."})
+    eval_data: list[str] = field(metadata={"help": "Response files to measure tau on; never trained on."})
+    target: str = field(default="demo", metadata={"help": "Path or Hub id of the target, or 'demo'."})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the target."})
+    variants: list[str] = field(default_factory=lambda: ["eagle", "hass", "coral"])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    response_tokens: int = field(default=200_000, metadata={"help": "Response tokens of every run."})
+    min_response_tokens: int = field(default=64, metadata={"help": "Rows with shorter responses are passed over."})
+    longest_row: int = field(default=320, metadata={"help": "Longer rows, in tokens, are passed over."})
+    config: str = field(default='{"shape": "eagle3"}', metadata={"help": "Settings of the drafters, as JSON."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
+
+
+def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
+    """`"coral"` or `"name:preset=coral,csra_weight=0.3"` -> the name and the training arguments that it changes."""
+    name, _, changes = text.partition(":")
+    if not changes:
+        return name, {"preset": name}
+    pairs = [change.partition("=") for change in changes.split(",")]
+    kinds = {item.name: item.type for item in dataclasses.fields(CoralTrainingArguments)}
+    if unknown := sorted({key for key, _, _ in pairs} - set(kinds)):
+        raise SystemExit(f"--variants {text!r} sets {', '.join(unknown)}, which CoralTrainingArguments does not have.")
+    return name, {key: value if kinds[key] in (str, str | None) else json.loads(value) for key, _, value in pairs}
+
+
+def pick_rows(script: ScriptArguments) -> list[dict[str, Any]]:
+    """Rows of the sizes asked for, in an order that depends on nothing but the files."""
+    rows = read_rows(script.data)
+    random.Random(0).shuffle(rows)
+    picked, tokens = [], 0
+    for row in rows:
+        size = len(row["response_ids"])
+        if size >= script.min_response_tokens and len(row["prompt_ids"]) + size <= script.longest_row:
+            picked.append(row)
+            tokens += size
+        if tokens >= script.response_tokens:
+            return picked
+    raise SystemExit(f"--response_tokens {script.response_tokens}: the files hold {tokens} in rows that fit.")
+
+
+def main() -> None:
+    parser = HfArgumentParser((ScriptArguments, CoralTrainingArguments))
+    script, given = parser.parse_args_into_dataclasses()
+    if script.threads is not None:
+        torch.set_num_threads(script.threads)
+    defaults = CoralTrainingArguments(given.output_dir)
+    names = [item.name for item in dataclasses.fields(CoralTrainingArguments) if item.init]
+    common = {name: getattr(given, name) for name in names if getattr(given, name) != getattr(defaults, name)}
+    target, tokenizer = load_target(script.target, script.dtype)
+    rows, eval_rows = pick_rows(script), read_rows(script.eval_data)
+    file = Path(given.output_dir) / "ablation.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record = json.loads(file.read_text()) if file.exists() else {"runs": []}
+    record |= {
+        "response_tokens": sum(len(row["response_ids"]) for row in rows),
+        "rows": len(rows),
+        "config": json.loads(script.config),
+        "training_arguments": {
+            name: value for name, value in common.items() if name not in ("output_dir", "logging_dir")
+        },
+        "chain_depth": given.eval_chain_depth,
+        "environment": describe_environment(given.device, target.dtype),
+    }
+    done = {(run["variant"], run["seed"]) for run in record["runs"]}
+    for seed in script.seeds:
+        for name, changes in map(parse_variant, script.variants):
+            if (name, seed) in done:
+                continue
+            folder = str(file.parent / f"{name}-{seed}")
+            args = CoralTrainingArguments(**{**common, **changes, "output_dir": folder, "seed": seed})
+            set_seed(seed)
+            drafter = CoralDraftModel.from_target(target, tokenizer, **record["config"])
+            trainer = CoralTrainer(drafter, target, args, rows, eval_rows, processing_class=tokenizer)
+            trainer.train()
+            metrics = trainer.evaluate()
+            trainer.save_model()
+            record["runs"].append(
+                {"variant": name, "seed": seed, "changes": changes, "steps": trainer.state.global_step, **metrics}
+            )
+            record["acceptance_length"] = summarize(record["runs"])
+            file.write_text(json.dumps(record, indent=2) + "\n")
+            print(json.dumps(record["acceptance_length"]), flush=True)
+
+
+def summarize(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean, standard deviation over seeds and values of tau, by variant."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        found.setdefault(run["variant"], []).append(run["eval_acceptance_length"])
+    return {
+        name: {
+            "mean": round(statistics.mean(values), 4),
+            "stdev": round(statistics.stdev(values), 4) if len(values) > 1 else None,
+            "values": [round(value, 4) for value in values],
+        }
+        for name, values in found.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
