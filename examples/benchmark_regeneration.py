@@ -32,11 +32,11 @@ class ScriptArguments:
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of both; auto: bfloat16 where it is computed natively."}
     )
-    rounds: int = field(default=2, metadata={"help": "Rounds, each with prompts of its own."})
-    round_prompts: int = field(default=64, metadata={"help": "Prompts of a round."})
+    rounds: int = field(default=1, metadata={"help": "Rounds, each with prompts of its own."})
+    round_prompts: int = field(default=192, metadata={"help": "Prompts of a round."})
     batch_size: int = field(default=64, metadata={"help": "Rows of a batch of generate."})
     slots: int = field(default=64, metadata={"help": "Slots of regenerate."})
-    max_new_tokens: int = field(default=384, metadata={"help": "Longest response."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Longest response."})
     max_prompt_tokens: int = field(default=256, metadata={"help": "Prompts with more tokens are passed over."})
     threads: int = field(default=2, metadata={"help": "CPU threads."})
     json: str | None = field(default=None, metadata={"help": "Write the record here."})

@@ -106,6 +106,11 @@ def test_settings():
     small = DraftSettings.resolve(Config, GenerationConfig(draft_depth=1))
     assert small.draft_total_tokens == 5
     assert DraftSettings.resolve(Config, None, {"draft_depth": 2}).draft_depth == 2
+    Config.draft_cost_aware = True
+    assert DraftSettings.resolve(Config).draft_cost_aware
+    assert DraftSettings.resolve(Config, GenerationConfig(draft_head="full")).draft_cost_aware
+    assert not DraftSettings.resolve(Config, GenerationConfig(draft_total_tokens=4)).draft_cost_aware  # exactly 4
+    assert DraftSettings.resolve(Config, None, {"draft_depth": 2, "draft_cost_aware": True}).draft_cost_aware
     with pytest.raises(ValueError, match="draft_width"):
         DraftSettings.resolve(Config, None, {"draft_width": 2})
     for bad in ({"draft_depth": 0}, {"draft_top_k": 2.5}, {"draft_total_tokens": 1}, {"draft_depth": True}):

@@ -21,7 +21,9 @@ class TuneCommand:
     data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows; first turns are answered."})
     target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the models."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Dtype of the models; auto: bfloat16 where it is computed natively."}
+    )
     limit: int | None = field(default=8, metadata={"help": "Prompts per file."})
     max_new_tokens: int = field(default=64, metadata={"help": "Tokens generated per prompt."})
     temperature: float = field(default=0.0, metadata={"help": "Temperature of the answers; 0 is greedy."})

@@ -21,7 +21,8 @@ class DraftSettings:
         draft_scoring (`str`): log q from the "active" logits, or from the "router" times the softmax in the group.
         draft_stock_loop (`bool`): run Transformers' own assisted loop (chains only) instead of ours.
         draft_cost_aware (`bool`): decide depth and nodes anew at every step, by measured costs (see
-            `generation.tuning`); depth, top_k and total_tokens are then the most that is drafted.
+            `generation.tuning`); depth, top_k and total_tokens are then the most that is drafted. A call that names
+            sizes drafts exactly those, unless it sets this as well.
     """
 
     draft_depth: int = 5
@@ -132,6 +133,9 @@ class DraftSettings:
         given = {key: value for key, value in given.items() if value is not None}
         defaults = {name: getattr(config, name, None) for name in names}
         defaults = {name: value for name, value in defaults.items() if value is not None}
+        if {"draft_depth", "draft_top_k", "draft_total_tokens"} & set(given):
+            # Sizes that a call names are meant as they are: the config's rule is about the config's sizes.
+            given.setdefault("draft_cost_aware", False)
         if {"draft_depth", "draft_top_k"} & set(given) and "draft_total_tokens" not in given:
             # The config's total belongs to the config's depth and top_k: fit it to the new ones.
             total = defaults.pop("draft_total_tokens", None)
