@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from coral_hf import CoralDraftModel
 from coral_hf.cli import main
 from coral_hf.evaluation.methods import describe_drafter
+from coral_hf.hub.card_tables import _draft
 from coral_hf.hub.model_card import render_card, write_card
 from coral_hf.weight_files import drafter_sha256, file_sha256
 
@@ -216,3 +217,14 @@ def test_curve(folder, capsys):
         pictures.append((folder / "training" / "curve.png").read_bytes())
     assert pictures[0] == pictures[1]
     assert "(training/curve.png)" in (folder / "README.md").read_text()
+
+
+def test_says_which_draft_was_sized_by_costs():
+    settings = {"draft_depth": 8, "draft_top_k": 3, "draft_total_tokens": 16, "draft_cost_aware": True}
+    record = {"draft_settings": {"coral": settings}}
+    config = CoralDraftModel.from_target(make_target()).config
+    config.draft_depth, config.draft_top_k, config.draft_total_tokens = 8, 3, 16
+    text = "tree of up to 16 nodes with the root, depth 8, 3 branches a node, head: all that it has, sizes decided at every "
+    assert _draft(record, "coral", config) == text + "step by measured costs"
+    config.draft_cost_aware = True
+    assert _draft(record, "coral", config).endswith("costs (the drafter's default)")

@@ -122,11 +122,15 @@ def _draft(record: dict[str, Any], method: str, config: CoralDraftConfig) -> str
         return ", ".join(f"{key}={value}" for key, value in given.items()) or "settings not recorded"
     names = ("draft_depth", "draft_top_k", "draft_total_tokens")
     shape = "chain" if settings["draft_top_k"] == 1 else "tree"
-    text = f"{shape} of {settings['draft_total_tokens']} nodes with the root, depth {settings['draft_depth']}, "
+    cost_aware = settings.get("draft_cost_aware", False)
+    shape += " of up to" if cost_aware else " of"
+    text = f"{shape} {settings['draft_total_tokens']} nodes with the root, depth {settings['draft_depth']}, "
     text += f"{settings['draft_top_k']} branches a node, head: {settings.get('draft_head') or 'all that it has'}"
+    text += ", sizes decided at every step by measured costs" if cost_aware else ""
     # a total of None in the config stands for the largest
     own = [(getattr(config, name), settings[name]) for name in names]
-    if not given and all(now in (None, then) for now, then in own):
+    same_rule = cost_aware == config.draft_cost_aware
+    if not given and same_rule and all(now in (None, then) for now, then in own):
         text += " (the drafter's default)"
     return text
 
