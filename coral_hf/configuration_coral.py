@@ -8,9 +8,12 @@ import math
 import typing
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .weight_files import loading
 
 
 SHAPES = ("eagle", "eagle3")
@@ -161,7 +164,7 @@ class CoralDraftConfig(PreTrainedConfig):
         if unknown:
             known = ", ".join(sorted(field.name for field in dataclasses.fields(CoralDraftConfig)))
             raise ValueError(f"Unknown setting(s) {unknown} for CoralDraftConfig. Known settings: {known}.")
-        self._check_types()
+        self._check_types(self.dtype, kwargs.get("torch_dtype"))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -178,13 +181,19 @@ class CoralDraftConfig(PreTrainedConfig):
         self._check_head()
         super().__post_init__(**kwargs)
 
-    def _check_types(self) -> None:
+    def _check_types(self, *dtypes: Any) -> None:
         """A `config.json` may come from anywhere: every field is of its declared type before anything is computed."""
         for name, declared in CoralDraftConfig.__annotations__.items():
             value = getattr(self, name)
             if not any(_is_of(value, kind) for kind in typing.get_args(declared) or (declared,)):
                 written = str(declared).removeprefix("<class '").removesuffix("'>").replace("NoneType", "None")
                 raise ValueError(f"{name}={str(value)[:80]!r} must be of type {written}.")
+        for dtype in dtypes:
+            found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+            if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+                raise ValueError(
+                    f"dtype={str(dtype)[:80]!r} is no floating-point dtype; write 'float32' or 'bfloat16' say."
+                )
 
     def _check(self) -> None:
         if self.shape not in SHAPES:
@@ -268,6 +277,37 @@ class CoralDraftConfig(PreTrainedConfig):
                 f"draft_vocab_size={self.draft_vocab_size} gives the drafter a head of its own; router and shortlist "
                 "choose rows of the target's: set router_groups and shortlist_size to 0."
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "CoralDraftConfig":
+        """Reads the `config.json` of a folder or of the Hub, as [`~transformers.PreTrainedConfig.from_pretrained`].
+
+        Raises:
+            ValueError: if it is missing, holds no JSON object, or a value of it is unknown or malformed.
+        """
+        with loading(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        settings, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not settings:  # Transformers would go on with the defaults
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no config.json, or one without settings: the upload or copy is "
+                "not complete, or it is no drafter. Fetch it again, or save the drafter again with "
+                "drafter.save_pretrained(folder)."
+            )
+        return settings, unused
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict:
+        settings = super()._dict_from_json_file(json_file)
+        if not isinstance(settings, dict):
+            raise ValueError(
+                f"{json_file} must hold a JSON object, got {str(settings)[:80]!r}. Fetch it again, or save the drafter "
+                "again with drafter.save_pretrained(folder)."
+            )
+        return settings
 
     @property
     def num_target_features(self) -> int:
