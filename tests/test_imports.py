@@ -11,14 +11,17 @@ import coral_hf
 PACKAGE = Path(coral_hf.__file__).parent
 # module or room -> rooms it may import from (see CONTRIBUTING, "Which way imports run")
 ALLOWED = {
-    "configuration_coral": {"weight_files"},
+    "configuration_checks": set(),
+    "configuration_from_target": set(),
+    "configuration_coral": {"configuration_checks", "configuration_from_target", "weight_files"},
     "compat": set(),
     "hardware": set(),
     "jsonl": set(),
     "user_cache": set(),
     "target_adapter": set(),
     "draft_initialization": {"configuration_coral", "target_adapter"},
-    "lm_head_router": {"configuration_coral"},
+    "grouped_head": set(),
+    "lm_head_router": {"configuration_coral", "grouped_head"},
     "rollout_attention": set(),
     "draft_layer": {"configuration_coral", "rollout_attention"},
     "weight_files": set(),
