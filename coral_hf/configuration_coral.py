@@ -1,23 +1,24 @@
 """CoralDraftConfig: every setting of a CORAL drafter, its default and where it comes from."""
 
-import copy
 import dataclasses
 import hashlib
 import json
-import math
-import typing
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .configuration_checks import (
+    CALIBRATION_KNOTS,
+    FEATURE_LAYER_LAST,
+    check_dtype,
+    check_head,
+    check_settings,
+    check_types,
+    group_size,
+)
+from .configuration_from_target import settings_from_target
+from .weight_files import loading
 
-SHAPES = ("eagle", "eagle3")
-GROUPINGS = ("consecutive", "clustered")
-FEATURE_LAYER_LAST = -1
-# path probabilities at which `draft_calibration` gives the observed acceptance, with straight lines between them
-CALIBRATION_KNOTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 
 # What `PreTrainedConfig` itself accepts beside its declared fields (`Trainer` writes the tokenizer's special ids); every
 # other unknown key is an error.
@@ -161,7 +162,9 @@ class CoralDraftConfig(PreTrainedConfig):
         if unknown:
             known = ", ".join(sorted(field.name for field in dataclasses.fields(CoralDraftConfig)))
             raise ValueError(f"Unknown setting(s) {unknown} for CoralDraftConfig. Known settings: {known}.")
-        self._check_types()
+        check_types(self, CoralDraftConfig.__annotations__)
+        for dtype in (self.dtype, kwargs.get("torch_dtype")):
+            check_dtype(dtype)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -174,100 +177,40 @@ class CoralDraftConfig(PreTrainedConfig):
             self.router_active_groups = max(1, self.router_groups // 16)
         if self.router_groups and self.router_hidden_size is None:
             self.router_hidden_size = max(1, self.hidden_size // 2)
-        self._check()
-        self._check_head()
+        check_settings(self)
+        check_head(self)
         super().__post_init__(**kwargs)
 
-    def _check_types(self) -> None:
-        """A `config.json` may come from anywhere: every field is of its declared type before anything is computed."""
-        for name, declared in CoralDraftConfig.__annotations__.items():
-            value = getattr(self, name)
-            if not any(_is_of(value, kind) for kind in typing.get_args(declared) or (declared,)):
-                written = str(declared).removeprefix("<class '").removesuffix("'>").replace("NoneType", "None")
-                raise ValueError(f"{name}={str(value)[:80]!r} must be of type {written}.")
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "CoralDraftConfig":
+        """Reads the `config.json` of a folder or of the Hub, as [`~transformers.PreTrainedConfig.from_pretrained`].
 
-    def _check(self) -> None:
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape={self.shape!r} is unknown; choose one of {list(SHAPES)}.")
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "draft_depth",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.num_hidden_layers != 1:
-            raise ValueError(f"num_hidden_layers={self.num_hidden_layers}: a CORAL drafter has exactly 1 layer.")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}."
-            )
-        rope = self.rope_parameters
-        theta, kind = rope.get("rope_theta", 10000.0), rope.get("rope_type", "default")
-        if not (_is_of(theta, float) and theta > 0 and kind in ("default", *ROPE_INIT_FUNCTIONS)):
-            raise ValueError(
-                f"rope_parameters={rope} must hold a positive number as rope_theta and one of "
-                f"{['default', *ROPE_INIT_FUNCTIONS]} as rope_type."
-            )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown to Transformers; 'silu' is the usual one.")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs.")
-        layers, depth = self.target_feature_layers, self.target_num_hidden_layers
-        if not layers or min(layers) < FEATURE_LAYER_LAST or (depth is not None and max(layers) >= depth):
-            raise ValueError(
-                f"target_feature_layers={layers}: list at least one of -1 (after the final norm) and layers from 0 on"
-                + ("." if depth is None else f"; the target has {depth} layers.")
-            )
-        if self.shape == "eagle" and self.target_feature_layers != [FEATURE_LAYER_LAST]:
-            raise ValueError(
-                f"shape='eagle' reads one feature, target_feature_layers=[-1]; got {self.target_feature_layers}. "
-                "Use shape='eagle3' for several."
-            )
-        if self.shape == "eagle" and self.norm_before_residual:
-            raise ValueError("norm_before_residual=True exists for shape='eagle3' only; set it to False.")
-        if self.shape == "eagle3" and self.fc_bias:
-            raise ValueError("fc_bias=True exists for shape='eagle' only; set it to False.")
+        Raises:
+            ValueError: if it is missing, holds no JSON object, or a value of it is unknown or malformed.
+        """
+        with loading(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-        for row in self.draft_calibration or ():
-            if len(row) != len(CALIBRATION_KNOTS) or list(row) != sorted(row) or row[0] < 0 or row[-1] > 1:
-                raise ValueError(
-                    f"draft_calibration holds {row}: a row is {len(CALIBRATION_KNOTS)} numbers from 0 to 1 that never "
-                    "fall. Fit it with `coral-hf tune --save true`, or set it to null."
-                )
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        settings, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not settings:  # Transformers would go on with the defaults
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no config.json, or one without settings: the upload or copy is "
+                "not complete, or it is no drafter. Fetch it again, or save the drafter again with "
+                "drafter.save_pretrained(folder)."
+            )
+        return settings, unused
 
-    def _check_head(self) -> None:
-        if self.router_grouping not in GROUPINGS:
-            raise ValueError(f"router_grouping={self.router_grouping!r} is unknown; choose one of {list(GROUPINGS)}.")
-        if self.router_groups:
-            group_size(self.vocab_size, self.router_groups)
-            if not 0 < self.router_active_groups <= self.router_groups:
-                raise ValueError(
-                    f"router_active_groups={self.router_active_groups} must be between 1 and "
-                    f"router_groups={self.router_groups}."
-                )
-        if not 0 <= self.shortlist_size < self.vocab_size:
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict:
+        settings = super()._dict_from_json_file(json_file)
+        if not isinstance(settings, dict):
             raise ValueError(
-                f"shortlist_size={self.shortlist_size} must be between 0 (none) and vocab_size - 1 = "
-                f"{self.vocab_size - 1}."
+                f"{json_file} must hold a JSON object, got {str(settings)[:80]!r}. Fetch it again, or save the drafter "
+                "again with drafter.save_pretrained(folder)."
             )
-        if self.draft_vocab_size is None:
-            return
-        if self.shape != "eagle3" or not 0 < self.draft_vocab_size <= self.vocab_size:
-            raise ValueError(
-                f"draft_vocab_size={self.draft_vocab_size} must be between 1 and vocab_size={self.vocab_size} and needs "
-                f"shape='eagle3' (got {self.shape!r})."
-            )
-        if self.router_groups or self.shortlist_size:
-            raise ValueError(
-                f"draft_vocab_size={self.draft_vocab_size} gives the drafter a head of its own; router and shortlist "
-                "choose rows of the target's: set router_groups and shortlist_size to 0."
-            )
+        return settings
 
     @property
     def num_target_features(self) -> int:
@@ -287,74 +230,7 @@ class CoralDraftConfig(PreTrainedConfig):
         Raises:
             ValueError: if the target is an encoder-decoder or lacks a dimension that the drafter needs.
         """
-        if getattr(target_config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"target model_type={target_config.model_type!r} is an encoder-decoder; CORAL drafts for decoder-only "
-                "causal language models."
-            )
-        text = target_config.get_text_config()
-        missing = [name for name in ("hidden_size", "num_attention_heads", "vocab_size") if not hasattr(text, name)]
-        if missing:
-            raise ValueError(
-                f"target model_type={text.model_type!r} has no {missing}: it is not a Llama-shaped model."
-            )
-        heads = text.num_attention_heads
-        settings = {
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.hidden_size,
-            "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-            "num_attention_heads": heads,
-            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
-            # Gemma calls it hidden_activation
-            "hidden_act": getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None) or "silu",
-            "rms_norm_eps": getattr(text, "rms_norm_eps", None) or 1e-6,
-            "max_position_embeddings": getattr(text, "max_position_embeddings", None) or 4096,
-            "rope_parameters": _target_rope_parameters(text),
-            "target_name_or_path": getattr(target_config, "_name_or_path", None) or None,
-            "target_model_type": text.model_type,
-            "target_num_hidden_layers": getattr(text, "num_hidden_layers", None),
-            **{name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-        }
-        return cls(**{**settings, **overrides})
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(_is_of(item, typing.get_args(kind)[0]) for item in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if kind is int:  # what a tensor's size can be
-        return type(value) is int and abs(value) < 2**31
-    return isinstance(value, kind)
-
-
-def _target_rope_parameters(text: PreTrainedConfig) -> dict:
-    """RoPE settings for the drafter's one full-attention layer, in full rotary width."""
-    rope = copy.deepcopy(getattr(text, "rope_parameters", None)) or {}
-    if "full_attention" in rope:  # one dict per layer type (Gemma 3)
-        rope = rope["full_attention"]
-    theta = rope.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0
-    partial = rope.pop("partial_rotary_factor", None)
-    if rope.get("rope_type", "default") == "default" or (partial or 1.0) != 1.0:
-        # Scaling tables of partially rotated heads do not fit a fully rotated one: keep the base alone.
-        return {"rope_type": "default", "rope_theta": float(theta)}
-    return {**rope, "rope_theta": float(theta)}
-
-
-def group_size(vocab_size: int, num_groups: int) -> int:
-    """Ids per group, rounded up; every group holds at least one id.
-
-    Raises:
-        ValueError: if `num_groups` groups of that size leave one empty.
-    """
-    size = -(-vocab_size // num_groups) if num_groups > 0 else 0
-    if not 1 < num_groups <= vocab_size or (num_groups - 1) * size >= vocab_size:
-        raise ValueError(
-            f"router_groups={num_groups} does not split {vocab_size} ids into groups of equal size: choose a number "
-            f"from 2 to {vocab_size} that leaves no group empty, a power of two say."
-        )
-    return size
+        return cls(**{**settings_from_target(target_config), **overrides})
 
 
 def vocab_hash(tokenizer) -> str:
@@ -373,4 +249,11 @@ def check_vocabulary(config: CoralDraftConfig, tokenizer) -> None:
         )
 
 
-__all__ = ["CALIBRATION_KNOTS", "CoralDraftConfig", "check_vocabulary", "group_size", "vocab_hash"]
+__all__ = [
+    "CALIBRATION_KNOTS",
+    "FEATURE_LAYER_LAST",
+    "CoralDraftConfig",
+    "check_vocabulary",
+    "group_size",
+    "vocab_hash",
+]

@@ -187,11 +187,20 @@ def shift_rows(x: torch.Tensor, count: int, dim: int, fill: float = 0) -> torch.
     return torch.cat([x.new_full(shape, fill), kept], dim=dim)
 
 
+def chain_rows(rows: torch.Tensor, step: int, batch: int, document_ids: torch.Tensor | None) -> torch.Tensor:
+    """Rows r whose chain r-(step-1)..r exists and lies in one document, `[B, S]`."""
+    exists = (rows >= step - 1).expand(batch, -1)
+    if document_ids is None:
+        return exists
+    return exists & (shift_rows(document_ids, step - 1, dim=1, fill=-2) == document_ids)
+
+
 __all__ = [
     "CoralDraftLayer",
     "CoralRotaryEmbedding",
     "DraftKeyValues",
     "Eagle3DraftLayer",
     "EagleDraftLayer",
+    "chain_rows",
     "shift_rows",
 ]

@@ -3,8 +3,6 @@
 The verification always uses the full head, so that what is chosen here changes the speed and never the output.
 """
 
-import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch.nn import functional as F
 
 from .configuration_coral import group_size
 from .few_rows import few_row_linear
+from .grouped_head import gathered_logits, grouped_logits, ordered_head
 
 
 class LMHeadRouter(nn.Module):
@@ -234,119 +233,6 @@ class DraftHead:
         return (
             ids if self._listed is None else torch.where(index < fixed, self._listed[index.clamp(max=fixed - 1)], ids)
         )
-
-
-# Per router: its target's head (weakly), the state of weight and order that the copy was made in, and the copy.
-_ordered_rows: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def ordered_head(adapter: Any, router: LMHeadRouter) -> Any:
-    """What `grouped_logits` reads: the adapter itself, or for a clustered router its head in the router's order.
-
-    The copy is made once for a router and a target, and again when either has changed.
-
-    Raises:
-        ValueError: if the router's `token_order` is no permutation of the vocabulary.
-    """
-    if router.token_order is None:
-        return adapter
-    head, order = adapter.head, router.token_order
-    tensors = (head.weight, getattr(head, "bias", None), order)
-    state = [None if tensor is None else _state(tensor) for tensor in tensors]
-    kept = _ordered_rows.get(router)
-    if kept is None or kept[0]() is not head or kept[1] != state:
-        ids = order.to(adapter.device).long()
-        if not torch.equal(ids.sort().values, torch.arange(adapter.vocab_size, device=ids.device)):
-            raise ValueError(
-                f"The router's token_order is no permutation of the {adapter.vocab_size} ids: its checkpoint is damaged. "
-                "Train the router again (`coral-hf train --stage router`), or use draft_head='full'."
-            )
-        kept = _ordered_rows[router] = (weakref.ref(head), state, adapter.head_rows(ids))
-    weight, bias = kept[2]
-    return _OrderedHead(adapter, weight, bias)
-
-
-def _state(tensor: torch.Tensor) -> tuple:
-    version = None if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.device
-
-
-class _OrderedHead:
-    """A permuted copy of a target's head in the shape of its adapter."""
-
-    def __init__(self, adapter: Any, weight: torch.Tensor, bias: torch.Tensor | None):
-        self.head, self.head_dtype, self.vocab_size = (
-            SimpleNamespace(weight=weight, bias=bias),
-            weight.dtype,
-            len(weight),
-        )
-        self.transform_logits = adapter.transform_logits
-
-    def head_rows(self, places: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.head.weight[places], None if self.head.bias is None else self.head.bias[places]
-
-
-def grouped_logits(adapter: Any, hidden: torch.Tensor, groups: torch.LongTensor, size: int) -> torch.Tensor:
-    """Logits of the rows in the given groups of `size` consecutive rows.
-
-    On a CPU one matmul per distinct group on a view of the head, nothing gathered; elsewhere `gathered_logits`, which
-    never waits for the device.
-
-    Args:
-        adapter ([`TargetAdapter`], or what `ordered_head` returns)
-        hidden (`torch.Tensor` of shape `[1, T, H]`).
-        groups (`torch.LongTensor` of shape `[1, T, k]` or, shared by all rows, `[1, 1, k]`).
-        size (`int`): ids per group.
-
-    Returns:
-        `torch.Tensor` of shape `[1, T, k, size]`, -inf past the end of the vocabulary.
-    """
-    if groups.device.type != "cpu":
-        return gathered_logits(adapter, hidden, groups, size)
-    rows, shared = hidden.shape[1], groups.shape[1] == 1
-    features = hidden.to(adapter.head_dtype)
-    if shared or rows == 1:
-        parts = [_group_logits(adapter, features, group, size) for group in groups[0, 0].tolist()]
-        return _without_padding(adapter, torch.stack(parts, dim=2), groups)
-    logits = features.new_empty(1, rows, groups.shape[2], size)
-    users: dict[int, list[tuple[int, int]]] = {}
-    for row, row_groups in enumerate(groups[0].tolist()):
-        for place, group in enumerate(row_groups):
-            users.setdefault(group, []).append((row, place))
-    for group, places in users.items():
-        row, place = (list(column) for column in zip(*places, strict=True))
-        logits[0, row, place] = _group_logits(adapter, features[0, row], group, size)
-    return _without_padding(adapter, logits, groups)
-
-
-def _group_logits(adapter: Any, features: torch.Tensor, group: int, size: int) -> torch.Tensor:
-    """Untransformed logits `[..., size]` of one group, through a view of the head."""
-    ids = slice(group * size, min((group + 1) * size, adapter.vocab_size))
-    bias = getattr(adapter.head, "bias", None)
-    logits = few_row_linear(features, adapter.head.weight[ids], None if bias is None else bias[ids])
-    return F.pad(logits, (0, size - logits.shape[-1])) if logits.shape[-1] < size else logits
-
-
-def _without_padding(adapter: Any, logits: torch.Tensor, groups: torch.LongTensor) -> torch.Tensor:
-    """Transforms `[1, T, k, size]` logits, then marks what lies past the vocabulary: soft-capping would lift a -inf."""
-    logits, size = adapter.transform_logits(logits), logits.shape[-1]
-    last = (adapter.vocab_size - 1) // size
-    width = adapter.vocab_size - last * size
-    if width < size:
-        padding = torch.arange(size, device=logits.device) >= width
-        logits = logits.masked_fill((groups == last)[..., None] & padding, float("-inf"))
-    return logits
-
-
-def gathered_logits(adapter: Any, hidden: torch.Tensor, groups: torch.LongTensor, size: int) -> torch.Tensor:
-    """`grouped_logits` by gathering the head's rows: slower on a CPU, static shapes and no host sync on a GPU."""
-    ids = groups[..., None] * size + torch.arange(size, device=groups.device)  # [1, T or 1, k, size]
-    weight, bias = adapter.head_rows(ids.clamp(max=adapter.vocab_size - 1))
-    features = hidden.to(weight)
-    logits = torch.einsum("bth,btksh->btks", features, weight.expand(-1, hidden.shape[1], -1, -1, -1))
-    if bias is not None:
-        logits = logits + bias
-    return adapter.transform_logits(logits).masked_fill(ids >= adapter.vocab_size, float("-inf"))
 
 
 __all__ = [

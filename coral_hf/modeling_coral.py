@@ -23,10 +23,11 @@ from .draft_layer import (
     DraftKeyValues,
     Eagle3DraftLayer,
     EagleDraftLayer,
+    chain_rows,
     shift_rows,
 )
 from .lm_head_router import DraftVocabularyHead, FrequencyShortlist, LMHeadRouter
-from .weight_files import check_weights, loading, most_bytes
+from .weight_files import check_shapes, check_weights, loading, most_bytes
 
 
 @dataclass
@@ -134,7 +135,8 @@ class CoralDraftModel(PreTrainedModel):
             *args, **kwargs: as for [`~transformers.PreTrainedModel.from_pretrained`] (`revision`, `token`, `dtype`, ...).
 
         Raises:
-            ValueError: if the weights are missing, pickled, damaged or larger than the config allows, or the config malformed.
+            ValueError: if the weights are missing, pickled, damaged, larger than the config allows or of other shapes, or
+                the config is missing or malformed.
         """
         with loading(pretrained_model_name_or_path):
             names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
@@ -145,9 +147,14 @@ class CoralDraftModel(PreTrainedModel):
                 if getattr(config, "model_type", None) != cls.config_class.model_type:
                     config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub)
                 with torch.device("meta"):
-                    count = sum(tensor.numel() for tensor in cls(config).state_dict().values())
-                check_weights(pretrained_model_name_or_path, most_bytes(count), **hub)
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
+                    limit = most_bytes(cls(config))
+                check_weights(pretrained_model_name_or_path, limit, **hub)
+            # mismatched sizes are listed, so that the error can name them
+            ours = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, **ours})
+        if not kwargs.get("ignore_mismatched_sizes"):
+            check_shapes(pretrained_model_name_or_path, info["mismatched_keys"])
+        return (model, info) if kwargs.get("output_loading_info") else model
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Publishes the drafter with its card, its code and the records behind its figures.
@@ -262,7 +269,7 @@ class CoralDraftModel(PreTrainedModel):
             else:
                 visible = rows[:, None] - (step - 1) >= rows
                 mask = visible.expand(batch, 1, length, length) if same is None else (same & visible)[:, None]
-                valid = self._chain_rows(rows, step, batch, document_ids)
+                valid = chain_rows(rows, step, batch, document_ids)
             run = self._rollout_step
             if self.gradient_checkpointing and self.training:
                 run = partial(self._gradient_checkpointing_func, run)
@@ -298,14 +305,6 @@ class CoralDraftModel(PreTrainedModel):
             attended = attention.attend(query, key, value, mask)
         normed, fed_back = self._outputs(layer.finish(attended.to(residual.dtype), residual))
         return normed, fed_back, key, value
-
-    @staticmethod
-    def _chain_rows(rows: torch.Tensor, step: int, batch: int, document_ids: torch.Tensor | None) -> torch.Tensor:
-        """Rows r whose chain r-(step-1)..r exists and lies in one document, `[B, S]`."""
-        exists = (rows >= step - 1).expand(batch, -1)
-        if document_ids is None:
-            return exists
-        return exists & (shift_rows(document_ids, step - 1, dim=1, fill=-2) == document_ids)
 
     def draft(
         self,

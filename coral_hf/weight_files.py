@@ -6,7 +6,7 @@ A flat sibling of the model, so that it travels with a published drafter's code.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,15 @@ def loading(name: Any) -> Iterator[None]:
         raise ValueError(
             f"{name}: config.json is malformed, or an argument unknown ({type(error).__name__}: {error}). {remedy}"
         ) from error
+    except ValueError as error:  # a setting's: the config does not know which file it came from
+        if str(name) in str(error):
+            raise
+        raise ValueError(f"{name}: {error}") from error
 
 
-def most_bytes(num_parameters: int) -> int:
-    """The largest file that weights of so many parameters can need."""
-    return _MOST_BYTES_PER_PARAMETER * num_parameters + _HEADER_BYTES
+def most_bytes(model: torch.nn.Module) -> int:
+    """The largest file that the weights of a model (on the meta device, say) can need."""
+    return _MOST_BYTES_PER_PARAMETER * sum(tensor.numel() for tensor in model.state_dict().values()) + _HEADER_BYTES
 
 
 def check_size(size: int, limit: int, name: str) -> None:
@@ -91,6 +95,17 @@ def check_size(size: int, limit: int, name: str) -> None:
             f"{name}: {WEIGHTS_FILE} has {size / 1e6:.1f} MB, but a drafter of this config.json needs at most "
             f"{limit / 1e6:.1f} MB: these are another model's weights. Save the drafter again with "
             "drafter.save_pretrained(folder), or load the model they belong to."
+        )
+
+
+def check_shapes(name: Any, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """Raises `ValueError` for tensors `(name, shape on file, shape in the model)` whose two shapes differ."""
+    shapes = [f"{key} is {list(found)}, not {list(expected)}" for key, found, expected in sorted(mismatched)]
+    if shapes:
+        more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
+        raise ValueError(
+            f"{name}: {WEIGHTS_FILE} does not fit config.json ({'; '.join(shapes[:3])}{more}): one of them was changed or "
+            "is another drafter's. Fetch both again, or save the drafter again with drafter.save_pretrained(folder)."
         )
 
 
@@ -164,4 +179,13 @@ def _refuse(name: str, pickled: list[str]) -> None:
     )
 
 
-__all__ = ["WEIGHTS_FILE", "check_size", "check_weights", "drafter_sha256", "file_sha256", "loading", "most_bytes"]
+__all__ = [
+    "WEIGHTS_FILE",
+    "check_shapes",
+    "check_size",
+    "check_weights",
+    "drafter_sha256",
+    "file_sha256",
+    "loading",
+    "most_bytes",
+]

@@ -1,6 +1,7 @@
 """What a drafter's configuration takes from its target, refuses, and keeps through JSON."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -146,6 +147,37 @@ def test_a_misspelt_key_in_config_json_is_refused(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "draft_lenght": 5}))
     with pytest.raises(ValueError, match="draft_lenght"):
+        CoralDraftConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["Infinity", "null", "7", '"x"', "[1]", "{}", None])
+def test_a_config_json_without_settings_is_refused(value, tmp_path):
+    """Where there is none, too: Transformers would go on with the defaults, Llama-2-7B's sizes."""
+    if value is not None:
+        (tmp_path / "config.json").write_text(value)
+    with pytest.raises(ValueError, match=r"config\.json.*save_pretrained") as caught:
+        CoralDraftConfig.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", [[1, "a", None], {"a": 1}, 7, "x", "", "int8"])
+@pytest.mark.parametrize("reader", [CoralDraftConfig, AutoConfig])
+def test_an_odd_dtype_is_refused(key, value, reader, tmp_path):
+    CoralDraftConfig(dtype="bfloat16").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("dtype") == "bfloat16"
+    path.write_text(json.dumps({**settings, key: value}))
+    with pytest.raises(ValueError, match=re.escape(f"dtype={str(value)!r} is no floating-point dtype")):
+        reader.from_pretrained(tmp_path)
+
+
+def test_a_setting_read_from_a_file_names_it(tmp_path):
+    CoralDraftConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "head_dim": 7}))
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}: head_dim=7 must be even"):
         CoralDraftConfig.from_pretrained(tmp_path)
 
 

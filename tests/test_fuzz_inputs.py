@@ -70,3 +70,18 @@ def test_damaged_weights(place, tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
         CoralDraftModel.from_pretrained(tmp_path)
+
+
+def test_a_config_of_other_sizes(tmp_path):
+    """The error names the tensors; what `from_pretrained` may be asked for, it still does."""
+    make_drafter(make_target(dtype=torch.float32)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "intermediate_size": 65}))
+    with pytest.raises(ValueError, match=r"model\.safetensors does not fit config\.json.*down_proj\.weight is \[32, "):
+        CoralDraftModel.from_pretrained(tmp_path)
+    drafter, info = CoralDraftModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True, output_loading_info=True)
+    assert drafter.config.intermediate_size == 65 and len(info["mismatched_keys"]) == 3
+    path.unlink()
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        CoralDraftModel.from_pretrained(tmp_path)

@@ -11,7 +11,9 @@ import coral_hf
 PACKAGE = Path(coral_hf.__file__).parent
 # module or room -> rooms it may import from (see CONTRIBUTING, "Which way imports run")
 ALLOWED = {
-    "configuration_coral": set(),
+    "configuration_checks": set(),
+    "configuration_from_target": set(),
+    "configuration_coral": {"configuration_checks", "configuration_from_target", "weight_files"},
     "compat": set(),
     "few_rows": set(),
     "hardware": set(),
@@ -19,7 +21,8 @@ ALLOWED = {
     "user_cache": set(),
     "target_adapter": set(),
     "draft_initialization": {"configuration_coral", "target_adapter"},
-    "lm_head_router": {"configuration_coral", "few_rows"},
+    "grouped_head": {"few_rows"},
+    "lm_head_router": {"configuration_coral", "few_rows", "grouped_head"},
     "rollout_attention": set(),
     "draft_layer": {"configuration_coral", "rollout_attention"},
     "weight_files": set(),

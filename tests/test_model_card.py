@@ -163,6 +163,11 @@ def test_other_records(folder):
         (lambda folder: (folder / "training" / "card.json").write_text('{"tau": 9}') and add_record(folder), "'tau'"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
         (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+        (
+            lambda folder: (folder / "config.json").write_text("Infinity") and add_record(folder),
+            "JSON object, got 'inf'",
+        ),
+        (lambda folder: (folder / "config.json").write_text('{"dtype": [1]}') and add_record(folder), "dtype='[1]'"),
     ],
 )
 def test_refused(folder, spoil, message, capsys):

@@ -1,0 +1,155 @@
+"""What is refused in a drafter's settings: values of another type, out of range, or at odds with each other."""
+
+import math
+import typing
+from typing import Any
+
+import torch
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+SHAPES = ("eagle", "eagle3")
+GROUPINGS = ("consecutive", "clustered")
+FEATURE_LAYER_LAST = -1
+# path probabilities at which `draft_calibration` gives the observed acceptance, with straight lines between them
+CALIBRATION_KNOTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+
+
+def check_types(config: Any, declared: dict[str, Any]) -> None:
+    """A `config.json` may come from anywhere: every field is of its declared type before anything is computed."""
+    for name, kind in declared.items():
+        value = getattr(config, name)
+        if not any(_is_of(value, one) for one in typing.get_args(kind) or (kind,)):
+            written = str(kind).removeprefix("<class '").removesuffix("'>").replace("NoneType", "None")
+            raise ValueError(f"{name}={str(value)[:80]!r} must be of type {written}.")
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises `ValueError` for what is neither a floating-point dtype, nor the name of one, nor None."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype={str(dtype)[:80]!r} is no floating-point dtype; write 'float32' or 'bfloat16' say.")
+
+
+def check_settings(config: Any) -> None:
+    """Raises `ValueError` for settings of a drafter that are out of range or contradict each other."""
+    if config.shape not in SHAPES:
+        raise ValueError(f"shape={config.shape!r} is unknown; choose one of {list(SHAPES)}.")
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "draft_depth",
+    ):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
+    if config.num_hidden_layers != 1:
+        raise ValueError(f"num_hidden_layers={config.num_hidden_layers}: a CORAL drafter has exactly 1 layer.")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads={config.num_attention_heads} must be a multiple of "
+            f"num_key_value_heads={config.num_key_value_heads}."
+        )
+    rope = config.rope_parameters
+    theta, kind = rope.get("rope_theta", 10000.0), rope.get("rope_type", "default")
+    if not (_is_of(theta, float) and theta > 0 and kind in ("default", *ROPE_INIT_FUNCTIONS)):
+        raise ValueError(
+            f"rope_parameters={rope} must hold a positive number as rope_theta and one of "
+            f"{['default', *ROPE_INIT_FUNCTIONS]} as rope_type."
+        )
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act={config.hidden_act!r} is unknown to Transformers; 'silu' is the usual one.")
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim={config.head_dim} must be even: RoPE rotates pairs.")
+    layers, depth = config.target_feature_layers, config.target_num_hidden_layers
+    if not layers or min(layers) < FEATURE_LAYER_LAST or (depth is not None and max(layers) >= depth):
+        raise ValueError(
+            f"target_feature_layers={layers}: list at least one of -1 (after the final norm) and layers from 0 on"
+            + ("." if depth is None else f"; the target has {depth} layers.")
+        )
+    if config.shape == "eagle" and config.target_feature_layers != [FEATURE_LAYER_LAST]:
+        raise ValueError(
+            f"shape='eagle' reads one feature, target_feature_layers=[-1]; got {config.target_feature_layers}. "
+            "Use shape='eagle3' for several."
+        )
+    if config.shape == "eagle" and config.norm_before_residual:
+        raise ValueError("norm_before_residual=True exists for shape='eagle3' only; set it to False.")
+    if config.shape == "eagle3" and config.fc_bias:
+        raise ValueError("fc_bias=True exists for shape='eagle' only; set it to False.")
+
+    for row in config.draft_calibration or ():
+        if len(row) != len(CALIBRATION_KNOTS) or list(row) != sorted(row) or row[0] < 0 or row[-1] > 1:
+            raise ValueError(
+                f"draft_calibration holds {row}: a row is {len(CALIBRATION_KNOTS)} numbers from 0 to 1 that never "
+                "fall. Fit it with `coral-hf tune --save true`, or set it to null."
+            )
+
+
+def check_head(config: Any) -> None:
+    """Raises `ValueError` for settings of router, shortlist and own head that are out of range or contradict each other."""
+    if config.router_grouping not in GROUPINGS:
+        raise ValueError(f"router_grouping={config.router_grouping!r} is unknown; choose one of {list(GROUPINGS)}.")
+    if config.router_groups:
+        group_size(config.vocab_size, config.router_groups)
+        if not 0 < config.router_active_groups <= config.router_groups:
+            raise ValueError(
+                f"router_active_groups={config.router_active_groups} must be between 1 and "
+                f"router_groups={config.router_groups}."
+            )
+    if not 0 <= config.shortlist_size < config.vocab_size:
+        raise ValueError(
+            f"shortlist_size={config.shortlist_size} must be between 0 (none) and vocab_size - 1 = "
+            f"{config.vocab_size - 1}."
+        )
+    if config.draft_vocab_size is None:
+        return
+    if config.shape != "eagle3" or not 0 < config.draft_vocab_size <= config.vocab_size:
+        raise ValueError(
+            f"draft_vocab_size={config.draft_vocab_size} must be between 1 and vocab_size={config.vocab_size} and needs "
+            f"shape='eagle3' (got {config.shape!r})."
+        )
+    if config.router_groups or config.shortlist_size:
+        raise ValueError(
+            f"draft_vocab_size={config.draft_vocab_size} gives the drafter a head of its own; router and shortlist "
+            "choose rows of the target's: set router_groups and shortlist_size to 0."
+        )
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(item, typing.get_args(kind)[0]) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:  # what a tensor's size can be
+        return type(value) is int and abs(value) < 2**31
+    return isinstance(value, kind)
+
+
+def group_size(vocab_size: int, num_groups: int) -> int:
+    """Ids per group, rounded up; every group holds at least one id.
+
+    Raises:
+        ValueError: if `num_groups` groups of that size leave one empty.
+    """
+    size = -(-vocab_size // num_groups) if num_groups > 0 else 0
+    if not 1 < num_groups <= vocab_size or (num_groups - 1) * size >= vocab_size:
+        raise ValueError(
+            f"router_groups={num_groups} does not split {vocab_size} ids into groups of equal size: choose a number "
+            f"from 2 to {vocab_size} that leaves no group empty, a power of two say."
+        )
+    return size
+
+
+__all__ = [
+    "CALIBRATION_KNOTS",
+    "FEATURE_LAYER_LAST",
+    "check_dtype",
+    "check_head",
+    "check_settings",
+    "check_types",
+    "group_size",
+]
