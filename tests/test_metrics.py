@@ -12,14 +12,7 @@ from coral_hf.generation.statistics import DraftStats
 
 evaluate = pytest.importorskip("evaluate", reason="the metrics need evaluate (pip install 'coral-hf[eval]')")
 METRICS = Path(coral_hf.__file__).parent / "evaluation" / "metrics"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def modules_cache(tmp_path_factory):
-    """`evaluate` copies what it loads: into a folder of these tests, one for all, since Python imports it once."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
+pytestmark = pytest.mark.usefixtures("modules_cache")
 
 
 def load(name, tmp_path):

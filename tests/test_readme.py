@@ -105,9 +105,8 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_python_snippets_run_in_order(workplace, hub, monkeypatch, capsys):  # noqa: F811
+def test_python_snippets_run_in_order(workplace, hub, modules_cache, monkeypatch, capsys):  # noqa: F811
     """The snippets in one namespace, as a reader types them; only the length of the training is another."""
-    pytest.importorskip("evaluate")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     namespace: dict = {}
     snippets = blocks("README.md", "python")

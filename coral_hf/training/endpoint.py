@@ -3,7 +3,10 @@
 For targets that outgrow one machine: the engine distributes and batches, this side keeps many requests open, and a file
 that a later run goes on with.
 
-    >>> regenerate_from_endpoint("http://host:8000/v1", "your/model", iter_prompts("prompts.jsonl"), "responses.jsonl")
+    >>> from coral_hf.training.endpoint import regenerate_from_endpoint
+    >>> from coral_hf.training.regenerate import iter_prompts
+    >>> prompts = iter_prompts("prompts.jsonl")
+    >>> stats = regenerate_from_endpoint("http://host:8000/v1", "your/model", prompts, "responses.jsonl")
 """
 
 import http.client
