@@ -11,9 +11,9 @@ from .loading import DEMO, load_drafter, load_target, require
 
 @dataclass
 class TuneCommand:
-    """Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
+    r"""Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
 
-    Example: coral-hf tune --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 8
+    Example: coral-hf tune --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 8 \
         --dtype float32 --output outputs/tune
     """
 
