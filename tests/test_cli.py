@@ -61,6 +61,9 @@ def test_help_has_an_example(verb, capsys):
         (["benchmark", "--output", "out", "--drafter", "nothere"], "--drafter nothere is no folder here"),
         (["benchmark", "--output", "out", "--drafter", __file__], "is a file; give the folder"),
         (["benchmark", "--output", __file__], "is a file; give a folder"),
+        (["convert", "in", "out"], "--to ENGINE; neither is given"),
+        (["convert", "in", "out", "--from", "eagle", "--to", "vllm"], "--from eagle and --to vllm are given"),
+        (["tune", "--output", "out", "--data", "x", "--max-new-tokens", "1"], "got 1 and 0.0"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):

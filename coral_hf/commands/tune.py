@@ -43,7 +43,8 @@ class TuneCommand:
         box = DraftSettings(**dict(zip(("draft_depth", "draft_top_k", "draft_total_tokens"), sizes, strict=True)))
         if self.max_new_tokens < 2 or self.temperature < 0:
             raise ValueError(
-                f"--max-new-tokens {self.max_new_tokens} must be at least 2, --temperature {self.temperature} at least 0."
+                f"--max-new-tokens must be at least 2 and --temperature at least 0; got {self.max_new_tokens} and "
+                f"{self.temperature}."
             )
         folder = demo.drafter_path() if self.drafter == DEMO else Path(self.drafter)
         if self.save and not folder.is_dir():

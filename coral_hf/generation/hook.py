@@ -167,7 +167,8 @@ def coral_generate(
         raise RuntimeError(f"{_problem}: CORAL cannot generate with it. Install transformers>=5.17,<6.")
     if isinstance(drafter, torch.Tensor):
         raise ValueError(
-            "coral_generate(target, drafter, ...): the second argument is the drafter; pass input_ids=...."
+            f"coral_generate was given a tensor of shape {tuple(drafter.shape)} as its drafter: call "
+            "coral_generate(target, drafter, input_ids=...)."
         )
     # A copy: the caller's config, or the target's own defaults, stay as they are.
     generation_config = copy.deepcopy(target.generation_config if generation_config is None else generation_config)
