@@ -43,8 +43,9 @@ def install() -> None:
     """Makes `generate(assistant_model=drafter)` use CORAL for CORAL drafters; idempotent.
 
     Wraps `GenerationMixin._assisted_decoding`, `_get_candidate_generator` (for the stock loop) and
-    `_validate_generation_mode` (beam search would silently ignore the drafter). Every other assistant reaches the original methods with the arguments as they came. If Transformers' signatures are not the
-    known ones nothing is wrapped, and using a CORAL drafter through `coral_generate` raises.
+    `_validate_generation_mode` (beam search would silently ignore the drafter). Every other assistant reaches the
+    original methods with the arguments as they came. If Transformers' signatures are not the known ones nothing is
+    wrapped, and using a CORAL drafter through `coral_generate` raises.
     """
     global _problem
     if hasattr(GenerationMixin._assisted_decoding, _MARK):
