@@ -18,12 +18,15 @@ def settings_from_target(target_config: PreTrainedConfig) -> dict[str, Any]:
     if getattr(target_config, "is_encoder_decoder", False):
         raise ValueError(
             f"target model_type={target_config.model_type!r} is an encoder-decoder; CORAL drafts for decoder-only "
-            "causal language models."
+            "causal language models: choose one of those."
         )
     text = target_config.get_text_config()
     missing = [name for name in ("hidden_size", "num_attention_heads", "vocab_size") if not hasattr(text, name)]
     if missing:
-        raise ValueError(f"target model_type={text.model_type!r} has no {missing}: it is not a Llama-shaped model.")
+        raise ValueError(
+            f"target model_type={text.model_type!r} has no {missing} in its config, which a drafter is sized by: "
+            "choose a target of Llama's layout, or see CONTRIBUTING, 'Adding a target family'."
+        )
     heads = text.num_attention_heads
     return {
         "vocab_size": text.vocab_size,

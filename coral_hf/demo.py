@@ -1,6 +1,7 @@
 """
 The embedded default: a real small target without a hub, and the drafter that ships for it.
 
+    >>> import torch
     >>> from coral_hf import demo
     >>> target, tokenizer = demo.load_target(torch.bfloat16)   # fetched and converted once, then from the cache
     >>> drafter = demo.load_drafter()

@@ -52,7 +52,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), ""), start=1):
                 if len(line) == LONGEST_LINE:
-                    raise ValueError(f"{path}, line {number}: longer than {LONGEST_LINE:,} characters, so no row.")
+                    raise ValueError(
+                        f"{path}, line {number}: longer than {LONGEST_LINE:,} characters, so no row. Write one row a line."
+                    )
                 if line.strip():
                     yield number, _row(line, f"{path}, line {number}")
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
@@ -64,7 +66,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _row(line: str, where: str) -> dict[str, Any]:
     row = parse_json(line, where, "Fix or remove that line.")
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}.")
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}. Fix or remove that line.")
     return row
 
 

@@ -203,7 +203,8 @@ class CoralDraftModel(PreTrainedModel):
                 f"{self.config.vocab_size} ids and a size below that."
             )
         if self.draft_head is not None:
-            raise ValueError("This drafter has an LM head of its own; a shortlist chooses rows of the target's.")
+            own = self.config.draft_vocab_size
+            raise ValueError(f"draft_vocab_size={own}: a drafter with a head of its own takes no shortlist.")
         self.config.shortlist_size = size
         self.shortlist = FrequencyShortlist(size).count(counts.cpu()).to(self.device)
         return self.shortlist

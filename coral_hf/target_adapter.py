@@ -29,7 +29,8 @@ class TargetAdapter:
         config = base.config
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
-                f"target {type(base).__name__} is an encoder-decoder; CORAL drafts for decoder-only causal LMs."
+                f"target {type(base).__name__} is an encoder-decoder; CORAL drafts for decoder-only causal LMs: load "
+                "one of those."
             )
         self.target = base
         self.text_config = config.get_text_config()

@@ -128,6 +128,15 @@ def make_tokenizer(chat_template=TEMPLATE):
     return fast
 
 
+@pytest.fixture(scope="session")
+def modules_cache(tmp_path_factory):
+    """`evaluate` copies what it loads: into a folder of the tests, one for all, since Python imports it once."""
+    evaluate = pytest.importorskip("evaluate", reason="the metrics need evaluate (pip install 'coral-hf[eval]')")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
 @pytest.fixture
 def target():
     return make_target()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_drafter, make_target, make_tokenizer
 
-from coral_hf.cli import main
+from coral_hf.cli import COMMANDS, main
 from coral_hf.weight_files import file_sha256
 
 
@@ -31,12 +31,12 @@ def test_usage(capsys):
     assert "unknown verb 'fly'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["demo", "regenerate", "train", "benchmark", "tune", "verify", "convert", "card"])
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_help_has_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
     assert stop.value.code == 0
-    assert "Example: coral-hf" in capsys.readouterr().out
+    assert f"Example: coral-hf {verb} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,9 @@ def test_help_has_an_example(verb, capsys):
         (["benchmark", "--output", "out", "--drafter", "nothere"], "--drafter nothere is no folder here"),
         (["benchmark", "--output", "out", "--drafter", __file__], "is a file; give the folder"),
         (["benchmark", "--output", __file__], "is a file; give a folder"),
+        (["convert", "in", "out"], "--to ENGINE; neither is given"),
+        (["convert", "in", "out", "--from", "eagle", "--to", "vllm"], "--from eagle and --to vllm are given"),
+        (["tune", "--output", "out", "--data", "x", "--max-new-tokens", "1"], "got 1 and 0.0"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):

@@ -162,9 +162,9 @@ CONFIG_CASES = {
         {"vocab_size": 64, "hidden_size": 16},
         ["vocab_size: expected 128 (the target's), found 64", "hidden_size: expected 32 (the target's), found 16"],
     ),
-    "unknown architecture": ({"architectures": ["MedusaModel"]}, ["Unknown architecture", "MedusaModel"]),
-    "a CORAL folder": ({"architectures": ["CoralDraftModel"]}, ["Unknown architecture", "CoralDraftModel"]),
-    "unknown speculator": ({"speculators_model_type": "dflash"}, ["Unknown architecture", "dflash"]),
+    "unknown architecture": ({"architectures": ["MedusaModel"]}, ["unknown architecture", "MedusaModel"]),
+    "a CORAL folder": ({"architectures": ["CoralDraftModel"]}, ["unknown architecture", "CoralDraftModel"]),
+    "unknown speculator": ({"speculators_model_type": "dflash"}, ["unknown architecture", "dflash"]),
     "several layers": ({"num_hidden_layers": 2}, ["num_hidden_layers: expected 1, found 2"]),
     "other target width": ({"target_hidden_size": 64}, ["target_hidden_size: expected 32, found 64"]),
     "norm before fc": ({"eagle_config": {"norm_before_fc": True}}, ["norm_before_fc"]),
@@ -270,7 +270,7 @@ def test_folders(target, tmp_path):
     refuse(tmp_path / "empty", target, "must hold a JSON object")
     (tmp_path / "empty" / "config.json").write_text(json.dumps(LLAMA))
     refuse(tmp_path / "empty", target, "holds no weights", "model.safetensors")
-    with pytest.raises(OSError, match="is not a folder"):
+    with pytest.raises(OSError, match=r"is no folder; give one with a config\.json"):
         CoralDraftModel.from_eagle(tmp_path / "absent", target)
     with pytest.raises(OSError, match="no local folder"):
         CoralDraftModel.from_eagle("nobody/no-such-drafter", target)

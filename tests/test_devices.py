@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from conftest import make_target, make_tokenizer
 from test_trainer import assert_same_weights, make_args, make_trainer, quick_drafter, random_rows, weights
 
 from coral_hf import CoralDraftModel, TargetAdapter
-from coral_hf.training.placement import place_target
+from coral_hf.training.placement import decoder_layers, place_target, plain_sharding
 
 
 PROGRAM = Path(__file__).parent / "training_process.py"
@@ -183,6 +185,24 @@ def test_placement_that_makes_no_sense_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, target)
     with pytest.raises(ValueError, match="its device_map placed it already"):
         place_target(TargetAdapter(target), trainer.accelerator, shard=True)
+
+
+def test_the_drafter_is_one_unit_for_fsdp_and_whole_for_deepspeed():
+    fsdp = SimpleNamespace(auto_wrap_policy="layers")
+    plain_sharding(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=fsdp)))
+    assert fsdp.auto_wrap_policy is None
+    for stage in (2, 3):
+        accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)))
+        with pytest.raises(ValueError, match=r"ZeRO stage 3 .* Use stage 1 or 2") if stage == 3 else nullcontext():
+            plain_sharding(accelerator)
+
+
+def test_layers_to_shard_are_found_by_their_number():
+    target = make_target(dtype=torch.float32)
+    assert decoder_layers(TargetAdapter(target)) is target.model.layers
+    target.model.layers = target.model.layers[:3]
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no list of 4 decoder layers to shard"):
+        decoder_layers(TargetAdapter(target))
 
 
 def test_deepspeed_that_is_not_there_is_said(tmp_path):

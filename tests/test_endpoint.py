@@ -124,6 +124,13 @@ def test_what_cannot_be_mended_by_asking_again(server, tmp_path):
         ask(server, PROMPTS, tmp_path / "ids.jsonl", token_ids=True)
     with pytest.raises(ValueError, match="must be a URL such as"):
         ChatEndpoint("localhost:8000", "m")
+    for wrong, message in (
+        ({"attempts": 0}, "attempts must be at least 1, got 0"),
+        ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
+        ({"temperature": -0.5}, r"temperature must be 0 .greedy. or positive, got -0\.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask(server, PROMPTS, tmp_path / "never.jsonl", **wrong)
     ask(server, PROMPTS[:2], tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match=r"line 1 was sampled at temperature 0\.0, this run has 0\.5"):
         ask(server, PROMPTS, tmp_path / "out.jsonl", temperature=0.5)

@@ -9,6 +9,7 @@ from test_recipes import EAGLE_PARAMETERS, TARGETS
 from test_trainer import quick_drafter, random_rows
 
 from coral_hf import CoralDraftConfig, CoralDraftModel, cli, demo
+from coral_hf.training import estimate
 from coral_hf.training.estimate import estimate_on_paper, rollout_bytes
 
 
@@ -40,21 +41,28 @@ def test_train_estimate_prints_and_leaves_nothing(tmp_path, monkeypatch, capsys)
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
 
+def test_peak_memory_without_linux(tmp_path, monkeypatch):
+    """Where there is no /proc, the peak is what `getrusage` says of the process."""
+    monkeypatch.setattr(estimate, "Path", lambda name: tmp_path / "absent" / name.lstrip("/"))
+    estimate.reset_peak(torch.device("cpu"))
+    assert estimate.peak_memory(torch.device("cpu")) > 2**20
+
+
 @pytest.mark.parametrize("name", list(TARGETS))
 def test_on_paper(name):
     config = TARGETS[name]
     draft = CoralDraftConfig.from_target(config, shape="eagle")
     settings = {"batch_size": 1, "length": 256, "tokens": 1_000_000, "epochs": 2, "tokens_per_second": 5000}
-    estimate = estimate_on_paper(config, draft, **settings)
-    assert estimate.drafter_parameters == EAGLE_PARAMETERS[name]
-    assert 6.5e9 < estimate.target_parameters < 8.1e9
-    assert estimate.memory["target weights"] == 2 * estimate.target_parameters
-    assert estimate.memory["optimizer"] == 8 * estimate.drafter_parameters
-    assert estimate.memory["peak"] == sum(v for key, v in estimate.memory.items() if key != "peak")
-    assert estimate.feature_cache_bytes == 1_000_000 * config.hidden_size * 2
-    assert estimate.checkpoint_bytes == 12 * estimate.drafter_parameters
-    assert estimate.hours == pytest.approx(2_000_000 / 5000 / 3600)
-    lines = "\n".join(estimate.lines())
+    cost = estimate_on_paper(config, draft, **settings)
+    assert cost.drafter_parameters == EAGLE_PARAMETERS[name]
+    assert 6.5e9 < cost.target_parameters < 8.1e9
+    assert cost.memory["target weights"] == 2 * cost.target_parameters
+    assert cost.memory["optimizer"] == 8 * cost.drafter_parameters
+    assert cost.memory["peak"] == sum(v for key, v in cost.memory.items() if key != "peak")
+    assert cost.feature_cache_bytes == 1_000_000 * config.hidden_size * 2
+    assert cost.checkpoint_bytes == 12 * cost.drafter_parameters
+    assert cost.hours == pytest.approx(2_000_000 / 5000 / 3600)
+    lines = "\n".join(cost.lines())
     assert "measured" not in lines and lines.count("estimate") == 4
     faster = estimate_on_paper(config, draft, **{**settings, "tokens_per_second": None, "flops_per_second": 1e15})
     assert 20_000 < faster.tokens_per_second < 100_000  # about 2 x 7e9 + 18 x 0.3e9 + heads per token

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 
 import pytest
@@ -58,8 +59,10 @@ def test_cache_holds_the_targets_features(tmp_path):
     cache.fill([*rows[:3], rows[0]], tokens_per_batch=20)
     cache.fill(rows)
     again = FeatureCache(tmp_path, adapter, "name")
+    worker = pickle.loads(pickle.dumps(again))  # as a data loader's worker gets it
     for row in rows:
         assert row in again and again[row].dtype == torch.bfloat16
+        assert torch.equal(worker[row], again[row])
         expected = adapter.compute_features(row[None])[0].bfloat16()
         torch.testing.assert_close(again[row], expected, rtol=0.02, atol=0.02)
     assert len(list(tmp_path.glob("features-*.safetensors"))) == 2
@@ -105,7 +108,7 @@ def filled(folder, count=6):
     return adapter, rows
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "index"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "index", "cut index"])
 def test_a_damaged_shard_is_computed_again(harm, tmp_path, capsys):
     adapter, rows = filled(tmp_path)
     expected = [FeatureCache(tmp_path, adapter, "name")[row].clone() for row in rows]
@@ -116,6 +119,9 @@ def test_a_damaged_shard_is_computed_again(harm, tmp_path, capsys):
         shard.write_bytes(data[:-100])
     elif harm == "remove":
         shard.unlink()
+    elif harm == "cut index":
+        index = shard.with_suffix(".json")
+        index.write_text(index.read_text()[:40])
     else:
         record = json.loads(shard.with_suffix(".json").read_text())
         shard.with_suffix(".json").write_text(json.dumps({**record, "sha256": "0"}))

@@ -5,7 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from transformers import GenerationMixin
+
 import coral_hf
+from coral_hf.generation import hook
+from coral_hf.training.adapters import add_adapters
+from coral_hf.training.curves import draw_learning_curve
+from coral_hf.training.data import read_rows
+from coral_hf.training.response_files import write_shards
 
 
 PACKAGE = Path(coral_hf.__file__).parent
@@ -101,11 +110,43 @@ def test_import_needs_no_extra():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# what is missing, what asks for it, and for what
+NEEDED = [
+    ("pyarrow", lambda folder: read_rows(folder / "rows.parquet"), r"Reading Parquet .*coral-hf\[train\]"),
+    ("pyarrow", lambda folder: write_shards([], folder), r"Writing Parquet .*coral-hf\[train\]"),
+    ("datasets", lambda folder: read_rows("org/rows"), r"Reading data sets .*coral-hf\[train\]"),
+    ("peft", lambda folder: add_adapters(None, None, None), r"peft_config .*coral-hf\[train\]"),
+    ("matplotlib.figure", lambda folder: draw_learning_curve([], folder), r"learning curve .*coral-hf\[eval\]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "message"), NEEDED, ids=[message.split(" .*")[0] for *_, message in NEEDED]
+)
+def test_a_missing_extra_is_named(module, call, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=message):
+        call(tmp_path)
+
+
 def test_hook_is_idempotent():
-    from transformers import GenerationMixin
-
-    from coral_hf.generation.hook import install
-
     before = GenerationMixin._assisted_decoding
-    install()
+    hook.install()
     assert GenerationMixin._assisted_decoding is before
+
+
+def test_hook_leaves_an_unknown_transformers_alone(monkeypatch):
+    def other(self, input_ids):
+        pass
+
+    monkeypatch.setattr(hook, "_problem", None)
+    monkeypatch.setattr(GenerationMixin, "_assisted_decoding", other)
+    hook.install()
+    assert GenerationMixin._assisted_decoding is other
+    with pytest.raises(RuntimeError, match=r"_assisted_decoding .* lacks .*'streamer'.* Install transformers>="):
+        coral_hf.coral_generate(None, None)
+
+
+def test_coral_generate_takes_the_prompt_by_name():
+    with pytest.raises(ValueError, match=r"tensor of shape \(1, 3\) as its drafter: .* input_ids="):
+        coral_hf.coral_generate(None, torch.tensor([[1, 2, 3]]))

@@ -5,8 +5,10 @@ import json
 import pytest
 from conftest import make_tokenizer
 
+from coral_hf.training import overlap
 from coral_hf.training.conversations import build_messages
 from coral_hf.training.overlap import find_overlap, warn_of_overlap
+from coral_hf.training.sources import RowStream
 
 
 LONG = "Explain in detail how the tides of the sea follow from the pull of the moon and of the sun, step by step."
@@ -66,3 +68,21 @@ def test_the_warning_counts_and_names(tmp_path, capsys):
     assert "(3 exactly, 2 by its beginning), such as 'r0'" in output
     warn_of_overlap(rows[3:4], [str(path)])
     assert capsys.readouterr().out == ""
+    warn_of_overlap([{"prompt_ids": [14], "response_ids": [14]}], [str(path)])  # ids, and no tokenizer to read them
+    assert capsys.readouterr().out.startswith("warning: in 1 of 1 training conversations no user turn was found")
+
+
+def test_a_stream_is_read_to_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(overlap, "STREAM_ROWS", 2)
+    path = tmp_path / "rows.jsonl"
+    rows = [{"id": str(index), "turns": [p], "responses": ["x"]} for index, p in enumerate(PROMPTS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = warn_of_overlap(RowStream(path), [str(path)])
+    assert (found.checked, found.exact) == (2, 2)
+
+
+def test_without_marks_of_a_turn_the_whole_text_is_the_prompt():
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    row = {"prompt_ids": tokenizer(PROMPTS[0])["input_ids"], "response_ids": [14]}
+    for rows, reader in (([row], tokenizer), ([{"text": PROMPTS[0]}], None)):
+        assert find_overlap(rows, PROMPTS, reader).exact == 1

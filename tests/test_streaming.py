@@ -2,8 +2,10 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import make_target
 from test_trainer import assert_same_weights, logged, make_args, make_trainer, quick_drafter, random_rows, weights
 
@@ -96,6 +98,12 @@ def test_a_streamed_training_resumes_exactly(packing, tmp_path):
     other = write(tmp_path / "other.jsonl", random_rows(18, seed=9))
     with pytest.raises(ValueError, match="another data"):
         trainer(tmp_path / "third", other).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+
+
+def test_each_worker_would_read_the_whole_stream(monkeypatch):
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
+    with pytest.raises(ValueError, match=r"dataloader_num_workers=2: .* use 0 or 1"):
+        next(iter(stream(random_rows(4))))
 
 
 def test_an_iterable_data_set_trains(tmp_path):

@@ -16,10 +16,11 @@ MAX_NEW_TOKENS = 128
 
 @dataclass
 class BenchmarkCommand:
-    """Time plain decoding and other methods side by side; write benchmark.json and plots.
+    r"""Time plain decoding and other methods side by side; write benchmark.json and plots.
 
-    Example: coral-hf benchmark --target demo --drafter demo --data mt_bench.jsonl --limit 10 --output outputs/bench
-        --method coral chain tree:draft_top_k=4,draft_total_tokens=16 prompt_lookup --temperature 0 1
+    Example: coral-hf benchmark --target demo --drafter demo --data mt_bench.jsonl --limit 10 \
+        --method coral chain tree:draft_top_k=4,draft_total_tokens=16 prompt_lookup --temperature 0 1 \
+        --output outputs/bench
     """
 
     output: str = field(metadata={"help": "Folder for benchmark.json and the plots."})

@@ -34,7 +34,10 @@ class ConvertCommand:
         from ..modeling_coral import CoralDraftModel
 
         if (self.from_format is None) == (self.to is None):
-            raise ValueError("Give one of --from FORMAT and --to ENGINE.")
+            given = (
+                "neither is given" if self.to is None else f"--from {self.from_format} and --to {self.to} are given"
+            )
+            raise ValueError(f"Give one of --from FORMAT and --to ENGINE; {given}.")
         if self.from_format is not None:
             target, _ = load_target(self.target or DEMO, self.dtype, "cpu")
             layers = self.target_feature_layers

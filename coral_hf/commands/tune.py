@@ -11,9 +11,9 @@ from .loading import DEMO, load_drafter, load_target, require
 
 @dataclass
 class TuneCommand:
-    """Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
+    r"""Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
 
-    Example: coral-hf tune --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 8
+    Example: coral-hf tune --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 8 \
         --dtype float32 --output outputs/tune
     """
 
@@ -45,7 +45,8 @@ class TuneCommand:
         box = DraftSettings(**dict(zip(("draft_depth", "draft_top_k", "draft_total_tokens"), sizes, strict=True)))
         if self.max_new_tokens < 2 or self.temperature < 0:
             raise ValueError(
-                f"--max-new-tokens {self.max_new_tokens} must be at least 2, --temperature {self.temperature} at least 0."
+                f"--max-new-tokens must be at least 2 and --temperature at least 0; got {self.max_new_tokens} and "
+                f"{self.temperature}."
             )
         folder = demo.drafter_path() if self.drafter == DEMO else Path(self.drafter)
         if self.save and not folder.is_dir():

@@ -9,9 +9,9 @@ from .loading import DEMO, check_output_folder, load_drafter, load_target, requi
 
 @dataclass
 class VerifyCommand:
-    """Compare a drafter's answers with plain decoding token by token; exit status 1 if any differs.
+    r"""Compare a drafter's answers with plain decoding token by token; exit status 1 if any differs.
 
-    Example: coral-hf verify --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 10
+    Example: coral-hf verify --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 10 \
         --method coral chain_of_5:draft_depth=5,draft_top_k=1 --temperature 1 --output outputs/drafter/training
     """
 

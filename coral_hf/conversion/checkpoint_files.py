@@ -25,6 +25,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_FETCH_AGAIN = "Fetch the checkpoint again."
 
 
 def resolve_folder(path_or_repo: str | os.PathLike, revision: str | None = None) -> Path:
@@ -37,7 +38,7 @@ def resolve_folder(path_or_repo: str | os.PathLike, revision: str | None = None)
     if folder.is_dir():
         return folder
     if folder.exists() or str(path_or_repo).startswith((".", "/", "~")):
-        raise OSError(f"{path_or_repo} is not a folder with a {CONFIG_FILE} and weights.")
+        raise OSError(f"{path_or_repo} is no folder; give one with a {CONFIG_FILE} and weights, or a Hub id.")
     from huggingface_hub import snapshot_download
 
     patterns = [CONFIG_FILE, "*.safetensors", "*.bin", "*.index.json", HOT_TOKENS_FILE]
@@ -51,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` as a dict; `ValueError` if it is missing, malformed or no object."""
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} holds no {CONFIG_FILE}.")
+        raise ValueError(f"{folder} holds no {CONFIG_FILE}; give the folder of a checkpoint.")
     return read_json(path)
 
 
@@ -63,30 +64,32 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """
     name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
-        raise ValueError(f"{folder} holds no weights; expected one of {list(WEIGHT_FILES)}.")
+        raise ValueError(f"{folder} holds no weights: put one of {list(WEIGHT_FILES)} beside its {CONFIG_FILE}.")
     if not name.endswith(".index.json"):
         return read_weight_file(folder / name)
     weight_map = read_json(folder / name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / name} holds no weight_map.")
+        raise ValueError(f"{folder / name} holds no weight_map, so no index of shards. {_FETCH_AGAIN}")
     # An index is data from elsewhere: it may only name files beside it.
     outside = sorted({str(shard) for shard in weight_map.values() if Path(str(shard)).name != shard})
     if outside:
-        raise ValueError(f"{folder / name} names shards outside its folder: {outside}.")
+        raise ValueError(f"{folder / name} names shards outside its folder: {outside}. {_FETCH_AGAIN}")
     shards = sorted(set(weight_map.values()))
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
-        raise ValueError(f"{folder} lacks the shards {absent} that {name} names.")
+        raise ValueError(f"{folder} lacks the shards {absent} that {name} names. {_FETCH_AGAIN}")
     tensors: dict[str, torch.Tensor] = {}
     for shard in shards:
         part = read_weight_file(folder / shard)
         twice = sorted(set(part) & set(tensors))
         if twice:
-            raise ValueError(f"{folder / shard} holds tensors that another shard has as well: {twice}.")
+            raise ValueError(f"{folder / shard} holds tensors that another shard has as well: {twice}. {_FETCH_AGAIN}")
         tensors |= part
     missing, extra = sorted(set(weight_map) - set(tensors)), sorted(set(tensors) - set(weight_map))
     if missing or extra:
-        raise ValueError(f"The shards in {folder} and {name} differ: missing {missing}, not in the index {extra}.")
+        raise ValueError(
+            f"The shards in {folder} and {name} differ: missing {missing}, not in the index {extra}. {_FETCH_AGAIN}"
+        )
     return tensors
 
 
@@ -101,14 +104,14 @@ def read_weight_file(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         loaded = load_plain_pickle(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged ({error}). {_FETCH_AGAIN}") from error
     wrong = None
     if not isinstance(loaded, dict):
         wrong = type(loaded).__name__
     elif others := sorted(str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)):
         wrong = f"non-tensors under {others}"
     if wrong is not None:
-        raise ValueError(f"{path} must hold named tensors only; found {wrong}.")
+        raise ValueError(f"{path} must hold named tensors only; found {wrong}. Save the state dict alone.")
     return loaded
 
 
@@ -121,7 +124,7 @@ def load_plain_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged ({error}). {_FETCH_AGAIN}") from error
     except pickle.UnpicklingError as error:
         # torch's message goes on with advice to turn the check off
         reason = str(error).strip().splitlines()[0]

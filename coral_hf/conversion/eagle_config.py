@@ -85,7 +85,9 @@ def check_supported(raw: dict[str, Any]) -> None:
     speculators = raw.get("speculators_model_type")
     if unknown or speculators not in (None, "eagle3"):
         found = unknown or f"speculators_model_type={speculators!r}"
-        raise ValueError(f"Unknown architecture: expected one of {list(ARCHITECTURES)}, found {found}.")
+        raise ValueError(
+            f"config.json names the unknown architecture {found}; what can be read are {list(ARCHITECTURES)}."
+        )
     layer, eagle = layer_config(raw), raw.get("eagle_config") or {}
     problems = [
         f"{key} ({reason})"
@@ -119,11 +121,12 @@ def read_rope(layer: dict[str, Any]) -> dict[str, Any]:
         differing = sorted(key for key, value in given.items() if rope.get(key) != value)
         if differing:
             raise ValueError(
-                f"rope_parameters={new} and the older rope_theta={theta}, rope_scaling={scaling} disagree."
+                f"config.json has rope_parameters={new} and the older rope_theta={theta}, rope_scaling={scaling}, which "
+                "disagree: delete those that the checkpoint was not trained with."
             )
     partial = rope.pop("partial_rotary_factor", layer.get("partial_rotary_factor"))
     if partial not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor={partial}: a CORAL drafter rotates whole heads.")
+        raise ValueError(f"partial_rotary_factor={partial}: a CORAL drafter rotates whole heads and cannot hold it.")
     return {**rope, "rope_theta": float(rope["rope_theta"])}
 
 
@@ -187,14 +190,16 @@ def read_settings(
     layer = layer_config(raw)
     missing = [name for name in _DIMENSIONS if not isinstance(layer.get(name), int)]
     if missing:
-        raise ValueError(f"The checkpoint's config.json lacks the integers {missing}.")
+        raise ValueError(f"The checkpoint's config.json lacks {missing} (integers). Fetch it again, or add them.")
     differing = [
         f"{name}: expected {getattr(target, name)} (the target's), found {layer[name]}"
         for name in ("vocab_size", "hidden_size")
         if layer[name] != getattr(target, name)
     ]
     if differing:
-        raise ValueError(f"The checkpoint was made for another target: {'; '.join(differing)}.")
+        raise ValueError(
+            f"The checkpoint was made for another target: {'; '.join(differing)}. Load that one (--target)."
+        )
     kept = {key: value for key, value in (raw.get(CORAL_KEY) or {}).items() if key in CORAL_SETTINGS} | overrides
     settings = {key: value for key, value in target.to_dict().items() if key in CORAL_SETTINGS} | {
         "shape": shape,

@@ -66,7 +66,8 @@ def load_eagle(
     declared = raw.get("bias")
     if shape == "eagle" and declared is not None and bool(declared) != settings["fc_bias"]:
         raise ValueError(
-            f"config.json says bias={declared}, but the weights have {'an' if bias is not None else 'no'} fc.bias."
+            f"config.json says bias={declared}, but the weights have {'an' if bias is not None else 'no'} fc.bias: "
+            "set it to what the weights hold, or fetch the checkpoint again."
         )
     settings["draft_vocab_size"] = _own_rows(raw, tensors, adapter, shape)
     hot_tokens = _hot_tokens(folder, of_target.vocab_size) if CORAL_KEY in raw and shape == "eagle" else None
@@ -128,7 +129,8 @@ def _own_rows(raw: dict, tensors: dict[str, torch.Tensor], adapter: TargetAdapte
         raise ValueError(f"lm_head.weight: expected {declared} rows (draft_vocab_size), found {rows}.")
     if rows != adapter.vocab_size and offsets is None:
         raise ValueError(
-            f"missing ['d2t']: which of {adapter.vocab_size} ids the {rows} rows of lm_head.weight score."
+            f"missing ['d2t']: lm_head.weight has {rows} rows for a vocabulary of {adapter.vocab_size}, and nothing says "
+            "which ids they score. Fetch the whole checkpoint, or load the target it was trained for."
         )
     if (offsets is None or not offsets.any()) and _same_rounded(head, adapter.head.weight):
         for name in ("lm_head.weight", "d2t", "t2d"):
@@ -156,7 +158,9 @@ def _check(config: CoralDraftConfig, tensors: dict[str, torch.Tensor], biased: l
     check_tensors(tensors, required, optional, f"{folder} is no {config.shape} drafter for this target")
     broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
     if broken:
-        raise ValueError(f"{folder} holds values that are not finite in {broken}.")
+        raise ValueError(
+            f"{folder} holds values that are not finite in {broken}: use another checkpoint of that training."
+        )
     if "d2t" in tensors:
         _check_vocabulary(tensors["d2t"], tensors.get("t2d"), config.vocab_size)
 
@@ -207,7 +211,10 @@ def _hot_tokens(folder: Path, vocab_size: int) -> torch.Tensor | None:
     ids = loaded.tolist() if isinstance(loaded, torch.Tensor) else loaded
     valid = isinstance(ids, list) and all(isinstance(token, int) and 0 <= token < vocab_size for token in ids)
     if not valid or not 0 < len(ids) < vocab_size or len(set(ids)) != len(ids):
-        raise ValueError(f"{path}: expected a list of distinct ids from 0 to {vocab_size - 1}, found something else.")
+        raise ValueError(
+            f"{path}: expected a list of fewer than {vocab_size} distinct ids from 0 to {vocab_size - 1}, found "
+            f"{str(ids)[:60]}. Export the drafter again, or delete that file."
+        )
     return torch.tensor(ids)
 
 

@@ -75,7 +75,7 @@ def export_drafter(
         raise ValueError(f"{engine} cannot express this drafter: {'; '.join(problems)}.")
     target_name = target_name or config.target_name_or_path
     if engine == "speculators" and target_name is None:
-        raise ValueError("A speculators folder names its target, and this drafter records none: give its name.")
+        raise ValueError("A speculators folder names its target, and this drafter records none: name it (--target).")
     tensors = _tensors(drafter, engine, target)
     written = _config(config, engine, str(drafter.dtype).removeprefix("torch."), target_name)
     check_export(engine, config, written, tensors)

@@ -134,7 +134,7 @@ def verify(
         raise ValueError(f"The methods are named {names}: give each a name of its own.")
     for method in methods:
         if not method.is_coral:
-            raise ValueError(f"Method {method.name!r} has no CORAL drafter: verify checks drafters.")
+            raise ValueError(f"Method {method.name!r} has no CORAL drafter, and verify checks drafters: leave it out.")
         check_drafter(target, tokenizer, method)
     if max_new_tokens < 1 or any(temperature < 0 for temperature in temperatures):
         raise ValueError(

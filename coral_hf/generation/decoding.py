@@ -22,16 +22,21 @@ ATTENTION_WITH_TREES = ("sdpa", "eager")
 def check_call(target: PreTrainedModel, settings: DraftSettings, input_ids: torch.Tensor, model_kwargs: dict) -> None:
     """Raises `ValueError` for what the loop does not support, before any forward."""
     if target.config.is_encoder_decoder:
-        raise ValueError(f"{type(target).__name__} is an encoder-decoder; CORAL drafts for decoder-only causal LMs.")
+        raise ValueError(
+            f"{type(target).__name__} is an encoder-decoder; CORAL drafts for decoder-only causal LMs. Generate without "
+            "assistant_model."
+        )
     if input_ids.shape[0] != 1:
         raise ValueError(
             f"CORAL generates for one sequence at a time; got a batch of {input_ids.shape[0]}. Call generate once per "
             "prompt (and with num_return_sequences=1)."
         )
     if input_ids.shape[1] == 0:
-        raise ValueError("CORAL drafts from token ids; pass input_ids instead of inputs_embeds.")
+        raise ValueError(
+            "input_ids is empty, and CORAL drafts from token ids: pass a prompt of at least one token, not inputs_embeds."
+        )
     if model_kwargs.get("use_cache") is False:
-        raise ValueError("CORAL needs the target's KV cache; leave use_cache=True.")
+        raise ValueError("CORAL needs the target's KV cache; use_cache=False leaves it none. Set use_cache=True.")
     cache = cache_of(model_kwargs)
     if cache is None:
         raise ValueError(

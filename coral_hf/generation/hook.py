@@ -44,8 +44,9 @@ def install() -> None:
     """Makes `generate(assistant_model=drafter)` use CORAL for CORAL drafters; idempotent.
 
     Wraps `GenerationMixin._assisted_decoding`, `_get_candidate_generator` (for the stock loop) and
-    `_validate_generation_mode` (beam search would silently ignore the drafter). Every other assistant reaches the original methods with the arguments as they came. If Transformers' signatures are not the
-    known ones nothing is wrapped, and using a CORAL drafter through `coral_generate` raises.
+    `_validate_generation_mode` (beam search would silently ignore the drafter). Every other assistant reaches the
+    original methods with the arguments as they came. If Transformers' signatures are not the known ones nothing is
+    wrapped, and using a CORAL drafter through `coral_generate` raises.
     """
     global _problem
     if hasattr(GenerationMixin._assisted_decoding, _MARK):
@@ -170,7 +171,8 @@ def coral_generate(
         raise RuntimeError(f"{_problem}: CORAL cannot generate with it. Install transformers>=5.17,<6.")
     if isinstance(drafter, torch.Tensor):
         raise ValueError(
-            "coral_generate(target, drafter, ...): the second argument is the drafter; pass input_ids=...."
+            f"coral_generate was given a tensor of shape {tuple(drafter.shape)} as its drafter: call "
+            "coral_generate(target, drafter, input_ids=...)."
         )
     # A copy: the caller's config, or the target's own defaults, stay as they are.
     generation_config = copy.deepcopy(target.generation_config if generation_config is None else generation_config)

@@ -31,7 +31,10 @@ class DraftCosts:
     def __post_init__(self):
         times = [*self.target_ms, self.first_level_ms, self.level_ms]
         if not self.target_ms or not all(isinstance(time, int | float) and 0 <= time < 1e9 for time in times):
-            raise ValueError(f"{self} is no table of times in milliseconds; measure again with `coral-hf tune`.")
+            raise ValueError(
+                f"{self} is no table of times: target_ms must hold one number of milliseconds or more, and none may be "
+                "negative. Measure again with `coral-hf tune`."
+            )
 
     def drafting_ms(self, levels: int) -> float:
         """Time to draft that many levels, at least one."""
@@ -175,7 +178,7 @@ def smooth_times(measured: dict[int, float], count: int) -> tuple[float, ...]:
     """
     sizes = sorted(measured)
     if not sizes or sizes[0] != 1 or sizes[-1] < count:
-        raise ValueError(f"Times were measured at {sizes}: they must reach from 1 to {count} nodes.")
+        raise ValueError(f"Times were measured at {sizes}, but are needed from 1 to {count} nodes: measure both.")
     values = isotonic([measured[size] for size in sizes])
     times, place = [], 0
     for size in range(1, count + 1):

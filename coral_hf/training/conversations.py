@@ -48,7 +48,7 @@ def encode_row(row: dict[str, Any], tokenizer: Any = None, where: str = "row") -
     elif schema == "masked":
         ids, mask = list(row["input_ids"]), [bool(flag) for flag in row["response_mask"]]
     elif tokenizer is None:
-        raise ValueError(f"{where}: text rows need the target's tokenizer.")
+        raise ValueError(f"{where}: text rows (schema {schema!r}) need the target's tokenizer (processing_class).")
     elif schema == "plain":
         ids = list(tokenizer(row["text"])["input_ids"])
         mask = [True] * len(ids)

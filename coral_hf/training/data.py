@@ -51,7 +51,8 @@ class ConversationDataset(torch.utils.data.Dataset):
         self.truncated, self.dropped = counts["truncated"], counts["dropped"]
         if not self.conversations:
             raise ValueError(
-                f"No conversation has a response token within max_length={max_length}: nothing to train on."
+                f"No conversation has a response token within max_length={max_length}: nothing to train on. Raise it, or "
+                "give other rows."
             )
 
     def __len__(self) -> int:

@@ -3,7 +3,10 @@
 For targets that outgrow one machine: the engine distributes and batches, this side keeps many requests open, and a file
 that a later run goes on with.
 
-    >>> regenerate_from_endpoint("http://host:8000/v1", "your/model", iter_prompts("prompts.jsonl"), "responses.jsonl")
+    >>> from coral_hf.training.endpoint import regenerate_from_endpoint
+    >>> from coral_hf.training.regenerate import iter_prompts
+    >>> prompts = iter_prompts("prompts.jsonl")
+    >>> stats = regenerate_from_endpoint("http://host:8000/v1", "your/model", prompts, "responses.jsonl")
 """
 
 import http.client
@@ -134,7 +137,10 @@ class ChatEndpoint:
             finish_reason, ids = choice.get("finish_reason"), choice.get("token_ids")
             prompt_ids = body.get("prompt_token_ids")
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.url} answered no chat completion: {_one_line(json.dumps(body))}") from error
+            raise ValueError(
+                f"{self.url} answered no chat completion, but {_one_line(json.dumps(body))}: give the address of an "
+                "OpenAI-compatible server, such as http://host:8000/v1."
+            ) from error
         if self.token_ids and not (ids and prompt_ids):
             raise ValueError(
                 f"{self.url} returned no token ids (vLLM does, for return_token_ids): leave --endpoint_token_ids out and "

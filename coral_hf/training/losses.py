@@ -229,8 +229,8 @@ def csra_loss(
         live = torch.cat([live, torch.ones_like(live[:1])])
     if views.shape[0] < 2:
         raise ValueError(
-            "CSRA compares at least two views of a position: use num_steps >= 2, set csra_include_target=True, or "
-            "csra_weight=0."
+            f"CSRA compares at least two views of a position, not {views.shape[0]}: use num_steps >= 2, set "
+            "csra_include_target=True, or csra_weight=0."
         )
     if not (live.sum(dim=0) >= 2).any():
         return steps.sum() * 0.0

@@ -27,7 +27,9 @@ def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         length = lengths[index]
         if length > max_length:
-            raise ValueError(f"a conversation of {length} tokens does not fit into a row of {max_length}.")
+            raise ValueError(
+                f"a conversation of {length} tokens does not fit into a row of {max_length}; cut it there."
+            )
         place = bisect_left(rooms, (length, 0))
         if place == len(rooms):
             room, row = max_length, len(rows)

@@ -60,7 +60,8 @@ class StreamedConversations(torch.utils.data.IterableDataset):
         head = list(itertools.islice(self.conversations_in_order(), HEAD))
         if not head:
             raise ValueError(
-                f"The stream holds no conversation with a response token within max_length={self.max_length}."
+                f"The stream holds no conversation with a response token within max_length={self.max_length}. Raise "
+                "it, or give other rows."
             )
         return head
 

@@ -25,10 +25,11 @@ Args:
 Returns:
     acceptance_length (`float`), acceptance_per_depth (`list[float]`), steps (`int`).
 Examples:
+    >>> import evaluate
     >>> metric = evaluate.load("coral_hf/evaluation/metrics/acceptance_length")
-    >>> target.generate(**inputs, assistant_model=drafter)
+    >>> answer = target.generate(**inputs, assistant_model=drafter, max_new_tokens=32)
     >>> metric.add(**vars(drafter.last_stats))
-    >>> metric.compute()["acceptance_length"]
+    >>> tau = metric.compute()["acceptance_length"]
 """
 _CITATION = """
 @article{leviathan2023fast,

@@ -20,6 +20,7 @@ Args:
 Returns:
     speedup (`float`): median; speedup_quartiles (`list[float]`); tokens_per_second, plain_tokens_per_second (`float`): pooled.
 Examples:
+    >>> import evaluate
     >>> metric = evaluate.load("coral_hf/evaluation/metrics/speculative_speedup")
     >>> metric.compute(plain_tokens=[100], plain_seconds=[5.0], tokens=[100], seconds=[2.5])["speedup"]
     2.0
@@ -42,8 +43,12 @@ class SpeculativeSpeedup(evaluate.Metric):
         )
 
     def _compute(self, plain_tokens, plain_seconds, tokens, seconds):
-        if min(*plain_tokens, *plain_seconds, *tokens, *seconds) <= 0:
-            raise ValueError("An answer without tokens, or in no time, has no speed: leave out what is not above 0.")
+        pairs = zip(plain_tokens, plain_seconds, tokens, seconds, strict=True)
+        if (bad := next((pair for pair in pairs if min(pair) <= 0), None)) is not None:
+            raise ValueError(
+                f"plain_tokens, plain_seconds, tokens, seconds = {bad}: an answer without tokens, or in no time, has no "
+                "speed. Leave the pair out."
+            )
         plain = [count / time for count, time in zip(plain_tokens, plain_seconds, strict=True)]
         other = [count / time for count, time in zip(tokens, seconds, strict=True)]
         return {
