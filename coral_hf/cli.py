@@ -37,7 +37,9 @@ COMMANDS: dict[str, type] = {
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    verbs = "\n".join(f"  {verb:<{width}}  {command.__doc__.splitlines()[0]}" for verb, command in COMMANDS.items())
+    verbs = "\n".join(
+        f"  {verb:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for verb, command in COMMANDS.items()
+    )
     return f"usage: coral-hf VERB [options]\n\nverbs:\n{verbs}\n\n`coral-hf VERB --help` lists a verb's options."
 
 
@@ -49,7 +51,10 @@ def _parse(verb: str, arguments: list[str]) -> Callable[[], int]:
 
         types.append(CoralTrainingArguments)
     parser = HfArgumentParser(
-        types, prog=f"coral-hf {verb}", description=inspect.cleandoc(command.__doc__), formatter_class=_HelpFormatter
+        types,
+        prog=f"coral-hf {verb}",
+        description=inspect.cleandoc(command.__doc__ or ""),
+        formatter_class=_HelpFormatter,
     )
     for name, text in getattr(command, "POSITIONAL", {}).items():
         parser.add_argument(name, help=text)

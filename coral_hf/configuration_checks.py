@@ -1,6 +1,7 @@
 """What is refused in a drafter's settings: values of another type, out of range, or at odds with each other."""
 
 import math
+import types
 import typing
 from typing import Any
 
@@ -20,7 +21,10 @@ def check_types(config: Any, declared: dict[str, Any]) -> None:
     """A `config.json` may come from anywhere: every field is of its declared type before anything is computed."""
     for name, kind in declared.items():
         value = getattr(config, name)
-        if not any(_is_of(value, one) for one in typing.get_args(kind) or (kind,)):
+        if value is None and getattr(type(config), name) is None:  # left to its default
+            continue
+        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        if not any(_is_of(value, one) for one in kinds):
             written = str(kind).removeprefix("<class '").removesuffix("'>").replace("NoneType", "None")
             raise ValueError(f"{name}={str(value)[:80]!r} must be of type {written}.")
 

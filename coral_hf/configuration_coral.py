@@ -20,6 +20,9 @@ from .configuration_from_target import settings_from_target
 from .weight_files import loading
 
 
+# None until `__post_init__` derives it from other settings; readers see what it is then
+DERIVED: Any = None
+
 # What `PreTrainedConfig` itself accepts beside its declared fields (`Trainer` writes the tokenizer's special ids); every
 # other unknown key is an error.
 _BASE_KEYS = {
@@ -124,17 +127,17 @@ class CoralDraftConfig(PreTrainedConfig):
     intermediate_size: int = 11008
     num_hidden_layers: int = 1
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = DERIVED
+    head_dim: int = DERIVED
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 4096
-    rope_parameters: dict | None = None
+    rope_parameters: dict = DERIVED
     attention_bias: bool = False
     fc_bias: bool = False
     norm_output: bool = True
     norm_before_residual: bool = False
-    target_feature_layers: list[int] | None = None
+    target_feature_layers: list[int] = DERIVED
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     target_name_or_path: str | None = None

@@ -68,7 +68,7 @@ def _feature_sizes(adapter: TargetAdapter) -> list[float]:
     return rms.clamp(min=1e-6).tolist()
 
 
-def _norm_weight(norm: nn.Module | None, size: int) -> torch.Tensor | None:
+def _norm_weight(norm: Any, size: int) -> torch.Tensor | None:
     """An RMSNorm's weight in our convention, `[H]` (Gemma stores weight - 1), or None if it has no such weight."""
     weight = getattr(norm, "weight", None)
     if weight is None or weight.shape != (size,) or weight.is_meta:

@@ -139,6 +139,12 @@ class CoralDraftLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = CoralMLP(config)
 
+    def inputs(
+        self, embedding: torch.Tensor, feature: torch.Tensor, fc: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attention reads of embedding and feature, and the residual stream; a shape's own."""
+        raise NotImplementedError
+
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Attention output `[B, heads, S, d]` and residual `[B, S, H]` -> the layer's output `[B, S, H]`."""
         hidden = residual + self.self_attn.merge(attended)

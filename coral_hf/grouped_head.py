@@ -60,11 +60,11 @@ class _OrderedHead:
         )
         self.transform_logits = adapter.transform_logits
 
-    def head_rows(self, places: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def head_rows(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.head.weight[places], None if self.head.bias is None else self.head.bias[places]
 
 
-def grouped_logits(adapter: Any, hidden: torch.Tensor, groups: torch.LongTensor, size: int) -> torch.Tensor:
+def grouped_logits(adapter: Any, hidden: torch.Tensor, groups: torch.Tensor, size: int) -> torch.Tensor:
     """Logits of the rows in the given groups of `size` consecutive rows.
 
     On a CPU one matmul per distinct group on a view of the head, nothing gathered; elsewhere `gathered_logits`, which
@@ -92,8 +92,8 @@ def grouped_logits(adapter: Any, hidden: torch.Tensor, groups: torch.LongTensor,
         for place, group in enumerate(row_groups):
             users.setdefault(group, []).append((row, place))
     for group, places in users.items():
-        row, place = (list(column) for column in zip(*places, strict=True))
-        logits[0, row, place] = _group_logits(adapter, features[0, row], group, size)
+        user_rows, user_places = (list(column) for column in zip(*places, strict=True))
+        logits[0, user_rows, user_places] = _group_logits(adapter, features[0, user_rows], group, size)
     return _without_padding(adapter, logits, groups)
 
 
@@ -105,7 +105,7 @@ def _group_logits(adapter: Any, features: torch.Tensor, group: int, size: int) -
     return F.pad(logits, (0, size - logits.shape[-1])) if logits.shape[-1] < size else logits
 
 
-def _without_padding(adapter: Any, logits: torch.Tensor, groups: torch.LongTensor) -> torch.Tensor:
+def _without_padding(adapter: Any, logits: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """Transforms `[1, T, k, size]` logits, then marks what lies past the vocabulary: soft-capping would lift a -inf."""
     logits, size = adapter.transform_logits(logits), logits.shape[-1]
     last = (adapter.vocab_size - 1) // size
@@ -116,7 +116,7 @@ def _without_padding(adapter: Any, logits: torch.Tensor, groups: torch.LongTenso
     return logits
 
 
-def gathered_logits(adapter: Any, hidden: torch.Tensor, groups: torch.LongTensor, size: int) -> torch.Tensor:
+def gathered_logits(adapter: Any, hidden: torch.Tensor, groups: torch.Tensor, size: int) -> torch.Tensor:
     """`grouped_logits` by gathering the head's rows: slower on a CPU, static shapes and no host sync on a GPU."""
     ids = groups[..., None] * size + torch.arange(size, device=groups.device)  # [1, T or 1, k, size]
     weight, bias = adapter.head_rows(ids.clamp(max=adapter.vocab_size - 1))

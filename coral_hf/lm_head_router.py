@@ -29,6 +29,8 @@ class LMHeadRouter(nn.Module):
         clustered (`bool`): has a `token_order`, see `training.token_clusters`.
     """
 
+    token_order: torch.Tensor | None
+
     def __init__(
         self, hidden_size: int, vocab_size: int, num_groups: int, router_hidden_size: int, clustered: bool = False
     ):
@@ -61,7 +63,7 @@ class LMHeadRouter(nn.Module):
         """Token probabilities `[..., V]` -> probability mass per group `[..., G]`."""
         return self.in_order(probabilities).sum(-1)
 
-    def groups_of(self, token_ids: torch.LongTensor) -> torch.LongTensor:
+    def groups_of(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The group of each id, in the shape of `token_ids`."""
         if self.token_order is None:
             return token_ids // self.group_size
@@ -74,6 +76,8 @@ class FrequencyShortlist(nn.Module):
     Args:
         size (`int`): number of ids kept.
     """
+
+    token_ids: torch.Tensor
 
     def __init__(self, size: int):
         super().__init__()
@@ -93,6 +97,8 @@ class DraftVocabularyHead(nn.Linear):
         hidden_size (`int`): H.
         size (`int`): ids it scores; row i is the target's id `token_ids[i]`.
     """
+
+    token_ids: torch.Tensor
 
     def __init__(self, hidden_size: int, size: int):
         super().__init__(hidden_size, size, bias=False)
@@ -161,7 +167,7 @@ class DraftHead:
     @torch.inference_mode()
     def top_k(
         self, hidden: torch.Tensor, k: int, weights: torch.Tensor | None = None
-    ) -> tuple[torch.LongTensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The k likeliest tokens of each row and their log q.
 
         Args:
@@ -180,7 +186,7 @@ class DraftHead:
         return self._token_ids(index, groups), best - normalizer
 
     @torch.inference_mode()
-    def argmax(self, hidden: torch.Tensor) -> torch.LongTensor:
+    def argmax(self, hidden: torch.Tensor) -> torch.Tensor:
         """The likeliest token of each row, `[1, T]` for `[1, T, H]`."""
         logits, groups, _ = self._active_logits(hidden, None)
         return self._token_ids(logits.argmax(dim=-1, keepdim=True), groups)[..., 0]
@@ -206,12 +212,12 @@ class DraftHead:
         return logits, groups, normalizer
 
     def _fixed_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._listed is None:
+        if self._listed_weight is None:
             return self.adapter.logits(hidden)
         features = hidden.to(self._listed_weight)
         return self._transform(few_row_linear(features, self._listed_weight, self._listed_bias))
 
-    def _select(self, group_logits: torch.Tensor, weights: torch.Tensor | None) -> torch.LongTensor:
+    def _select(self, group_logits: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Group logits `[1, T, G]` -> active groups `[1, T, k]`, or `[1, 1, k]` when all rows share them."""
         if group_logits.shape[1] > 1 and not self.per_row:
             mass = group_logits.softmax(-1)
@@ -220,9 +226,9 @@ class DraftHead:
             group_logits = mass.sum(dim=1, keepdim=True)
         return group_logits.topk(self.active_groups, dim=-1).indices
 
-    def _token_ids(self, index: torch.Tensor, groups: torch.Tensor | None) -> torch.LongTensor:
+    def _token_ids(self, index: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         """Places `[1, T, n]` among the active logits -> token ids."""
-        if groups is None:
+        if groups is None or self.router is None:
             return index if self._listed is None else self._listed[index]
         size, fixed = self.router.group_size, 0 if self._listed is None else self._listed.numel()
         place = (index - fixed).clamp(min=0)

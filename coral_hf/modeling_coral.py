@@ -8,7 +8,7 @@ module: callers go through `TargetAdapter`.
 import importlib
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -69,7 +69,7 @@ class CoralDraftModel(PreTrainedModel):
         super().__init__(config)
         size = config.hidden_size
         if config.shape == "eagle":
-            self.fc = nn.Linear(2 * size, size, bias=config.fc_bias)
+            self.fc: nn.Module = nn.Linear(2 * size, size, bias=config.fc_bias)
             self.layers = nn.ModuleList([EagleDraftLayer(config)])
             self.norm = nn.Identity()
         else:
@@ -79,14 +79,14 @@ class CoralDraftModel(PreTrainedModel):
             self.layers = nn.ModuleList([Eagle3DraftLayer(config)])
             self.norm = LlamaRMSNorm(size, eps=config.rms_norm_eps)
         self.rotary_emb = CoralRotaryEmbedding(config)
-        self.router = None
+        self.router: Any = None
         if config.router_groups:
             self.router = LMHeadRouter.from_config(config)
         self.shortlist = FrequencyShortlist(config.shortlist_size) if config.shortlist_size else None
         own = config.draft_vocab_size
         self.draft_head = None if own is None else DraftVocabularyHead(size, own)
         # Acceptance statistics of the last `generate` call, see `generation.candidate_generator.DraftStats`.
-        self.last_stats = None
+        self.last_stats: Any = None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -142,7 +142,7 @@ class CoralDraftModel(PreTrainedModel):
             names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
             if pretrained_model_name_or_path is not None and not kwargs.get("variant"):
                 hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-                config = kwargs.get("config")
+                config: Any = kwargs.get("config")
                 # by type: the class may be another one where the code came with the weights
                 if getattr(config, "model_type", None) != cls.config_class.model_type:
                     config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub)
@@ -154,7 +154,8 @@ class CoralDraftModel(PreTrainedModel):
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, **ours})
         if not kwargs.get("ignore_mismatched_sizes"):
             check_shapes(pretrained_model_name_or_path, info["mismatched_keys"])
-        return (model, info) if kwargs.get("output_loading_info") else model
+        loaded: Any = (model, info) if kwargs.get("output_loading_info") else model
+        return loaded
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Publishes the drafter with its card, its code and the records behind its figures.
@@ -215,7 +216,7 @@ class CoralDraftModel(PreTrainedModel):
 
     @property
     def layer(self) -> CoralDraftLayer:
-        return self.layers[0]
+        return cast(CoralDraftLayer, self.layers[0])
 
     def project_features(self, features: torch.Tensor) -> torch.Tensor:
         """Target features `[B, S, n * H]` -> the layer's feature input `[B, S, H]` (fc over several layers)."""
@@ -231,8 +232,8 @@ class CoralDraftModel(PreTrainedModel):
         inputs_embeds: torch.Tensor,
         features: torch.Tensor,
         num_steps: int = 1,
-        position_ids: torch.LongTensor | None = None,
-        document_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
         output_group_logits: bool = False,
     ) -> CoralRolloutOutput:
         """One K-step rollout (HASS's harmonised context alignment, HASS section 3.2; CORAL section 3.1).
@@ -262,7 +263,9 @@ class CoralDraftModel(PreTrainedModel):
         same = None if document_ids is None else document_ids[:, :, None] == document_ids[:, None, :]  # [B, S, S]
 
         feature = self.project_features(features)
-        keys, values, outputs, valids = [], [], [], []
+        keys: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        outputs, valids = [], []
         for step in range(1, num_steps + 1):
             if step == 1:
                 mask = None if same is None else (same & causal)[:, None]
@@ -299,7 +302,7 @@ class CoralDraftModel(PreTrainedModel):
         layer, attention = self.layer, self.layer.self_attn
         attention_input, residual = layer.inputs(inputs_embeds, feature, self.fc)
         query, key, value = attention.project(attention_input, cos, sin)
-        if earlier:
+        if earlier and mask is not None:
             half = len(earlier) // 2
             attended = attention.attend_rollout(query, [*earlier[:half], key], [*earlier[half:], value], mask)
         else:
@@ -311,7 +314,7 @@ class CoralDraftModel(PreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         feature: torch.Tensor,
-        position_ids: torch.LongTensor,
+        position_ids: torch.Tensor,
         cache: DraftKeyValues,
         slot: int,
         mask: torch.Tensor | None = None,

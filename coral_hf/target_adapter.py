@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 
@@ -23,7 +22,7 @@ class TargetAdapter:
         ValueError: if the target is an encoder-decoder or has no LM head.
     """
 
-    def __init__(self, target: nn.Module, feature_layers: list[int] | None = None):
+    def __init__(self, target: Any, feature_layers: list[int] | None = None):
         # PEFT's wrapper keeps the adapters inside the base model's modules: the base model computes the same.
         base = target.get_base_model() if hasattr(target, "get_base_model") else target
         config = base.config
@@ -59,7 +58,7 @@ class TargetAdapter:
     def device(self) -> torch.device:
         return self.head.weight.device
 
-    def embed(self, ids: torch.LongTensor) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings as the target's first layer sees them, `[..., H]` for ids `[...]`."""
         embeddings = self.embedding(ids.to(self.embedding.weight.device))
         return embeddings * self._embedding_scale if self._embedding_scale != 1.0 else embeddings
@@ -74,14 +73,14 @@ class TargetAdapter:
         return picked[0] if len(picked) == 1 else torch.cat(picked, dim=-1)
 
     @torch.no_grad()
-    def compute_features(self, input_ids: torch.LongTensor, **kwargs: Any) -> torch.Tensor:
+    def compute_features(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Runs the target without its LM head: ids `[B, S]` -> features `[B, S, n * H]`."""
         decoder = self.target.get_decoder() if hasattr(self.target, "get_decoder") else self.target.base_model
         only_last = self.feature_layers == [-1]
         outputs = decoder(input_ids=input_ids, use_cache=False, output_hidden_states=not only_last, **kwargs)
         return outputs.last_hidden_state if only_last else self.features_of(outputs.hidden_states)
 
-    def logits(self, features: torch.Tensor, token_ids: torch.LongTensor | slice | None = None) -> torch.Tensor:
+    def logits(self, features: torch.Tensor, token_ids: torch.Tensor | slice | None = None) -> torch.Tensor:
         """The target's logits of (post-norm) features.
 
         Args:
@@ -101,7 +100,7 @@ class TargetAdapter:
             logits = self.head(features.to(device=weight.device, dtype=self.head_dtype))
         return self.transform_logits(logits)
 
-    def head_rows(self, token_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def head_rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Copies of the head's rows `[..., H]` and, if it has one, its bias `[...]` for ids `[...]`."""
         bias = getattr(self.head, "bias", None)
         token_ids = token_ids.to(self.device)

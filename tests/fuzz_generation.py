@@ -6,19 +6,16 @@ Case i of a seed is always the same; one that differs is printed with the comman
 any did. Targets are tiny and in float64, so that there are no near-ties. `tests/test_fuzz_generation.py` runs a slice.
 """
 
-import argparse
 import copy
-import json
 import random
 import sys
-import time
-import traceback
-import warnings
 from dataclasses import dataclass, field
 from functools import cache as cached
+from pathlib import Path
 
 import torch
 from conftest import FAMILIES, make_drafter, make_target, make_tokenizer, randomize
+from fuzz_driver import Fault, main, quiet, run_cases
 from oracle import oracle
 from transformers import (
     DynamicCache,
@@ -29,7 +26,6 @@ from transformers import (
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
-    logging,
     set_seed,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -323,8 +319,8 @@ def difference(drafted: Outcome, plain: Outcome, stock: bool) -> str | None:
     return None
 
 
-def run_case(case: Case) -> tuple[str | None, dict[str, int]]:
-    """The difference of a case, if there is one, and what was accepted."""
+def run_case(case: Case) -> dict[str, int]:
+    """What was accepted; raises [`Fault`] where a drafted outcome is not the plain one."""
     counts = {"random_accepted": 0, "random_steps": 0, "oracle_accepted": 0, "oracle_steps": 0}
     drafter = drafter_of(case.family, case.attention, case.shape, case.head)
     ids, mask = _inputs(case)
@@ -340,7 +336,7 @@ def run_case(case: Case) -> tuple[str | None, dict[str, int]]:
             except ValueError as error:
                 if "fewer than draft_top_k" not in str(error):
                     raise
-                return None, {"refused": 1}
+                return {"refused": 1}
         else:
             with oracle(plain.sequences, case.probability, case.seed):
                 drafted = call(case, ids, mask, cache, drafter)
@@ -348,48 +344,26 @@ def run_case(case: Case) -> tuple[str | None, dict[str, int]]:
         counts[f"{kind}_steps"] += drafter.last_stats.steps
         found = difference(drafted, plain, stock)
         if found is not None:
-            return f"{kind} drafter: {found}", counts
-    return None, counts
+            raise Fault(f"{kind} drafter: {found[:600]}\n    {case}")
+    return counts
 
 
 def run(seed: int, start: int, count: int, verbose: bool = False) -> dict:
-    """Runs cases and returns what was counted; every difference is printed with the command that shows it alone."""
-    logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    total = {"cases": 0, "differences": 0, "refused": 0, "sampled": 0, "trees": 0}
-    began = time.perf_counter()
-    for index in range(start, start + count):
+    """Runs cases of a seed and returns what was counted, see [`run_cases`]."""
+    quiet()
+
+    def numbered(index: int) -> dict[str, int]:
         case = draw(seed, index)
         try:
-            found, counts = run_case(case)
+            counts = run_case(case)
+        except Fault:
+            raise
         except Exception as error:
-            found, counts = f"{type(error).__name__}: {error}", {}
-            if verbose:
-                traceback.print_exc()
-        total["cases"] += 1
-        total["sampled"] += case.generation["do_sample"]
-        total["trees"] += case.draft["draft_top_k"] > 1
-        for name, value in counts.items():
-            total[name] = total.get(name, 0) + value
-        if found is not None:
-            total["differences"] += 1
-            print(f"python tests/fuzz_generation.py --seed {seed} --start {index} --count 1 --verbose", flush=True)
-            print(f"    {found[:600]}\n    {case}", flush=True)
-    return {"seed": seed, "start": start, **total, "seconds": round(time.perf_counter() - began, 1)}
+            raise Fault(f"{type(error).__name__}: {str(error)[:600]}\n    {case}") from error
+        return {**counts, "sampled": case.generation["do_sample"], "trees": case.draft["draft_top_k"] > 1}
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=int, default=0, help="first case")
-    parser.add_argument("--verbose", action="store_true", help="print tracebacks")
-    arguments = parser.parse_args()
-    total = run(arguments.seed, arguments.start, arguments.count, arguments.verbose)
-    print(json.dumps(total))
-    return 1 if total["differences"] else 0
+    return run_cases(Path(__file__).name, numbered, ("refused", "sampled", "trees"), seed, start, count, verbose)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, run, count=2000))

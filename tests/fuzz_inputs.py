@@ -7,7 +7,6 @@ Anything else, more than `LIMIT` seconds, or a file left half-written is a fault
 alone; exit status 1 if there is any. `tests/test_fuzz_inputs.py` runs a slice.
 """
 
-import argparse
 import contextlib
 import copy
 import gzip
@@ -18,16 +17,15 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
-import traceback
-import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 from conftest import make_drafter, make_target, make_tokenizer
 from eagle_checkpoints import LLAMA, eagle1_tensors, eagle3_tensors, write
+from fuzz_driver import Fault, main, quiet, run_cases
 from test_model_card import make_record
-from transformers import GenerationConfig, logging
+from transformers import GenerationConfig
 
 from coral_hf import CoralDraftConfig, CoralDraftModel, TargetAdapter
 from coral_hf.cli import main as command_line
@@ -331,8 +329,8 @@ def odd_settings(rng: random.Random) -> None:
 # Running ---------------------------------------------------------------------------------------------------------
 
 
-def run_case(inputs: Inputs, seed: int, index: int, verbose: bool = False) -> tuple[str, str | None]:
-    """`("refused" or "worked", None)`, or what the case was and what is wrong with its outcome."""
+def run_case(inputs: Inputs, seed: int, index: int) -> dict[str, int]:
+    """`{"refused": 1}` or `{"worked": 1}`; raises [`Fault`] with what the case was and what is wrong with its outcome."""
     rng = random.Random(f"{seed}-{index}")
     kind = rng.choice([*FILES, "card", "drafter", "drafter", "eagle1", "settings", "settings"])
     with tempfile.TemporaryDirectory() as scratch:
@@ -353,28 +351,30 @@ def run_case(inputs: Inputs, seed: int, index: int, verbose: bool = False) -> tu
             else:
                 with contextlib.redirect_stdout(io.StringIO()):
                     getattr(inputs, kind)(path)
-            return "worked", None
+            return {"worked": 1}
         except (ValueError, OSError) as error:
             text = str(error)
             if not text.strip():
-                return label, f"{type(error).__name__} without a message"
+                raise Fault(f"{label}: {type(error).__name__} without a message") from error
             if isinstance(error, json.JSONDecodeError | UnicodeError) or (
                 kind != "settings" and not any(name in text for name in names) and not _names_a_value(text)
             ):
-                return label, f"does not name its file or value: {type(error).__name__}: {text[:300]}"
+                raise Fault(
+                    f"{label}: does not name its file or value: {type(error).__name__}: {text[:300]}"
+                ) from error
             new = [file for file in sorted(Path(scratch).rglob("*")) if file not in before and file.is_file()]
             half = [
                 file.name for file in new if "part" in file.name or kind in ("eagle3", "shards", "regenerate", "card")
             ]
-            return ("refused", None) if not half else (label, f"left behind {half}")
-        except Hang:
-            return label, f"more than {LIMIT} seconds"
+            if half:
+                raise Fault(f"{label}: left behind {half}") from error
+            return {"refused": 1}
+        except Hang as hang:
+            raise Fault(f"{label}: more than {LIMIT} seconds") from hang
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
-            if verbose:
-                traceback.print_exc()
-            return label, f"{type(error).__name__}: {str(error)[:300]}"
+            raise Fault(f"{label}: {type(error).__name__}: {str(error)[:300]}") from error
         finally:
             signal.alarm(0)
 
@@ -389,38 +389,13 @@ def _on_alarm(*_):
 
 
 def run(seed: int, start: int, count: int, verbose: bool = False) -> dict:
-    """Runs cases and returns what was counted; every fault is printed with the command that shows it alone."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    total = {"cases": 0, "faults": 0, "refused": 0, "worked": 0}
-    began = time.perf_counter()
+    """Runs cases of a seed and returns what was counted, see [`run_cases`]."""
+    quiet()
     with tempfile.TemporaryDirectory() as folder:
         inputs = Inputs(Path(folder))
-        for index in range(start, start + count):
-            outcome, fault = run_case(inputs, seed, index, verbose)
-            total["cases"] += 1
-            if fault is None:
-                total[outcome] += 1
-            else:
-                total["faults"] += 1
-                print(f"python tests/fuzz_inputs.py --seed {seed} --start {index} --count 1 --verbose", flush=True)
-                print(f"    {outcome}: {fault}", flush=True)
-    return {"seed": seed, "start": start, **total, "seconds": round(time.perf_counter() - began, 1)}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=int, default=0, help="first case")
-    parser.add_argument("--verbose", action="store_true", help="print tracebacks")
-    arguments = parser.parse_args()
-    total = run(arguments.seed, arguments.start, arguments.count, arguments.verbose)
-    print(json.dumps(total))
-    return 1 if total["faults"] else 0
+        numbered = partial(run_case, inputs, seed)
+        return run_cases(Path(__file__).name, numbered, ("refused", "worked"), seed, start, count, verbose)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, run, count=1000))

@@ -33,18 +33,19 @@ class ConvertCommand:
         from ..conversion.commands import convert_from, convert_to
         from ..modeling_coral import CoralDraftModel
 
-        if (self.from_format is None) == (self.to is None):
-            given = (
-                "neither is given" if self.to is None else f"--from {self.from_format} and --to {self.to} are given"
-            )
-            raise ValueError(f"Give one of --from FORMAT and --to ENGINE; {given}.")
-        if self.from_format is not None:
+        if self.from_format is not None and self.to is None:
             target, _ = load_target(self.target or DEMO, self.dtype, "cpu")
             layers = self.target_feature_layers
             convert_from(CoralDraftModel, self.from_format, positional.input, positional.output, target, layers)
             return 0
+        if self.to is None or self.from_format is not None:
+            given = (
+                "neither is given" if self.to is None else f"--from {self.from_format} and --to {self.to} are given"
+            )
+            raise ValueError(f"Give one of --from FORMAT and --to ENGINE; {given}.")
         drafter = load_drafter(positional.input)
-        needs_target = self.to == "eagle" and drafter.config.shape == "eagle3" and self.target is not None
-        target = load_target(self.target, self.dtype, "cpu")[0] if needs_target else None
+        target = None
+        if self.to == "eagle" and drafter.config.shape == "eagle3" and self.target is not None:
+            target, _ = load_target(self.target, self.dtype, "cpu")
         convert_to(self.to, drafter, positional.output, target, None if self.target == DEMO else self.target)
         return 0

@@ -17,8 +17,8 @@ DEMO = "demo"
 
 def load_target(name: str, dtype: str | torch.dtype, device: str | None = None):
     """A target and its tokenizer by path or Hub id; `demo` is the embedded one. `device` None: the accelerator."""
-    device = resolve_device(device)
-    resolved = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    place = resolve_device(device)
+    resolved = resolve_dtype(dtype, place) if isinstance(dtype, str) else dtype
     if name == DEMO:
         model, tokenizer = demo.load_target(resolved)
     else:
@@ -27,7 +27,7 @@ def load_target(name: str, dtype: str | torch.dtype, device: str | None = None):
                 AutoModelForCausalLM.from_pretrained(name, dtype=resolved),
                 AutoTokenizer.from_pretrained(name),
             )
-    return model.eval().to(device), tokenizer
+    return model.eval().to(place), tokenizer
 
 
 def resolve_device(name: str | None) -> torch.device:

@@ -92,15 +92,22 @@ class RegenerateCommand:
         from ..training.regenerate import regenerate
 
         target, tokenizer = load_target(self.target, self.dtype, self.device)
-        sizes = {"max_prompt_tokens": self.max_prompt_tokens, "slots": self.slots}
-        return regenerate(target, tokenizer, prompts, self.output, **sizes, **common)
+        return regenerate(
+            target,
+            tokenizer,
+            prompts,
+            self.output,
+            max_prompt_tokens=self.max_prompt_tokens,
+            slots=self.slots,
+            **common,
+        )
 
     def _ask_endpoint(self, prompts: list[dict[str, Any]], common: dict[str, Any]) -> dict[str, Any]:
         from ..training.endpoint import regenerate_from_endpoint
 
         return regenerate_from_endpoint(
-            self.endpoint,
-            self.endpoint_model,
+            self.endpoint or "",
+            self.endpoint_model or "",
             prompts,
             self.output,
             concurrency=self.endpoint_concurrency,

@@ -141,9 +141,10 @@ class TrainCommand:
             raise ValueError(f"--eval_rows {self.eval_rows} must be 0 or more.")
         held_out = 0 if self.eval_data else self.eval_rows
         if self.streaming:
-            rows = RowStream(self.data, self.split)
-            eval_rows = list(itertools.islice(rows, held_out))
-            rows.skip = held_out
+            stream = RowStream(self.data, self.split)
+            eval_rows = list(itertools.islice(stream, held_out))
+            stream.skip = held_out
+            rows: Any = stream
         else:
             rows = read_rows(self.data, self.split)
             if held_out >= len(rows):

@@ -41,8 +41,9 @@ class TuneCommand:
         from ..generation.settings import DraftSettings
 
         require("rich")
-        sizes = (self.draft_depth, self.draft_top_k, self.draft_total_tokens)
-        box = DraftSettings(**dict(zip(("draft_depth", "draft_top_k", "draft_total_tokens"), sizes, strict=True)))
+        box = DraftSettings(
+            draft_depth=self.draft_depth, draft_top_k=self.draft_top_k, draft_total_tokens=self.draft_total_tokens
+        )
         if self.max_new_tokens < 2 or self.temperature < 0:
             raise ValueError(
                 f"--max-new-tokens must be at least 2 and --temperature at least 0; got {self.max_new_tokens} and "

@@ -35,7 +35,9 @@ def convert_from(
     if source not in FORMATS:
         raise ValueError(f"--from {source!r} is unknown; choose one of {list(FORMATS)}.")
     check_output_folder(output)
-    overrides = {} if target_feature_layers is None else {"target_feature_layers": target_feature_layers}
+    overrides: dict[str, Any] = (
+        {} if target_feature_layers is None else {"target_feature_layers": target_feature_layers}
+    )
     drafter = load_eagle(model_class, path, target, **overrides)
     with staged_folder(output) as scratch:
         drafter.save_pretrained(scratch)

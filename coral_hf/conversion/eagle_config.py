@@ -95,9 +95,9 @@ def check_supported(raw: dict[str, Any]) -> None:
         if any(source.get(key) for source in (raw, layer, eagle))
     ]
     for key, expected in (("num_hidden_layers", 1), ("target_hidden_size", layer.get("hidden_size"))):
-        found = layer.get(key, raw.get(key))
-        if found is not None and found != expected:
-            problems.append(f"{key}: expected {expected}, found {found}")
+        value = layer.get(key, raw.get(key))
+        if value is not None and value != expected:
+            problems.append(f"{key}: expected {expected}, found {value}")
     if problems:
         raise ValueError(f"A CORAL drafter cannot hold this checkpoint: {'; '.join(problems)}.")
 
@@ -219,7 +219,7 @@ def read_settings(
         normed = raw.get("norm_before_residual", "speculators_model_type" in raw)
         settings |= {"norm_output": bool(raw.get("norm_output")), "norm_before_residual": bool(normed)}
         if "target_feature_layers" not in kept:
-            depth = target.target_num_hidden_layers
+            depth: Any = target.target_num_hidden_layers
             settings["target_feature_layers"] = read_feature_layers(raw, fc_features, depth)
     return settings | kept
 

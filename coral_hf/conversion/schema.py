@@ -49,10 +49,11 @@ def dimensions(config: CoralDraftConfig) -> dict[str, int]:
 def layout_shapes(config: CoralDraftConfig, layer: str = LAYER) -> tuple[dict[str, tuple], dict[str, tuple]]:
     """Shapes of a layout's required and optional tensors by name, with `layer` as the decoder layer's prefix."""
     sizes, layout = dimensions(config), load_schemas()["layouts"][config.shape]
-    return tuple(
+    required, optional = (
         {name.format(layer=layer): tuple(sizes[letter] for letter in shape) for name, shape in layout[kind].items()}
         for kind in ("required", "optional")
     )
+    return required, optional
 
 
 def check_tensors(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..configuration_coral import DERIVED
 from ..generation.candidate_generator import CoralCandidateGenerator
 from ..generation.settings import DraftSettings
 from ..generation.statistics import DraftStats
@@ -93,10 +94,10 @@ def record_traces(
         `list[DraftTrace]`, without the prompts whose answer is a single token.
     """
     traces = []
-    settings = replace(settings, draft_cost_aware=False, draft_total_tokens=None, draft_stock_loop=False)
+    settings = replace(settings, draft_cost_aware=False, draft_total_tokens=DERIVED, draft_stock_loop=False)
     for index, prompt in enumerate(tqdm(prompts, desc="draft at every token", unit="prompt")):
         ids = encode_context(tokenizer, prompt.turns[:1]).to(target.device)
-        how = {"temperature": temperature, "seed": seed + index}
+        how: dict[str, Any] = {"temperature": temperature, "seed": seed + index}
         prefill = measure(target, ids, 1, **how)
         answer = measure(target, ids, max_new_tokens, **how)
         if len(answer.new_ids) < 2:
@@ -131,8 +132,8 @@ def _draft_everywhere(
         accepted.append((tree.ancestors[0] & ~right).sum(dim=1) == 0)  # the whole path is right
         scores.append(tree.scores[0])
         parents.append(tree.parents[0])
-    rows = (torch.stack(column).cpu() for column in (scores, parents, accepted))
-    return DraftTrace("", "", settings.draft_top_k, *rows, prompt_length)
+    rows = [torch.stack(column).cpu() for column in (scores, parents, accepted)]
+    return DraftTrace("", "", settings.draft_top_k, rows[0], rows[1], rows[2], prompt_length)
 
 
 def replay(
@@ -220,8 +221,9 @@ def replay_all(
     calibration: Calibration | None = None,
 ) -> tuple[DraftStats, list[tuple[int, int]]]:
     """[`replay`] and [`walk`] over several answers, pooled."""
-    columns = (torch.cat([getattr(t, name) for t in traces]) for name in ("scores", "parents", "accepted"))
-    replayed = replay(DraftTrace("", "", traces[0].top_k, *columns), settings, rule, calibration)
+    columns = [torch.cat([getattr(t, name) for t in traces]) for name in ("scores", "parents", "accepted")]
+    pooled = DraftTrace("", "", traces[0].top_k, columns[0], columns[1], columns[2])
+    replayed = replay(pooled, settings, rule, calibration)
     stats, sizes, start = DraftStats(), [], 0
     for trace in traces:
         end = start + trace.num_tokens - 1

@@ -15,7 +15,6 @@ from transformers import GenerationConfig
 from ..configuration_coral import check_vocabulary
 from ..generation.hook import is_coral_drafter
 from ..generation.settings import DraftSettings
-from ..generation.statistics import DraftStats
 from ..target_adapter import TargetAdapter
 from ..weight_files import drafter_sha256
 
@@ -39,7 +38,7 @@ class Measurement:
 
     new_ids: list[int]
     seconds: float
-    stats: DraftStats | None = None
+    stats: Any = None  # DraftStats, of a CORAL drafter's answer
 
     @property
     def tokens_per_second(self) -> float:
@@ -78,6 +77,7 @@ class Method:
                 "NAME:setting=value,setting=value."
             )
         settings = {**PRESETS.get(name, {}), **settings}
+        known: tuple[str, ...]
         if name == "prompt_lookup" or "prompt_lookup_num_tokens" in settings:
             model, known = None, LOOKUP_SETTINGS
         elif name == "assistant" or set(settings) & set(ASSISTANT_SETTINGS):

@@ -51,7 +51,7 @@ def read_prompts(paths: Sequence[str | Path], limit: int | None = None) -> list[
     return prompts
 
 
-def encode_context(tokenizer: Any, turns: Sequence[str], responses: Sequence[str] = ()) -> torch.LongTensor:
+def encode_context(tokenizer: Any, turns: Sequence[str], responses: Sequence[str] = ()) -> torch.Tensor:
     """Ids `[1, L]` of a conversation whose last user turn is to be answered."""
     if getattr(tokenizer, "chat_template", None):
         messages = []

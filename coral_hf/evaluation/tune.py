@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..configuration_coral import CoralDraftConfig
+from ..configuration_coral import DERIVED, CoralDraftConfig
 from ..generation.cost_measurement import measure_costs
 from ..generation.settings import DraftSettings
 from ..generation.tuning import Calibration, DraftCosts, TreeSizeRule
@@ -61,7 +61,7 @@ def tune(
         "fixed": [],
         "cost_aware": [],
     }
-    target_ms = None
+    target_ms: Any = None
     for groups in _active_groups(drafter, box):
         settings = replace(box, draft_active_groups=groups)
         costs = {}
@@ -140,7 +140,7 @@ def _held_out(halves, fitted: list[Calibration], sizes: DraftSettings, rule: Tre
 def _sizes(box: DraftSettings, depth: int, top_k: int) -> list[DraftSettings]:
     most = min(
         box.draft_total_tokens,
-        replace(box, draft_depth=depth, draft_top_k=top_k, draft_total_tokens=None).draft_total_tokens,
+        replace(box, draft_depth=depth, draft_top_k=top_k, draft_total_tokens=DERIVED).draft_total_tokens,
     )
     # A chain verifies all that it drafted; a tree of fewer nodes than levels would draft some for nothing.
     totals = [most] if top_k == 1 else sorted({total for total in (*TOTALS, most) if depth < total <= most})

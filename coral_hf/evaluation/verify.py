@@ -83,7 +83,9 @@ class Check:
         near = slice(max(0, position - _CONTEXT), position + _CONTEXT + 1)
         tokens = [ids[position] if position < len(ids) else None for ids in (plain, drafted)]
         texts = [tokenizer.decode(ids[near]) for ids in (plain, drafted)]
-        return Difference(self.method.name, prompt.id, self.temperature, position, *tokens, *texts)
+        return Difference(
+            self.method.name, prompt.id, self.temperature, position, tokens[0], tokens[1], texts[0], texts[1]
+        )
 
     def record(self) -> dict[str, Any]:
         return {

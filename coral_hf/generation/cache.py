@@ -77,7 +77,7 @@ def tree_attention_mask(
     return torch.cat([visible, among], dim=-1)[:, None]
 
 
-def compact_cache(cache: Cache, path: torch.LongTensor, num_nodes: int) -> None:
+def compact_cache(cache: Cache, path: torch.Tensor, num_nodes: int) -> None:
     """Keeps the accepted nodes' keys and values and drops the other drafts.
 
     Args:

@@ -76,7 +76,7 @@ class CoralCandidateGenerator(CandidateGenerator):
     # Drafting --------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def propose(self, input_ids: torch.LongTensor, features: torch.Tensor, max_depth: int | None = None) -> DraftTree:
+    def propose(self, input_ids: torch.Tensor, features: torch.Tensor, max_depth: int | None = None) -> DraftTree:
         """Extends the cache with newly accepted rows and drafts from the last token.
 
         Args:
@@ -181,13 +181,13 @@ class CoralCandidateGenerator(CandidateGenerator):
 
     def get_candidates(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         model_kwargs: dict[str, Any] | None = None,
         model_outputs: Any = None,
         is_first_iteration: bool = False,
         n_last_matches: int = 0,
         **kwargs: Any,
-    ) -> tuple[torch.LongTensor, None]:
+    ) -> tuple[torch.Tensor, None]:
         """Candidate sequence `[1, L + depth]` for the stock loop; no logits, because drafts are argmaxes.
 
         The first call returns `input_ids` as they are, so that the target prefills.
@@ -203,7 +203,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         self._last_draft_depth = tree.num_nodes - 1
         return torch.cat([input_ids[:, :-1], tree.tokens.to(input_ids.device)], dim=1), None
 
-    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """Records what the stock loop's last verification accepted."""
         if self._last_draft_depth is not None:
             self.stats.add_step(self._last_draft_depth, int(num_matches))

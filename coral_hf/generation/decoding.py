@@ -193,14 +193,14 @@ def coral_decoding(
     target: PreTrainedModel,
     drafter: CoralDraftModel,
     settings: DraftSettings,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     streamer: Any = None,
     costs: DraftCosts | None = None,
     **model_kwargs: Any,
-) -> GenerateDecoderOnlyOutput | torch.LongTensor:
+) -> GenerateDecoderOnlyOutput | torch.Tensor:
     """Generates with draft trees; the same tokens as plain `generate`, greedy or sampled (same seed, in fp32).
 
     Args:

@@ -117,11 +117,11 @@ class DraftTreeBuilder:
         self._count += tokens.shape[1]
         return tokens.gather(1, order), stored, order // branches
 
-    def path_probabilities(self, stored: torch.LongTensor) -> torch.Tensor:
+    def path_probabilities(self, stored: torch.Tensor) -> torch.Tensor:
         """Drafted probability of the path to stored nodes, `[B, W]` for `[B, W]` indices."""
         return torch.cat(self._scores, dim=1).gather(1, stored).exp()
 
-    def chances(self, stored: torch.LongTensor | None = None) -> torch.Tensor:
+    def chances(self, stored: torch.Tensor | None = None) -> torch.Tensor:
         """Calibrated chances of acceptance of stored nodes, `[B, W]` for `[B, W]` indices; None: all but the root."""
         if self._calibrate is None:
             return torch.cat(self._scores[1:], dim=1).exp() if stored is None else self.path_probabilities(stored)

@@ -70,7 +70,7 @@ def _wrap_decoding(original):
     # functools.wraps keeps the signature that `generate` inspects
     @functools.wraps(original)
     def _assisted_decoding(self, input_ids, *args, **kwargs):
-        drafter = kwargs.get("assistant_model")
+        drafter: Any = kwargs.get("assistant_model")
         if not is_coral_drafter(drafter):
             return original(self, input_ids, *args, **kwargs)
         settings = DraftSettings.resolve(drafter.config, kwargs["generation_config"])
@@ -95,10 +95,10 @@ def _wrap_decoding(original):
                 return original(self, input_ids, *args, **kwargs)
         for name in ("synced_gpus", "inputs_tensor", "assistant_tokenizer", "tokenizer", "assistant_model"):
             kwargs.pop(name, None)
-        costs = draft_costs(self, drafter, settings) if settings.draft_cost_aware else None
+        kwargs["costs"] = draft_costs(self, drafter, settings) if settings.draft_cost_aware else None
         # Hugging Face's generate runs under no_grad already.
         with few_row_linears(self, drafter):
-            return coral_decoding(self, drafter, settings, input_ids, *args, costs=costs, **kwargs)
+            return coral_decoding(self, drafter, settings, input_ids, *args, **kwargs)
 
     setattr(_assisted_decoding, _MARK, original)
     return _assisted_decoding
@@ -130,7 +130,7 @@ def _wrap_validation(original):
 def _wrap_candidate_generator(original):
     @functools.wraps(original)
     def _get_candidate_generator(self, generation_config, input_ids, *args, **kwargs):
-        drafter = kwargs.get("assistant_model")
+        drafter: Any = kwargs.get("assistant_model")
         if not is_coral_drafter(drafter):
             return original(self, generation_config, input_ids, *args, **kwargs)
         settings = DraftSettings.resolve(drafter.config, generation_config)

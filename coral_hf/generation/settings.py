@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..configuration_coral import DERIVED
 from ..lm_head_router import DraftHead
 
 
@@ -27,7 +28,7 @@ class DraftSettings:
 
     draft_depth: int = 5
     draft_top_k: int = 1
-    draft_total_tokens: int | None = None
+    draft_total_tokens: int = DERIVED
     draft_head: str | None = None
     draft_active_groups: int | None = None
     draft_groups_per_row: bool = False

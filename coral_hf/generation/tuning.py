@@ -132,7 +132,7 @@ class TreeSizeRule:
         self.total_tokens = total_tokens
         self._target_ms = torch.tensor(costs.target_ms[:total_tokens])
 
-    def best_size(self, chances: torch.Tensor, levels: int) -> tuple[torch.LongTensor, torch.Tensor]:
+    def best_size(self, chances: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The size that pays best after drafting `levels` levels.
 
         Args:
@@ -150,7 +150,7 @@ class TreeSizeRule:
 
     def repays_level(
         self, chances: torch.Tensor, open_chances: torch.Tensor, parent_chances: torch.Tensor, levels: int
-    ) -> torch.BoolTensor:
+    ) -> torch.Tensor:
         """Whether a further level promises more tokens per millisecond.
 
         The children of the open nodes are not known yet: each is expected to keep its parent's chance as well as the

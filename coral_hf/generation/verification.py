@@ -7,7 +7,7 @@ import torch
 from .draft_tree import DraftTree
 
 
-def accept_greedy(tree: DraftTree, choices: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+def accept_greedy(tree: DraftTree, choices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Walks down from the root while a child equals the target's choice at its parent.
 
     Without a step per node: a node is accepted if it and all its ancestors match, and the deepest accepted node is
@@ -31,8 +31,8 @@ def accept_greedy(tree: DraftTree, choices: torch.LongTensor) -> tuple[torch.Lon
 
 
 def accept_walk(
-    tree: DraftTree, choose: Callable[[int, int], torch.LongTensor], stop: Callable[[torch.LongTensor], bool]
-) -> tuple[torch.LongTensor, torch.LongTensor]:
+    tree: DraftTree, choose: Callable[[int, int], torch.Tensor], stop: Callable[[torch.Tensor], bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Walks down from the root with one choice per accepted node: lossless for sampling and for logits processors.
 
     At each accepted node one token is chosen from the true target distribution; if a child holds it the walk descends,
@@ -52,7 +52,9 @@ def accept_walk(
     children: dict[tuple[int, int], int] = {}
     for node in range(len(tokens) - 1, 0, -1):
         children[parents[node], tokens[node]] = node
-    path, chosen, node = [], [], 0
+    path: list[int] = []
+    chosen: list[torch.Tensor] = []
+    node = 0
     while True:
         token = choose(node, len(chosen))
         path.append(node)

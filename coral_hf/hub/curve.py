@@ -24,7 +24,9 @@ def draw_curve(folder: str | Path) -> Path:
     if not rows:
         raise ValueError(f"{training / 'log.jsonl'} holds no evaluation to draw: train with --eval_strategy steps.")
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot([tokens_seen(row) / 1e6 for row in rows], [row["eval_acceptance_length"] for row in rows], marker=".")
+    axes.plot(
+        [(tokens_seen(row) or 0) / 1e6 for row in rows], [row["eval_acceptance_length"] for row in rows], marker="."
+    )
     axes.set(xlabel="response tokens seen (millions)", ylabel="held-out acceptance length (tau)")
     axes.grid(alpha=0.3)
     path = training / "curve.png"

@@ -18,7 +18,7 @@ def is_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
 
 
-def add_adapters(drafter: CoralDraftModel, peft_config: Any, adapter: TargetAdapter) -> nn.Module:
+def add_adapters(drafter: CoralDraftModel, peft_config: Any, adapter: TargetAdapter) -> Any:
     """Wraps a drafter in adapters and writes down the target that it is adapted to.
 
     Args:
@@ -53,7 +53,7 @@ def adaptable_modules(drafter: CoralDraftModel) -> list[str]:
     return [name for name in linear if not name.startswith(("router", "draft_head"))]
 
 
-def save_merged(model: nn.Module, folder: str | Path) -> CoralDraftModel:
+def save_merged(model: Any, folder: str | Path) -> CoralDraftModel:
     """Saves an adapted drafter as a plain one into `folder`, and its adapters into `folder/adapter`.
 
     The model itself keeps its adapters, so that its training can go on.

@@ -178,7 +178,7 @@ class CoralTrainingArguments(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and native_bfloat16("cpu" if self.use_cpu else None)
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # or bf16=True would be refused where there is no GPU
+            self.use_cpu: bool = True  # or bf16=True would be refused where there is no GPU
         super().__post_init__()
 
     def rollout_steps_at(self, progress: float) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, has_length, rotate_checkpoints
 
@@ -25,7 +26,7 @@ PARTIAL_FOLDER = "checkpoint-being-written"  # never taken for a checkpoint: tho
 _FINGERPRINT_ROWS = 64
 
 
-class CheckpointMixin:
+class CheckpointMixin(Trainer):
     """Saves and resumes exactly; before [`~transformers.Trainer`] in the bases.
 
     What a step draws at random (CSRA's positions, sampled negatives, feature noise) comes from the default generators,
@@ -225,11 +226,11 @@ def fingerprint(dataset: Any) -> str | None:
     if dataset is None:
         return None
     if has_length(dataset):
-        size = len(dataset)
-        items = (dataset[index] for index in range(0, size, max(1, size // _FINGERPRINT_ROWS)))
+        count = len(dataset)
+        size, items = str(count), (dataset[index] for index in range(0, count, max(1, count // _FINGERPRINT_ROWS)))
     else:
         size, items = "stream", dataset.head
-    digest = hashlib.sha1(str(size).encode())
+    digest = hashlib.sha1(size.encode())
     for item in items:
         ids = torch.as_tensor(item["input_ids"], dtype=torch.int64)
         digest.update(ids.contiguous().numpy().tobytes())

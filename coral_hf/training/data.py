@@ -66,7 +66,7 @@ class ConversationDataset(torch.utils.data.Dataset):
     def num_response_tokens(self) -> int:
         return sum(int(mask.sum()) for _, mask in self.conversations)
 
-    def response_counts(self, vocab_size: int) -> torch.LongTensor:
+    def response_counts(self, vocab_size: int) -> torch.Tensor:
         """How often each id occurs in the responses, `[V]`."""
         ids = torch.cat([ids[mask] for ids, mask in self.conversations])
         return torch.bincount(ids.long(), minlength=vocab_size)
@@ -149,7 +149,7 @@ def _starts(lengths: Sequence[int]) -> list[int]:
     return [sum(lengths[:index]) for index in range(len(lengths))]
 
 
-def _positions(lengths: list[list[int]], width: int) -> torch.LongTensor:
+def _positions(lengths: list[list[int]], width: int) -> torch.Tensor:
     """Positions inside each conversation, and inside the padding behind them, `[B, S]`."""
     rows = [torch.cat([torch.arange(part) for part in [*parts, width - sum(parts)]]) for parts in lengths]
     return torch.stack(rows)

@@ -15,7 +15,6 @@ import os
 import random
 import re
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
@@ -24,12 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ..jsonl import read_jsonl
 from .conversations import build_messages
 from .prompt_queue import Conversation, unanswered
-from .response_files import exclusive
+from .response_files import AnswerWriter, exclusive
 
 
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -247,17 +244,15 @@ def _converse(endpoint: ChatEndpoint, conversation: Conversation, settings: dict
     writer.conversation(conversation, reasons)
 
 
-class _Writer:
-    """Writes answers line by line, from any thread, and keeps the progress bar."""
+class _Writer(AnswerWriter):
+    """Writes answers line by line, from any thread."""
 
-    def __init__(self, output: Path, conversations: list, temperature: float, token_ids: bool, progress: bool):
-        self.file = output.open("a", encoding="utf-8")
+    def __init__(
+        self, output: Path, conversations: list[Conversation], temperature: float, token_ids: bool, progress: bool
+    ):
+        super().__init__(output, conversations, progress, ("n_too_long", "n_empty"))
         self.lock = threading.Lock()
         self.temperature, self.token_ids = temperature, token_ids
-        total = sum(len(item.turns) - len(item.answers) for item in conversations)
-        self.bar = tqdm(total=total, unit="turn", desc="regenerate", disable=not progress, smoothing=0.02)
-        self.counts = dict.fromkeys(("n_responses", "n_response_tokens", "n_too_long", "n_empty"), 0)
-        self.started = time.perf_counter()
 
     def turn(self, conversation: Conversation, answer: Answer) -> None:
         with self.lock:
@@ -265,10 +260,7 @@ class _Writer:
                 row = {"id": conversation.id, "turn": len(conversation.answers), **self._sampling()}
                 row |= {"prompt_ids": answer.prompt_ids, "response_ids": answer.response_ids, "response": answer.text}
                 self._write(row)
-            self.counts["n_responses"] += 1
-            self.counts["n_response_tokens"] += answer.n_tokens
-            self.bar.set_postfix_str(f"{self.stats()['tokens_per_second']:.0f} tokens/s", refresh=False)
-            self.bar.update()
+            self.count_answer(answer.n_tokens)
 
     def conversation(self, conversation: Conversation, reasons: list[str | None]) -> None:
         if self.token_ids or not conversation.answers:
@@ -289,16 +281,7 @@ class _Writer:
         return {"temperature": self.temperature} if self.temperature > 0 else {}
 
     def _write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
-        self.file.flush()
-
-    def stats(self) -> dict[str, Any]:
-        seconds = time.perf_counter() - self.started
-        return {**self.counts, "seconds": seconds, "tokens_per_second": self.counts["n_response_tokens"] / seconds}
-
-    def close(self) -> None:
-        self.bar.close()
-        self.file.close()
+        self.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
 
 
 def _read_answers(output: Path, temperature: float, token_ids: bool) -> dict[str, dict[int, str]]:

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,7 +47,7 @@ class FeatureCache:
         self.directory = Path(directory)
         self.adapter = adapter
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._identity = {
+        self._identity: dict[str, Any] = {
             "target": target_id,
             "weights": weight_sample(adapter.target),
             "feature_layers": adapter.feature_layers,
@@ -67,7 +68,7 @@ class FeatureCache:
     def refresh(self) -> None:
         """Reads the indices again, for what other processes wrote."""
         self._places: dict[str, tuple[str, int, int]] = {}
-        self._open: dict[str, object] = {}
+        self._open: dict[str, Any] = {}
         for index in sorted(self.directory.glob("features-*.json")):
             self._read_index(index)
 

@@ -6,6 +6,7 @@ gradient with respect to the drafter's output in the same pass, so that one chun
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -50,7 +51,7 @@ def chunked_classification_loss(
     logits_fn: LogitsFunction,
     *,
     valid: torch.Tensor | None = None,
-    token_ids: torch.LongTensor | None = None,
+    token_ids: torch.Tensor | None = None,
     logit_offsets: torch.Tensor | None = None,
     top_k: int = 0,
     top_k_weight: float = 0.0,
@@ -78,7 +79,7 @@ def chunked_classification_loss(
         [`ClassificationResult`]; `loss` already carries `top_k_weight * topk_loss` in its gradient, not in its value.
     """
     if hidden.dim() == 2:
-        options = {"token_ids": token_ids, "logit_offsets": logit_offsets, "top_k": top_k}
+        options: dict[str, Any] = {"token_ids": token_ids, "logit_offsets": logit_offsets, "top_k": top_k}
         options |= {"top_k_weight": top_k_weight, "chunk_size": chunk_size}
         one = chunked_classification_loss(hidden[None], target_features, logits_fn, valid=valid, **options)
         return ClassificationResult(one.loss[0], one.topk_loss[0], one.match[0])
@@ -93,7 +94,7 @@ def chunked_classification_loss(
     kwargs = {} if token_ids is None else {"token_ids": token_ids}
     needs_gradient = hidden.requires_grad and torch.is_grad_enabled()
     source = hidden.detach()
-    gradient = torch.empty_like(source) if needs_gradient else None
+    gradient: Any = torch.empty_like(source) if needs_gradient else None
     scale = valid.to(dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)  # [K, M]: what each row counts
     values = torch.zeros(2, steps, rows, dtype=dtype, device=hidden.device)  # cross-entropy and top-K term per row
     match = torch.empty(steps, rows, dtype=torch.bool, device=hidden.device)
@@ -166,7 +167,7 @@ def target_group_mass(
     group_mass: Callable[[torch.Tensor], torch.Tensor],
     *,
     chunk_size: int = 256,
-) -> tuple[torch.Tensor, torch.LongTensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the LM-head router is trained towards: P(g), the target's probability mass per group (CORAL section 3.2).
 
     Args:

@@ -76,7 +76,7 @@ def find_overlap(rows: Iterable[dict[str, Any]], prompts: Iterable[str], tokeniz
         if not turns:
             found.unreadable += 1
             continue
-        kinds = {}
+        kinds: dict[str, Any] = {}
         for turn in turns:
             text = _normalize(turn)
             if text in whole:

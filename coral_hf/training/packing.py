@@ -76,7 +76,7 @@ class PackedConversations(torch.utils.data.Dataset):
     def num_response_tokens(self) -> int:
         return self.dataset.num_response_tokens
 
-    def response_counts(self, vocab_size: int) -> torch.LongTensor:
+    def response_counts(self, vocab_size: int) -> torch.Tensor:
         """As [`ConversationDataset.response_counts`]."""
         return self.dataset.response_counts(vocab_size)
 

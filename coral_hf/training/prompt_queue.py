@@ -1,6 +1,7 @@
 """The turns that a target has yet to answer, in an order that batches well."""
 
 import itertools
+import random
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -81,7 +82,15 @@ class PromptQueue:
     conversation goes to the front: its answer is wanted before new conversations begin.
     """
 
-    def __init__(self, conversations, tokenizer, eos_ids, window, max_prompt_tokens, rng):
+    def __init__(
+        self,
+        conversations: Iterable[Conversation],
+        tokenizer: Any,
+        eos_ids: set[int],
+        window: int,
+        max_prompt_tokens: int,
+        rng: random.Random,
+    ):
         self.source = list(conversations)
         rng.shuffle(self.source)
         self.source.reverse()  # popped from the end

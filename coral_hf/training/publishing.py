@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from ..hub.model_card import write_card
@@ -21,7 +22,7 @@ _NOT_RECIPE = {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint"
 _NOT_RECIPE |= {"report_to", "use_cpu", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "project"}
 
 
-class PublishingMixin:
+class PublishingMixin(Trainer):
     """Saves and pushes a drafter with its card and training record; before [`~transformers.Trainer`] in the bases."""
 
     def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:

@@ -12,17 +12,15 @@ The output is append-only JSONL, one whole line per answered turn, so a killed r
 import json
 import os
 import random
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .prompt_queue import WINDOW_PER_SLOT, Job, PromptQueue, unanswered
-from .response_files import exclusive, iter_prompts, iter_responses, write_shards
+from .prompt_queue import WINDOW_PER_SLOT, Conversation, Job, PromptQueue, unanswered
+from .response_files import AnswerWriter, exclusive, iter_prompts, iter_responses, write_shards
 from .slot_cache import SlotCache
 
 
@@ -165,16 +163,19 @@ def regenerate(
     }
 
 
-class _Writer:
-    """Writes finished turns line by line, queues the turns that follow them, and keeps the progress bar."""
+class _Writer(AnswerWriter):
+    """Writes finished turns line by line and queues the turns that follow them."""
 
-    def __init__(self, output, queue, temperature, conversations, progress):
-        self.file = output.open("a", encoding="utf-8")
+    def __init__(
+        self,
+        output: Path,
+        queue: PromptQueue,
+        temperature: float,
+        conversations: list[Conversation],
+        progress: bool,
+    ):
+        super().__init__(output, conversations, progress, ("n_prompt_tokens",))
         self.queue, self.temperature = queue, temperature
-        self.n_turns = sum(len(item.turns) - len(item.answers) for item in conversations)
-        self.bar = tqdm(total=self.n_turns, unit="turn", desc="regenerate", disable=not progress, smoothing=0.02)
-        self.counts = {"n_responses": 0, "n_response_tokens": 0, "n_prompt_tokens": 0}
-        self.started = time.perf_counter()
 
     def write(self, job: Job) -> None:
         conversation = job.conversation
@@ -182,25 +183,13 @@ class _Writer:
         if self.temperature > 0:
             row["temperature"] = self.temperature
         row |= {"prompt_ids": job.prompt_ids, "response_ids": job.response_ids}
-        self.file.write(json.dumps(row, separators=(",", ":")) + "\n")
-        self.file.flush()
-        self.counts["n_responses"] += 1
-        self.counts["n_response_tokens"] += len(job.response_ids)
+        self.append(json.dumps(row, separators=(",", ":")))
         self.counts["n_prompt_tokens"] += len(job.prompt_ids)
         conversation.answers.append(job.response_ids)
         if len(conversation.answers) < len(conversation.turns):
             self.queue.push(conversation)
         self.bar.total = self.n_turns - self.queue.n_turns_left_out
-        self.bar.set_postfix_str(f"{self.stats()['tokens_per_second']:.0f} tokens/s", refresh=False)
-        self.bar.update()
-
-    def stats(self) -> dict[str, Any]:
-        seconds = time.perf_counter() - self.started
-        return {**self.counts, "seconds": seconds, "tokens_per_second": self.counts["n_response_tokens"] / seconds}
-
-    def close(self) -> None:
-        self.bar.close()
-        self.file.close()
+        self.count_answer(len(job.response_ids))
 
 
 @torch.inference_mode()

@@ -1,15 +1,18 @@
 """The files around regeneration: prompts in, response rows out (JSONL while it runs, Parquet shards to keep)."""
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
 
 from ..jsonl import read_jsonl
 from .conversations import check_messages, check_system
+from .prompt_queue import Conversation
 from .sources import iter_source
 
 
@@ -112,6 +115,44 @@ def exclusive(output: Path) -> Iterator[None]:
     with lock:
         drop_incomplete_line(output)
         yield
+
+
+class AnswerWriter:
+    """Appends lines to a file, each flushed as it is written, counts answers and keeps the progress bar.
+
+    Args:
+        output (`Path`): JSONL file.
+        conversations (`list[Conversation]`): to be answered; their open turns are the bar's length.
+        progress (`bool`): show the bar.
+        counted (`Iterable[str]`): names of further counts beside `n_responses` and `n_response_tokens`.
+    """
+
+    def __init__(self, output: Path, conversations: list[Conversation], progress: bool, counted: Iterable[str] = ()):
+        self.file = output.open("a", encoding="utf-8")
+        self.n_turns = sum(len(item.turns) - len(item.answers) for item in conversations)
+        self.bar = tqdm(total=self.n_turns, unit="turn", desc="regenerate", disable=not progress, smoothing=0.02)
+        self.counts = dict.fromkeys(("n_responses", "n_response_tokens", *counted), 0)
+        self.started = time.perf_counter()
+
+    def append(self, line: str) -> None:
+        self.file.write(line + "\n")
+        self.file.flush()
+
+    def count_answer(self, n_tokens: int) -> None:
+        """One more answer, of so many tokens."""
+        self.counts["n_responses"] += 1
+        self.counts["n_response_tokens"] += n_tokens
+        self.bar.set_postfix_str(f"{self.stats()['tokens_per_second']:.0f} tokens/s", refresh=False)
+        self.bar.update()
+
+    def stats(self) -> dict[str, Any]:
+        """The counts, `seconds` since the beginning and `tokens_per_second`."""
+        seconds = time.perf_counter() - self.started
+        return {**self.counts, "seconds": seconds, "tokens_per_second": self.counts["n_response_tokens"] / seconds}
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
 
 
 def drop_incomplete_line(path: Path) -> None:

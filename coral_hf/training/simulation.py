@@ -22,7 +22,7 @@ class ChainStatistics:
         self.accepted = torch.zeros(depth, dtype=torch.float64)
         self.tokens = torch.zeros(2, dtype=torch.float64)  # produced, target forwards
 
-    def add(self, matches: torch.BoolTensor, trained: torch.BoolTensor) -> None:
+    def add(self, matches: torch.Tensor, trained: torch.Tensor) -> None:
         """Adds a batch.
 
         Args:

@@ -1,6 +1,7 @@
 """Slots for continuous batching: one key-value buffer whose rows have lengths of their own."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ class _SlotLayer(CacheLayerMixin):
     def __init__(self, owner: "SlotCache"):
         super().__init__()
         self.owner = owner
-        self.prefix: tuple[torch.Tensor, torch.Tensor] | None = None  # of the shared prefix, [1, heads, P, d]
+        self.prefix: Any = None  # two tensors, of the shared prefix, [1, heads, P, d]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values = self._grown(None, key_states), self._grown(None, value_states)
@@ -127,7 +128,8 @@ class SlotCache(Cache):
         self.prefill_slots: torch.Tensor | None = None
         self.prefill_start = 0
         self.prefix: list[int] = []
-        self.rows = self.positions = None
+        self.rows: Any = None  # tensors while a step runs
+        self.positions: Any = None
         self.longest = 0
         super().__init__(layers=[_SlotLayer(self) for _ in range(config.num_hidden_layers)])
 

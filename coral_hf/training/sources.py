@@ -1,6 +1,7 @@
 """Rows of files, folders and data sets: one reader for all that `datasets` and JSONL hold."""
 
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ class RowStream:
 
 
 def iter_source(
-    path: str | Path, split: str = "train", streaming: bool = False
+    path: str | os.PathLike, split: str = "train", streaming: bool = False
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (where, row) of a source.
 
@@ -136,7 +137,7 @@ def _saved(folder: Path, split: str) -> Iterable[dict[str, Any]]:
 
 def _from_hub(name: str, split: str, streaming: bool) -> Iterable[dict[str, Any]]:
     datasets = _datasets()
-    parts = _HUB_ID.fullmatch(name).groupdict()
+    parts: Any = _HUB_ID.fullmatch(name)
     try:
         return datasets.load_dataset(
             parts["id"], parts["config"], revision=parts["revision"], split=split, streaming=streaming

@@ -12,7 +12,7 @@ FREQUENCY_BANDS = (16, 4)  # ids among the V/16 and V/4 most frequent are cluste
 POWER_STEPS = 8
 
 
-def cluster_tokens(weight: torch.Tensor, counts: torch.Tensor, size: int) -> torch.LongTensor:
+def cluster_tokens(weight: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
     """An order of the vocabulary in which `size` consecutive places hold similar rows of about equal frequency (ours).
 
     Within each band of frequency the rows are halved along their principal direction until `size` are left, so that all
@@ -35,9 +35,7 @@ def cluster_tokens(weight: torch.Tensor, counts: torch.Tensor, size: int) -> tor
     return torch.cat([part for band in bands for part in _halve(weight, band, size, generator)])
 
 
-def _halve(
-    weight: torch.Tensor, ids: torch.LongTensor, size: int, generator: torch.Generator
-) -> list[torch.LongTensor]:
+def _halve(weight: torch.Tensor, ids: torch.Tensor, size: int, generator: torch.Generator) -> list[torch.Tensor]:
     if len(ids) <= size:
         return [ids]
     rows = weight[ids]
@@ -64,9 +62,10 @@ def start_from_centroids(router: LMHeadRouter, adapter: Any, counts: torch.Tenso
     """
     weight = adapter.head_rows(torch.arange(adapter.vocab_size))[0].cpu().float()
     counts = counts.cpu()
-    router.token_order.copy_(cluster_tokens(weight, counts, router.group_size))
+    order: Any = router.token_order
+    order.copy_(cluster_tokens(weight, counts, router.group_size))
     scale = adapter.transform_logits(torch.ones(())).item()  # soft-capping leaves small logits as they are
-    device = router.token_order.device
+    device = order.device
     sizes = router.group_mass(torch.ones(router.vocab_size, device=device)).cpu()
     means = router.in_order(weight.T.contiguous().to(device)).sum(-1).T.cpu() / sizes[:, None] * scale  # [G, H]
     left, values, right = torch.linalg.svd(means, full_matrices=False)

@@ -47,6 +47,8 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
     """
 
     model_accepts_loss_kwargs = True
+    _signature_columns: list[str] | None
+    control: Any
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         super().create_accelerator_and_postprocess()
         plain_sharding(self.accelerator)
 
-    def _frequent_ids(self) -> torch.LongTensor | None:
+    def _frequent_ids(self) -> torch.Tensor | None:
         """The `loss_vocab_size` most frequent response ids, or None for the exact loss."""
         size, vocab_size = self.args.loss_vocab_size, self.adapter.vocab_size
         if size is None or self.train_dataset is None:
@@ -255,7 +257,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
             total = total * self.accelerator.num_processes
         return (total, outputs) if return_outputs else total
 
-    def _loss_tokens(self, labels: torch.Tensor) -> tuple[torch.LongTensor | None, torch.Tensor | None]:
+    def _loss_tokens(self, labels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Tokens of this batch's classification loss and their logit offsets, both `[A]`; None, None: all, exactly.
 
         Shortlist and the batch's own responses always take part. Without the rest of the vocabulary the drafter never
