@@ -63,10 +63,13 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 @contextmanager
 def few_row_linears(*models: nn.Module) -> Iterator[None]:
-    """Within it the plain `nn.Linear` layers of the models run as [`few_row_linear`], also in other threads; afterwards
-    they are as they were. Layers that something else has wrapped (Accelerate's hooks), and compiled models, stay alone."""
-    layers = _layers(models) if _transposed_is_faster() else []
+    """Within it the models' float32 `nn.Linear` layers on a CPU run as [`few_row_linear`], also in other threads.
+
+    Afterwards they are as they were. Layers that something else has wrapped (Accelerate's hooks), and compiled models, are
+    left alone.
+    """
     with _lock:
+        layers = _layers(models) if _transposed_is_faster() else []
         for layer in layers:
             _users[layer] = _users.get(layer, 0) + 1
             if _users[layer] == 1:
@@ -91,7 +94,9 @@ def _layers(models: tuple[nn.Module, ...]) -> list[nn.Linear]:
         if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
             continue
         for layer in model.modules():
-            if type(layer) is nn.Linear and ("forward" not in vars(layer) or layer in _users):
+            if type(layer) is not nn.Linear or ("forward" in vars(layer) and layer not in _users):
+                continue
+            if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32:
                 found[layer] = None
     return list(found)
 

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import make_drafter
+from conftest import make_drafter, make_target
 from torch import nn
 from torch.nn import functional as F
 
@@ -96,6 +96,12 @@ def test_leaves_layers_alone_that_others_have_wrapped():
     assert model[0].forward is wrapped and "forward" not in vars(model[2])
 
 
+def test_leaves_other_dtypes_and_devices_alone():
+    model = nn.Sequential(nn.Linear(8, 8).bfloat16(), nn.Linear(8, 8, device="meta"), nn.Linear(8, 8))
+    with few_row_linears(model):
+        assert ["forward" in vars(layer) for layer in model] == [False, False, True]
+
+
 def test_two_threads_share_a_model():
     model, inside, leave = make_model(), threading.Event(), threading.Event()
 
@@ -125,8 +131,8 @@ def test_a_model_can_be_freed():
     assert layer() is None
 
 
-def test_generate_uses_it_and_leaves_nothing(target, prompt, monkeypatch):
-    seen = []
+def test_generate_uses_it_and_leaves_nothing(prompt, monkeypatch):
+    target, seen = make_target(dtype=torch.float32), []
     original = few_rows.few_row_linear
     monkeypatch.setattr(few_rows, "few_row_linear", lambda *args: seen.append(args[0].shape) or original(*args))
     drafter = make_drafter(target)
