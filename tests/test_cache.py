@@ -77,6 +77,20 @@ def test_compaction_rounds_equal_recomputation(family):
             torch.testing.assert_close(logits, target(ids).logits[:, -1], rtol=1e-8, atol=1e-8)
 
 
+def test_a_layer_without_keys_of_its_own_is_left_alone():
+    """Layers that share another's keys keep none."""
+    cache, generator = DynamicCache(), torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 1, 2, 8, 4, generator=generator)  # two of the prompt, six of the tree
+    for layer in (0, 2):
+        cache.update(*rows[:, :, :, :2].clone(), layer)
+    cache.activate_past_recording()
+    for layer in (0, 2):
+        cache.update(*rows[:, :, :, 2:].clone(), layer)
+    compact_cache(cache, torch.tensor([[0, 2, 4]]), num_nodes=6)
+    assert not cache.layers[1].is_initialized
+    assert torch.equal(cache.layers[2].keys, rows[0][:, :, [0, 1, 2, 4, 6]])
+
+
 def test_recurrent_layers_are_refused():
     class LinearAttentionLayer:
         pass

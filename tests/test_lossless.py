@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import FAMILIES, make_drafter, make_target
 from oracle import oracle
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LlamaConfig, TextStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from coral_hf import coral_generate
@@ -313,6 +313,34 @@ def test_inputs_embeds_are_refused(target):
     embeds = target.get_input_embeddings()(prompt_of(5))
     with pytest.raises(ValueError, match="input_ids"):
         target.generate(inputs_embeds=embeds, max_new_tokens=5, assistant_model=make_drafter(target))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda target: setattr(target, "_supports_default_dynamic_cache", lambda: False), "keeps no KV cache"),
+        (lambda target: target.model.embed_tokens.to("meta"), "The embedding of LlamaForCausalLM is offloaded"),
+    ],
+)
+def test_targets_without_what_drafting_needs(harm, message):
+    target = make_target()
+    drafter = make_drafter(target)
+    harm(target)
+    with pytest.raises(ValueError, match=message):
+        target.generate(prompt_of(5), max_new_tokens=5, assistant_model=drafter)
+
+
+def test_ranks_that_wait_for_each_other_are_refused(target):
+    with pytest.raises(ValueError, match=r"synced_gpus=True: .* pass synced_gpus=False"):
+        target.generate(prompt_of(5), max_new_tokens=5, assistant_model=make_drafter(target), synced_gpus=True)
+
+
+def test_the_stock_loop_refuses_a_prefilled_cache(target):
+    ids, filled = prompt_of(12), DynamicCache()
+    target(ids[:, :8], use_cache=True, **cache_kwarg(filled))
+    with pytest.raises(ValueError, match=r"draft_stock_loop=True reads the whole prompt again .* drop the cache"):
+        config = config_of(STOCK)
+        target.generate(ids, generation_config=config, assistant_model=make_drafter(target), **cache_kwarg(filled))
 
 
 def test_text_streamer_prints_once(target, capsys):

@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, make_target, make_tokenizer
 
 from coral_hf.training.regenerate import iter_prompts, iter_responses, regenerate, write_shards
-from coral_hf.training.slot_cache import SlotCache
+from coral_hf.training.slot_cache import _GROWTH, SlotCache
 
 
 EOS_IDS = list(range(2, 14))  # many, so that random models end some answers early
@@ -253,9 +253,31 @@ def test_targets_that_do_not_fit(target, tmp_path):
     with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
         regenerate(target, make_tokenizer(), [], tmp_path / "out", max_new_tokens=4)
     target.config._attn_implementation = "sdpa"
+    target.config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match=r"encoder-decoder .llama.; give a decoder-only model"):
+        regenerate(target, make_tokenizer(), [], tmp_path / "out", max_new_tokens=4)
+    target.config.is_encoder_decoder = False
     target.config.layer_types = ["linear_attention"] * 4
     with pytest.raises(ValueError, match="linear_attention"):
         regenerate(target, make_tokenizer(), [], tmp_path / "out", max_new_tokens=4)
+
+
+def test_prompts_that_cannot_be_answered(target, tmp_path):
+    twice = [{"id": "a", "turns": ["x"]}, {"id": "a", "turns": ["y"]}]
+    with pytest.raises(ValueError, match="prompt id 'a' occurs twice"):
+        regenerate(target, make_tokenizer(), twice, tmp_path / "out", max_new_tokens=4, progress=False)
+    with pytest.raises(ValueError, match="prompt 'a' has no tokens"):
+        empty = [{"id": "a", "turns": [""]}]
+        tokenizer = make_tokenizer(chat_template=None)
+        regenerate(target, tokenizer, empty, tmp_path / "other", max_new_tokens=4, progress=False)
+
+
+def test_buffers_grow_with_the_longest_row(target, tmp_path):
+    """Past the buffer's first size in the middle of an answer."""
+    prompts = [{"id": "long", "turns": ["x" * (_GROWTH - 10)]}, {"id": "short", "turns": ["y"]}]
+    regenerate(target, make_tokenizer(), prompts, tmp_path / "out", max_new_tokens=20, slots=2, progress=False)
+    for row in read(tmp_path / "out"):
+        assert row["response_ids"] == plain(target, row["prompt_ids"], 20)
 
 
 def test_one_writer_at_a_time(target, tmp_path):
@@ -292,10 +314,18 @@ def test_missing_prompts_file(tmp_path):
         list(iter_prompts(tmp_path / "nothing.jsonl"))
 
 
-def test_malformed_responses_name_the_line(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "b", "prompt_ids": [1]}', '"response_ids" must be a list of token ids'),
+        ('{"id": 7, "prompt_ids": [1], "response_ids": [2]}', '"id" must be a string, got 7'),
+        ('{"id": "b", "turn": -1, "prompt_ids": [1], "response_ids": [2]}', '"turn" must be a number from 0, got -1'),
+    ],
+)
+def test_malformed_responses_name_the_line(line, message, tmp_path):
     path = tmp_path / "responses.jsonl"
-    path.write_text('{"id": "a", "prompt_ids": [1], "response_ids": [2]}\n{"id": "b", "prompt_ids": [1]}\n')
-    with pytest.raises(ValueError, match='line 2: "response_ids" must be a list of token ids'):
+    path.write_text('{"id": "a", "prompt_ids": [1], "response_ids": [2]}\n' + line + "\n")
+    with pytest.raises(ValueError, match=f"line 2: {message}"):
         list(iter_responses(path))
 
 
@@ -320,4 +350,8 @@ def test_a_malformed_row_leaves_no_shard(tmp_path):
     pytest.importorskip("pyarrow.parquet")
     with pytest.raises(ValueError, match='row 1: "prompt_ids"'):
         write_shards([{"id": "a", "prompt_ids": [1], "response_ids": [1]}, {"id": "b"}], tmp_path / "shards")
+    with pytest.raises(ValueError, match="these are no rows to write"):
+        write_shards([], tmp_path / "shards")
+    with pytest.raises(ValueError, match="rows_per_shard must be at least 1, got 0"):
+        write_shards([], tmp_path / "shards", rows_per_shard=0)
     assert not (tmp_path / "shards").exists()

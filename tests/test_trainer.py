@@ -389,6 +389,28 @@ def test_a_drafter_of_other_sizes_is_refused(tmp_path):
             make_trainer(tmp_path, target, drafter)
 
 
+def test_a_drafter_with_a_head_of_its_own_is_refused(tmp_path):
+    target = make_target(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"draft_vocab_size=64.*train a drafter that uses the target"):
+        make_trainer(tmp_path, target, quick_drafter(target, draft_vocab_size=64))
+
+
+def test_long_conversations_are_cut_and_other_columns_left_out(tmp_path, capsys):
+    rows = [{**row, "topic": "birds"} for row in random_rows(4)]
+    longest = max(len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows)
+    trainer = make_trainer(
+        tmp_path,
+        make_target(dtype=torch.float32),
+        rows=rows,
+        max_length=longest - 1,
+        remove_unused_columns=True,
+        max_steps=1,
+    )
+    assert f"conversations cut at max_length={longest - 1}, 0 of them left out" in capsys.readouterr().out
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 def test_another_tokenizer_is_refused(tmp_path):
     def tokenizer(words):
         core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))

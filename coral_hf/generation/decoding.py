@@ -21,11 +21,6 @@ ATTENTION_WITH_TREES = ("sdpa", "eager")
 
 def check_call(target: PreTrainedModel, settings: DraftSettings, input_ids: torch.Tensor, model_kwargs: dict) -> None:
     """Raises `ValueError` for what the loop does not support, before any forward."""
-    if target.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(target).__name__} is an encoder-decoder; CORAL drafts for decoder-only causal LMs. Generate without "
-            "assistant_model."
-        )
     if input_ids.shape[0] != 1:
         raise ValueError(
             f"CORAL generates for one sequence at a time; got a batch of {input_ids.shape[0]}. Call generate once per "
