@@ -197,7 +197,8 @@ class CoralDraftConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         settings, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if not settings:  # Transformers would go on with the defaults
+        # Transformers would go on with the defaults; some of its releases add keys of their own
+        if all(name.startswith("_") for name in settings):
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds no config.json, or one without settings: the upload or copy is "
                 "not complete, or it is no drafter. Fetch it again, or save the drafter again with "
