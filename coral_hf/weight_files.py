@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, HTTPError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
@@ -73,7 +73,7 @@ def loading(name: Any) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ValueError(f"{name}: {WEIGHTS_FILE} is damaged ({error}). {remedy}") from error
-    except (AttributeError, LookupError, RecursionError, TypeError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError, StrictDataclassError) as error:
         raise ValueError(
             f"{name}: config.json is malformed, or an argument unknown ({type(error).__name__}: {error}). {remedy}"
         ) from error
