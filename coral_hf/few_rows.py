@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,7 +74,7 @@ def few_row_linears(*models: nn.Module) -> Iterator[None]:
         for layer in layers:
             _users[layer] = _users.get(layer, 0) + 1
             if _users[layer] == 1:
-                layer.forward = partial(_forward, weakref.proxy(layer))
+                vars(layer)["forward"] = partial(_forward, weakref.proxy(layer))
     try:
         yield
     finally:
@@ -81,10 +82,10 @@ def few_row_linears(*models: nn.Module) -> Iterator[None]:
             for layer in layers:
                 _users[layer] -= 1
                 if not _users[layer]:
-                    del _users[layer], layer.forward
+                    del _users[layer], vars(layer)["forward"]
 
 
-def _forward(layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+def _forward(layer: Any, input: torch.Tensor) -> torch.Tensor:
     return few_row_linear(input, layer.weight, layer.bias)
 
 
