@@ -95,8 +95,11 @@ def compact_cache(cache: Cache, path: torch.Tensor, num_nodes: int) -> None:
                 start = states.shape[-2] - num_nodes
                 accepted = states.index_select(-2, start + path[0].to(states.device))
                 states[..., start : start + kept, :] = accepted
-    # Also when nothing is dropped: sliding layers shrink back to their window here.
-    cache.crop(-(num_nodes - kept))
+    # Also when nothing is dropped: sliding layers shrink back to their window here. Not by `cache.crop`, which stumbles over
+    # layers that share another's keys in Transformers 5.17.
+    for layer in cache.layers:
+        if getattr(layer, "is_initialized", True):
+            layer.crop(-(num_nodes - kept))
 
 
 __all__ = ["check_cache", "compact_cache", "tree_attention_mask"]
