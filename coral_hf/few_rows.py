@@ -1,8 +1,8 @@
 """Linear layers over a few rows on a CPU: all that drafting and verifying a tree consists of.
 
-MKL multiplies `x @ weight.T` for 2 to 32 rows of float32 up to three times slower than the transposed product
-`weight @ x.T`, whose rows it takes in blocks of 4 and 8 (measured on AVX2 with 2 threads; one thread gains nothing). One
-row is memory-bound either way, and more rows than these are as fast in the plain form.
+For 2 to 32 rows of float32 MKL multiplies `x @ weight.T` more slowly than the transposed product `weight @ x.T`, whose rows
+it takes in blocks of 4 and 8. That was seen on AVX2 with two threads, and it is used nowhere else: one thread gains nothing,
+one row is memory-bound either way, and more rows than these are as fast in the plain form.
 """
 
 import threading
