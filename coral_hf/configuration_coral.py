@@ -182,7 +182,13 @@ class CoralDraftConfig(PreTrainedConfig):
             self.router_hidden_size = max(1, self.hidden_size // 2)
         check_settings(self)
         check_head(self)
-        super().__post_init__(**kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except (AttributeError, TypeError) as error:  # what Transformers makes of odd `id2label` or `num_labels`
+            raise ValueError(
+                f"A setting that all Transformers configs share is malformed ({type(error).__name__}: {error}). Leave "
+                "id2label, label2id and num_labels out: a drafter has no labels."
+            ) from error
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "CoralDraftConfig":

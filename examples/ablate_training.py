@@ -4,15 +4,20 @@
         --cache_features outputs/ablation/features --learning_rate 1e-3
     python examples/ablate_training.py ... --variants hass coral "strong:preset=coral,csra_weight=0.3"
 
-Every training flag applies to all variants. A variant is a preset, or a name with the fields that it changes. The rows are
-the first in a shuffled order that add up to --response_tokens; `seed` moves a drafter's random weights, the order of the
-rows and all draws. Finished runs stand in ablation.json and are not repeated. tau is that of a simulated greedy chain of
+Every training flag applies to all variants. A variant is a preset, or a name with the training arguments that it changes
+and, after `config.`, the drafter's settings; features of other layers need a cache of their own:
+
+    --variants eagle "one_layer:preset=eagle,config.target_feature_layers=[-1],cache_features=outputs/last_layer"
+
+The rows are the first in a shuffled order that add up to --response_tokens; `seed` moves a drafter's random weights, the
+order of the rows and all draws. Finished runs stand in ablation.json and are not repeated. tau is that of a simulated greedy chain of
 `eval_chain_depth` on the answers in --eval_data, with the full head.
 """
 
 import dataclasses
 import json
 import random
+import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,16 +48,30 @@ class ScriptArguments:
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
 
-def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
-    """`"coral"` or `"name:preset=coral,csra_weight=0.3"` -> the name and the training arguments that it changes."""
+def parse_variant(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """`"coral"` or `"name:preset=coral,config.shape=eagle"` -> the name, its training arguments, its drafter's settings."""
     name, _, changes = text.partition(":")
     if not changes:
-        return name, {"preset": name}
-    pairs = [change.partition("=") for change in changes.split(",")]
+        return name, {"preset": name}, {}
     kinds = {item.name: item.type for item in dataclasses.fields(CoralTrainingArguments)}
-    if unknown := sorted({key for key, _, _ in pairs} - set(kinds)):
-        raise SystemExit(f"--variants {text!r} sets {', '.join(unknown)}, which CoralTrainingArguments does not have.")
-    return name, {key: value if kinds[key] in (str, str | None) else json.loads(value) for key, _, value in pairs}
+    arguments, config = {}, {}
+    for change in re.split(r",(?=[\w.]+=)", changes):  # a comma inside of a list does not part two changes
+        key, _, value = change.partition("=")
+        if key.startswith("config."):
+            config[key.removeprefix("config.")] = parse_value(value)
+        elif key in kinds:
+            arguments[key] = value if kinds[key] in (str, str | None) else parse_value(value)
+        else:
+            raise SystemExit(f"--variants {text!r} sets {key}, which CoralTrainingArguments does not have.")
+    return name, arguments, config
+
+
+def parse_value(text: str) -> Any:
+    """JSON, or a bare word."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def pick_rows(script: ScriptArguments) -> list[dict[str, Any]]:
@@ -95,19 +114,20 @@ def main() -> None:
     }
     done = {(run["variant"], run["seed"]) for run in record["runs"]}
     for seed in script.seeds:
-        for name, changes in map(parse_variant, script.variants):
+        for name, changes, config in map(parse_variant, script.variants):
             if (name, seed) in done:
                 continue
             folder = str(file.parent / f"{name}-{seed}")
             args = CoralTrainingArguments(**{**common, **changes, "output_dir": folder, "seed": seed})
             set_seed(seed)
-            drafter = CoralDraftModel.from_target(target, tokenizer, **record["config"])
+            drafter = CoralDraftModel.from_target(target, tokenizer, **{**record["config"], **config})
             trainer = CoralTrainer(drafter, target, args, rows, eval_rows, processing_class=tokenizer)
             trainer.train()
             metrics = trainer.evaluate()
             trainer.save_model()
+            changed = {**changes, **({"config": config} if config else {})}
             record["runs"].append(
-                {"variant": name, "seed": seed, "changes": changes, "steps": trainer.state.global_step, **metrics}
+                {"variant": name, "seed": seed, "changes": changed, "steps": trainer.state.global_step, **metrics}
             )
             record["acceptance_length"] = summarize(record["runs"])
             file.write_text(json.dumps(record, indent=2) + "\n")

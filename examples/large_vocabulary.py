@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, HfArgumentParser
 
 from coral_hf import CoralDraftModel
+from coral_hf.commands.loading import resolve_dtype
 from coral_hf.evaluation.benchmark import print_table, run_benchmark
 from coral_hf.evaluation.methods import Method
 from coral_hf.evaluation.prompts import read_prompts
@@ -44,6 +45,9 @@ class ScriptArguments:
     router_groups: int = field(default=256, metadata={"help": "Groups of the router; a sixteenth is active."})
     limit: int = field(default=5, metadata={"help": "Prompts per evaluation file."})
     max_new_tokens: int = field(default=48, metadata={"help": "Tokens per timed answer."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Dtype of the timed runs; auto: bfloat16 where it is native."}
+    )
     threads: int = field(default=2, metadata={"help": "CPU threads."})
 
 
@@ -106,8 +110,9 @@ def main() -> None:
         trainer.train()
         trainer.save_model()
 
-    target = target.to(torch.bfloat16)
-    drafter = CoralDraftModel.from_pretrained(output / "router", dtype=torch.bfloat16).eval()
+    dtype = resolve_dtype(script.dtype, target.device)
+    target = target.to(dtype)
+    drafter = CoralDraftModel.from_pretrained(output / "router", dtype=dtype).eval()
     heads = ("full", "shortlist", "router", "both")
     chain = {"draft_depth": 3, "draft_top_k": 1}
     methods = [Method(head, drafter, {**chain, "draft_head": head}) for head in heads]

@@ -88,7 +88,8 @@ def test_ablate_training(tiny_demo, tmp_path, monkeypatch, capsys):
     data.write_text("".join(json.dumps({"turn": 0, **row}) + "\n" for row in random_rows(16)))
     common = ["--data", str(data), "--eval_data", str(data), "--output_dir", str(output), "--disable_tqdm", "true"]
     common += ["--response_tokens", "40", "--min_response_tokens", "1", "--report_to", "none", "--save_strategy", "no"]
-    variants = ["--variants", "hass", "strong:preset=coral,rollout_schedule=2,csra_weight=0.5"]
+    strong = "strong:preset=coral,rollout_schedule=2,csra_weight=0.5,config.target_feature_layers=[0,-1]"
+    variants = ["--variants", "hass", strong]
     run(monkeypatch, "ablate_training.py", *common, "--seeds", "0", *variants)
     run(monkeypatch, "ablate_training.py", *common, "--seeds", "0", "1", *variants)  # goes on
     record = json.loads((output / "ablation.json").read_text())
@@ -97,8 +98,43 @@ def test_ablate_training(tiny_demo, tmp_path, monkeypatch, capsys):
     ]
     assert len({one["steps"] for one in record["runs"]}) == 1 and record["response_tokens"] >= 40
     assert record["acceptance_length"]["strong"]["stdev"] is not None
+    assert record["runs"][1]["changes"]["config"] == {"target_feature_layers": [0, -1]}
+    assert CoralDraftModel.from_pretrained(output / "strong-0").config.target_feature_layers == [0, -1]
     with pytest.raises(SystemExit, match="csra_wait"):
         run(monkeypatch, "ablate_training.py", *common, "--variants", "odd:preset=coral,csra_wait=1")
+
+
+def test_compare_runs(tmp_path, monkeypatch, capsys):
+    for name, speedup in (("first", 1.5), ("second", 1.6)):
+        row = {"method": "coral", "benchmark": "all", "temperature": 0.0, "speedup": speedup}
+        record = {"environment": {}, "runs": [row | {"method": "plain"}, row]}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "benchmark.json").write_text(json.dumps(record))
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    run(monkeypatch, "compare_runs.py", "--runs", *folders, "--json", str(tmp_path / "record.json"))
+    (row,) = json.loads((tmp_path / "record.json").read_text())["rows"]
+    assert row["speedups"] == [1.5, 1.6] and row["difference"] == pytest.approx(0.0625)
+    with pytest.raises(SystemExit, match="two folders"):
+        run(monkeypatch, "compare_runs.py", "--runs", folders[0])
+
+
+def test_benchmark_head(tmp_path, monkeypatch, capsys):
+    record = tmp_path / "record.json"
+    arguments = [
+        "--groups",
+        "64",
+        "--grouping",
+        "clustered",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+        "--json",
+        str(record),
+    ]
+    run(monkeypatch, "benchmark_head.py", *arguments)
+    found = json.loads(record.read_text())
+    assert all(found[name] > 0 for name in ("rows_1", "rows_10", "byte_efficiency")) and found["active"] == 1 / 16
 
 
 def test_push_to_hub(tiny_demo, hub, monkeypatch, capsys):  # noqa: F811
