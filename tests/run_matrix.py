@@ -36,6 +36,7 @@ SELECTIONS = {
     ],
     "training": [
         "test_trainer.py",
+        "test_trainer_inputs.py",
         "test_checkpoints.py",
         "test_feature_cache.py",
         "test_regenerate.py",

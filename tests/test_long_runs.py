@@ -11,7 +11,7 @@ import torch
 from conftest import make_drafter, make_target
 from oracle import oracle
 from test_lossless import CHAIN, TREES, config_of, prompt_of
-from test_trainer import make_args, random_rows
+from tiny_trainings import make_args, random_rows
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList, TrainerCallback
 from transformers.generation.streamers import BaseStreamer
 
