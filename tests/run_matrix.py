@@ -32,7 +32,8 @@ SELECTIONS = {
     ],
     "generation": [
         *("test_compat.py", "test_cache.py", "test_lossless.py", "test_target_kinds.py", "test_generate_features.py"),
-        *("test_modeling_coral.py", "test_rollout.py", "test_target_adapter.py", "test_real_model.py"),
+        *("test_generate_bad_input.py", "test_modeling_coral.py", "test_rollout.py", "test_target_adapter.py"),
+        "test_real_model.py",
     ],
     "training": [
         "test_trainer.py",
