@@ -28,7 +28,7 @@ SELECTIONS = {
         *("test_imports.py", "test_compat.py", "test_cache.py", "test_lossless.py::test_families"),
         *("test_lossless.py::test_continuing_a_conversation", "test_lossless.py::test_returned_dict"),
         *("test_generate_features.py::test_prefilled_cache", "test_trainer.py::test_two_epochs"),
-        "test_regenerate.py",
+        *("test_regenerate.py", "test_response_files.py", "test_slot_cache.py"),
     ],
     "generation": [
         *("test_compat.py", "test_cache.py", "test_lossless.py", "test_target_kinds.py", "test_generate_features.py"),
@@ -40,7 +40,7 @@ SELECTIONS = {
         "test_trainer_inputs.py",
         "test_checkpoints.py",
         "test_feature_cache.py",
-        "test_regenerate.py",
+        *("test_regenerate.py", "test_response_files.py", "test_slot_cache.py"),
         "test_adapters.py",
     ],
     "publishing": ["test_hub.py", "test_demo.py", "test_examples.py", "test_conversion.py", "test_cli.py"],
