@@ -20,7 +20,7 @@ from coral_hf import CoralDraftModel
 
 
 # Helpers with assertions of their own show values as tests do.
-pytest.register_assert_rewrite("parity")
+pytest.register_assert_rewrite("engine_drafters", "parity")
 
 # Tiny models are faster on one thread; the real one sets its own.
 torch.set_num_threads(1)
