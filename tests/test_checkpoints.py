@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_target
-from test_trainer import assert_same_weights, make_trainer, quick_drafter, random_rows, weights
+from tiny_trainings import assert_same_weights, make_trainer, quick_drafter, random_rows, weights
 
 from coral_hf import CoralDraftModel
 from coral_hf.training import checkpoints

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_drafter, make_target, make_tokenizer
 from oracle import oracle
-from test_lossless import CHAIN, STOCK, TREES, config_of, prompt_of
+from parity import CHAIN, STOCK, TREES, config_of, prompt_of
 from transformers import DynamicCache, pipeline, set_seed
 from transformers.generation.streamers import BaseStreamer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_drafter, make_target, make_tokenizer
 from oracle import oracle
-from test_lossless import CHAIN, TREES, config_of, prompt_of
+from parity import CHAIN, TREES, config_of, prompt_of
 from torch.nn import functional as F
 from transformers import set_seed
 

@@ -13,7 +13,7 @@ from conftest import make_drafter, make_target
 from hub_server import TOKEN, serve
 from huggingface_hub import constants
 from test_model_card import make_record
-from test_trainer import make_trainer, random_rows
+from tiny_trainings import make_trainer, random_rows
 from transformers import AutoModel
 
 from coral_hf import CoralDraftModel

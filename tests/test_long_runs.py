@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import make_drafter, make_target
 from oracle import oracle
-from test_lossless import CHAIN, TREES, config_of, prompt_of
-from test_trainer import make_args, random_rows
+from parity import CHAIN, TREES, config_of, prompt_of
+from tiny_trainings import make_args, random_rows
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList, TrainerCallback
 from transformers.generation.streamers import BaseStreamer
 

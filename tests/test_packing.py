@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from conftest import make_target, randomize
-from test_trainer import assert_same_weights, logged, make_trainer, quick_drafter, random_rows, weights
+from tiny_trainings import assert_same_weights, logged, make_trainer, quick_drafter, random_rows, weights
 
 from coral_hf.training.data import ConversationDataset, CoralDataCollator
 from coral_hf.training.packing import PackedConversations, pack_lengths

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import COMMON, FAMILIES, make_drafter, make_target
 from oracle import oracle
-from test_lossless import CHAIN, STOCK, TREES, compare, config_of, prompt_of
+from parity import CHAIN, STOCK, TREES, compare, config_of, prompt_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from coral_hf.compat import cache_kwarg
