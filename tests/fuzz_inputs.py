@@ -2,7 +2,8 @@
 
     python tests/fuzz_inputs.py --count 1000 --seed 0
 
-A clear error is a `ValueError` or `OSError` that names the file or the value; on the command line one line and status 2.
+A clear error is a `ValueError` or `OSError` that names the file or the value (for a setting that all configs share, also
+the error of huggingface_hub's dataclasses, which names field and value); on the command line one line and status 2.
 Anything else, more than `LIMIT` seconds, or a file left half-written is a fault, printed with the command that shows it
 alone; exit status 1 if there is any. `tests/test_fuzz_inputs.py` runs a slice.
 """
@@ -24,6 +25,7 @@ from conftest import make_drafter, make_target, make_tokenizer
 from eagle_checkpoints import LLAMA, eagle1_tensors, eagle3_tensors, write
 from fuzz_corruption import ODD_VALUES, corrupt_file, corrupt_json
 from fuzz_driver import Fault, main, quiet, run_cases
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from test_model_card import make_record
 from transformers import GenerationConfig
 
@@ -251,7 +253,7 @@ def run_case(inputs: Inputs, seed: int, index: int) -> dict[str, int]:
                 with contextlib.redirect_stdout(io.StringIO()):
                     getattr(inputs, kind)(path)
             return {"worked": 1}
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, StrictDataclassFieldValidationError) as error:
             text = str(error)
             if not text.strip():
                 raise Fault(f"{label}: {type(error).__name__} without a message") from error
