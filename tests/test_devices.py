@@ -17,6 +17,9 @@ from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.training.placement import decoder_layers, place_target, plain_sharding
 
 
+pytestmark = pytest.mark.slow
+
+
 PROGRAM = Path(__file__).parent / "training_process.py"
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SETTINGS = {

@@ -183,6 +183,7 @@ def test_peft_target(target, draft):
     assert built.config.target_model_type == "llama"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_drafter_of_another_dtype(dtype, other):

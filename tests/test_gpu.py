@@ -39,6 +39,7 @@ def generate(target, ids, size, drafter=None, **settings):
     return target.generate(ids, generation_config=config_of(size, **settings), assistant_model=drafter)
 
 
+@pytest.mark.slow
 @on_every_device
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])

@@ -202,6 +202,7 @@ assert drafter.last_stats.steps > 0
 """
 
 
+@pytest.mark.slow
 def test_published_code_needs_no_package(hub, tmp_path):
     """Another process: the drafter as remote code, `custom_generate` without the package and with it."""
     target = make_target(dtype=torch.float32)

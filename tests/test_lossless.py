@@ -29,6 +29,7 @@ def test_families(family, attention):
     assert accepted / steps >= 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", list(TREES))
 @pytest.mark.parametrize(
     "settings",
@@ -51,6 +52,7 @@ def test_greedy_settings(target, tree, settings):
         assert stats.n_accepted / stats.steps >= 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", ["chain", "tree16", "tree60"])
 @pytest.mark.parametrize(
     "settings",
@@ -77,6 +79,7 @@ def stairs(monkeypatch):
     monkeypatch.setattr(hook, "draft_costs", lambda *_: DraftCosts(target_ms, first_level_ms=2.0, level_ms=1.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", [*TREES, "stock"])
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_p": 0.9}, {"repetition_penalty": 1.3}], ids=str)
 def test_cost_aware_trees(target, stairs, tree, settings):

@@ -12,6 +12,9 @@ from transformers import set_seed
 from coral_hf.compat import cache_of
 
 
+pytestmark = pytest.mark.slow
+
+
 PROCESSORS = {
     "none": {},
     "repetition_penalty": {"repetition_penalty": 1.3},

@@ -37,6 +37,7 @@ def plain(target, prompt_ids, max_new_tokens):
     return output[0, len(prompt_ids) :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_greedy_equals_plain_generate(family, attention, tmp_path):

@@ -91,6 +91,7 @@ def image_target(kind: str, attention: str):
     return finish(AutoModelForImageTextToText.from_config(config, attn_implementation=attention)), ids, inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen2_vl"])
 def test_image_targets(kind, attention):
@@ -112,6 +113,7 @@ def test_image_targets(kind, attention):
     assert texts[0].unique().numel() > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", list(CHAINS_ONLY))
 def test_chains_only(family, attention):
