@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import demo
-from ..hardware import native_bfloat16
+from ..hardware import default_device, native_bfloat16
 from ..modeling_coral import CoralDraftModel
 
 
@@ -33,7 +33,7 @@ def load_target(name: str, dtype: str | torch.dtype, device: str | None = None):
 def resolve_device(name: str | None) -> torch.device:
     """`'cuda:1'` -> its device; None -> the machine's accelerator, else the CPU; `ValueError` for what is not there."""
     if name is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return default_device()
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
