@@ -58,6 +58,10 @@ def check_settings(config: Any) -> None:
             f"num_attention_heads={config.num_attention_heads} must be a multiple of "
             f"num_key_value_heads={config.num_key_value_heads}."
         )
+    if config.target_embedding_scale is not None and config.target_embedding_scale <= 0:
+        raise ValueError(
+            f"target_embedding_scale={config.target_embedding_scale} must be positive; 1.0 is no scaling."
+        )
     rope = config.rope_parameters
     theta, kind = rope.get("rope_theta", 10000.0), rope.get("rope_type", "default")
     if not (_is_of(theta, float) and theta > 0 and kind in ("default", *ROPE_INIT_FUNCTIONS)):

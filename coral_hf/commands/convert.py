@@ -1,9 +1,10 @@
 """`coral-hf convert`: EAGLE-family checkpoints in, serving engines' checkpoints out."""
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .loading import DEMO, load_drafter, load_target
+from .loading import DEMO, load_drafter, load_target, load_target_config
 
 
 @dataclass
@@ -31,6 +32,7 @@ class ConvertCommand:
 
     def run(self, positional) -> int:
         from ..conversion.commands import convert_from, convert_to
+        from ..conversion.engine_export import meta_target
         from ..modeling_coral import CoralDraftModel
 
         if self.from_format is not None and self.to is None:
@@ -45,7 +47,12 @@ class ConvertCommand:
             raise ValueError(f"Give one of --from FORMAT and --to ENGINE; {given}.")
         drafter = load_drafter(positional.input)
         target = None
-        if self.to == "eagle" and drafter.config.shape == "eagle3" and self.target is not None:
+        eagle3 = drafter.config.shape == "eagle3"
+        if self.to == "eagle" and eagle3 and self.target is not None:
             target, _ = load_target(self.target, self.dtype, "cpu")
+        elif not eagle3 and drafter.config.target_embedding_scale is None and self.target not in (None, DEMO):
+            # a name that only the engine knows is still one to serve by; the drafter's own config must do then
+            with contextlib.suppress(OSError):
+                target = meta_target(load_target_config(self.target))
         convert_to(self.to, drafter, positional.output, target, None if self.target == DEMO else self.target)
         return 0

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .. import demo
 from ..hardware import native_bfloat16
@@ -28,6 +28,12 @@ def load_target(name: str, dtype: str | torch.dtype, device: str | None = None):
                 AutoTokenizer.from_pretrained(name),
             )
     return model.eval().to(place), tokenizer
+
+
+def load_target_config(name: str):
+    """A target's config by path or Hub id, without its weights."""
+    with _named("target", name):
+        return AutoConfig.from_pretrained(name)
 
 
 def resolve_device(name: str | None) -> torch.device:
