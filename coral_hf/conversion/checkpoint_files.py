@@ -110,6 +110,8 @@ def read_weight_file(path: Path) -> dict[str, torch.Tensor]:
         wrong = type(loaded).__name__
     elif others := sorted(str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)):
         wrong = f"non-tensors under {others}"
+    elif unnamed := [key for key in loaded if not isinstance(key, str)]:
+        wrong = f"tensors under {unnamed}, which are no names"
     if wrong is not None:
         raise ValueError(f"{path} must hold named tensors only; found {wrong}. Save the state dict alone.")
     return loaded
@@ -123,8 +125,6 @@ def load_plain_pickle(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {_FETCH_AGAIN}") from error
     except pickle.UnpicklingError as error:
         # torch's message goes on with advice to turn the check off
         reason = str(error).strip().splitlines()[0]
@@ -132,6 +132,9 @@ def load_plain_pickle(path: Path) -> Any:
             f"{path} holds more than plain tensors and would run code when loaded; it is refused. Ask for a safetensors "
             f"file. ({reason})"
         ) from error
+    except Exception as error:
+        # torch's reader walks into damaged bytes with whatever comes of it: KeyError, struct.error, AssertionError, ...
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {_FETCH_AGAIN}") from error
 
 
 def check_output_folder(folder: str | os.PathLike) -> Path:
