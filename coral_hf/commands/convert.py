@@ -29,6 +29,9 @@ class ConvertCommand:
     target_feature_layers: list[int] | None = field(
         default=None, metadata={"help": "With --from: the target layers whose inputs an EAGLE-3 checkpoint reads."}
     )
+    revision: str | None = field(
+        default=None, metadata={"help": "With --from: branch, tag or commit of the checkpoint's Hub repository."}
+    )
 
     def run(self, positional) -> int:
         from ..conversion.commands import convert_from, convert_to
@@ -38,13 +41,18 @@ class ConvertCommand:
         if self.from_format is not None and self.to is None:
             target, _ = load_target(self.target or DEMO, self.dtype, "cpu")
             layers = self.target_feature_layers
-            convert_from(CoralDraftModel, self.from_format, positional.input, positional.output, target, layers)
+            places = (positional.input, positional.output)
+            convert_from(CoralDraftModel, self.from_format, *places, target, layers, self.revision)
             return 0
         if self.to is None or self.from_format is not None:
             given = (
                 "neither is given" if self.to is None else f"--from {self.from_format} and --to {self.to} are given"
             )
             raise ValueError(f"Give one of --from FORMAT and --to ENGINE; {given}.")
+        if self.revision is not None:
+            raise ValueError(
+                f"--revision {self.revision} is of the checkpoint that --from reads; leave it out with --to."
+            )
         drafter = load_drafter(positional.input)
         target = None
         eagle3 = drafter.config.shape == "eagle3"

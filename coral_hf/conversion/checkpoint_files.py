@@ -29,7 +29,11 @@ _FETCH_AGAIN = "Fetch the checkpoint again."
 
 
 def resolve_folder(path_or_repo: str | os.PathLike, revision: str | None = None) -> Path:
-    """A local folder as it is; a Hub id's config and weights from the cache or the Hub.
+    """A local folder as it is; a Hub id's config and weights, in one form, from the cache or the Hub.
+
+    Args:
+        path_or_repo (`str` or `os.PathLike`): a folder or a Hub id.
+        revision (`str`, *optional*): branch, tag or commit of the Hub repository.
 
     Raises:
         OSError: if it is neither a folder nor a repository that can be fetched.
@@ -39,13 +43,34 @@ def resolve_folder(path_or_repo: str | os.PathLike, revision: str | None = None)
         return folder
     if folder.exists() or str(path_or_repo).startswith((".", "/", "~")):
         raise OSError(f"{path_or_repo} is no folder; give one with a {CONFIG_FILE} and weights, or a Hub id.")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    patterns = [CONFIG_FILE, "*.safetensors", "*.bin", "*.index.json", HOT_TOKENS_FILE]
+    repo = str(path_or_repo)
+    failed = f"{repo!r} is no local folder, and fetching it from the Hub failed: "
     try:
-        return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise OSError(f"{path_or_repo!r} is no local folder, and fetching it from the Hub failed: {error}") from error
+        listed = HfApi().list_repo_tree(repo, revision=revision)
+        names = [entry.path for entry in listed if "/" not in entry.path]  # other servers list subfolders as well
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_wanted_files(names)))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise OSError(f"{failed}{error}") from error
+    except (HTTPError, OSError, ValueError) as error:
+        try:  # no network: what was fetched before, of which only the config's name is sure
+            cached = snapshot_download(repo, revision=revision, allow_patterns=[CONFIG_FILE], local_files_only=True)
+            return Path(cached)
+        except (OSError, ValueError):
+            raise OSError(f"{failed}{error}") from error
+
+
+def _wanted_files(names: list[str]) -> list[str]:
+    """Of a repository's top-level files, those that are read: a checkpoint in several forms is fetched in one."""
+    wanted = [name for name in (CONFIG_FILE, HOT_TOKENS_FILE) if name in names]
+    weights = next((name for name in WEIGHT_FILES if name in names), None)
+    if weights is not None and weights.endswith(".index.json"):
+        # which of them the index names is known once it is here
+        form = Path(weights.removesuffix(".index.json")).suffix
+        wanted += [name for name in names if name.endswith(form)]
+    return wanted if weights is None else [*wanted, weights]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
