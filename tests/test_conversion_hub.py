@@ -1,16 +1,18 @@
 """EAGLE checkpoints fetched from a Hub: one form of the weights, nothing of subfolders, the revision asked for."""
 
+import io
 import json
 
 import pytest
 import torch
 from conftest import make_target, make_tokenizer
-from eagle_checkpoints import LLAMA, eagle1_tensors
-from safetensors.torch import save
+from eagle_checkpoints import LLAMA, eagle1_tensors, write
+from safetensors.torch import load_file, save, save_file
 from test_hub import hub  # noqa: F401  (a fixture)
 
-from coral_hf import CoralDraftModel
+from coral_hf import CoralDraftConfig, CoralDraftModel, TargetAdapter
 from coral_hf.cli import main
+from coral_hf.commands import loading
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +21,6 @@ def target():
 
 
 def pickled(tensors) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     return buffer.getvalue()
@@ -102,3 +102,35 @@ def test_repositories_that_are_none(hub, target):  # noqa: F811
         CoralDraftModel.from_eagle("org/empty", target)
     with pytest.raises(OSError, match="'org/absent' is no local folder"):
         CoralDraftModel.from_eagle("org/absent", target)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_convert_reads_the_ends_of_the_target(family, shard, tmp_path, monkeypatch):
+    target = make_target(family, dtype=torch.float32)
+    target.save_pretrained(tmp_path / "target", max_shard_size=shard)
+    assert (tmp_path / "target" / "model.safetensors").exists() == (shard == "1GB")
+    ends = loading.load_target_ends(str(tmp_path / "target"), "float32")
+    adapter, whole = TargetAdapter(ends), TargetAdapter(target)
+    assert torch.equal(adapter.embedding.weight, whole.embedding.weight)
+    assert torch.equal(adapter.head.weight, whole.head.weight) and adapter.embedding_scale == whole.embedding_scale
+    assert any(parameter.is_meta for parameter in ends.parameters())
+    # a checkpoint that brings a copy of each is compared with them
+    tensors = {"embed_tokens.weight": whole.embedding.weight, "lm_head.weight": whole.head.weight}
+    write(tmp_path / "eagle", LLAMA, {**eagle1_tensors(), **{key: value.clone() for key, value in tensors.items()}})
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", None)
+    arguments = ["convert", "--from", "eagle", str(tmp_path / "eagle"), str(tmp_path / "out")]
+    assert main([*arguments, "--target", str(tmp_path / "target"), "--dtype", "float32"]) == 0
+    config = CoralDraftConfig.from_pretrained(tmp_path / "out")
+    assert (config.target_name_or_path, config.target_model_type) == (str(tmp_path / "target"), family)
+
+
+def test_a_target_with_other_names_is_loaded_whole(target, tmp_path):
+    folder = tmp_path / "target"
+    target.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    renamed = {name.removeprefix("model."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = loading.load_target_ends(str(folder), "float32")
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+    assert torch.equal(loaded.get_input_embeddings().weight, target.get_input_embeddings().weight)

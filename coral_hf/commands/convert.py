@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .loading import DEMO, load_drafter, load_target, load_target_config
+from .loading import DEMO, load_drafter, load_target, load_target_config, load_target_ends
 
 
 @dataclass
@@ -39,7 +39,7 @@ class ConvertCommand:
         from ..modeling_coral import CoralDraftModel
 
         if self.from_format is not None and self.to is None:
-            target, _ = load_target(self.target or DEMO, self.dtype, "cpu")
+            target = load_target_ends(self.target or DEMO, self.dtype)
             layers = self.target_feature_layers
             places = (positional.input, positional.output)
             convert_from(CoralDraftModel, self.from_format, *places, target, layers, self.revision)
