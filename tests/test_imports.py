@@ -68,7 +68,7 @@ ALLOWED = {
         "weight_files",
     },
     "hub": {"configuration_coral", "modeling_coral", "weight_files", "jsonl"},
-    "demo": {"modeling_coral", "user_cache"},
+    "demo": {"hardware", "modeling_coral", "user_cache"},
     "conversion": {"configuration_coral", "target_adapter", "jsonl"},
 }
 # tensors only: no model in here
