@@ -137,6 +137,11 @@ def _is_of(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
+def most_draft_tokens(depth: int, top_k: int) -> int:
+    """Nodes that a draft can have: root, one level of `top_k`, then `top_k`^2 per level; a chain's with `top_k` of 1."""
+    return 1 + top_k + (depth - 1) * top_k**2
+
+
 def group_size(vocab_size: int, num_groups: int) -> int:
     """Ids per group, rounded up; every group holds at least one id.
 
@@ -160,4 +165,5 @@ __all__ = [
     "check_settings",
     "check_types",
     "group_size",
+    "most_draft_tokens",
 ]

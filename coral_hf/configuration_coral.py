@@ -15,6 +15,7 @@ from .configuration_checks import (
     check_settings,
     check_types,
     group_size,
+    most_draft_tokens,
 )
 from .configuration_from_target import settings_from_target
 from .weight_files import loading
@@ -276,5 +277,6 @@ __all__ = [
     "CoralDraftConfig",
     "check_vocabulary",
     "group_size",
+    "most_draft_tokens",
     "vocab_hash",
 ]

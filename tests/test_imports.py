@@ -69,7 +69,7 @@ ALLOWED = {
     },
     "hub": {"configuration_coral", "modeling_coral", "weight_files", "jsonl"},
     "demo": {"hardware", "modeling_coral", "user_cache"},
-    "conversion": {"configuration_coral", "target_adapter", "jsonl"},
+    "conversion": {"configuration_coral", "target_adapter", "jsonl", "weight_files"},
 }
 # tensors only: no model in here
 MODEL_FREE = {"generation/draft_tree.py", "generation/tuning.py", "generation/verification.py", "training/losses.py"}

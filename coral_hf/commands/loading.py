@@ -13,7 +13,7 @@ from .. import demo
 from ..hardware import native_bfloat16
 from ..jsonl import read_json
 from ..modeling_coral import CoralDraftModel
-from ..weight_files import WEIGHTS_FILE
+from ..weight_files import WEIGHTS_FILE, check_index
 
 
 DEMO = "demo"
@@ -64,7 +64,7 @@ def _read_ends(name: str, dtype: torch.dtype):
     if ends[0][1].weight is ends[1][1].weight:  # tied: on file once
         ends[1] = (ends[0][0], ends[1][1])
     index = cached_file(name, f"{WEIGHTS_FILE}.index.json", _raise_exceptions_for_missing_entries=False)
-    shards = None if index is None else read_json(index)["weight_map"]
+    shards = None if index is None else check_index(index, read_json(index))
     for path, module in ends:
         key = f"{path}.weight"
         file = cached_file(name, WEIGHTS_FILE if shards is None else shards[key])

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..jsonl import read_json
+from ..weight_files import check_index
 
 
 CONFIG_FILE = "config.json"
@@ -92,13 +93,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{folder} holds no weights: put one of {list(WEIGHT_FILES)} beside its {CONFIG_FILE}.")
     if not name.endswith(".index.json"):
         return read_weight_file(folder / name)
-    weight_map = read_json(folder / name).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / name} holds no weight_map, so no index of shards. {_FETCH_AGAIN}")
-    # An index is data from elsewhere: it may only name files beside it.
-    outside = sorted({str(shard) for shard in weight_map.values() if Path(str(shard)).name != shard})
-    if outside:
-        raise ValueError(f"{folder / name} names shards outside its folder: {outside}. {_FETCH_AGAIN}")
+    weight_map = check_index(folder / name, read_json(folder / name))
     shards = sorted(set(weight_map.values()))
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:

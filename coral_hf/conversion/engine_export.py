@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..configuration_coral import FEATURE_LAYER_LAST, CoralDraftConfig
+from ..configuration_coral import FEATURE_LAYER_LAST, CoralDraftConfig, most_draft_tokens
 from ..target_adapter import TargetAdapter
 from .checkpoint_files import CONFIG_FILE, HOT_TOKENS_FILE, check_output_folder, staged_folder
 from .eagle_config import CORAL_KEY, CORAL_SETTINGS, default_feature_layers, write_rope
@@ -303,10 +303,8 @@ def serve_command(config: CoralDraftConfig, engine: str, folder: Path, target_na
             f"{'' if eagle3 else ' --no-eagle3'}"
         )
     top_k = config.draft_top_k
-    total = config.draft_total_tokens if top_k > 1 and config.draft_total_tokens else None
-    if total is None:
-        # the whole draft, root included
-        total = config.draft_depth + 1 if top_k == 1 else 1 + top_k + (config.draft_depth - 1) * top_k**2
+    # by default the whole draft, root included; a chain has no other size
+    total = (top_k > 1 and config.draft_total_tokens) or most_draft_tokens(config.draft_depth, top_k)
     token_map = f" --speculative-token-map {shlex.quote(str(folder / HOT_TOKENS_FILE))}" if hot_tokens else ""
     return (
         f"python -m sglang.launch_server --model-path {target} --speculative-algorithm {'EAGLE3' if eagle3 else 'EAGLE'} "
