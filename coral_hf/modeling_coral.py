@@ -107,12 +107,15 @@ class CoralDraftModel(PreTrainedModel):
         return initialize_from_target(cls, target, tokenizer, overrides)
 
     @classmethod
-    def from_eagle(cls, path_or_repo: str, target: PreTrainedModel, **overrides: Any) -> "CoralDraftModel":
+    def from_eagle(
+        cls, path_or_repo: str, target: PreTrainedModel, revision: str | None = None, **overrides: Any
+    ) -> "CoralDraftModel":
         """Loads an EAGLE-1/2, HASS or EAGLE-3 checkpoint for `target`, see `conversion.eagle_import.load_eagle`.
 
         Args:
             path_or_repo (`str`): a folder or a Hub id, with safetensors or a `pytorch_model.bin` of plain tensors.
             target (`PreTrainedModel`): the model that the checkpoint drafts for.
+            revision (`str`, *optional*): branch, tag or commit of the Hub repository.
             **overrides: settings of [`CoralDraftConfig`], `draft_*` or `target_feature_layers` say.
 
         Returns:
@@ -124,7 +127,7 @@ class CoralDraftModel(PreTrainedModel):
         """
         # By name: this file is also saved beside drafters as remote code, which must not need the package.
         conversion = importlib.import_module("coral_hf.conversion")
-        return conversion.load_eagle(cls, path_or_repo, target, **overrides)
+        return conversion.load_eagle(cls, path_or_repo, target, revision, **overrides)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "CoralDraftModel":

@@ -58,6 +58,16 @@ class TargetAdapter:
     def device(self) -> torch.device:
         return self.head.weight.device
 
+    @property
+    def embedding_scale(self) -> float:
+        """What [`embed`] multiplies the embedding's rows by, inside and outside of its module; 1.0 for most families."""
+        module = self.embedding
+        while hasattr(module, "base_layer"):  # PEFT's, around the target's own
+            module = module.base_layer
+        # Transformers' scaled embeddings (Gemma's, MiniCPM3's): the buffer has no value on the meta device, its source has
+        inside = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
+        return float(inside) * self._embedding_scale
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings as the target's first layer sees them, `[..., H]` for ids `[...]`."""
         embeddings = self.embedding(ids.to(self.embedding.weight.device))

@@ -125,7 +125,7 @@ def check_weights(name: str | os.PathLike, limit: int, **hub: Any) -> None:
         if (folder / WEIGHTS_FILE).is_file():
             check_size((folder / WEIGHTS_FILE).stat().st_size, limit, str(name))
         elif (folder / INDEX_FILE).is_file():
-            _check_index(folder / INDEX_FILE)
+            check_index(folder / INDEX_FILE, json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")))
         else:
             _refuse(str(name), [file for file in PICKLED_FILES if (folder / file).is_file()])
         return
@@ -144,12 +144,23 @@ def check_weights(name: str | os.PathLike, limit: int, **hub: Any) -> None:
         _refuse(str(name), [file for file in PICKLED_FILES if _remote_size(str(name), file, hub) is not None])
 
 
-def _check_index(path: Path) -> None:
-    """An index may come from anywhere: it may only name files beside it."""
-    shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    outside = sorted(str(shard) for shard in shards if Path(str(shard)).name != shard)
+def check_index(path: str | os.PathLike, index: Any) -> dict[str, str]:
+    """Tensor names and their shards in what an index of shards says, which may come from anywhere.
+
+    Args:
+        path (`str` or `os.PathLike`): of the index, for the message.
+        index: its JSON value.
+
+    Raises:
+        ValueError: if it is no index, or names files that are not beside it.
+    """
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} holds no weight_map, so no index of shards. Fetch it again, with its shards.")
+    outside = sorted({str(shard) for shard in weight_map.values() if Path(str(shard)).name != shard})
     if outside:
-        raise ValueError(f"{path} names shards outside its folder: {outside}. Fetch the drafter again.")
+        raise ValueError(f"{path} names shards outside its folder: {outside}. Fetch it again, with its shards.")
+    return weight_map
 
 
 def _remote_size(name: str, file: str, hub: dict[str, Any]) -> int | None:
@@ -181,6 +192,7 @@ def _refuse(name: str, pickled: list[str]) -> None:
 
 __all__ = [
     "WEIGHTS_FILE",
+    "check_index",
     "check_shapes",
     "check_size",
     "check_weights",

@@ -2,7 +2,8 @@
 
     python examples/ablate_training.py --data responses/ --eval_data dev_responses.jsonl --output_dir outputs/ablation \
         --cache_features outputs/ablation/features --learning_rate 1e-3
-    python examples/ablate_training.py ... --variants hass coral "strong:preset=coral,csra_weight=0.3"
+    python examples/ablate_training.py --data responses/ --eval_data dev_responses.jsonl --output_dir outputs/ablation \
+        --variants hass coral "strong:preset=coral,csra_weight=0.3"
 
 Every training flag applies to all variants. A variant is a preset, or a name with the training arguments that it changes
 and, after `config.`, the drafter's settings; features of other layers need a cache of their own:

@@ -1,6 +1,7 @@
 """By how much two runs of the same benchmark differ in their speedups.
 
-coral-hf benchmark ... --output outputs/first; coral-hf benchmark ... --output outputs/second
+coral-hf benchmark --data prompts.jsonl --output outputs/first
+coral-hf benchmark --data prompts.jsonl --output outputs/second
 python examples/compare_runs.py --runs outputs/first outputs/second --json FILE
 
 `difference` is |first / second - 1| of a method's median speedup over all prompts of a benchmark and temperature; `all` are

@@ -2,14 +2,12 @@
 
 import sys
 
-import torch
-
 import coral_hf  # noqa: F401  (lets generate() use CORAL drafters)
 from coral_hf import demo
 
 
-target, tokenizer = demo.load_target(torch.bfloat16)  # or AutoModelForCausalLM.from_pretrained(...)
-drafter = demo.load_drafter()  # or AutoModel.from_pretrained("org/name")
+target, tokenizer = demo.load_target()  # or AutoModelForCausalLM.from_pretrained(...)
+drafter = demo.load_drafter(target.dtype)  # or AutoModel.from_pretrained("org/name")
 
 question = sys.argv[1] if len(sys.argv) > 1 else "Why is the sky blue?"
 inputs = tokenizer.apply_chat_template(

@@ -17,6 +17,7 @@ from conftest import make_drafter, make_target, make_tokenizer, randomize
 from fuzz_calls import HEADS, VOCAB, Case, draw
 from fuzz_driver import Fault, main, quiet, run_cases
 from oracle import oracle
+from parity import Recorder
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -26,7 +27,6 @@ from transformers import (
     StoppingCriteriaList,
     set_seed,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from coral_hf.compat import cache_kwarg, cache_of
 
@@ -73,18 +73,6 @@ class _CountingCriterion(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
         self.calls += 1
         return torch.full((1,), self.calls > 4 and (self.calls + int(input_ids[0, -1])) % 7 == 0)
-
-
-class _Recorder(BaseStreamer):
-    def __init__(self):
-        self.tokens, self.ended = [], 0
-
-    def put(self, value):
-        assert not self.ended
-        self.tokens += value.flatten().tolist()
-
-    def end(self):
-        self.ended += 1
 
 
 @dataclass
@@ -143,7 +131,7 @@ def call(case: Case, ids, mask, cache, drafter=None) -> Outcome:
         kwargs["stopping_criteria"] = StoppingCriteriaList([_CountingCriterion()])
     if "allowed_tokens" in case.extras:
         kwargs["prefix_allowed_tokens_fn"] = lambda _, text: [3 + (int(text[-1]) * 5 + i) % 120 for i in range(40)]
-    recorder = _Recorder() if "streamer" in case.extras else None
+    recorder = Recorder() if "streamer" in case.extras else None
     if recorder is not None:
         kwargs["streamer"] = recorder
     set_seed(case.seed)

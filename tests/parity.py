@@ -3,6 +3,7 @@
 import torch
 from oracle import oracle
 from transformers import GenerationConfig, set_seed
+from transformers.generation.streamers import BaseStreamer
 
 
 CHAIN = {"draft_depth": 5, "draft_top_k": 1}
@@ -25,6 +26,24 @@ def config_of(tree: dict, **settings) -> GenerationConfig:
     for key, value in tree.items():
         setattr(config, key, value)
     return config
+
+
+class Recorder(BaseStreamer):
+    """A streamer that keeps what it is given, put by put, and counts its ends."""
+
+    def __init__(self):
+        self.puts, self.ended = [], 0
+
+    def put(self, value):
+        assert not self.ended
+        self.puts.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended += 1
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for put in self.puts for token in put]
 
 
 def compare(target, drafter, ids, tree, probability=0.7, **settings):

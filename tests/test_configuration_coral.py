@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, T5Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from coral_hf import CoralDraftConfig
+from coral_hf import CoralDraftConfig, demo
 from coral_hf.configuration_coral import vocab_hash
 
 
@@ -201,3 +201,16 @@ def test_vocab_hash_is_stable_and_sensitive():
     assert first != vocab_hash(word_tokenizer({"a": 0, "b": 2, "ü": 1}))
     assert first != vocab_hash(word_tokenizer({"a": 0, "b": 1, "u": 2}))
     assert first != vocab_hash(word_tokenizer({"a": 0, "b": 1, "ü": 2, "c": 3}))
+
+
+def test_an_embedding_scale_that_is_not_recorded_is_not_written():
+    """The config.json of drafters of before the setting stays as it is."""
+    text = (demo.drafter_path() / "config.json").read_text()
+    assert "target_embedding_scale" not in CoralDraftConfig().to_dict() and "target_embedding_scale" not in text
+    loaded = CoralDraftConfig.from_pretrained(demo.drafter_path())
+    again = json.loads(loaded.to_json_string())
+    assert {**again, "transformers_version": None} == {**json.loads(text), "transformers_version": None}
+    scaled = CoralDraftConfig(target_embedding_scale=48.0)
+    assert CoralDraftConfig(**json.loads(scaled.to_json_string())).target_embedding_scale == 48.0
+    with pytest.raises(ValueError, match=r"target_embedding_scale=0\.0 must be positive"):
+        CoralDraftConfig(target_embedding_scale=0.0)

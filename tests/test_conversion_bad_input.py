@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import make_target
 from eagle_checkpoints import HIDDEN, LLAMA, VOCAB, eagle1_tensors, eagle3_tensors, noise, write
 
 from coral_hf import CoralDraftModel
+from coral_hf.conversion.checkpoint_files import read_weight_file
 from coral_hf.conversion.commands import convert_from
 
 
@@ -259,6 +261,27 @@ def test_shards_and_index_differ(target, tmp_path):
     for text, message in (("[]", "must hold a JSON object"), ('{"metadata": {}}', "holds no weight_map")):
         index_file.write_text(text)
         refuse(path, target, message)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_bytes_flipped_in_a_pickle(zipped, tmp_path):
+    """Whatever torch's reader makes of it, the error is one and names the file; some flips only change values."""
+    path, rng = tmp_path / "pytorch_model.bin", random.Random(0)
+    state = {"fc.weight": torch.arange(6.0).view(2, 3), "norm.weight": torch.ones(3, dtype=torch.bfloat16)}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged[: rng.choice([len(whole), len(whole), rng.randrange(len(whole))])])
+        try:
+            assert all(isinstance(name, str) for name in read_weight_file(path))
+        except ValueError as error:
+            assert type(error) is ValueError and str(path) in str(error)
+            refused += 1
+    assert refused > 100
 
 
 def test_folders(target, tmp_path):

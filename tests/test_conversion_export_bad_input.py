@@ -37,7 +37,7 @@ def test_what_an_engine_lacks_is_refused(name, engine, target, tmp_path):
         ({"shape": "eagle3", "target_feature_layers": [1, 2, 3], "norm_output": False}, "eagle", r"\[2, 4, 5\]"),
         ({"shape": "eagle", "hidden_act": "gelu"}, "vllm", "gelu"),
         ({"shape": "eagle3", "attention_bias": True}, "vllm", "attention_bias"),
-        ({"shape": "eagle", "target_model_type": "gemma3_text"}, "sglang", "scales its embeddings"),
+        ({"shape": "eagle", "target_embedding_scale": 8.0}, "sglang", "scales its embeddings"),
         ({"shape": "eagle"}, "tgi", "vllm"),
     ],
 )
@@ -103,3 +103,25 @@ def test_nothing_half_written(target, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="exists already"):
         export_drafter(drafter, "vllm", tmp_path / "taken")
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("family", "message"), [("gemma3_text", "by 5.65"), ("granite", "by 3"), ("qwen3", None), ("llama", None)]
+)
+def test_scaled_embeddings(family, message, tmp_path):
+    """A drafter records its target's scale; for one that does not, the target says it, or the target's type."""
+    drafter = make_drafter(make_target(family, dtype=torch.float32), shape="eagle")
+    old = copy.deepcopy(drafter)
+    old.config.target_embedding_scale = None
+    config = make_target(family, dtype=torch.float32).config
+    by_type = {"granite": "give the target's path", "gemma3_text": "by 48"}.get(family)
+    for name, args, expected in (
+        ("recorded", (drafter, None), message),
+        ("target", (old, engine_export.meta_target(config)), message),
+        ("type", (old, None), by_type),
+    ):
+        if expected is None:
+            export_drafter(args[0], "vllm", tmp_path / name, target=args[1])
+        else:
+            with pytest.raises(ValueError, match=expected):
+                export_drafter(args[0], "vllm", tmp_path / name, target=args[1])

@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import make_drafter, make_target
+from conftest import make_drafter, make_target, make_tokenizer
 
 from coral_hf import demo
 
@@ -222,9 +222,18 @@ def test_the_shipped_drafter_is_found_in_a_wheel_and_in_a_checkout(tmp_path, mon
     assert next(demo.load_drafter(torch.bfloat16).parameters()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_dtype_is_what_the_cpu_multiplies(native, dtype, tmp_path, monkeypatch):
+    make_target(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(demo, "native_bfloat16", lambda device: native and device == "cpu")
+    assert demo.load_target(path=tmp_path)[0].dtype == dtype
+    assert demo.load_target(torch.float16, path=tmp_path)[0].dtype == torch.float16
+
+
 @pytest.mark.real_model
 def test_the_real_target_answers_sensibly_and_float32_holds_the_same_weights():
-    target, tokenizer = demo.load_target()
+    target, tokenizer = demo.load_target(torch.bfloat16)
     assert target.dtype == torch.bfloat16 and not target.training
     assert target.config._name_or_path == tokenizer.name_or_path == demo.TARGET_NAME
     inputs = tokenizer.apply_chat_template(

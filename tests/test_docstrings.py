@@ -45,7 +45,7 @@ def failures(example: doctest.DocTest, names: dict) -> str:
 )
 def test_example_runs(example, workplace, monkeypatch, request):  # noqa: F811
     """Examples import what they name; the models and what they are asked are the reader's: tiny ones here."""
-    if "import evaluate" in example.docstring:
+    if "evaluate.load(" in example.docstring:
         request.getfixturevalue("modules_cache")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     (workplace / "responses.jsonl").unlink()

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_drafter, make_target, make_tokenizer
+from conftest import COMMON, make_drafter, make_target, make_tokenizer
 from hub_server import TOKEN
 from test_hub import hub  # noqa: F401  (a fixture)
 from tiny_trainings import random_rows
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from coral_hf import CoralDraftModel, demo
 from coral_hf.cli import main
@@ -35,6 +36,12 @@ def tiny_demo(tmp_path, monkeypatch):
 def run(monkeypatch, name: str, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_demo_command(tiny_demo, tmp_path, capsys):
+    path = tmp_path / "demo.json"
+    assert main(["demo", "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "6", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["identical"] and "speedup" in capsys.readouterr().out
 
 
 def test_chat(tiny_demo, monkeypatch, capsys):
@@ -149,6 +156,53 @@ def prompt_file(tmp_path):
     path = tmp_path / "abc.jsonl"
     path.write_text("".join(json.dumps({"id": str(i), "turns": [f"w{i} and {i}"]}) + "\n" for i in range(2)))
     return path
+
+
+def test_generate(tiny_demo, monkeypatch, capsys):
+    run(monkeypatch, "generate.py", "hello")
+    assert "acceptance length" in capsys.readouterr().out
+
+
+def test_benchmark_regeneration(tiny_demo, prompt_file, tmp_path, monkeypatch, capsys):
+    sizes = ["--rounds", "2", "--round_prompts", "1", "--batch_size", "2", "--slots", "2", "--max_new_tokens", "6"]
+    arguments = ["--prompts", str(prompt_file), *sizes, "--threads", "1", "--json", str(tmp_path / "record.json")]
+    run(monkeypatch, "benchmark_regeneration.py", *arguments)
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["identical"] == 1 and record["tokens_per_second_ratio"] > 0
+    with pytest.raises(SystemExit, match="holds 2 prompts"):
+        run(monkeypatch, "benchmark_regeneration.py", "--prompts", str(prompt_file), "--round_prompts", "3")
+
+
+def test_compare_heads(tiny_demo, tmp_path, monkeypatch, capsys):
+    data, record = tmp_path / "responses.jsonl", tmp_path / "record.json"
+    data.write_text("".join(json.dumps({"turn": 0, **row}) + "\n" for row in random_rows(4)))
+    common = ["--responses", str(data), "--counts", str(data), "--threads", "1", "--json", str(record)]
+    with pytest.raises(SystemExit, match="has no router"):
+        run(monkeypatch, "compare_heads.py", "--drafter", str(tiny_demo), *common)
+    drafter = CoralDraftModel.from_pretrained(tiny_demo)
+    drafter.add_router(16)
+    drafter.save_pretrained(tmp_path / "routed")
+    run(monkeypatch, "compare_heads.py", "--drafter", str(tmp_path / "routed"), *common)
+    curve = json.loads(record.read_text())["curve"]
+    assert {row["head"] for row in curve} == {"router", "list", "both"} and len(curve) == 15
+    assert all(0 <= row["uncovered"] <= 1 and 0 <= row["recall"] <= 1 for row in curve)
+
+
+def test_large_vocabulary(prompt_file, tmp_path, monkeypatch, capsys):
+    """With a target that lies where the fetched one would: every stage, and nothing is done twice."""
+    folder = tmp_path / "gemma"
+    config = LlamaConfig(**{**COMMON, "vocab_size": 20_000})  # more than the script's shortlist
+    LlamaForCausalLM(config).save_pretrained(folder / "target")
+    make_tokenizer().save_pretrained(folder / "target")
+    sizes = ["--response_tokens", "6", "--steps", "1", "--router_steps", "1", "--router_groups", "16", "--limit", "1"]
+    sizes += ["--max_new_tokens", "4", "--dtype", "float32", "--threads", "1"]
+    arguments = ["--data", str(prompt_file), "--eval", str(prompt_file), "--output", str(folder), *sizes]
+    for _ in range(2):
+        run(monkeypatch, "large_vocabulary.py", *arguments)
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"head"')]
+        assert [row["head"] for row in rows] == ["shortlist", "router", "both"]
+        monkeypatch.setattr("coral_hf.training.trainer.CoralTrainer.train", None)
+    assert all(row["identical"] == 1 for row in json.loads((folder / "benchmark.json").read_text())["runs"])
 
 
 def test_compare_tree_sizes_and_check_the_prediction(tiny_demo, prompt_file, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Calls, targets and caches that a drafter cannot be used with: a `ValueError` that names the value."""
+"""Targets and caches that a drafter cannot be used with: a `ValueError` that names the value (calls: `test_target_kinds.py`)."""
 
 import pytest
 import torch
@@ -7,31 +7,6 @@ from parity import STOCK, config_of, prompt_of
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from coral_hf.compat import cache_kwarg, cache_of
-
-
-BAD_CALLS = {
-    "batch": ({}, {"ids": torch.full((2, 5), 7)}, "batch"),
-    "beams": ({}, {"num_beams": 2}, "num_beams|beam"),
-    "depth": ({"draft_depth": 0}, {}, "draft_depth=0"),
-    "negative": ({"draft_top_k": -1}, {}, "draft_top_k=-1"),
-    "total": ({"draft_depth": 2, "draft_top_k": 2, "draft_total_tokens": 60}, {}, "draft_total_tokens=60"),
-    "unknown": ({"draft_width": 3}, {}, "draft_width"),
-    "cost-aware": ({"draft_cost_aware": "yes"}, {}, "draft_cost_aware='yes'"),
-    "stock tree": ({"draft_stock_loop": True, "draft_top_k": 2}, {}, "draft_top_k=1"),
-    "static cache": ({}, {"cache_implementation": "static"}, "[Ss]tatic"),
-    "no cache": ({}, {"use_cache": False}, "use_cache=True"),
-    "attentions": ({}, {"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
-}
-
-
-@pytest.mark.parametrize("case", list(BAD_CALLS))
-def test_bad_calls(target, case):
-    """Each is a `ValueError` that names the value, before any forward."""
-    tree, settings, message = BAD_CALLS[case]
-    settings = dict(settings)
-    ids = settings.pop("ids", prompt_of(5))
-    with pytest.raises(ValueError, match=message):
-        target.generate(ids, generation_config=config_of(tree, **settings), assistant_model=make_drafter(target))
 
 
 def test_wrong_targets():

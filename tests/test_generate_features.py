@@ -6,9 +6,8 @@ import pytest
 import torch
 from conftest import make_drafter, make_target, make_tokenizer
 from oracle import oracle
-from parity import CHAIN, STOCK, TREES, config_of, prompt_of
+from parity import CHAIN, STOCK, TREES, Recorder, config_of, prompt_of
 from transformers import DynamicCache, pipeline, set_seed
-from transformers.generation.streamers import BaseStreamer
 
 from coral_hf import CoralDraftModel, coral_generate
 from coral_hf.compat import CACHE_NAME, cache_kwarg, cache_of
@@ -64,18 +63,6 @@ def test_stop_strings_in_the_stock_loop_are_refused(target):
         )
 
 
-class _Recorder(BaseStreamer):
-    def __init__(self):
-        self.puts, self.ended = [], 0
-
-    def put(self, value):
-        assert not self.ended
-        self.puts.append(value.flatten().tolist())
-
-    def end(self):
-        self.ended += 1
-
-
 @drafts
 def test_several_eos_ids_and_a_streamer(target, draft):
     """Any of several ids ends the text, also inside a block, and the streamer gets what plain decoding gives it."""
@@ -83,13 +70,13 @@ def test_several_eos_ids_and_a_streamer(target, draft):
     whole = target.generate(ids, generation_config=config_of({}))[0].tolist()
     for stop in range(12, 20):
         eos = [whole[stop], 126, 127]
-        plain, drafted = _Recorder(), _Recorder()
+        plain, drafted = Recorder(), Recorder()
         target.generate(ids, generation_config=config_of({}, eos_token_id=eos), streamer=plain)
         with oracle(torch.tensor([whole]), 1.0):
             config = config_of(DRAFTS[draft], eos_token_id=eos)
             output = target.generate(ids, generation_config=config, streamer=drafted, assistant_model=drafter)
         assert drafted.puts == plain.puts and drafted.ended == 1
-        assert [token for put in drafted.puts for token in put] == output[0].tolist()
+        assert drafted.tokens == output[0].tolist()
 
 
 @drafts

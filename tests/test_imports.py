@@ -68,8 +68,8 @@ ALLOWED = {
         "weight_files",
     },
     "hub": {"configuration_coral", "modeling_coral", "weight_files", "jsonl"},
-    "demo": {"modeling_coral", "user_cache"},
-    "conversion": {"configuration_coral", "target_adapter", "jsonl"},
+    "demo": {"hardware", "modeling_coral", "user_cache"},
+    "conversion": {"configuration_coral", "target_adapter", "jsonl", "weight_files"},
 }
 # tensors only: no model in here
 MODEL_FREE = {"generation/draft_tree.py", "generation/tuning.py", "generation/verification.py", "training/losses.py"}

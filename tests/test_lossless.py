@@ -4,9 +4,8 @@ import pytest
 import torch
 from conftest import FAMILIES, make_drafter, make_target
 from oracle import oracle
-from parity import STOCK, TREES, compare, config_of, prompt_of
+from parity import STOCK, TREES, Recorder, compare, config_of, prompt_of
 from transformers import AutoModelForCausalLM, LlamaConfig, TextStreamer
-from transformers.generation.streamers import BaseStreamer
 
 from coral_hf import coral_generate
 from coral_hf.compat import cache_kwarg, cache_of
@@ -156,24 +155,12 @@ def test_returned_dict(target):
             torch.testing.assert_close(a, b)
 
 
-class _Recorder(BaseStreamer):
-    def __init__(self):
-        self.tokens, self.ended = [], 0
-
-    def put(self, value):
-        assert not self.ended
-        self.tokens += value.flatten().tolist()
-
-    def end(self):
-        self.ended += 1
-
-
 @pytest.mark.parametrize("tree", ["chain", "tree16"])
 def test_streamer(target, tree):
     """Tokens in order, prompt first, nothing after the stop."""
     drafter, ids = make_drafter(target), prompt_of(9)
     plain = target.generate(ids, generation_config=config_of({}, eos_token_id=[90, 5]))
-    recorder = _Recorder()
+    recorder = Recorder()
     with oracle(plain):
         target.generate(
             ids,

@@ -1,11 +1,14 @@
 """README and CONTRIBUTING do what they say: snippets run, command lines parse or run, public names are documented."""
 
+import argparse
 import ast
 import importlib
 import inspect
 import json
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +17,13 @@ from conftest import make_drafter, make_target, make_tokenizer
 from hub_server import TOKEN
 from test_hub import hub  # noqa: F401  (a fixture)
 from tiny_trainings import random_rows
+from transformers import HfArgumentParser
 
 from coral_hf import cli, demo
 
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "examples/space/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "examples/space/README.md", "examples/recipes/llama-3-8b-instruct.md")
 # modules whose __all__ is promised, and single names of modules that hold more
 PUBLIC_MODULES = ("coral_hf", "coral_hf.demo", "coral_hf.training")
 PUBLIC_NAMES = (
@@ -68,6 +72,58 @@ def test_command_parses(place, words, tmp_path, monkeypatch):
     cli._parse(words[1], words[2:])  # SystemExit for what is no flag, ValueError for what is no setting
 
 
+def documented_scripts() -> list[tuple[str, str, tuple[str, ...]]]:
+    """Every `python SCRIPT.py ...` of the pages and of the examples' docstrings: where it stands, script, arguments."""
+    texts = [(page, block) for page in PAGES for block in blocks(page, "bash")]
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+        texts += [(page, " ".join(text.split())) for text in re.findall(r"`([^`]+)`", prose)]
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        docstring = (ast.get_docstring(ast.parse(path.read_text())) or "").replace("\\\n", " ")
+        texts += [(path.name, line) for line in docstring.splitlines()]
+    found = []
+    for place, text in texts:
+        # prose has apostrophes, which are no quotes
+        lines = [
+            line for line in text.replace("\\\n", " ").splitlines() if re.match(r"\s*(python3?|accelerate) ", line)
+        ]
+        for words in command_lines("\n".join(lines)):
+            scripts = [index for index, word in enumerate(words) if re.fullmatch(r"(examples|tests)/\S+\.py", word)]
+            if scripts:
+                found.append((place, words[scripts[0]], tuple(words[scripts[0] + 1 :])))
+    return list(dict.fromkeys(found))
+
+
+class _Parsed(Exception):
+    """A script's arguments were understood; what follows is its work."""
+
+
+def _stopping(parse):
+    def parse_and_stop(*args, **kwargs):
+        parse(*args, **kwargs)  # SystemExit or ValueError for what it does not know
+        raise _Parsed
+
+    return parse_and_stop
+
+
+@pytest.mark.parametrize(("place", "script", "arguments"), documented_scripts(), ids=str)
+def test_script_arguments_parse(place, script, arguments, tmp_path, monkeypatch):
+    """Each script is started as it stands there, and stopped where its own parser has read the arguments."""
+    path = ROOT / script
+    assert path.exists(), f"{place} runs {script}"
+    parsers = [path, ROOT / "tests" / "fuzz_driver.py"] if "fuzz_driver" in path.read_text() else [path]
+    if not any("ArgumentParser" in one.read_text() for one in parsers):
+        assert not any(word.startswith("-") for word in arguments) or "sys.argv" in path.read_text()
+        return
+    for kind, name in ((argparse.ArgumentParser, "parse_args"), (HfArgumentParser, "parse_args_into_dataclasses")):
+        monkeypatch.setattr(kind, name, _stopping(getattr(kind, name)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(path.parent)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(_Parsed):
+        runpy.run_path(str(path), run_name="__main__")
+
+
 def test_commands_and_files_that_are_named_exist():
     named = {words[1] for _, words in documented_commands()}
     assert named == set(cli.COMMANDS)
@@ -97,7 +153,6 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     rows = [{"turn": 0, **row} for row in random_rows(8)]
     (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "coral_hf").symlink_to(ROOT / "coral_hf")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -110,8 +165,6 @@ def test_python_snippets_run_in_order(workplace, hub, modules_cache, monkeypatch
     assert sum("max_steps=1000" in snippet for snippet in snippets) == 1
     for snippet in snippets:
         snippet = snippet.replace("max_steps=1000", 'max_steps=1, report_to="none"')
-        if "evaluate.load" in snippet:
-            snippet = "import evaluate\n" + snippet
         exec(compile(snippet, "README.md", "exec"), namespace)
     assert (workplace / "outputs/drafter/model.safetensors").exists()
     assert "README.md" in hub.files("org/name")

@@ -6,7 +6,15 @@ import pytest
 import torch
 from conftest import FAMILIES, make_target, randomize
 from torch import nn
-from transformers import AutoModel, CohereConfig, CohereForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from coral_hf import CoralDraftConfig, CoralDraftModel, TargetAdapter
 
@@ -56,6 +64,31 @@ def test_embed_is_what_the_first_layer_gets(family_target):
         family_target(IDS)
         hook.remove()
         assert torch.equal(TargetAdapter(family_target).embed(IDS), seen[0])
+
+
+SCALED = ("gemma", "gemma2", "gemma4_text", "vaultgemma", "minicpm3", "granite_swa", "granitemoeshared", "hyperclovax")
+
+
+def test_embedding_scale_is_what_embed_multiplies_by(family_target):
+    adapter = TargetAdapter(family_target)
+    rows = family_target.get_input_embeddings().weight[IDS]
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.embed(IDS), rows * adapter.embedding_scale, rtol=1e-6, atol=0)
+    assert CoralDraftModel.from_target(family_target).config.target_embedding_scale == adapter.embedding_scale
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_embedding_scale_without_weights(kind):
+    """Families that nothing here names, on the meta device as a conversion asks for it."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this Transformers has no {kind}")
+    config = CONFIG_MAPPING[kind](num_hidden_layers=2)
+    if hasattr(config, "embedding_multiplier"):
+        config.embedding_multiplier = 12.0
+    with torch.device("meta"):
+        adapter = TargetAdapter(AutoModelForCausalLM.from_config(config))
+    expected = 12.0 if "gemma" not in kind else config.hidden_size**0.5
+    assert adapter.embedding_scale == pytest.approx(expected)
 
 
 def test_logits_of_some_tokens_are_columns_of_all(family_target):

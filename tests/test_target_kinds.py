@@ -172,6 +172,7 @@ REFUSALS = {
     "negative": ({"draft_top_k": -1}, {}, "draft_top_k=-1"),
     "total": ({"draft_depth": 2, "draft_top_k": 2, "draft_total_tokens": 60}, {}, "draft_total_tokens=60"),
     "unknown": ({"draft_width": 3}, {}, "draft_width"),
+    "cost-aware": ({"draft_cost_aware": "yes"}, {}, "draft_cost_aware='yes'"),
     "stock tree": ({"draft_stock_loop": True, "draft_top_k": 2}, {}, "draft_top_k=1"),
     "stock stop strings": (STOCK, {"stop_strings": ["ab"]}, "stop_strings|tokenizer"),
     "static cache": ({}, {"cache_implementation": "static"}, "[Ss]tatic"),

@@ -1,9 +1,10 @@
 """`coral-hf convert`: EAGLE-family checkpoints in, serving engines' checkpoints out."""
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .loading import DEMO, load_drafter, load_target
+from .loading import DEMO, load_drafter, load_target, load_target_config, load_target_ends
 
 
 @dataclass
@@ -28,24 +29,38 @@ class ConvertCommand:
     target_feature_layers: list[int] | None = field(
         default=None, metadata={"help": "With --from: the target layers whose inputs an EAGLE-3 checkpoint reads."}
     )
+    revision: str | None = field(
+        default=None, metadata={"help": "With --from: branch, tag or commit of the checkpoint's Hub repository."}
+    )
 
     def run(self, positional) -> int:
         from ..conversion.commands import convert_from, convert_to
+        from ..conversion.engine_export import meta_target
         from ..modeling_coral import CoralDraftModel
 
         if self.from_format is not None and self.to is None:
-            target, _ = load_target(self.target or DEMO, self.dtype, "cpu")
+            target = load_target_ends(self.target or DEMO, self.dtype)
             layers = self.target_feature_layers
-            convert_from(CoralDraftModel, self.from_format, positional.input, positional.output, target, layers)
+            places = (positional.input, positional.output)
+            convert_from(CoralDraftModel, self.from_format, *places, target, layers, self.revision)
             return 0
         if self.to is None or self.from_format is not None:
             given = (
                 "neither is given" if self.to is None else f"--from {self.from_format} and --to {self.to} are given"
             )
             raise ValueError(f"Give one of --from FORMAT and --to ENGINE; {given}.")
+        if self.revision is not None:
+            raise ValueError(
+                f"--revision {self.revision} is of the checkpoint that --from reads; leave it out with --to."
+            )
         drafter = load_drafter(positional.input)
         target = None
-        if self.to == "eagle" and drafter.config.shape == "eagle3" and self.target is not None:
+        eagle3 = drafter.config.shape == "eagle3"
+        if self.to == "eagle" and eagle3 and self.target is not None:
             target, _ = load_target(self.target, self.dtype, "cpu")
+        elif not eagle3 and drafter.config.target_embedding_scale is None and self.target not in (None, DEMO):
+            # a name that only the engine knows is still one to serve by; the drafter's own config must do then
+            with contextlib.suppress(OSError):
+                target = meta_target(load_target_config(self.target))
         convert_to(self.to, drafter, positional.output, target, None if self.target == DEMO else self.target)
         return 0

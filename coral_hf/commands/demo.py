@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .loading import resolve_dtype
+from .loading import resolve_device, resolve_dtype
 
 
 @dataclass
@@ -22,6 +22,7 @@ class DemoCommand:
     max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated per prompt."})
     prompt: str | None = field(default=None, metadata={"help": "One prompt of your own instead of the built-in ones."})
     json: str | None = field(default=None, metadata={"help": "Write the figures to this file."})
+    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
@@ -33,7 +34,8 @@ class DemoCommand:
             raise ValueError(f"--json {self.json}: its folder does not exist; make it first.")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        record = run_demo(resolve_dtype(self.dtype, torch.device("cpu")), self.max_new_tokens, self.prompt)
+        device = resolve_device(self.device)
+        record = run_demo(resolve_dtype(self.dtype, device), self.max_new_tokens, self.prompt, device)
         if self.json is not None:
             Path(self.json).write_text(json.dumps(record, indent=2) + "\n")
         return 0 if record["identical"] else 1

@@ -1,15 +1,19 @@
 """What several verbs load, by the names given on the command line."""
 
+import contextlib
 import importlib.util
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 from .. import demo
 from ..hardware import default_device, native_bfloat16
+from ..jsonl import read_json
 from ..modeling_coral import CoralDraftModel
+from ..weight_files import WEIGHTS_FILE, check_index
 
 
 DEMO = "demo"
@@ -28,6 +32,50 @@ def load_target(name: str, dtype: str | torch.dtype, device: str | None = None):
                 AutoTokenizer.from_pretrained(name),
             )
     return model.eval().to(place), tokenizer
+
+
+def load_target_config(name: str):
+    """A target's config by path or Hub id, without its weights."""
+    with _named("target", name):
+        return AutoConfig.from_pretrained(name)
+
+
+def load_target_ends(name: str, dtype: str):
+    """A target for what asks for its config, embedding and head alone: those are read, the rest has no weights.
+
+    Where they are not found by name in safetensors (a quantised target, other names on file), the whole target is loaded.
+    """
+    resolved = resolve_dtype(dtype, torch.device("cpu"))
+    if name != DEMO:
+        with contextlib.suppress(OSError, LookupError, ValueError, SafetensorError):
+            return _read_ends(name, resolved)
+    return load_target(name, dtype, "cpu")[0]
+
+
+def _read_ends(name: str, dtype: torch.dtype):
+    """Raises `LookupError` where a tensor is not on file under its name in the model."""
+    config = load_target_config(name)
+    if getattr(config, "quantization_config", None) is not None:
+        raise LookupError(f"{name} is quantised")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    modules = {id(module): (path, module) for path, module in model.named_modules()}
+    ends = [modules[id(part)] for part in (model.get_input_embeddings(), model.get_output_embeddings())]
+    if ends[0][1].weight is ends[1][1].weight:  # tied: on file once
+        ends[1] = (ends[0][0], ends[1][1])
+    index = cached_file(name, f"{WEIGHTS_FILE}.index.json", _raise_exceptions_for_missing_entries=False)
+    shards = None if index is None else check_index(index, read_json(index))
+    for path, module in ends:
+        key = f"{path}.weight"
+        file = cached_file(name, WEIGHTS_FILE if shards is None else shards[key])
+        with safe_open(file, framework="pt") as stored:
+            if key not in stored.keys():  # noqa: SIM118  (no mapping)
+                raise LookupError(f"{file} holds no {key}")
+            tensor = stored.get_tensor(key)
+        if tensor.shape != module.weight.shape:
+            raise LookupError(f"{key} is {list(tensor.shape)}, not {list(module.weight.shape)}")
+        module.weight = torch.nn.Parameter(tensor.to(dtype), requires_grad=False)
+    return model.eval()
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -50,7 +98,7 @@ def load_drafter(name: str):
         return CoralDraftModel.from_pretrained(name, dtype="auto").eval()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _named(role: str, name: str):
     """Says which model could not be loaded; Transformers takes a missing folder for a Hub id, and speaks of the Hub."""
     if Path(name).is_file():

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..jsonl import read_json
+from ..weight_files import check_index
 
 
 CONFIG_FILE = "config.json"
@@ -29,7 +30,11 @@ _FETCH_AGAIN = "Fetch the checkpoint again."
 
 
 def resolve_folder(path_or_repo: str | os.PathLike, revision: str | None = None) -> Path:
-    """A local folder as it is; a Hub id's config and weights from the cache or the Hub.
+    """A local folder as it is; a Hub id's config and weights, in one form, from the cache or the Hub.
+
+    Args:
+        path_or_repo (`str` or `os.PathLike`): a folder or a Hub id.
+        revision (`str`, *optional*): branch, tag or commit of the Hub repository.
 
     Raises:
         OSError: if it is neither a folder nor a repository that can be fetched.
@@ -39,13 +44,34 @@ def resolve_folder(path_or_repo: str | os.PathLike, revision: str | None = None)
         return folder
     if folder.exists() or str(path_or_repo).startswith((".", "/", "~")):
         raise OSError(f"{path_or_repo} is no folder; give one with a {CONFIG_FILE} and weights, or a Hub id.")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    patterns = [CONFIG_FILE, "*.safetensors", "*.bin", "*.index.json", HOT_TOKENS_FILE]
+    repo = str(path_or_repo)
+    failed = f"{repo!r} is no local folder, and fetching it from the Hub failed: "
     try:
-        return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise OSError(f"{path_or_repo!r} is no local folder, and fetching it from the Hub failed: {error}") from error
+        listed = HfApi().list_repo_tree(repo, revision=revision)
+        names = [entry.path for entry in listed if "/" not in entry.path]  # other servers list subfolders as well
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_wanted_files(names)))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise OSError(f"{failed}{error}") from error
+    except (HTTPError, OSError, ValueError) as error:
+        try:  # no network: what was fetched before, of which only the config's name is sure
+            cached = snapshot_download(repo, revision=revision, allow_patterns=[CONFIG_FILE], local_files_only=True)
+            return Path(cached)
+        except (OSError, ValueError):
+            raise OSError(f"{failed}{error}") from error
+
+
+def _wanted_files(names: list[str]) -> list[str]:
+    """Of a repository's top-level files, those that are read: a checkpoint in several forms is fetched in one."""
+    wanted = [name for name in (CONFIG_FILE, HOT_TOKENS_FILE) if name in names]
+    weights = next((name for name in WEIGHT_FILES if name in names), None)
+    if weights is not None and weights.endswith(".index.json"):
+        # which of them the index names is known once it is here
+        form = Path(weights.removesuffix(".index.json")).suffix
+        wanted += [name for name in names if name.endswith(form)]
+    return wanted if weights is None else [*wanted, weights]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -67,13 +93,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{folder} holds no weights: put one of {list(WEIGHT_FILES)} beside its {CONFIG_FILE}.")
     if not name.endswith(".index.json"):
         return read_weight_file(folder / name)
-    weight_map = read_json(folder / name).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / name} holds no weight_map, so no index of shards. {_FETCH_AGAIN}")
-    # An index is data from elsewhere: it may only name files beside it.
-    outside = sorted({str(shard) for shard in weight_map.values() if Path(str(shard)).name != shard})
-    if outside:
-        raise ValueError(f"{folder / name} names shards outside its folder: {outside}. {_FETCH_AGAIN}")
+    weight_map = check_index(folder / name, read_json(folder / name))
     shards = sorted(set(weight_map.values()))
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
@@ -110,6 +130,8 @@ def read_weight_file(path: Path) -> dict[str, torch.Tensor]:
         wrong = type(loaded).__name__
     elif others := sorted(str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)):
         wrong = f"non-tensors under {others}"
+    elif unnamed := [key for key in loaded if not isinstance(key, str)]:
+        wrong = f"tensors under {unnamed}, which are no names"
     if wrong is not None:
         raise ValueError(f"{path} must hold named tensors only; found {wrong}. Save the state dict alone.")
     return loaded
@@ -123,8 +145,6 @@ def load_plain_pickle(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {_FETCH_AGAIN}") from error
     except pickle.UnpicklingError as error:
         # torch's message goes on with advice to turn the check off
         reason = str(error).strip().splitlines()[0]
@@ -132,6 +152,9 @@ def load_plain_pickle(path: Path) -> Any:
             f"{path} holds more than plain tensors and would run code when loaded; it is refused. Ask for a safetensors "
             f"file. ({reason})"
         ) from error
+    except Exception as error:
+        # torch's reader walks into damaged bytes with whatever comes of it: KeyError, struct.error, AssertionError, ...
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {_FETCH_AGAIN}") from error
 
 
 def check_output_folder(folder: str | os.PathLike) -> Path:

@@ -18,6 +18,7 @@ def convert_from(
     output: str | os.PathLike,
     target: Any,
     target_feature_layers: list[int] | None = None,
+    revision: str | None = None,
 ) -> None:
     """Writes an EAGLE-family checkpoint as a CORAL folder.
 
@@ -28,6 +29,7 @@ def convert_from(
         output (`str` or `os.PathLike`): new or empty folder.
         target (`PreTrainedModel`): the model it drafts for.
         target_feature_layers (`list[int]`, *optional*): see [`CoralDraftConfig`]; by default what the checkpoint says.
+        revision (`str`, *optional*): branch, tag or commit of the checkpoint's Hub repository.
 
     Raises:
         ValueError: as `CoralDraftModel.from_eagle`, or if the folder is taken. Nothing is written.
@@ -38,7 +40,7 @@ def convert_from(
     overrides: dict[str, Any] = (
         {} if target_feature_layers is None else {"target_feature_layers": target_feature_layers}
     )
-    drafter = load_eagle(model_class, path, target, **overrides)
+    drafter = load_eagle(model_class, path, target, revision, **overrides)
     with staged_folder(output) as scratch:
         drafter.save_pretrained(scratch)
     config = drafter.config

@@ -26,6 +26,7 @@ CORAL_SETTINGS = (
     "target_model_type",
     "target_num_hidden_layers",
     "target_vocab_hash",
+    "target_embedding_scale",
     "target_feature_layers",
     "bos_token_id",
     "eos_token_id",

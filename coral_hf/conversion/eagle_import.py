@@ -56,6 +56,7 @@ def load_eagle(
     if "fc.weight" in tensors and tensors["fc.weight"].ndim == 2:
         fc_features = tensors["fc.weight"].shape[1] // of_target.hidden_size
     settings = read_settings(raw, of_target, shape, fc_features, overrides)
+    settings["target_embedding_scale"] = adapter.embedding_scale
     biased = [name for name in ("q_proj", "k_proj", "v_proj") if f"{LAYER}.self_attn.{name}.bias" in tensors]
     settings["attention_bias"] = bool(biased)
     bias = tensors.get("fc.bias")

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..configuration_coral import FEATURE_LAYER_LAST, CoralDraftConfig
+from ..configuration_coral import FEATURE_LAYER_LAST, CoralDraftConfig, most_draft_tokens
 from ..target_adapter import TargetAdapter
 from .checkpoint_files import CONFIG_FILE, HOT_TOKENS_FILE, check_output_folder, staged_folder
 from .eagle_config import CORAL_KEY, CORAL_SETTINGS, default_feature_layers, write_rope
@@ -19,9 +20,6 @@ from .schema import LAYER, check_export, load_schemas
 
 
 ENGINES = ("vllm", "sglang", "speculators", "eagle")
-# Families whose models scale the embedding's output. Engines share the bare matrix with the drafter, so that an `fc`
-# trained on scaled embeddings would read something else; the eagle3 shape norms the embedding and does not care.
-SCALED_EMBEDDINGS = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "granite", "granitemoe", "minicpm")
 
 
 @dataclass
@@ -52,8 +50,9 @@ def export_drafter(
         drafter ([`CoralDraftModel`])
         engine (`str`): one of `ENGINES`; `"eagle"` is the layout of EAGLE's own code.
         folder (`str` or `os.PathLike`): new or empty.
-        target (`PreTrainedModel`, *optional*): needed by `"eagle"` for the `eagle3` shape alone, whose checkpoints
-            hold an LM head.
+        target (`PreTrainedModel`, *optional*): needed by `"eagle"` for the `eagle3` shape, whose checkpoints hold an LM
+            head. For the `eagle` shape it says, on the meta device too, how the target scales its embedding where the
+            drafter's config does not.
         target_name (`str`, *optional*): path or Hub id of the target to serve; defaults to the one in the config.
 
     Returns:
@@ -66,7 +65,7 @@ def export_drafter(
         raise ValueError(f"Unknown engine {engine!r}; choose one of {list(ENGINES)}.")
     check_output_folder(folder)
     config = drafter.config
-    problems = _obstacles(config, engine)
+    problems = _obstacles(config, engine, target)
     if engine != "sglang" and _is_permuted(drafter.draft_head, config.vocab_size):
         problems.append(
             "its own head scores the whole vocabulary in another order, ids are read for a part of it only"
@@ -92,7 +91,7 @@ def export_drafter(
     return EngineExport(folder, command, _notes(config, engine, hot_tokens is not None))
 
 
-def _obstacles(config: CoralDraftConfig, engine: str) -> list[str]:
+def _obstacles(config: CoralDraftConfig, engine: str, target: Any) -> list[str]:
     """Everything about a drafter that an engine has no form for."""
     problems = []
     layers, eagle3 = config.target_feature_layers, config.shape == "eagle3"
@@ -106,9 +105,7 @@ def _obstacles(config: CoralDraftConfig, engine: str) -> list[str]:
     if not eagle3:
         if engine == "vllm" and config.fc_bias:
             problems.append("fc_bias=True, its fc has no bias")
-        if config.target_model_type in SCALED_EMBEDDINGS:
-            problems.append(f"{config.target_model_type} scales its embeddings, which the drafter's fc would not see")
-        return problems
+        return problems + _scaled_embedding(config, target)
     single = layers == [FEATURE_LAYER_LAST]
     if single and engine != "vllm":
         problems.append("one feature, the last layer's normed state, is served by vLLM alone; use --to vllm")
@@ -129,6 +126,43 @@ def _obstacles(config: CoralDraftConfig, engine: str) -> list[str]:
     if engine == "eagle" and config.head_dim * config.num_attention_heads != config.hidden_size:
         problems.append(f"head_dim={config.head_dim}, it takes hidden_size / num_attention_heads")
     return problems
+
+
+def _scaled_embedding(config: CoralDraftConfig, target: Any) -> list[str]:
+    """Why engines would feed an `eagle` drafter other embeddings than it was trained on; empty if they would not.
+
+    Engines share the bare matrix with the drafter, so that an `fc` trained on scaled embeddings would read something
+    else; the `eagle3` shape norms the embedding and does not care.
+    """
+    scale, kind = config.target_embedding_scale, config.target_model_type
+    if scale is None and target is not None:
+        adapter = TargetAdapter(target)
+        adapter.check_drafter(config)
+        scale = adapter.embedding_scale
+    elif scale is None and kind in CONFIG_MAPPING:
+        # A drafter of before the setting: its target's type says whether there is a scale, if not always which.
+        try:
+            adapter = TargetAdapter(meta_target(CONFIG_MAPPING[kind]()))
+        except ValueError:  # a type that stands for a part of a model only
+            return []
+        scale = adapter.embedding_scale
+        if scale == 1.0 and hasattr(adapter.text_config, "embedding_multiplier"):
+            return [
+                f"{kind} may scale its embeddings, and its config does not say: give the target's path or id (--target)"
+            ]
+    if scale in (None, 1.0):
+        return []
+    return [f"{kind} scales its embeddings (by {scale:g}), which the drafter's fc would not see"]
+
+
+def meta_target(config: Any) -> Any:
+    """A target of a config without weights: what only sizes and scales are asked of.
+
+    Raises:
+        ValueError: if Transformers has no causal LM for it.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _is_permuted(own_head: Any, vocab_size: int) -> bool:
@@ -269,10 +303,8 @@ def serve_command(config: CoralDraftConfig, engine: str, folder: Path, target_na
             f"{'' if eagle3 else ' --no-eagle3'}"
         )
     top_k = config.draft_top_k
-    total = config.draft_total_tokens if top_k > 1 and config.draft_total_tokens else None
-    if total is None:
-        # the whole draft, root included
-        total = config.draft_depth + 1 if top_k == 1 else 1 + top_k + (config.draft_depth - 1) * top_k**2
+    # by default the whole draft, root included; a chain has no other size
+    total = (top_k > 1 and config.draft_total_tokens) or most_draft_tokens(config.draft_depth, top_k)
     token_map = f" --speculative-token-map {shlex.quote(str(folder / HOT_TOKENS_FILE))}" if hot_tokens else ""
     return (
         f"python -m sglang.launch_server --model-path {target} --speculative-algorithm {'EAGLE3' if eagle3 else 'EAGLE'} "
@@ -296,4 +328,4 @@ def _notes(config: CoralDraftConfig, engine: str, hot_tokens: bool) -> list[str]
     return notes
 
 
-__all__ = ["ENGINES", "EngineExport", "export_drafter", "serve_command"]
+__all__ = ["ENGINES", "EngineExport", "export_drafter", "meta_target", "serve_command"]

@@ -20,13 +20,16 @@ PROMPTS = (
 IDENTITY_TOKENS = 48
 
 
-def run_demo(dtype: torch.dtype, max_new_tokens: int, prompt: str | None = None) -> dict[str, Any]:
+def run_demo(
+    dtype: torch.dtype, max_new_tokens: int, prompt: str | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
     """Generates with and without the shipped drafter, prints both, and checks identity in float32.
 
     Args:
         dtype (`torch.dtype`): of the timed runs.
         max_new_tokens (`int`): per prompt.
         prompt (`str`, *optional*): one prompt instead of the built-in ones.
+        device (`torch.device` or `str`, defaults to `"cpu"`): where both models run.
 
     Returns:
         `dict`: `acceptance_length`, `speedup`, `identical`, `plain` and `coral` with `tokens_per_second`,
@@ -34,7 +37,7 @@ def run_demo(dtype: torch.dtype, max_new_tokens: int, prompt: str | None = None)
     """
     prompts = PROMPTS if prompt is None else (prompt,)
     target, tokenizer = demo.load_target(dtype)
-    drafter = demo.load_drafter(dtype)
+    target, drafter = target.to(device), demo.load_drafter(dtype).to(device)
     contexts = [encode_context(tokenizer, [text]) for text in prompts]
     for assistant in (None, drafter):
         measure(target, contexts[0], 8, assistant)
@@ -49,7 +52,7 @@ def run_demo(dtype: torch.dtype, max_new_tokens: int, prompt: str | None = None)
             f"--- plain {plain[-1].tokens_per_second:.1f} tokens/s, CORAL {coral[-1].tokens_per_second:.1f} tokens/s, "
             f"tau {coral[-1].stats.acceptance_length:.2f}"
         )
-    identical = _identical_in_float32(tokenizer, contexts, min(IDENTITY_TOKENS, max_new_tokens))
+    identical = _identical_in_float32(contexts, min(IDENTITY_TOKENS, max_new_tokens), device)
     plain_speed, coral_speed = _pooled_speed(plain), _pooled_speed(coral)
     record = {
         "acceptance_length": stats.acceptance_length,
@@ -72,10 +75,9 @@ def _pooled_speed(measurements: list[Measurement]) -> float:
     return sum(len(m.new_ids) for m in measurements) / sum(m.seconds for m in measurements)
 
 
-def _identical_in_float32(tokenizer: Any, contexts: list[torch.Tensor], max_new_tokens: int) -> bool:
+def _identical_in_float32(contexts: list[torch.Tensor], max_new_tokens: int, device: torch.device | str) -> bool:
     """bf16 near-ties make N tokens at once differ from N single steps; float32 must not."""
-    target, _ = demo.load_target(torch.float32)
-    drafter = demo.load_drafter(torch.float32)
+    target, drafter = demo.load_target(torch.float32)[0].to(device), demo.load_drafter(torch.float32).to(device)
     return all(
         measure(target, ids, max_new_tokens).new_ids == measure(target, ids, max_new_tokens, drafter).new_ids
         for ids in contexts

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..configuration_coral import DERIVED
+from ..configuration_coral import DERIVED, most_draft_tokens
 from ..lm_head_router import DraftHead
 
 
@@ -72,8 +72,8 @@ class DraftSettings:
 
     @property
     def max_total_tokens(self) -> int:
-        """Nodes that depth and top_k can produce: root, one level of top_k, then top_k^2 per level."""
-        return 1 + self.draft_top_k + (self.draft_depth - 1) * self.draft_top_k**2
+        """Nodes that depth and top_k can produce."""
+        return most_draft_tokens(self.draft_depth, self.draft_top_k)
 
     @property
     def is_chain(self) -> bool:

@@ -25,8 +25,8 @@ Args:
 Returns:
     acceptance_length (`float`), acceptance_per_depth (`list[float]`), steps (`int`).
 Examples:
-    >>> import evaluate
-    >>> metric = evaluate.load("coral_hf/evaluation/metrics/acceptance_length")
+    >>> import coral_hf, evaluate
+    >>> metric = evaluate.load(coral_hf.__path__[0] + "/evaluation/metrics/acceptance_length")
     >>> answer = target.generate(**inputs, assistant_model=drafter, max_new_tokens=32)
     >>> metric.add(**vars(drafter.last_stats))
     >>> tau = metric.compute()["acceptance_length"]

@@ -20,8 +20,8 @@ Args:
 Returns:
     speedup (`float`): median; speedup_quartiles (`list[float]`); tokens_per_second, plain_tokens_per_second (`float`): pooled.
 Examples:
-    >>> import evaluate
-    >>> metric = evaluate.load("coral_hf/evaluation/metrics/speculative_speedup")
+    >>> import coral_hf, evaluate
+    >>> metric = evaluate.load(coral_hf.__path__[0] + "/evaluation/metrics/speculative_speedup")
     >>> metric.compute(plain_tokens=[100], plain_seconds=[5.0], tokens=[100], seconds=[2.5])["speedup"]
     2.0
 """
