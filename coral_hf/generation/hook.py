@@ -178,6 +178,10 @@ def coral_generate(
     generation_config = copy.deepcopy(target.generation_config if generation_config is None else generation_config)
     for key in [key for key in kwargs if key.startswith("draft_")]:
         setattr(generation_config, key, kwargs.pop(key))
+    # A config beside generation arguments is deprecated: they are set in it. Not those that are None (eos_token_id=None), which
+    # `generate` would take for unset and fill from the target's defaults.
+    nones = {key: value for key, value in kwargs.items() if value is None}
+    kwargs = nones | generation_config.update(**{key: value for key, value in kwargs.items() if value is not None})
     return target.generate(assistant_model=drafter, generation_config=generation_config, **kwargs)
 
 
