@@ -1,5 +1,7 @@
 """Router, shortlist and draft head against a slow reference on the full logits."""
 
+import gc
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -186,6 +188,46 @@ def test_the_ordered_copy_follows_its_target_and_its_router():
     router.token_order[0] = router.token_order[1]
     with pytest.raises(ValueError, match="no permutation"):
         DraftHead(adapter, router)
+
+
+@torch.no_grad()
+def test_two_targets_of_one_drafter_keep_their_copies():
+    """Of the ordered head and of the shortlist's rows; both follow a change, and neither keeps a target alive."""
+    adapters = [TargetAdapter(with_bias(make_target("granite", seed=seed))) for seed in (0, 7)]
+    router, shortlist = make_router(adapters[0], 7, clustered=True), FrequencyShortlist(20).count(torch.randperm(128))
+
+    def rows():
+        heads = [DraftHead(adapter, router, shortlist) for adapter in adapters]
+        return [tensor for head in heads for tensor in (head._grouped_head.head.weight, head._listed_weight)]
+
+    first = rows()
+    assert all(mine is again for mine, again in zip(first, rows(), strict=True))
+    adapters[0].head.weight.add_(1.0)
+    changed = rows()
+    assert [mine is again for mine, again in zip(first, changed, strict=True)] == [False, False, True, True]
+    assert torch.equal(changed[1], adapters[0].head.weight[shortlist.token_ids])
+    shortlist.token_ids.copy_((shortlist.token_ids + 1) % 128)
+    assert torch.equal(rows()[3], adapters[1].head.weight[shortlist.token_ids])
+    gone = [weakref.ref(changed[2]), weakref.ref(adapters.pop().head)]
+    del first, changed
+    gc.collect()
+    assert all(reference() is None for reference in gone)
+
+
+@pytest.mark.parametrize("bad", [5000, 128, -3, "twice"])
+@pytest.mark.parametrize("part", ["shortlist", "draft_head"])
+def test_damaged_ids_are_refused(part, bad, prompt, tmp_path):
+    """They load, as any numbers do, and would end in an IndexError, on a GPU in the device's own."""
+    target = make_target(dtype=torch.float32)
+    drafter = make_drafter(target, **({"draft_vocab_size": 20} if part == "draft_head" else {}))
+    if part == "shortlist":
+        drafter.add_shortlist(torch.arange(128), 20)
+    ids = getattr(drafter, part).token_ids
+    ids[3] = ids[4] if bad == "twice" else bad
+    drafter.save_pretrained(tmp_path)
+    damaged = CoralDraftModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{part}.token_ids holds .*{'twice' if bad == 'twice' else bad}.* damaged"):
+        target.generate(prompt, assistant_model=damaged, max_new_tokens=4)
 
 
 def test_group_mass():
