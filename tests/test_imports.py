@@ -41,6 +41,7 @@ ALLOWED = {
         "compat",
         "configuration_coral",
         "few_rows",
+        "hardware",
         "lm_head_router",
         "draft_layer",
         "modeling_coral",
@@ -60,6 +61,7 @@ ALLOWED = {
     },
     "evaluation": {
         "configuration_coral",
+        "hardware",
         "lm_head_router",
         "modeling_coral",
         "target_adapter",
