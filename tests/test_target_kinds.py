@@ -176,12 +176,19 @@ REFUSALS = {
     "static cache, stock": (STOCK, {"cache_implementation": "static"}, "[Ss]tatic"),
     "no cache": ({}, {"use_cache": False}, "use_cache=True"),
     "attentions": ({}, {"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+    "attentions, cost-aware": (
+        {"draft_cost_aware": True},
+        {"output_attentions": True, "return_dict_in_generate": True},
+        "output_attentions",
+    ),
     "no router": ({"draft_head": "router"}, {}, "no router"),
+    "no router, cost-aware": ({"draft_head": "router", "draft_cost_aware": True}, {}, "no router"),
 }
 
 
 @pytest.mark.parametrize("case", list(REFUSALS))
-def test_refusals_come_first_and_leave_no_trace(target, case):
+def test_refusals_come_first_and_leave_no_trace(target, case, tmp_path, monkeypatch):
+    monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path))  # no costs are known: measuring them would run forwards
     size, settings, message = REFUSALS[case]
     assert_refused(target, make_drafter(target), size, message, **settings)
 

@@ -181,14 +181,15 @@ def _bench(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSet
     longest = PREFIX_LENGTH + settings.draft_total_tokens + settings.draft_depth
     limit = getattr(target.config.get_text_config(), "max_position_embeddings", None) or longest
     length = max(1 + _NEW_ROWS, min(PREFIX_LENGTH, limit - settings.draft_total_tokens - settings.draft_depth))
+    fixed = replace(settings, draft_cost_aware=False)
+    # before any forward: it refuses what does not fit together
+    generator = CoralCandidateGenerator(drafter, target, fixed, length + settings.draft_depth + 1)
     ids = (torch.arange(length, device=device) * 7919 % vocab_size)[None]
     cache = DynamicCache(config=target.config)
     cache.activate_past_recording()
     outputs = target(input_ids=ids, use_cache=True, output_hidden_states=True, **cache_kwarg(cache))
     cache.crop(0)
     verifier = Verifier(target, cache_kwarg(cache))
-    fixed = replace(settings, draft_cost_aware=False)
-    generator = CoralCandidateGenerator(drafter, target, fixed, length + settings.draft_depth + 1)
     features = generator.features_of(outputs.hidden_states)
     ids = torch.cat([ids, ids[:, :1]], dim=1)  # the root follows the prefix
     generator.propose(ids, features, max_depth=0)

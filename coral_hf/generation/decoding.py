@@ -19,8 +19,20 @@ from .verification import accept_greedy, accept_walk
 ATTENTION_WITH_TREES = ("sdpa", "eager")
 
 
-def check_call(target: PreTrainedModel, settings: DraftSettings, input_ids: torch.Tensor, model_kwargs: dict) -> None:
-    """Raises `ValueError` for what the loop does not support, before any forward."""
+def check_call(
+    target: PreTrainedModel,
+    settings: DraftSettings,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """Raises `ValueError` for what the loop does not support, before any forward (measuring draft costs takes many)."""
+    if (
+        generation_config.return_dict_in_generate
+        and generation_config.output_attentions
+        and not settings.draft_stock_loop
+    ):
+        raise ValueError("CORAL verifies trees, whose attentions are not a sequence's: set output_attentions=False.")
     if input_ids.shape[0] != 1:
         raise ValueError(
             f"CORAL generates for one sequence at a time; got a batch of {input_ids.shape[0]}. Call generate once per "
@@ -208,10 +220,9 @@ def coral_decoding(
         As `generate`: ids `[1, L + new]`, or a `GenerateDecoderOnlyOutput` with `return_dict_in_generate`.
 
     Raises:
-        ValueError: for what [`check_call`] refuses, and for `output_attentions`.
+        ValueError: if drafter and target, or settings and drafter do not belong together; what else is not supported
+            [`check_call`] has refused.
     """
-    if generation_config.return_dict_in_generate and generation_config.output_attentions:
-        raise ValueError("CORAL verifies trees, whose attentions are not a sequence's: set output_attentions=False.")
     verifier = Verifier(target, model_kwargs)
     selector = _Selector(logits_processor, generation_config)
     max_length = generation_config.max_length

@@ -74,7 +74,7 @@ def _wrap_decoding(original):
         if not is_coral_drafter(drafter):
             return original(self, input_ids, *args, **kwargs)
         settings = DraftSettings.resolve(drafter.config, kwargs["generation_config"])
-        check_call(self, settings, input_ids, kwargs)
+        check_call(self, settings, input_ids, kwargs["generation_config"], kwargs)
         if kwargs.get("synced_gpus"):
             raise ValueError(
                 "synced_gpus=True: CORAL's ranks take different numbers of steps and would wait for each other. Gather "
