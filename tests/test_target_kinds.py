@@ -112,6 +112,18 @@ def test_image_targets(kind, attention):
     assert texts[0].unique().numel() > 3
 
 
+def test_an_image_is_not_split_into_chunks():
+    target, ids, inputs = image_target("llava", "sdpa")
+    drafter = make_drafter(target)
+    with pytest.raises(ValueError, match=r"prefill_chunk_size=8 .* no (pixel_values|mm_encoder)"):
+        target.generate(
+            ids, generation_config=config_of(CHAIN, prefill_chunk_size=8), assistant_model=drafter, **inputs
+        )
+    config = config_of(CHAIN, prefill_chunk_size=ids.shape[1])
+    drafted = target.generate(ids, generation_config=config, assistant_model=drafter, **inputs)
+    assert torch.equal(drafted, target.generate(ids, generation_config=config_of({}), **inputs))
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", list(CHAINS_ONLY))
 def test_chains_only(family, attention):

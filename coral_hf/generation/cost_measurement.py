@@ -208,8 +208,7 @@ def _verify(verifier: Verifier, generator: CoralCandidateGenerator, tree: DraftT
     """What a step does with a tree, from its mask to the features of what it keeps; the cache is then as before."""
     outputs = verifier.verify(tree)
     path, _ = accept_greedy(tree, outputs.logits.argmax(dim=-1).to(tree.tokens.device))
-    states = tuple(state.index_select(1, path[0].to(state.device)) for state in outputs.hidden_states)
-    generator.features_of(states)
+    generator.features_of(outputs.hidden_states, path)
     # Nothing is kept: rows that a sliding window has dropped would not come back.
     compact_cache(verifier.cache, path[:, :0], tree.num_nodes)
 
