@@ -18,6 +18,7 @@ def test_chain():
     assert tree.depths.tolist() == [[0, 1, 2]]
     assert tree.ancestors.int().tolist() == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
     assert tree.is_chain and tree.depth == 2
+    assert DraftTree.chain(torch.zeros(1, 5, dtype=torch.long, device="meta")).depth == 4  # without asking the device
 
 
 def test_tree_by_hand():

@@ -8,11 +8,13 @@ import torch
 from conftest import FAMILIES, make_drafter, make_target, make_tokenizer
 from oracle import oracle
 from test_lossless import CHAIN, STOCK, TREES, config_of, prompt_of
-from transformers import DynamicCache, pipeline, set_seed
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, StoppingCriteria, pipeline, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from coral_hf import CoralDraftModel, coral_generate
 from coral_hf.compat import CACHE_NAME, cache_kwarg, cache_of
+from coral_hf.generation import decoding
 from coral_hf.generation.candidate_generator import CoralCandidateGenerator
 from coral_hf.generation.decoding import Verifier
 from coral_hf.generation.settings import DraftSettings
@@ -234,6 +236,65 @@ def test_a_mask_without_padding_is_dropped(draft, family):
             outputs.append(verifier.verify(tree).logits)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
     assert not torch.equal(outputs[0], outputs[2])
+
+
+class _Questions(TorchDispatchMode):
+    """Counts what would make a GPU's host wait: `int`, `bool` and `item` of a tensor, and `nonzero`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@drafts
+@pytest.mark.parametrize("eos", [None, [126, 127]])
+def test_accepting_asks_the_device_once(target, draft, eos, monkeypatch):
+    """However many tokens are accepted; the one transfer, of lists, is not counted on a CPU."""
+    questions = []
+
+    def counted(function):
+        def run(*args):
+            with _Questions() as mode:
+                result = function(*args)
+            questions.append(mode.count)
+            return result
+
+        return run
+
+    monkeypatch.setattr(decoding, "_accept", counted(decoding._accept))
+    monkeypatch.setattr(decoding, "compact_cache", counted(decoding.compact_cache))
+    both(target, make_drafter(target), draft, prompt_of(9), eos_token_id=eos)
+    assert questions and not any(questions)
+    both(target, make_drafter(target), draft, prompt_of(9), eos_token_id=eos, do_sample=True)
+    assert any(questions)  # a token is drawn after the other
+
+
+@drafts
+def test_criteria_of_the_caller_see_no_token_behind_the_end(target, draft):
+    """They are asked once a token, as plain decoding asks them: some show it, or count."""
+
+    class Seen(StoppingCriteria):
+        def __init__(self):
+            self.lengths = []
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.lengths.append(input_ids.shape[1])
+            return torch.full((1,), input_ids.shape[1] >= 27, dtype=torch.bool)
+
+    drafter, seen = make_drafter(target), []
+    plain = target.generate(prompt_of(9), generation_config=config_of({}))
+    for size in ({}, DRAFTS[draft]):
+        seen.append(Seen())
+        with oracle(plain, 1.0):
+            target.generate(
+                prompt_of(9),
+                generation_config=config_of(size),
+                stopping_criteria=[seen[-1]],
+                **({"assistant_model": drafter} if size else {}),
+            )
+    assert seen[0].lengths == seen[1].lengths == list(range(10, 28))
 
 
 def test_pipeline(target):

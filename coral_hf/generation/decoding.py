@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..compat import cache_kwarg, cache_of
@@ -290,6 +291,17 @@ def coral_decoding(
         scores = None if selector.scores is None else tuple(selector.scores)
         return bool(stopping_criteria(ids, scores).all())
 
+    # Other criteria may count their calls, or show the text: they never see tokens behind the end.
+    at_once = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria)
+
+    def first_end(ids: torch.Tensor, known: int) -> int | None:
+        """The least number of tokens, more than `known`, with which generation ends; None if with none."""
+        lengths = range(known + 1, ids.shape[1] + 1)
+        if at_once:  # asked on the device for every length, answered once
+            ends = torch.stack([stopping_criteria(ids[:, :length], None).all() for length in lengths]).tolist()
+            return next((length for length, end in zip(lengths, ends, strict=True) if end), None)
+        return next((length for length in lengths if is_finished(ids[:, :length])), None)
+
     outputs, features = verifier.prefill(input_ids, generation_config, generator.features_of)
     if states is not None:
         states.append(outputs.hidden_states)
@@ -304,7 +316,7 @@ def coral_decoding(
         remaining = max_length - input_ids.shape[1]
         tree = generator.propose(input_ids, features, max_depth=remaining - 1)
         outputs = verifier.verify(tree)
-        path, tokens, finished = _accept(tree, outputs.logits, input_ids, selector, is_finished)
+        path, tokens, finished = _accept(tree, outputs.logits, input_ids, selector, is_finished, first_end)
         compact_cache(verifier.cache, path, tree.num_nodes)
         features = generator.features_of(outputs.hidden_states, path)
         if states is not None:
@@ -328,16 +340,21 @@ def coral_decoding(
     )
 
 
-def _accept(tree: DraftTree, logits: torch.Tensor, input_ids: torch.Tensor, selector: _Selector, is_finished):
-    """Accepted path `[1, A + 1]`, new tokens `[1, A + 1]` and whether generation ends with them."""
+def _accept(
+    tree: DraftTree,
+    logits: torch.Tensor,
+    input_ids: torch.Tensor,
+    selector: _Selector,
+    is_finished: Callable[[torch.Tensor], bool],
+    first_end: Callable[[torch.Tensor, int], int | None],
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Accepted path `[1, A + 1]` (on the CPU), new tokens `[1, A + 1]` and whether generation ends with them."""
     if selector.is_argmax:
         path, tokens = accept_greedy(tree, logits.argmax(dim=-1).to(tree.tokens.device))
-        grown = torch.cat([input_ids, tokens], dim=1)
         before = input_ids.shape[1]
-        for count in range(1, tokens.shape[1] + 1):
-            if is_finished(grown[:, : before + count]):
-                return path[:, :count], tokens[:, :count], True
-        return path, tokens, False
+        end = first_end(torch.cat([input_ids, tokens], dim=1), before)
+        count = tokens.shape[1] if end is None else end - before
+        return path[:, :count], tokens[:, :count], end is not None
 
     grown, finished = input_ids, False
 
