@@ -350,11 +350,10 @@ class CoralDraftModel(PreTrainedModel):
         query, key, value = self.layer.self_attn.project(attention_input, cos, sin)
         cache.write(slot, key, value)
         end = slot + length
-        if mask is None and length > 1:
+        # A prompt at slot 0 (1 GiB of mask for 32k tokens) and a single row need none.
+        if mask is None and slot > 0 and length > 1:
             columns = torch.arange(end, device=query.device)
             mask = (columns <= columns[slot:, None])[None, None]
-        elif mask is None:
-            mask = torch.ones(1, 1, 1, end, dtype=torch.bool, device=query.device)
         attended = self.layer.self_attn.attend(query, cache.keys[:, :, :end], cache.values[:, :, :end], mask)
         return self._outputs(self.layer.finish(attended, residual))
 
