@@ -25,8 +25,9 @@ def ordered_head(adapter: Any, router: Any) -> Any:
         router ([`LMHeadRouter`])
 
     Raises:
-        ValueError: if the router's `token_order` is no permutation of the vocabulary.
+        ValueError: if the router's `token_order` is no permutation of the vocabulary, or the head is quantised.
     """
+    adapter.check_rows()
     if router.token_order is None:
         return adapter
 

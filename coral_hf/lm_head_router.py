@@ -143,7 +143,8 @@ class DraftHead:
         own_head ([`DraftVocabularyHead`], *optional*): excludes router and shortlist.
 
     Raises:
-        ValueError: if an id of the shortlist, the router's order or the head of the drafter's own is damaged.
+        ValueError: if an id of the shortlist, the router's order or the head of the drafter's own is damaged, or rows are
+            to be taken of a quantised head.
     """
 
     def __init__(
@@ -166,10 +167,12 @@ class DraftHead:
         self._transform = adapter.transform_logits if own_head is None else lambda logits: logits
         if own_head is not None:
             size = adapter.vocab_size
-            self._listed = kept_copy(own_head, own_head.token_ids, adapter.head, lambda: checked_ids(own_head, size))
+            self._listed = kept_copy(own_head, own_head.token_ids, own_head, lambda: checked_ids(own_head, size))
             self._listed = self._listed.to(adapter.device)
             self._listed_weight = own_head.weight.detach().to(adapter.device)
         elif shortlist is not None:
+            adapter.check_rows()
+
             # one small copy, contiguous for the matmul: FR-Spec's own form
             def copy_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
                 ids = checked_ids(shortlist, adapter.vocab_size).to(adapter.device)

@@ -230,6 +230,46 @@ def test_damaged_ids_are_refused(part, bad, prompt, tmp_path):
         target.generate(prompt, assistant_model=damaged, max_new_tokens=4)
 
 
+class Quantised(torch.Tensor):
+    """Says that it is float32, and holds codes, as torchao's tensors do."""
+
+
+class Int8Linear(nn.Linear):
+    """Rows of integer codes with a scale, as bitsandbytes keeps them."""
+
+    def __init__(self, head: nn.Linear):
+        super().__init__(*reversed(head.weight.shape), bias=False, dtype=head.weight.dtype)
+        self.scale = head.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((head.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+@pytest.mark.parametrize("kind", ["int8", "subclass", "float8"])
+def test_rows_of_a_quantised_head_are_not_drafted_from(kind, prompt):
+    """Codes would be scored as if they were weights; the whole head, through its module, is right."""
+    target = make_target("qwen2", dtype=torch.float32)
+    drafter = make_drafter(target)
+    drafter.add_router(8, 2)
+    drafter.add_shortlist(torch.arange(128), 24)
+    weight = target.lm_head.weight.detach()
+    if kind == "int8":
+        target.lm_head = Int8Linear(target.lm_head)
+    else:
+        coded = weight.as_subclass(Quantised) if kind == "subclass" else weight.to(torch.float8_e4m3fn)
+        target.lm_head.weight = nn.Parameter(coded, requires_grad=False)
+    kwargs = {"input_ids": prompt, "max_new_tokens": 6, "do_sample": False}
+    if kind != "float8":  # whose module torch does not multiply on a CPU
+        plain = target.generate(**kwargs)
+        assert torch.equal(coral_generate(target, drafter, **kwargs, draft_head="full"), plain)
+    for head in ("router", "shortlist", "both"):
+        with pytest.raises(ValueError, match=r"LM head of Qwen2ForCausalLM holds .* draft_head='full'"):
+            coral_generate(target, drafter, **kwargs, draft_head=head)
+    with pytest.raises(ValueError, match="draft_head='full'"):
+        TargetAdapter(target).logits(torch.randn(1, 32), token_ids=slice(0, 8))
+
+
 def test_group_mass():
     router = LMHeadRouter(8, 10, 4, 4)
     probabilities = torch.rand(2, 10)
