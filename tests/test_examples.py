@@ -37,6 +37,12 @@ def run(monkeypatch, name: str, *arguments: str) -> None:
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
+def test_demo_command(tiny_demo, tmp_path, capsys):
+    path = tmp_path / "demo.json"
+    assert main(["demo", "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "6", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["identical"] and "speedup" in capsys.readouterr().out
+
+
 def test_chat(tiny_demo, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand now?\n\n"))
     run(monkeypatch, "chat.py", "--max_new_tokens", "12")
