@@ -19,6 +19,9 @@ import coral_hf  # noqa: F401  (registers the Auto classes and the generate hook
 from coral_hf import CoralDraftModel
 
 
+# Helpers with assertions of their own show values as tests do.
+pytest.register_assert_rewrite("engine_drafters", "parity")
+
 # Tiny models are faster on one thread; the real one sets its own.
 torch.set_num_threads(1)
 

@@ -2,13 +2,13 @@
 
     python tests/fuzz_inputs.py --count 1000 --seed 0
 
-A clear error is a `ValueError` or `OSError` that names the file or the value; on the command line one line and status 2.
+A clear error is a `ValueError` or `OSError` that names the file or the value (for a setting that all configs share, also
+the error of huggingface_hub's dataclasses, which names field and value); on the command line one line and status 2.
 Anything else, more than `LIMIT` seconds, or a file left half-written is a fault, printed with the command that shows it
 alone; exit status 1 if there is any. `tests/test_fuzz_inputs.py` runs a slice.
 """
 
 import contextlib
-import copy
 import gzip
 import io
 import json
@@ -23,7 +23,9 @@ from pathlib import Path
 import torch
 from conftest import make_drafter, make_target, make_tokenizer
 from eagle_checkpoints import LLAMA, eagle1_tensors, eagle3_tensors, write
+from fuzz_corruption import ODD_VALUES, corrupt_file, corrupt_json
 from fuzz_driver import Fault, main, quiet, run_cases
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from test_model_card import make_record
 from transformers import GenerationConfig
 
@@ -39,111 +41,10 @@ from coral_hf.weight_files import file_sha256
 
 
 LIMIT = 30  # seconds; a case takes milliseconds
-ODD_VALUES = [
-    None,
-    True,
-    -1,
-    0,
-    2,
-    2.5,
-    10**30,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "7",
-    "/etc/passwd",
-    "../outside",
-    [],
-    [1, "a", None],
-    {},
-    {"a": {"b": 1}},
-]
 
 
 class Hang(BaseException):
     """Raised by the alarm; no handler of the package takes it."""
-
-
-# Corruption ------------------------------------------------------------------------------------------------------
-
-
-def corrupt_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Truncated, flipped, overwritten, doubled, emptied or interrupted by rubbish."""
-    if not data:
-        return b"\x00"
-    place, other = sorted((rng.randrange(len(data)), rng.randrange(len(data))))
-    rubbish = rng.choice(
-        [b"\xff\xfe", b"\x00" * 50, b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5000, b"\n\n", b"\xef\xbb\xbf"]
-    )
-    flipped = bytearray(data)
-    for _ in range(rng.choice([1, 1, 3, 50])):
-        # headers are where structure is
-        index = rng.randrange(min(len(data), 600)) if rng.random() < 0.7 else rng.randrange(len(data))
-        flipped[index] ^= 1 << rng.randrange(8)
-    return rng.choice(
-        [
-            data[:place],
-            bytes(flipped),
-            bytes(flipped),
-            data[:place] + b"\x00" * (other - place) + data[other:],
-            data[:place] + data[other:],
-            data + data,
-            b"",
-            data[:place] + rubbish + data[place:],
-            rubbish + data,
-        ]
-    )
-
-
-def corrupt_json(value, rng: random.Random):
-    """A copy with one to three values replaced, dropped or added somewhere."""
-    value = copy.deepcopy(value)
-    for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        holders = []
-
-        def collect(node, holders=holders):
-            if isinstance(node, dict | list) and node:
-                holders.append(node)
-                for child in node.values() if isinstance(node, dict) else node:
-                    collect(child)
-
-        collect(value)
-        if not holders:
-            break
-        holder = rng.choice(holders)
-        key = rng.choice(list(holder)) if isinstance(holder, dict) else rng.randrange(len(holder))
-        kind = rng.random()
-        if kind < 0.15:
-            del holder[key]
-        elif kind < 0.25 and isinstance(holder, dict):
-            holder["unheard_of"] = rng.choice(ODD_VALUES)
-        elif kind < 0.4 and isinstance(holder[key], int | float):
-            holder[key] = rng.choice(
-                [str(holder[key]), -holder[key], holder[key] + 0.5, [holder[key]], holder[key] * 1000 + 1]
-            )
-        else:
-            holder[key] = copy.deepcopy(rng.choice(ODD_VALUES))
-    return value if rng.random() < 0.97 else rng.choice(ODD_VALUES)
-
-
-def corrupt_file(path: Path, rng: random.Random) -> None:
-    """Changes one file: its JSON, its lines of JSON, or its bytes."""
-    data = path.read_bytes()
-    if path.suffix in (".json", ".jsonl") and rng.random() < 0.65:
-        lines = data.decode().splitlines() if path.suffix == ".jsonl" else [data.decode()]
-        index = rng.randrange(len(lines))
-        lines[index] = json.dumps(corrupt_json(json.loads(lines[index]), rng))
-        path.write_text("\n".join(lines) + "\n")
-    elif path.suffix == ".gz" and rng.random() < 0.5:
-        path.write_bytes(gzip.compress(corrupt_bytes(gzip.decompress(data), rng)))
-    elif rng.random() < 0.03:
-        path.unlink()
-    elif rng.random() < 0.03:
-        path.unlink()
-        path.mkdir()
-    else:
-        path.write_bytes(corrupt_bytes(data, rng))
 
 
 # What is read ----------------------------------------------------------------------------------------------------
@@ -352,7 +253,7 @@ def run_case(inputs: Inputs, seed: int, index: int) -> dict[str, int]:
                 with contextlib.redirect_stdout(io.StringIO()):
                     getattr(inputs, kind)(path)
             return {"worked": 1}
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, StrictDataclassFieldValidationError) as error:
             text = str(error)
             if not text.strip():
                 raise Fault(f"{label}: {type(error).__name__} without a message") from error

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_target
-from test_trainer import assert_same_weights, make_args, make_trainer, quick_drafter, random_rows, weights
+from tiny_trainings import assert_same_weights, make_args, make_trainer, quick_drafter, random_rows, weights
 from transformers import AutoModel
 
 from coral_hf import CoralDraftModel, TargetAdapter

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_target
-from test_trainer import assert_same_weights, make_trainer, quick_drafter, random_rows, weights
+from tiny_trainings import assert_same_weights, make_trainer, quick_drafter, random_rows, weights
 
 from coral_hf import CoralDraftModel
 from coral_hf.training import checkpoints
@@ -72,6 +72,7 @@ def uninterrupted(tmp_path_factory):
     return weights(trainer.model), trainer.tokens_seen
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_bit_for_bit(tmp_path, uninterrupted):
     """SIGKILL at a random moment of a later step, twice, then to the end."""
     output, step_file = tmp_path / "out", tmp_path / "step"
@@ -88,6 +89,7 @@ def test_a_killed_training_goes_on_bit_for_bit(tmp_path, uninterrupted):
     assert record["response_tokens_seen"] == uninterrupted[1]
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_good_one(tmp_path, uninterrupted):
     output, mark = tmp_path / "out", tmp_path / "saving"
     options = {"output": str(output), "settings": SETTINGS}
@@ -122,6 +124,7 @@ def stop_after(trainer, step: int) -> None:
         trainer.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_step", range(1, 10))
 def test_every_step_can_be_resumed(at_step, tmp_path, uninterrupted):
     target = make_target(dtype=torch.float32)
@@ -234,6 +237,7 @@ def test_a_full_disk_is_said_before_and_while_writing(trained, monkeypatch):
         trainer.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, uninterrupted):
     output = tmp_path / "out"
     options = {"output": str(output), "settings": SETTINGS}

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from conftest import make_drafter
-from test_lossless import CHAIN, STOCK, config_of, prompt_of
+from parity import CHAIN, STOCK, config_of, prompt_of
 from transformers import DynamicCache
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.logging import get_logger, warning_once

@@ -7,75 +7,23 @@ lies on disk; `test_engine_loaders.py` asks vLLM itself.
 import copy
 import json
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMMON, make_drafter, make_target, randomize
+from conftest import make_drafter, make_target, randomize
 from eagle_checkpoints import noise
-from safetensors.torch import load_file
+from engine_drafters import DRAFTERS, PAIRS, THREE, assert_same_drafter, eight_layer_target, make, read
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 
 from coral_hf import CoralDraftModel, demo
 from coral_hf.cli import main
-from coral_hf.conversion import ENGINES, engine_export, export_drafter
-from coral_hf.conversion.schema import check_export, load_schemas
-
-
-DRAFT_IDS = torch.tensor([3, 5, 6, 20, 21, 40, 77, 90, 100, 127])
-THREE = {"shape": "eagle3", "target_feature_layers": [2, 4, 5]}
-# name -> (settings of the drafter, engines that can hold it)
-DRAFTERS = {
-    "eagle": ({"shape": "eagle"}, ("vllm", "sglang", "eagle")),
-    "eagle with fc bias": ({"shape": "eagle", "fc_bias": True}, ("sglang", "eagle")),
-    "eagle with q/k/v bias": ({"shape": "eagle", "attention_bias": True}, ("eagle",)),
-    "eagle3, one feature": ({"shape": "eagle3"}, ("vllm",)),
-    "eagle3, three features": (THREE, ("vllm", "sglang", "speculators")),
-    "eagle3, pre-norm state fed back": ({**THREE, "norm_output": False}, ENGINES),
-    "eagle3, two other features": (
-        {"shape": "eagle3", "target_feature_layers": [1, 6], "norm_output": False},
-        ("vllm", "sglang", "speculators"),
-    ),
-    "eagle3, normed residual": (
-        {**THREE, "norm_before_residual": True, "norm_output": False},
-        ("vllm", "speculators"),
-    ),
-    "eagle3, head of its own": ({**THREE, "norm_output": False, "draft_vocab_size": 10}, ENGINES),
-}
-PAIRS = [(name, engine) for name, (_, engines) in DRAFTERS.items() for engine in engines]
-REFUSED = [(name, engine) for name, (_, engines) in DRAFTERS.items() for engine in ENGINES if engine not in engines]
+from coral_hf.conversion import ENGINES, export_drafter
+from coral_hf.conversion.schema import check_export
 
 
 @pytest.fixture(scope="module")
 def target():
-    """Eight layers, so that EAGLE-3's default features 2, 4, 5 are three."""
-    torch.manual_seed(0)
-    target = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**{**COMMON, "num_hidden_layers": 8}))
-    target.generation_config.eos_token_id = None
-    return target.float().eval()
-
-
-def make(name, target, dtype=torch.float32):
-    settings = {"draft_depth": 3, "target_name_or_path": "org/target", **DRAFTERS[name][0]}
-    drafter = randomize(make_drafter(target, dtype=torch.float32, **settings), scale=0.1).to(dtype)
-    if drafter.draft_head is not None:
-        drafter.draft_head.token_ids.copy_(DRAFT_IDS)
-    return drafter
-
-
-def assert_same_drafter(found, expected, leave_out=()):
-    state = {name: tensor for name, tensor in expected.state_dict().items() if name.split(".")[0] not in leave_out}
-    assert set(found.state_dict()) == set(state)
-    for name, tensor in found.state_dict().items():
-        assert tensor.dtype == state[name].dtype and torch.equal(tensor, state[name]), name
-    ignored = {"architectures", "shortlist_size", "router_groups", "router_active_groups", "router_hidden_size"}
-    ignored |= {"router_grouping", "_name_or_path", "transformers_version", "dtype"}
-    settings = {key: value for key, value in expected.config.to_dict().items() if key not in ignored}
-    assert {key: value for key, value in found.config.to_dict().items() if key not in ignored} == settings
-
-
-def read(folder: Path):
-    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    return eight_layer_target()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,33 +70,6 @@ def test_config_loads_in_transformers(name, engine, target, tmp_path):
         assert CoralDraftModel.from_eagle(folder, target).config.rope_parameters == parameters
 
 
-@pytest.mark.parametrize(("name", "engine"), REFUSED)
-def test_what_an_engine_lacks_is_refused(name, engine, target, tmp_path):
-    with pytest.raises(ValueError, match=f"{engine} cannot express this drafter"):
-        export_drafter(make(name, target), engine, tmp_path / "out", target=target)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("settings", "engine", "message"),
-    [
-        ({"shape": "eagle3", "target_feature_layers": [2, 4, -1]}, "vllm", r"\[2, 4, -1\]"),
-        ({"shape": "eagle3", "target_feature_layers": [4, 2]}, "vllm", "ascending"),
-        ({"shape": "eagle3", "target_feature_layers": [4]}, "vllm", "must be the last"),
-        ({"shape": "eagle3", "target_feature_layers": [0, 4]}, "sglang", "layer 0"),
-        ({"shape": "eagle3", "target_feature_layers": [1, 2, 3], "norm_output": False}, "eagle", r"\[2, 4, 5\]"),
-        ({"shape": "eagle", "hidden_act": "gelu"}, "vllm", "gelu"),
-        ({"shape": "eagle3", "attention_bias": True}, "vllm", "attention_bias"),
-        ({"shape": "eagle", "target_model_type": "gemma3_text"}, "sglang", "scales its embeddings"),
-        ({"shape": "eagle"}, "tgi", "vllm"),
-    ],
-)
-def test_refusals_say_why(settings, engine, message, target, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        export_drafter(make_drafter(target, **settings), engine, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
 def test_permuted_full_head(target, tmp_path):
     """vLLM reads ids for a reduced vocabulary only; SGLang for any."""
     settings = {**THREE, "draft_vocab_size": 128, "target_name_or_path": "org/target"}
@@ -160,26 +81,10 @@ def test_permuted_full_head(target, tmp_path):
     assert_same_drafter(CoralDraftModel.from_eagle(tmp_path / "sglang", target), drafter)
 
 
-def test_eagle3_head_needs_the_target(target, tmp_path):
-    drafter = make("eagle3, pre-norm state fed back", target)
-    with pytest.raises(ValueError, match="--target"):
-        export_drafter(drafter, "eagle", tmp_path / "out")
-    with pytest.raises(ValueError, match="num_hidden_layers"):
-        export_drafter(drafter, "eagle", tmp_path / "out", target=make_target(dtype=torch.float32))
-    assert not list(tmp_path.iterdir())
-
-
 def test_speculators_counts_features_in_the_layer(target, tmp_path):
     """vLLM 0.33 takes three features unless the nested config says otherwise."""
     export_drafter(make("eagle3, two other features", target), "speculators", tmp_path / "out")
     assert read(tmp_path / "out")[0]["transformer_layer_config"]["num_aux_hidden_states"] == 2
-
-
-def test_folder_of_another_target(target, tmp_path):
-    """What an exported folder says of its target is checked when it comes back."""
-    export_drafter(make("eagle", target), "vllm", tmp_path / "out")
-    with pytest.raises(ValueError, match="num_hidden_layers=8"):
-        CoralDraftModel.from_eagle(tmp_path / "out", make_target(dtype=torch.float32))
 
 
 def test_layer_ids(target, tmp_path):
@@ -196,31 +101,6 @@ def test_layer_ids(target, tmp_path):
         del config["coral_config"]
         path.write_text(json.dumps(config))
         assert CoralDraftModel.from_eagle(tmp_path / engine, target).config.target_feature_layers == [1, 6]
-
-
-@pytest.mark.parametrize(("name", "engine"), PAIRS)
-def test_schema_catches_every_change(name, engine, target, tmp_path):
-    """Each tensor left out, misshapen or cast, each norm dropped and each key of the schema changed is an error."""
-    drafter = make(name, target)
-    export_drafter(drafter, engine, tmp_path / "out", target=target)
-    config, tensors = read(tmp_path / "out")
-    schema = load_schemas()["engines"][engine][drafter.config.shape]
-    optional = {key.format(layer=schema["layer"]) for key in schema["optional"]}
-    for key, tensor in tensors.items():
-        others = {other: value for other, value in tensors.items() if other != key}
-        broken = [
-            {**others, key: tensor[..., :-1]},
-            {**others, key: tensor.double()},
-            {**tensors, f"{key}_extra": tensor},
-        ]
-        for changed in broken if key in optional else [others, *broken]:
-            with pytest.raises(ValueError, match=key):
-                check_export(engine, drafter.config, config, changed)
-    for key, rule in schema["config"].items():
-        changed = copy.deepcopy(config)
-        changed[key] = object() if rule != "absent" else True
-        with pytest.raises(ValueError, match=key):
-            check_export(engine, drafter.config, changed, tensors)
 
 
 def test_shortlist_and_router(target, tmp_path):
@@ -252,23 +132,6 @@ def test_serve_commands(target, tmp_path):
     assert export_drafter(eagle3, "speculators", tmp_path / "s").command == f"vllm serve {tmp_path / 's'}"
     assert read(tmp_path / "s")[0]["speculators_config"]["verifier"]["name_or_path"] == "org/target"
     assert "--no-eagle3" in export_drafter(eagle, "eagle", tmp_path / "e").command
-
-
-def test_nothing_half_written(target, tmp_path, monkeypatch):
-    drafter = make("eagle", target)
-
-    def fail(*args, **kwargs):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(engine_export, "save_file", fail)
-    with pytest.raises(OSError, match="no space left"):
-        export_drafter(drafter, "vllm", tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="exists already"):
-        export_drafter(drafter, "vllm", tmp_path / "taken")
-    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["notes.txt"]
 
 
 def test_command_line(tmp_path, capsys):

@@ -240,6 +240,7 @@ def test_the_real_target_answers_sensibly_and_float32_holds_the_same_weights():
         assert torch.equal(weight, target.state_dict()[name].float())
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_the_real_target_regenerates_what_generate_answers(tmp_path):
     from coral_hf.training.regenerate import iter_responses, regenerate

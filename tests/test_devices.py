@@ -11,10 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_target, make_tokenizer
-from test_trainer import assert_same_weights, make_args, make_trainer, quick_drafter, random_rows, weights
+from tiny_trainings import assert_same_weights, make_args, make_trainer, quick_drafter, random_rows, weights
 
 from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.training.placement import decoder_layers, place_target, plain_sharding
+
+
+pytestmark = pytest.mark.slow
 
 
 PROGRAM = Path(__file__).parent / "training_process.py"

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import make_drafter, make_target, make_tokenizer
-from test_lossless import config_of
+from parity import config_of
 
 from coral_hf import CoralDraftModel
 from coral_hf.cli import main

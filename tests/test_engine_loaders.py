@@ -8,8 +8,8 @@ import os
 
 import pytest
 import torch
+from engine_drafters import DRAFT_IDS, DRAFTERS, eight_layer_target, make
 from safetensors.torch import load_file
-from test_conversion_export import DRAFT_IDS, DRAFTERS, make, target  # noqa: F401  (a fixture)
 
 from coral_hf.conversion import export_drafter
 
@@ -19,6 +19,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 PAIRS = [(name, engine) for name, (_, engines) in DRAFTERS.items() for engine in engines if engine != "eagle"]
 # The target's own, shared by vLLM after loading
 SHARED = {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return eight_layer_target()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,7 @@ def process_group():
 
 
 @pytest.mark.parametrize(("name", "engine"), [pair for pair in PAIRS if pair[1] != "sglang"])
-def test_vllm_loads_every_weight(name, engine, target, process_group, tmp_path):  # noqa: F811
+def test_vllm_loads_every_weight(name, engine, target, process_group, tmp_path):
     from vllm.config import CompilationConfig, DeviceConfig, ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.config import set_current_vllm_config as current
     from vllm.model_executor.models.registry import ModelRegistry

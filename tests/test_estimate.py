@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_target, make_tokenizer
 from test_recipes import EAGLE_PARAMETERS, TARGETS
-from test_trainer import quick_drafter, random_rows
+from tiny_trainings import quick_drafter, random_rows
 
 from coral_hf import CoralDraftConfig, CoralDraftModel, cli, demo
 from coral_hf.training import estimate

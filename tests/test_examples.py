@@ -11,7 +11,7 @@ import torch
 from conftest import make_drafter, make_target, make_tokenizer
 from hub_server import TOKEN
 from test_hub import hub  # noqa: F401  (a fixture)
-from test_trainer import random_rows
+from tiny_trainings import random_rows
 
 from coral_hf import CoralDraftModel, demo
 from coral_hf.cli import main
@@ -35,12 +35,6 @@ def tiny_demo(tmp_path, monkeypatch):
 def run(monkeypatch, name: str, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-
-
-def test_demo_command(tiny_demo, tmp_path, capsys):
-    path = tmp_path / "demo.json"
-    assert main(["demo", "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "6", "--json", str(path)]) == 0
-    assert json.loads(path.read_text())["identical"] and "speedup" in capsys.readouterr().out
 
 
 def test_chat(tiny_demo, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import make_target
-from test_trainer import assert_same_weights, make_trainer, random_rows, weights
+from tiny_trainings import assert_same_weights, make_trainer, random_rows, weights
 
 from coral_hf import TargetAdapter
 from coral_hf.training import feature_cache

@@ -4,6 +4,7 @@ import fuzz_generation
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", range(0, 150, 50))
 def test_random_settings(start):
     total = fuzz_generation.run(seed=1, start=start, count=50)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import FAMILIES, make_drafter, make_target, make_tokenizer
 from oracle import oracle
-from test_lossless import CHAIN, STOCK, TREES, config_of, prompt_of
+from parity import CHAIN, STOCK, TREES, config_of, prompt_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StoppingCriteria, pipeline, set_seed
 from transformers.generation.streamers import BaseStreamer
@@ -329,6 +329,7 @@ def test_peft_target(target, draft):
     assert built.config.target_model_type == "llama"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_drafter_of_another_dtype(dtype, other):

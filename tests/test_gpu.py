@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_drafter, make_target, make_tokenizer
 from oracle import oracle
-from test_lossless import CHAIN, TREES, config_of, prompt_of
+from parity import CHAIN, TREES, config_of, prompt_of
 from torch.nn import functional as F
 from transformers import set_seed
 
@@ -39,6 +39,7 @@ def generate(target, ids, size, drafter=None, **settings):
     return target.generate(ids, generation_config=config_of(size, **settings), assistant_model=drafter)
 
 
+@pytest.mark.slow
 @on_every_device
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])

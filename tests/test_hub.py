@@ -13,7 +13,7 @@ from conftest import make_drafter, make_target
 from hub_server import TOKEN, serve
 from huggingface_hub import constants
 from test_model_card import make_record
-from test_trainer import make_trainer, random_rows
+from tiny_trainings import make_trainer, random_rows
 from transformers import AutoModel
 
 from coral_hf import CoralDraftModel
@@ -202,6 +202,7 @@ assert drafter.last_stats.steps > 0
 """
 
 
+@pytest.mark.slow
 def test_published_code_needs_no_package(hub, tmp_path):
     """Another process: the drafter as remote code, `custom_generate` without the package and with it."""
     target = make_target(dtype=torch.float32)

@@ -287,6 +287,7 @@ def test_group_mass():
         assert (clustered.groups_of(ids) == group).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "granite"])
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("head", ["router", "shortlist", "both", "clustered"])

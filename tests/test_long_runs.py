@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import make_drafter, make_target
 from oracle import oracle
-from test_lossless import CHAIN, TREES, config_of, prompt_of
-from test_trainer import make_args, random_rows
+from parity import CHAIN, TREES, config_of, prompt_of
+from tiny_trainings import make_args, random_rows
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList, TrainerCallback
 from transformers.generation.streamers import BaseStreamer
 
@@ -19,6 +19,7 @@ from coral_hf import CoralDraftModel
 from coral_hf.training.trainer import CoralTrainer
 
 
+@pytest.mark.slow
 def test_memory_stays_flat():
     for rows in (long_runs.one_call(240), long_runs.many_calls(40, tokens=6)):
         assert len(rows) == 4
@@ -44,6 +45,7 @@ class _Interrupt(BaseStreamer, StoppingCriteria):
         return torch.zeros(1, dtype=torch.bool)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", ["chain", "tree16"])
 @pytest.mark.parametrize("by", ["streamer", "stopping_criteria"])
 def test_interrupted_generation_leaves_both_models_usable(target, tree, by):
@@ -152,6 +154,7 @@ assert changed == set(sys.argv[1:]), changed
 """
 
 
+@pytest.mark.slow
 def test_other_users_of_transformers_are_left_alone():
     """Plain, sampled, beam and assisted generation before and after the import; three methods are wrapped, no more."""
     subprocess.run([sys.executable, "-c", OTHER_USERS, *HOOKED], check=True)

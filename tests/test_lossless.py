@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import FAMILIES, make_drafter, make_target
 from oracle import oracle
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LlamaConfig, TextStreamer, set_seed
+from parity import STOCK, TREES, compare, config_of, prompt_of
+from transformers import AutoModelForCausalLM, LlamaConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from coral_hf import coral_generate
@@ -12,47 +13,6 @@ from coral_hf.compat import cache_kwarg, cache_of
 from coral_hf.configuration_coral import CALIBRATION_KNOTS
 from coral_hf.generation import hook
 from coral_hf.generation.tuning import DraftCosts
-
-
-CHAIN = {"draft_depth": 5, "draft_top_k": 1}
-TREES = {
-    "chain": CHAIN,
-    "tree8": {"draft_depth": 3, "draft_top_k": 3, "draft_total_tokens": 8},
-    "tree16": {"draft_depth": 4, "draft_top_k": 4, "draft_total_tokens": 16},
-    "tree32": {"draft_depth": 5, "draft_top_k": 4, "draft_total_tokens": 32},
-    "tree60": {"draft_depth": 6, "draft_top_k": 10, "draft_total_tokens": 60},
-}
-STOCK = {"draft_depth": 5, "draft_top_k": 1, "draft_stock_loop": True}
-
-
-def prompt_of(length: int, seed: int = 3) -> torch.Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
-def config_of(tree: dict, **settings) -> GenerationConfig:
-    config = GenerationConfig(**{"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, **settings})
-    for key, value in tree.items():
-        setattr(config, key, value)
-    return config
-
-
-def compare(target, drafter, ids, tree, probability=0.7, **settings):
-    """Plain and CORAL outputs for one setting; returns the plain output and the statistics of an oracle run."""
-    extra = {key: settings.pop(key) for key in ("attention_mask", "tokenizer") if key in settings}
-    set_seed(0)
-    plain = target.generate(ids, generation_config=config_of({}, **settings), **extra)
-    set_seed(0)
-    random_drafts = target.generate(
-        ids, generation_config=config_of(tree, **settings), assistant_model=drafter, **extra
-    )
-    assert torch.equal(plain, random_drafts)
-    with oracle(plain, probability):
-        set_seed(0)
-        oracle_drafts = target.generate(
-            ids, generation_config=config_of(tree, **settings), assistant_model=drafter, **extra
-        )
-    assert torch.equal(plain, oracle_drafts)
-    return plain, drafter.last_stats
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -69,6 +29,7 @@ def test_families(family, attention):
     assert accepted / steps >= 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", list(TREES))
 @pytest.mark.parametrize(
     "settings",
@@ -91,6 +52,7 @@ def test_greedy_settings(target, tree, settings):
         assert stats.n_accepted / stats.steps >= 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", ["chain", "tree16", "tree60"])
 @pytest.mark.parametrize(
     "settings",
@@ -117,6 +79,7 @@ def stairs(monkeypatch):
     monkeypatch.setattr(hook, "draft_costs", lambda *_: DraftCosts(target_ms, first_level_ms=2.0, level_ms=1.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", [*TREES, "stock"])
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_p": 0.9}, {"repetition_penalty": 1.3}], ids=str)
 def test_cost_aware_trees(target, stairs, tree, settings):
@@ -170,19 +133,6 @@ def test_continuing_a_conversation(target, tree):
         assert cache_of(second).get_seq_length() == second.sequences.shape[1] - 1
         outputs.append(second.sequences)
     assert torch.equal(*outputs)
-
-
-def test_stock_loop_with_a_filled_cache_is_refused(target):
-    """Transformers' own loop gives other tokens there, with prompt lookup as well."""
-    ids = prompt_of(9)
-    first = target.generate(ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
-    with pytest.raises(ValueError, match="draft_stock_loop=False"):
-        target.generate(
-            first.sequences,
-            generation_config=config_of(STOCK),
-            assistant_model=make_drafter(target),
-            **cache_kwarg(cache_of(first)),
-        )
 
 
 def test_returned_dict(target):
@@ -280,79 +230,6 @@ def test_float32_and_bfloat16_run():
     target.bfloat16()
     drafted = coral_generate(target, drafter, input_ids=prompt_of(9), max_new_tokens=20, do_sample=False)
     assert drafted.shape[1] == 29
-
-
-BAD_CALLS = {
-    "batch": ({}, {"ids": torch.full((2, 5), 7)}, "batch"),
-    "beams": ({}, {"num_beams": 2}, "num_beams|beam"),
-    "depth": ({"draft_depth": 0}, {}, "draft_depth=0"),
-    "negative": ({"draft_top_k": -1}, {}, "draft_top_k=-1"),
-    "total": ({"draft_depth": 2, "draft_top_k": 2, "draft_total_tokens": 60}, {}, "draft_total_tokens=60"),
-    "unknown": ({"draft_width": 3}, {}, "draft_width"),
-    "cost-aware": ({"draft_cost_aware": "yes"}, {}, "draft_cost_aware='yes'"),
-    "stock tree": ({"draft_stock_loop": True, "draft_top_k": 2}, {}, "draft_top_k=1"),
-    "static cache": ({}, {"cache_implementation": "static"}, "[Ss]tatic"),
-    "no cache": ({}, {"use_cache": False}, "use_cache=True"),
-    "attentions": ({}, {"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
-}
-
-
-@pytest.mark.parametrize("case", list(BAD_CALLS))
-def test_bad_calls(target, case):
-    """Each is a `ValueError` that names the value, before any forward."""
-    tree, settings, message = BAD_CALLS[case]
-    settings = dict(settings)
-    ids = settings.pop("ids", prompt_of(5))
-    with pytest.raises(ValueError, match=message):
-        target.generate(ids, generation_config=config_of(tree, **settings), assistant_model=make_drafter(target))
-
-
-def test_wrong_targets():
-    drafter = make_drafter(make_target())
-    for change in ({"vocab_size": 256}, {"hidden_size": 64}, {"num_hidden_layers": 2}):
-        other = AutoModelForCausalLM.from_config(LlamaConfig(**{**_llama(), **change}), dtype=torch.float64)
-        with pytest.raises(ValueError, match=next(iter(change))):
-            other.generate(prompt_of(5), max_new_tokens=5, assistant_model=drafter)
-    with pytest.raises(ValueError, match="model_type"):
-        make_target("qwen2").generate(prompt_of(5), max_new_tokens=5, assistant_model=drafter)
-
-
-def _llama() -> dict:
-    return {key: value for key, value in make_target().config.to_dict().items() if key in LlamaConfig().to_dict()}
-
-
-def test_inputs_embeds_are_refused(target):
-    embeds = target.get_input_embeddings()(prompt_of(5))
-    with pytest.raises(ValueError, match="input_ids"):
-        target.generate(inputs_embeds=embeds, max_new_tokens=5, assistant_model=make_drafter(target))
-
-
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (lambda target: setattr(target, "_supports_default_dynamic_cache", lambda: False), "keeps no KV cache"),
-        (lambda target: target.model.embed_tokens.to("meta"), "The embedding of LlamaForCausalLM is offloaded"),
-    ],
-)
-def test_targets_without_what_drafting_needs(harm, message):
-    target = make_target()
-    drafter = make_drafter(target)
-    harm(target)
-    with pytest.raises(ValueError, match=message):
-        target.generate(prompt_of(5), max_new_tokens=5, assistant_model=drafter)
-
-
-def test_ranks_that_wait_for_each_other_are_refused(target):
-    with pytest.raises(ValueError, match=r"synced_gpus=True: .* pass synced_gpus=False"):
-        target.generate(prompt_of(5), max_new_tokens=5, assistant_model=make_drafter(target), synced_gpus=True)
-
-
-def test_the_stock_loop_refuses_a_prefilled_cache(target):
-    ids, filled = prompt_of(12), DynamicCache()
-    target(ids[:, :8], use_cache=True, **cache_kwarg(filled))
-    with pytest.raises(ValueError, match=r"draft_stock_loop=True reads the whole prompt again .* drop the cache"):
-        config = config_of(STOCK)
-        target.generate(ids, generation_config=config, assistant_model=make_drafter(target), **cache_kwarg(filled))
 
 
 def test_text_streamer_prints_once(target, capsys):

@@ -6,10 +6,13 @@ import pytest
 import torch
 from conftest import FAMILIES, make_drafter, make_target
 from oracle import oracle
-from test_lossless import TREES, config_of, prompt_of
+from parity import TREES, config_of, prompt_of
 from transformers import set_seed
 
 from coral_hf.compat import cache_of
+
+
+pytestmark = pytest.mark.slow
 
 
 PROCESSORS = {

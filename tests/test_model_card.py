@@ -151,6 +151,24 @@ def test_other_records(folder):
     assert data.license == "mit" and data.datasets == ["org/data"]
 
 
+def test_ablation(folder):
+    add_record(folder)
+    record = {
+        "environment": ENVIRONMENT,
+        "runs": [{"variant": "hass", "seed": seed, "steps": 138} for seed in (0, 1)],
+        "response_tokens": 200_082,
+        "chain_depth": 5,
+        "acceptance_length": {"hass": {"mean": 1.3224, "stdev": 0.0123, "values": [1.31, 1.335]}},
+    }
+    path = folder / "training" / "ablation.json"
+    path.write_text(json.dumps(record))
+    text = render_card(folder)
+    assert "| `hass` | 1.322 | 0.012 | 1.310, 1.335 |" in text and "200,082 response tokens for 138 steps" in text
+    path.write_text(json.dumps(record | {"acceptance_length": {"hass": {"mean": "high"}}}))
+    with pytest.raises(ValueError, match=r"ablation\.json is not as coral_hf writes it"):
+        render_card(folder)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

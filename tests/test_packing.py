@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from conftest import make_target, randomize
-from test_trainer import assert_same_weights, logged, make_trainer, quick_drafter, random_rows, weights
+from tiny_trainings import assert_same_weights, logged, make_trainer, quick_drafter, random_rows, weights
 
 from coral_hf.training.data import ConversationDataset, CoralDataCollator
 from coral_hf.training.packing import PackedConversations, pack_lengths
@@ -82,6 +82,7 @@ def test_every_token_is_predicted_as_in_a_row_of_its_own(family, attention, tmp_
         torch.testing.assert_close(found[key], value, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"regression_loss_weight": 0.0}, {"csra_weight": 0.1}])
 def test_a_packed_training_equals_the_padded_one(settings, cached, tmp_path, exact_norms):

@@ -13,7 +13,7 @@ import torch
 from conftest import make_drafter, make_target, make_tokenizer
 from hub_server import TOKEN
 from test_hub import hub  # noqa: F401  (a fixture)
-from test_trainer import random_rows
+from tiny_trainings import random_rows
 
 from coral_hf import cli, demo
 

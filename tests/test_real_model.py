@@ -49,7 +49,9 @@ def test_the_drafter_belongs_to_the_target(real):
     assert weights.stat().st_size <= 16 * 2**20
 
 
-@pytest.mark.parametrize("name", list(SETTINGS))
+@pytest.mark.parametrize(
+    "name", ["tree16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("chain", "stock"))]
+)
 def test_greedy_identity(real, name):
     """Token for token in float32, with a drafter that is really accepted."""
     target, tokenizer, drafter = real
@@ -64,6 +66,7 @@ def test_greedy_identity(real, name):
     assert stats.acceptance_length > 1.5
 
 
+@pytest.mark.slow
 def test_same_seed_same_sample(real):
     target, tokenizer, drafter = real
     ids = encode_context(tokenizer, [PROMPTS[2]])

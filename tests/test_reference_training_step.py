@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_target
-from test_trainer import make_trainer
+from tiny_trainings import make_trainer
 
 from coral_hf import CoralDraftModel
 from coral_hf.training.data import ConversationDataset, CoralDataCollator

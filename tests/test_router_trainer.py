@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_drafter, make_target
-from test_trainer import make_args, random_rows, weights
+from tiny_trainings import make_args, random_rows, weights
 
 from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.lm_head_router import LMHeadRouter

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_target
-from test_trainer import make_trainer, quick_drafter, random_rows
+from tiny_trainings import make_trainer, quick_drafter, random_rows
 
 from coral_hf import coral_generate
 from coral_hf.training.simulation import ChainStatistics

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_target
-from test_trainer import assert_same_weights, logged, make_args, make_trainer, quick_drafter, random_rows, weights
+from tiny_trainings import assert_same_weights, logged, make_args, make_trainer, quick_drafter, random_rows, weights
 
 from coral_hf.training.sources import RowStream
 from coral_hf.training.streaming import StreamedConversations

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import COMMON, FAMILIES, make_drafter, make_target
 from oracle import oracle
-from test_lossless import CHAIN, STOCK, TREES, compare, config_of, prompt_of
+from parity import CHAIN, STOCK, TREES, compare, config_of, prompt_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from coral_hf.compat import cache_kwarg
@@ -91,6 +91,7 @@ def image_target(kind: str, attention: str):
     return finish(AutoModelForImageTextToText.from_config(config, attn_implementation=attention)), ids, inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen2_vl"])
 def test_image_targets(kind, attention):
@@ -124,6 +125,7 @@ def test_an_image_is_not_split_into_chunks():
     assert torch.equal(drafted, target.generate(ids, generation_config=config_of({}), **inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", list(CHAINS_ONLY))
 def test_chains_only(family, attention):

@@ -1,78 +1,13 @@
 """Tiny trainings: what moves, what must not, and that every way of running one gives the same drafter."""
 
-import random
-
 import pytest
 import torch
 from conftest import make_drafter, make_target
-from tokenizers import Tokenizer, models
+from tiny_trainings import assert_same_weights, logged, make_trainer, quick_drafter, random_rows, weights
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
 
 from coral_hf import CoralDraftModel, TargetAdapter
-from coral_hf.commands import loading
-from coral_hf.training import arguments
-from coral_hf.training.arguments import CoralTrainingArguments, parse_schedule
 from coral_hf.training.data import ConversationDataset, CoralDataCollator
-from coral_hf.training.trainer import CoralTrainer
-
-
-def random_rows(count: int, seed: int = 0) -> list[dict]:
-    rng = random.Random(seed)
-
-    def ids(low, high):
-        return [rng.randrange(3, 128) for _ in range(rng.randint(low, high))]
-
-    return [{"id": str(index), "prompt_ids": ids(3, 6), "response_ids": ids(5, 12)} for index in range(count)]
-
-
-def make_args(folder, **kwargs) -> CoralTrainingArguments:
-    defaults = {
-        "use_cpu": True,
-        "report_to": "none",
-        "bf16": False,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "num_train_epochs": 2,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "loss_chunk_size": 16,
-        "learning_curve": False,
-    }
-    return CoralTrainingArguments(output_dir=str(folder), **{**defaults, **kwargs})
-
-
-def quick_drafter(target, shape: str = "eagle3", dtype: torch.dtype | None = None, **overrides) -> CoralDraftModel:
-    """Starts wider than the default, which suits hidden sizes of hundreds: a few steps must do."""
-    return make_drafter(target, shape, dtype, initializer_range=0.2, **overrides)
-
-
-def make_trainer(folder, target, drafter=None, rows=None, eval_dataset=None, **kwargs) -> CoralTrainer:
-    drafter = quick_drafter(target) if drafter is None else drafter
-    rows = random_rows(16) if rows is None else rows
-    return CoralTrainer(
-        model=drafter,
-        target_model=target,
-        args=make_args(folder, **kwargs),
-        train_dataset=rows,
-        eval_dataset=eval_dataset,
-    )
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_weights(first, second, **tolerance):
-    for name, tensor in first.items():
-        torch.testing.assert_close(tensor, second[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def logged(trainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 # Whole trainings -----------------------------------------------------------------------------------------------
@@ -297,9 +232,6 @@ def test_resume_gives_the_uninterrupted_weights(tmp_path):
     assert not any(name.startswith("pytorch_model") or "target" in name for name in written)
 
 
-# Evaluation ----------------------------------------------------------------------------------------------------
-
-
 def test_a_nan_gradient_stops_before_the_update(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, make_target("llama"), save_strategy="steps", save_steps=2, max_steps=5)
     compute_loss, weights = trainer.compute_loss, []
@@ -317,6 +249,9 @@ def test_a_nan_gradient_stops_before_the_update(tmp_path, monkeypatch):
     assert all(torch.equal(value, weights[0][name]) for name, value in trainer.model.state_dict().items())
 
 
+# Evaluation ----------------------------------------------------------------------------------------------------
+
+
 def test_evaluation_loss_is_the_cross_entropy_of_step_1(tmp_path):
     target = make_target()
     trainer = make_trainer(tmp_path, target, eval_dataset=random_rows(5, seed=2))
@@ -330,111 +265,3 @@ def test_evaluation_loss_is_the_cross_entropy_of_step_1(tmp_path):
     assert metrics["eval_acceptance_1"] == pytest.approx(match)
     other = trainer.evaluate(eval_dataset=random_rows(3, seed=9), metric_key_prefix="other")
     assert "other_acceptance_length" in other
-
-
-# Bad input -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"preset": "eagle", "csra_weight": 0.1}, r"csra_weight=0.1 with rollout_schedule='1'.*K >= 2"),
-        ({"preset": "coral", "rollout_schedule": "1"}, "there is only K=1"),
-        ({"preset": "medusa"}, "preset='medusa' is unknown"),
-        ({"rollout_schedule": "1:0.5,3:0.4"}, "the fractions must sum to 1"),
-        ({"rollout_schedule": "1:x"}, "write 'K' or 'K:fraction,K:fraction'"),
-        ({"rollout_schedule": "0"}, "with K >= 1"),
-        ({"csra_temperature": 0.0}, "csra_temperature=0.0 must be positive"),
-        ({"loss_chunk_size": 0}, "loss_chunk_size=0 must be at least 1"),
-        ({"regression_loss_weight": -1.0}, "regression_loss_weight=-1.0 must not be negative"),
-        ({"topk_loss_weight": 1.0, "classification_loss_weight": 0.0}, "topk_loss_weight=1.0 is computed with"),
-    ],
-)
-def test_contradictory_arguments_are_refused(settings, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        make_args(tmp_path, **settings)
-
-
-@pytest.mark.parametrize("native", [False, True])
-def test_bf16_by_default_where_the_hardware_multiplies_it(native, tmp_path, monkeypatch):
-    monkeypatch.setattr(arguments, "native_bfloat16", lambda device=None: native)
-    assert make_args(tmp_path, bf16=None).bf16 is native
-    assert make_args(tmp_path, bf16=not native).bf16 is not native
-    monkeypatch.setattr(loading, "native_bfloat16", lambda device=None: native)
-    assert loading.resolve_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if native else torch.float32)
-    assert loading.resolve_dtype("float16", torch.device("cpu")) == torch.float16
-
-
-def test_presets_and_schedules(tmp_path):
-    assert parse_schedule("3") == [(3, 1.0)]
-    assert parse_schedule("1:0.6,3:0.4") == [(1, 0.6), (3, 0.4)]
-    args = make_args(tmp_path, rollout_schedule="1:0.5,2:0.25,3:0.25")
-    assert [args.rollout_steps_at(x) for x in (0.0, 0.49, 0.5, 0.74, 0.75, 1.0)] == [1, 1, 2, 2, 3, 3]
-    presets = {name: make_args(tmp_path, preset=name) for name in ("eagle", "hass", "coral")}
-    assert {name: (args.rollout_schedule, bool(args.csra_weight)) for name, args in presets.items()} == {
-        "eagle": ("1", False),
-        "hass": ("1:0.6,3:0.4", False),
-        "coral": ("1:0.6,3:0.4", True),
-    }
-    paper = make_args(tmp_path, paper_weights=True)
-    assert (paper.regression_loss_weight, paper.classification_loss_weight) == (1.0, 0.1)
-
-
-def test_a_drafter_of_other_sizes_is_refused(tmp_path):
-    target = make_target(dtype=torch.float32)
-    for name, value in (("vocab_size", 64), ("hidden_size", 64)):
-        drafter = make_drafter(target)
-        setattr(drafter.config, name, value)
-        with pytest.raises(ValueError, match=rf"made for a target with {name}={value} .* but LlamaForCausalLM has"):
-            make_trainer(tmp_path, target, drafter)
-
-
-def test_a_drafter_with_a_head_of_its_own_is_refused(tmp_path):
-    target = make_target(dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"draft_vocab_size=64.*train a drafter that uses the target"):
-        make_trainer(tmp_path, target, quick_drafter(target, draft_vocab_size=64))
-
-
-def test_long_conversations_are_cut_and_other_columns_left_out(tmp_path, capsys):
-    rows = [{**row, "topic": "birds"} for row in random_rows(4)]
-    longest = max(len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows)
-    trainer = make_trainer(
-        tmp_path,
-        make_target(dtype=torch.float32),
-        rows=rows,
-        max_length=longest - 1,
-        remove_unused_columns=True,
-        max_steps=1,
-    )
-    assert f"conversations cut at max_length={longest - 1}, 0 of them left out" in capsys.readouterr().out
-    trainer.train()
-    assert trainer.state.global_step == 1
-
-
-def test_another_tokenizer_is_refused(tmp_path):
-    def tokenizer(words):
-        core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
-        return PreTrainedTokenizerFast(tokenizer_object=core, unk_token=words[0])
-
-    target = make_target(dtype=torch.float32)
-    ours, other = tokenizer(["a", "b", "c"]), tokenizer(["a", "c", "b"])
-    drafter = CoralDraftModel.from_target(target, tokenizer=ours)
-    rows = random_rows(2)
-    kwargs = {"model": drafter, "target_model": target, "args": make_args(tmp_path), "train_dataset": rows}
-    CoralTrainer(**kwargs, processing_class=ours)
-    with pytest.raises(ValueError, match=r"vocabulary hash .* is not the drafter's"):
-        CoralTrainer(**kwargs, processing_class=other)
-
-
-def test_data_of_another_tokenizer_is_refused(tmp_path):
-    target = make_target(dtype=torch.float32)
-    rows = [{"prompt_ids": [1, 2], "response_ids": [3, 128]}]
-    with pytest.raises(ValueError, match="token id 128, but the target's vocabulary ends at 127"):
-        make_trainer(tmp_path, target, rows=rows)
-    with pytest.raises(ValueError, match="token id 128"):
-        make_trainer(tmp_path, target).evaluate(eval_dataset=rows)
-
-
-def test_a_training_without_response_tokens_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="No conversation has a response token within max_length=3"):
-        make_trainer(tmp_path, make_target(dtype=torch.float32), max_length=3)

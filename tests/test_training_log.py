@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_target
-from test_trainer import logged, make_trainer, random_rows
+from tiny_trainings import logged, make_trainer, random_rows
 from transformers import TrainerCallback
 
 from coral_hf.training.curves import CURVE_FILE, draw_learning_curve, series

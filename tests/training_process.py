@@ -32,7 +32,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     from conftest import make_target
-    from test_trainer import make_args, quick_drafter, random_rows, weights
+    from tiny_trainings import make_args, quick_drafter, random_rows, weights
 
     from coral_hf.training import checkpoints
     from coral_hf.training.trainer import CoralTrainer

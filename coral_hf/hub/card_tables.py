@@ -174,6 +174,9 @@ def training_section(records: Records) -> str:
         parts += [_stage(stage) for stage in records.stages]
     with reading("log.jsonl"):
         parts += _progress(records)
+    if records.ablation is not None:
+        with reading("ablation.json"):
+            parts.append(_ablation(records.ablation))
     if not parts:
         parts.append("Not recorded.")
     if (records.folder / RECORD_FOLDER / "curve.png").is_file():
@@ -242,6 +245,29 @@ def _responses(folder: Path) -> list[str]:
         rows += len(column)
         tokens += pc.sum(pc.list_value_length(column)).as_py()
     return [f"`responses/` holds {rows:,} answers that the target itself wrote, {tokens:,} tokens."]
+
+
+def _ablation(record: dict[str, Any]) -> str:
+    environment, runs = record["environment"], record["runs"]
+    steps = ", ".join(f"{count:,}" for count in sorted({run["steps"] for run in runs}))
+    rows = [
+        [
+            f"`{name}`",
+            f"{found['mean']:.3f}",
+            NOT_MEASURED if found["stdev"] is None else f"{found['stdev']:.3f}",
+            ", ".join(f"{value:.3f}" for value in found["values"]),
+        ]
+        for name, found in record["acceptance_length"].items()
+    ]
+    return (
+        f"The recipes side by side (`{RECORD_FOLDER}/ablation.json`, by `examples/ablate_training.py`): small trainings from "
+        f"random weights, not this drafter, all on the same {record['response_tokens']:,} response tokens for {steps} steps; "
+        f"tau of simulated greedy chains of {record['chain_depth']} with the full head on held-out answers, one value a "
+        f"seed. {environment['device']}, {environment['dtype']}; torch {environment['torch']}, transformers "
+        f"{environment['transformers']}, coral_hf {environment['coral_hf']}, commit "
+        f"{environment.get('commit') or 'not recorded'}.\n\n"
+        + table(["preset", "tau, mean", "standard deviation", "values"], rows)
+    )
 
 
 def _stage(stage: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ A drafter's folder holds them under `training/`:
 - `benchmark*.json`: `coral-hf benchmark --output FOLDER/training` (`benchmark.json` gives the figures of the metadata)
 - `check_*.json`: `coral-hf verify --output FOLDER/training`
 - `compare_heads*.json`: `examples/compare_heads.py --json`
+- `ablation.json`: `examples/ablate_training.py`; of small drafters trained for comparison, not of this one
 - `training*.json`, `log.jsonl`: written by [`CoralTrainer`]; `commands.sh`, `curve.png`: kept by hand
 - `card.json`: what no program knows (see `STATED`); no figures
 """
@@ -41,6 +42,7 @@ class Records:
         benchmarks, checks, heads (`list[tuple[str, dict]]`): name and content of records that measured this drafter.
         anonymous (`list[str]`): records that do not say which drafter they measured.
         foreign (`list[str]`): records of other drafters.
+        ablation (`dict`, *optional*): recipes side by side.
         stages (`list[dict]`): one per training run.
         log (`list[dict]`): the training log.
         stated (`dict`): see `STATED`.
@@ -53,6 +55,7 @@ class Records:
     heads: list[tuple[str, dict]] = field(default_factory=list)
     anonymous: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
+    ablation: dict | None = None
     stages: list[dict] = field(default_factory=list)
     log: list[dict] = field(default_factory=list)
     stated: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +98,8 @@ def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = Tr
         record = read_json(path)
         if record.get("drafter_sha256") == records.sha256:
             records.heads.append((path.name, record))
+    if (training / "ablation.json").is_file():
+        records.ablation = read_json(training / "ablation.json")
     records.stages = [read_json(path) for path in sorted(training.glob("training*.json"))]
     if (training / "log.jsonl").is_file():
         records.log = [row for _, row in read_jsonl(training / "log.jsonl")]

@@ -1,0 +1,46 @@
+"""Trees, prompts and settings for calls of `generate`, and their comparison with and without a drafter."""
+
+import torch
+from oracle import oracle
+from transformers import GenerationConfig, set_seed
+
+
+CHAIN = {"draft_depth": 5, "draft_top_k": 1}
+TREES = {
+    "chain": CHAIN,
+    "tree8": {"draft_depth": 3, "draft_top_k": 3, "draft_total_tokens": 8},
+    "tree16": {"draft_depth": 4, "draft_top_k": 4, "draft_total_tokens": 16},
+    "tree32": {"draft_depth": 5, "draft_top_k": 4, "draft_total_tokens": 32},
+    "tree60": {"draft_depth": 6, "draft_top_k": 10, "draft_total_tokens": 60},
+}
+STOCK = {"draft_depth": 5, "draft_top_k": 1, "draft_stock_loop": True}
+
+
+def prompt_of(length: int, seed: int = 3) -> torch.Tensor:
+    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def config_of(tree: dict, **settings) -> GenerationConfig:
+    config = GenerationConfig(**{"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, **settings})
+    for key, value in tree.items():
+        setattr(config, key, value)
+    return config
+
+
+def compare(target, drafter, ids, tree, probability=0.7, **settings):
+    """Plain and CORAL outputs for one setting; returns the plain output and the statistics of an oracle run."""
+    extra = {key: settings.pop(key) for key in ("attention_mask", "tokenizer") if key in settings}
+    set_seed(0)
+    plain = target.generate(ids, generation_config=config_of({}, **settings), **extra)
+    set_seed(0)
+    random_drafts = target.generate(
+        ids, generation_config=config_of(tree, **settings), assistant_model=drafter, **extra
+    )
+    assert torch.equal(plain, random_drafts)
+    with oracle(plain, probability):
+        set_seed(0)
+        oracle_drafts = target.generate(
+            ids, generation_config=config_of(tree, **settings), assistant_model=drafter, **extra
+        )
+    assert torch.equal(plain, oracle_drafts)
+    return plain, drafter.last_stats

@@ -1,0 +1,60 @@
+"""Files of prompts, responses and shards that are not what they should be: errors that name the line."""
+
+import gzip
+
+import pytest
+
+from coral_hf.training.regenerate import iter_prompts, iter_responses, write_shards
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "b", "turns": ["x"]', "line 2: not valid JSON"),
+        ("[1]", "line 2: expected"),
+        ('{"id": "b"}', "line 2: \"turns\" must be a non-empty list of strings, got 'None'"),
+        ('{"id": "b", "turns": []}', 'line 2: "turns" must be'),
+        ('{"id": "b", "turns": [3]}', 'line 2: "turns" must be'),
+        ('{"id": 7, "turns": ["x"]}', 'line 2: "id" must be a non-empty string, got 7'),
+        ('{"id": "a", "turns": ["x"]}', "line 2: id 'a' already stands on line 1"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_malformed_prompts_name_the_line(tmp_path, line, message, suffix):
+    path = tmp_path / f"prompts{suffix}"
+    text = '{"id": "a", "turns": ["x"]}\n' + line + "\n"
+    path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        list(iter_prompts(path))
+    assert path.name in str(error.value)
+
+
+def test_missing_prompts_file(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing\.jsonl does not exist"):
+        list(iter_prompts(tmp_path / "nothing.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "b", "prompt_ids": [1]}', '"response_ids" must be a list of token ids'),
+        ('{"id": 7, "prompt_ids": [1], "response_ids": [2]}', '"id" must be a string, got 7'),
+        ('{"id": "b", "turn": -1, "prompt_ids": [1], "response_ids": [2]}', '"turn" must be a number from 0, got -1'),
+    ],
+)
+def test_malformed_responses_name_the_line(line, message, tmp_path):
+    path = tmp_path / "responses.jsonl"
+    path.write_text('{"id": "a", "prompt_ids": [1], "response_ids": [2]}\n' + line + "\n")
+    with pytest.raises(ValueError, match=f"line 2: {message}"):
+        list(iter_responses(path))
+
+
+def test_a_malformed_row_leaves_no_shard(tmp_path):
+    pytest.importorskip("pyarrow.parquet")
+    with pytest.raises(ValueError, match='row 1: "prompt_ids"'):
+        write_shards([{"id": "a", "prompt_ids": [1], "response_ids": [1]}, {"id": "b"}], tmp_path / "shards")
+    with pytest.raises(ValueError, match="these are no rows to write"):
+        write_shards([], tmp_path / "shards")
+    with pytest.raises(ValueError, match="rows_per_shard must be at least 1, got 0"):
+        write_shards([], tmp_path / "shards", rows_per_shard=0)
+    assert not (tmp_path / "shards").exists()

@@ -1,0 +1,119 @@
+"""What a training is given: arguments and their presets, drafters, tokenizers and rows, and what of it is refused."""
+
+import pytest
+import torch
+from conftest import make_drafter, make_target
+from tiny_trainings import make_args, make_trainer, quick_drafter, random_rows
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from coral_hf import CoralDraftModel
+from coral_hf.commands import loading
+from coral_hf.training import arguments
+from coral_hf.training.arguments import parse_schedule
+from coral_hf.training.trainer import CoralTrainer
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "eagle", "csra_weight": 0.1}, r"csra_weight=0.1 with rollout_schedule='1'.*K >= 2"),
+        ({"preset": "coral", "rollout_schedule": "1"}, "there is only K=1"),
+        ({"preset": "medusa"}, "preset='medusa' is unknown"),
+        ({"rollout_schedule": "1:0.5,3:0.4"}, "the fractions must sum to 1"),
+        ({"rollout_schedule": "1:x"}, "write 'K' or 'K:fraction,K:fraction'"),
+        ({"rollout_schedule": "0"}, "with K >= 1"),
+        ({"csra_temperature": 0.0}, "csra_temperature=0.0 must be positive"),
+        ({"loss_chunk_size": 0}, "loss_chunk_size=0 must be at least 1"),
+        ({"regression_loss_weight": -1.0}, "regression_loss_weight=-1.0 must not be negative"),
+        ({"topk_loss_weight": 1.0, "classification_loss_weight": 0.0}, "topk_loss_weight=1.0 is computed with"),
+    ],
+)
+def test_contradictory_arguments_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bf16_by_default_where_the_hardware_multiplies_it(native, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "native_bfloat16", lambda device=None: native)
+    assert make_args(tmp_path, bf16=None).bf16 is native
+    assert make_args(tmp_path, bf16=not native).bf16 is not native
+    monkeypatch.setattr(loading, "native_bfloat16", lambda device=None: native)
+    assert loading.resolve_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if native else torch.float32)
+    assert loading.resolve_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+def test_presets_and_schedules(tmp_path):
+    assert parse_schedule("3") == [(3, 1.0)]
+    assert parse_schedule("1:0.6,3:0.4") == [(1, 0.6), (3, 0.4)]
+    args = make_args(tmp_path, rollout_schedule="1:0.5,2:0.25,3:0.25")
+    assert [args.rollout_steps_at(x) for x in (0.0, 0.49, 0.5, 0.74, 0.75, 1.0)] == [1, 1, 2, 2, 3, 3]
+    presets = {name: make_args(tmp_path, preset=name) for name in ("eagle", "hass", "coral")}
+    assert {name: (args.rollout_schedule, bool(args.csra_weight)) for name, args in presets.items()} == {
+        "eagle": ("1", False),
+        "hass": ("1:0.6,3:0.4", False),
+        "coral": ("1:0.6,3:0.4", True),
+    }
+    paper = make_args(tmp_path, paper_weights=True)
+    assert (paper.regression_loss_weight, paper.classification_loss_weight) == (1.0, 0.1)
+
+
+def test_a_drafter_of_other_sizes_is_refused(tmp_path):
+    target = make_target(dtype=torch.float32)
+    for name, value in (("vocab_size", 64), ("hidden_size", 64)):
+        drafter = make_drafter(target)
+        setattr(drafter.config, name, value)
+        with pytest.raises(ValueError, match=rf"made for a target with {name}={value} .* but LlamaForCausalLM has"):
+            make_trainer(tmp_path, target, drafter)
+
+
+def test_a_drafter_with_a_head_of_its_own_is_refused(tmp_path):
+    target = make_target(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"draft_vocab_size=64.*train a drafter that uses the target"):
+        make_trainer(tmp_path, target, quick_drafter(target, draft_vocab_size=64))
+
+
+def test_long_conversations_are_cut_and_other_columns_left_out(tmp_path, capsys):
+    rows = [{**row, "topic": "birds"} for row in random_rows(4)]
+    longest = max(len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows)
+    trainer = make_trainer(
+        tmp_path,
+        make_target(dtype=torch.float32),
+        rows=rows,
+        max_length=longest - 1,
+        remove_unused_columns=True,
+        max_steps=1,
+    )
+    assert f"conversations cut at max_length={longest - 1}, 0 of them left out" in capsys.readouterr().out
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    def tokenizer(words):
+        core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
+        return PreTrainedTokenizerFast(tokenizer_object=core, unk_token=words[0])
+
+    target = make_target(dtype=torch.float32)
+    ours, other = tokenizer(["a", "b", "c"]), tokenizer(["a", "c", "b"])
+    drafter = CoralDraftModel.from_target(target, tokenizer=ours)
+    rows = random_rows(2)
+    kwargs = {"model": drafter, "target_model": target, "args": make_args(tmp_path), "train_dataset": rows}
+    CoralTrainer(**kwargs, processing_class=ours)
+    with pytest.raises(ValueError, match=r"vocabulary hash .* is not the drafter's"):
+        CoralTrainer(**kwargs, processing_class=other)
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path):
+    target = make_target(dtype=torch.float32)
+    rows = [{"prompt_ids": [1, 2], "response_ids": [3, 128]}]
+    with pytest.raises(ValueError, match="token id 128, but the target's vocabulary ends at 127"):
+        make_trainer(tmp_path, target, rows=rows)
+    with pytest.raises(ValueError, match="token id 128"):
+        make_trainer(tmp_path, target).evaluate(eval_dataset=rows)
+
+
+def test_a_training_without_response_tokens_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="No conversation has a response token within max_length=3"):
+        make_trainer(tmp_path, make_target(dtype=torch.float32), max_length=3)
