@@ -87,9 +87,10 @@ class CoralAttention(nn.Module):
         return self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None):
-        """Plain attention with a bool mask `[B, 1, S, L]` (None: causal)."""
+        """Plain attention with a bool mask `[B, 1, S, L]` (None: causal over S = L rows, or a single row that sees all)."""
+        causal = mask is None and query.shape[2] > 1
         return F.scaled_dot_product_attention(
-            query.to(value.dtype), key, value, mask, is_causal=mask is None, scale=self.scaling, enable_gqa=True
+            query.to(value.dtype), key, value, mask, is_causal=causal, scale=self.scaling, enable_gqa=True
         )
 
     def attend_rollout(

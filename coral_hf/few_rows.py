@@ -66,8 +66,8 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 def few_row_linears(*models: nn.Module) -> Iterator[None]:
     """Within it the models' float32 `nn.Linear` layers on a CPU run as [`few_row_linear`], also in other threads.
 
-    Afterwards they are as they were. Layers that something else has wrapped (Accelerate's hooks), and compiled models, are
-    left alone.
+    Afterwards they are as they were. Layers that something else has wrapped (Accelerate's hooks), weights that are more than
+    plain tensors (quantised ones, sharded ones), and whatever is compiled are left alone.
     """
     with _lock:
         layers = _layers(models) if _transposed_is_faster() else []
@@ -92,14 +92,30 @@ def _forward(layer: Any, input: torch.Tensor) -> torch.Tensor:
 def _layers(models: tuple[nn.Module, ...]) -> list[nn.Linear]:
     found: dict[nn.Linear, None] = {}
     for model in models:
-        if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
-            continue
+        compiled = {layer for part in model.modules() if _is_compiled(part) for layer in part.modules()}
         for layer in model.modules():
-            if type(layer) is not nn.Linear or ("forward" in vars(layer) and layer not in _users):
+            if type(layer) is not nn.Linear or layer in compiled or ("forward" in vars(layer) and layer not in _users):
+                continue
+            # A subclass says float32 and multiplies in its own way.
+            if not all(
+                type(tensor) in (nn.Parameter, torch.Tensor)
+                for tensor in (layer.weight, layer.bias)
+                if tensor is not None
+            ):
                 continue
             if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32:
                 found[layer] = None
     return list(found)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By `torch.compile` of the module or of its forward, or by its method `compile`: a changed layer would compile it anew."""
+    forward = vars(module).get("forward")
+    return (
+        hasattr(module, "_orig_mod")
+        or module._compiled_call_impl is not None
+        or hasattr(forward, "_torchdynamo_orig_callable")
+    )
 
 
 __all__ = ["few_row_linear", "few_row_linears"]

@@ -1,8 +1,9 @@
 """A target's LM head by groups of rows: the logits of the groups that a router chose, and the head in a router's order."""
 
 import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -10,38 +11,54 @@ from torch.nn import functional as F
 from .few_rows import few_row_linear
 
 
-# Per router: its target's head (weakly), the state of weight and order that the copy was made in, and the copy.
-_ordered_rows: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+T = TypeVar("T")
+
+# Per router or list of ids, per head of a target, both held weakly: the state of the tensors that a copy was made of, and it.
+_copies: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def ordered_head(adapter: Any, router: Any) -> Any:
     """What `grouped_logits` reads: the adapter itself, or for a clustered router its head in the router's order.
-
-    The copy is made once for a router and a target, and again when either has changed.
 
     Args:
         adapter ([`TargetAdapter`])
         router ([`LMHeadRouter`])
 
     Raises:
-        ValueError: if the router's `token_order` is no permutation of the vocabulary.
+        ValueError: if the router's `token_order` is no permutation of the vocabulary, or the head is quantised.
     """
+    adapter.check_rows()
     if router.token_order is None:
         return adapter
-    head, order = adapter.head, router.token_order
-    tensors = (head.weight, getattr(head, "bias", None), order)
-    state = [None if tensor is None else _state(tensor) for tensor in tensors]
-    kept = _ordered_rows.get(router)
-    if kept is None or kept[0]() is not head or kept[1] != state:
-        ids = order.to(adapter.device).long()
+
+    def copy_rows() -> tuple[torch.Tensor, torch.Tensor | None]:
+        ids = router.token_order.to(adapter.device).long()
         if not torch.equal(ids.sort().values, torch.arange(adapter.vocab_size, device=ids.device)):
             raise ValueError(
                 f"The router's token_order is no permutation of the {adapter.vocab_size} ids: its checkpoint is damaged. "
                 "Train the router again (`coral-hf train --stage router`), or use draft_head='full'."
             )
-        kept = _ordered_rows[router] = (weakref.ref(head), state, adapter.head_rows(ids))
-    weight, bias = kept[2]
-    return _OrderedHead(adapter, weight, bias)
+        return adapter.head_rows(ids)
+
+    return _OrderedHead(adapter, *kept_copy(router, router.token_order, adapter.head, copy_rows))
+
+
+def kept_copy(owner: Any, ids: torch.Tensor, head: Any, make: Callable[[], T]) -> T:
+    """What `make` makes of a head's rows: made once for an owner of ids and a head, again when either has changed.
+
+    Args:
+        owner (`nn.Module`): whose ids they are.
+        ids (`torch.Tensor`): the rows that are taken.
+        head (`nn.Module`): with `weight` and perhaps `bias`.
+        make (`Callable`): may hold neither owner nor head in what it returns.
+    """
+    tensors = (head.weight, getattr(head, "bias", None), ids)
+    state = [None if tensor is None else _state(tensor) for tensor in tensors]
+    by_head = _copies.setdefault(owner, weakref.WeakKeyDictionary())
+    kept = by_head.get(head)
+    if kept is None or kept[0] != state:
+        kept = by_head[head] = (state, make())
+    return kept[1]
 
 
 def _state(tensor: torch.Tensor) -> tuple:
@@ -127,4 +144,4 @@ def gathered_logits(adapter: Any, hidden: torch.Tensor, groups: torch.Tensor, si
     return adapter.transform_logits(logits).masked_fill(ids >= adapter.vocab_size, float("-inf"))
 
 
-__all__ = ["gathered_logits", "grouped_logits", "ordered_head"]
+__all__ = ["gathered_logits", "grouped_logits", "kept_copy", "ordered_head"]

@@ -1,4 +1,8 @@
-"""What the machine computes fast."""
+"""What the machine is, and what it computes fast."""
+
+import platform
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -6,6 +10,24 @@ import torch
 def default_device() -> torch.device:
     """The machine's accelerator, or the CPU: also where torch is a CUDA build and there is no GPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+@cache
+def cpu_name() -> str:
+    """The CPU's model, as the operating system calls it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU or CPU; of other devices only their type is known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_name() if device.type == "cpu" else f"{device.type} {platform.machine()}"
 
 
 def native_bfloat16(device: torch.device | str | None = None) -> bool:
@@ -21,4 +43,4 @@ def native_bfloat16(device: torch.device | str | None = None) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-__all__ = ["default_device", "native_bfloat16"]
+__all__ = ["cpu_name", "default_device", "device_name", "native_bfloat16"]

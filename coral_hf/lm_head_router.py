@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .configuration_coral import group_size
 from .few_rows import few_row_linear
-from .grouped_head import gathered_logits, grouped_logits, ordered_head
+from .grouped_head import gathered_logits, grouped_logits, kept_copy, ordered_head
 
 
 class LMHeadRouter(nn.Module):
@@ -105,6 +105,25 @@ class DraftVocabularyHead(nn.Linear):
         self.register_buffer("token_ids", torch.arange(size))
 
 
+def checked_ids(owner: FrequencyShortlist | DraftVocabularyHead, vocab_size: int) -> torch.Tensor:
+    """The owner's `token_ids`; a damaged checkpoint may hold any.
+
+    Raises:
+        ValueError: if one is no id of the vocabulary, or is there twice: siblings of a draft tree hold different tokens.
+    """
+    # not by class: a drafter loaded as remote code has others
+    ids, name = owner.token_ids, "draft_head" if hasattr(owner, "weight") else "shortlist"
+    outside = ids[(ids < 0) | (ids >= vocab_size)].tolist()
+    if outside:
+        problem = f"holds {outside[0]}, which is none of the {vocab_size} ids"
+    elif ids.unique().numel() < ids.numel():
+        problem = "holds an id twice"
+    else:
+        return ids
+    other = ", or use draft_head='full'" if name == "shortlist" else ""
+    raise ValueError(f"{name}.token_ids {problem}: the drafter's checkpoint is damaged. Fetch it again{other}.")
+
+
 class DraftHead:
     """Scores the tokens that a drafting step considers.
 
@@ -122,6 +141,10 @@ class DraftHead:
         scoring (`str`): `"active"`, log-softmax over the active logits, or `"router"`, the router's log P(group) plus
             the log-softmax inside the group (without a shortlist only).
         own_head ([`DraftVocabularyHead`], *optional*): excludes router and shortlist.
+
+    Raises:
+        ValueError: if an id of the shortlist, the router's order or the head of the drafter's own is damaged, or rows are
+            to be taken of a quantised head.
     """
 
     def __init__(
@@ -143,12 +166,20 @@ class DraftHead:
             self._grouped_head = ordered_head(adapter, router)
         self._transform = adapter.transform_logits if own_head is None else lambda logits: logits
         if own_head is not None:
-            self._listed = own_head.token_ids.to(adapter.device)
+            size = adapter.vocab_size
+            self._listed = kept_copy(own_head, own_head.token_ids, own_head, lambda: checked_ids(own_head, size))
+            self._listed = self._listed.to(adapter.device)
             self._listed_weight = own_head.weight.detach().to(adapter.device)
         elif shortlist is not None:
+            adapter.check_rows()
+
             # one small copy, contiguous for the matmul: FR-Spec's own form
-            self._listed = shortlist.token_ids.to(adapter.device)
-            self._listed_weight, self._listed_bias = adapter.head_rows(self._listed)
+            def copy_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+                ids = checked_ids(shortlist, adapter.vocab_size).to(adapter.device)
+                return ids, *adapter.head_rows(ids)
+
+            kept = kept_copy(shortlist, shortlist.token_ids, adapter.head, copy_rows)
+            self._listed, self._listed_weight, self._listed_bias = kept
             if router is not None:
                 listed = torch.zeros(router.vocab_size, dtype=torch.bool)
                 listed[shortlist.token_ids.cpu()] = True

@@ -85,7 +85,7 @@ class CoralDraftModel(PreTrainedModel):
         self.shortlist = FrequencyShortlist(config.shortlist_size) if config.shortlist_size else None
         own = config.draft_vocab_size
         self.draft_head = None if own is None else DraftVocabularyHead(size, own)
-        # Acceptance statistics of the last `generate` call, see `generation.candidate_generator.DraftStats`.
+        # Acceptance statistics of the last `generate` call, see `generation.statistics.DraftStats`.
         self.last_stats: Any = None
         self.gradient_checkpointing = False
         self.post_init()
@@ -212,6 +212,17 @@ class CoralDraftModel(PreTrainedModel):
         self.config.shortlist_size = size
         self.shortlist = FrequencyShortlist(size).count(counts.cpu()).to(self.device)
         return self.shortlist
+
+    def __getattr__(self, name: str) -> Any:
+        # What Transformers' own assisted decoding asks a drafter for first. An AttributeError, so that hasattr stays right; a
+        # property's would end here without its message.
+        if name == "generation_config":
+            raise AttributeError(
+                f"{type(self).__name__} has no generation_config: it drafts from a target's features and generates nothing by "
+                "itself. To use it as assistant_model, `pip install coral-hf` and `import coral_hf` before generate; if that "
+                "was done, this Transformers release is not one the package knows (transformers>=5.17,<6)."
+            )
+        return super().__getattr__(name)
 
     def get_input_embeddings(self) -> None:
         """None: the embedding is the target's. FSDP asks."""
@@ -342,11 +353,10 @@ class CoralDraftModel(PreTrainedModel):
         query, key, value = self.layer.self_attn.project(attention_input, cos, sin)
         cache.write(slot, key, value)
         end = slot + length
-        if mask is None and length > 1:
+        # A prompt at slot 0 (1 GiB of mask for 32k tokens) and a single row need none.
+        if mask is None and slot > 0 and length > 1:
             columns = torch.arange(end, device=query.device)
             mask = (columns <= columns[slot:, None])[None, None]
-        elif mask is None:
-            mask = torch.ones(1, 1, 1, end, dtype=torch.bool, device=query.device)
         attended = self.layer.self_attn.attend(query, cache.keys[:, :, :end], cache.values[:, :, :end], mask)
         return self._outputs(self.layer.finish(attended, residual))
 

@@ -6,6 +6,9 @@ import torch
 from torch.nn import functional as F
 
 
+_DTYPES_OF_ROWS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 class TargetAdapter:
     """The three views of a target model that drafting needs, for every Llama-shaped family, without forking a model.
 
@@ -102,6 +105,7 @@ class TargetAdapter:
         """
         weight, bias = self.head.weight, getattr(self.head, "bias", None)
         if token_ids is not None:
+            self.check_rows()
             weight = weight[token_ids]
             bias = None if bias is None else bias[token_ids]
             logits = F.linear(features.to(weight), weight, bias)
@@ -110,8 +114,19 @@ class TargetAdapter:
             logits = self.head(features.to(device=weight.device, dtype=self.head_dtype))
         return self.transform_logits(logits)
 
+    def check_rows(self) -> None:
+        """Raises `ValueError` if rows of the head cannot be taken: a quantised weight's are codes, or packed together."""
+        weight = self.head.weight
+        if type(weight) not in (torch.Tensor, torch.nn.Parameter) or weight.dtype not in _DTYPES_OF_ROWS:
+            raise ValueError(
+                f"The LM head of {type(self.target).__name__} holds {type(weight).__name__} of {weight.dtype}, of which single "
+                "rows cannot be scored (it is quantised, or sharded). Draft from all of it with draft_head='full', or load "
+                "the target with its LM head as it was."
+            )
+
     def head_rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Copies of the head's rows `[..., H]` and, if it has one, its bias `[...]` for ids `[...]`."""
+        """Copies of the head's rows `[..., H]` and, if it has one, its bias `[...]` for ids `[...]`; see [`check_rows`]."""
+        self.check_rows()
         bias = getattr(self.head, "bias", None)
         token_ids = token_ids.to(self.device)
         return self.head.weight[token_ids].to(self.head_dtype), None if bias is None else bias[token_ids]

@@ -30,12 +30,15 @@ class OurDeprecations(logging.Handler):
 
 
 def _our_call() -> str | None:
-    """`file:line` of the call of the function that is logging, if that line is ours."""
+    """`file:line` of the call into the file that is logging, if that line is ours."""
     frame = sys._getframe()
     while frame is not None and frame.f_code.co_filename.endswith(_LOGGING):
         frame = frame.f_back
+    # The function that was called may have left the warning to a helper beside it: `generate` does.
+    helpers = frame and frame.f_code.co_filename
     frame = frame and frame.f_back
-    while frame is not None and any(part in frame.f_code.co_filename for part in _PASSING_ON):
+    passing_on = _PASSING_ON if helpers is None or helpers.startswith(_OURS) else (helpers, *_PASSING_ON)
+    while frame is not None and any(part in frame.f_code.co_filename for part in passing_on):
         frame = frame.f_back
     if frame is None or not frame.f_code.co_filename.startswith(_OURS):
         return None

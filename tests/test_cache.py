@@ -39,7 +39,7 @@ def test_mask_with_window_and_padding():
 def prefilled(target, ids):
     cache = DynamicCache(config=target.config)
     verifier = Verifier(target, {**cache_kwarg(cache), "attention_mask": None, "use_cache": True})
-    verifier.prefill(ids, target.generation_config)
+    verifier.prefill(ids, target.generation_config, lambda states: states[-1])
     return verifier
 
 

@@ -67,3 +67,10 @@ def test_our_deprecations_are_errors(our_deprecations):
     [message] = our_deprecations
     assert "test_compat.py" in message and "This is deprecated." in message
     our_deprecations.clear()
+
+
+def test_what_a_helper_of_the_called_function_warns_of_is_ours(target, our_deprecations):
+    """`generate` itself does not log it."""
+    target.generate(prompt_of(5), generation_config=config_of({}), max_new_tokens=2)
+    assert [message for message in our_deprecations if "test_compat.py" in message and "max_new_tokens" in message]
+    our_deprecations.clear()

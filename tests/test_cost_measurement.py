@@ -1,13 +1,16 @@
 """Costs are measured once, kept, and measured again when what is kept cannot be used."""
 
 import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import make_drafter, make_target
 
 from coral_hf.generation import cost_measurement
-from coral_hf.generation.cost_measurement import draft_costs, measure_costs, measured_sizes
+from coral_hf.generation.cost_measurement import costs_key, draft_costs, measure_costs, measured_sizes
 from coral_hf.generation.settings import DraftSettings
 
 
@@ -58,6 +61,50 @@ def test_measured_once_and_kept(pair, counted, tmp_path, monkeypatch):
     assert len(counted) == 3
     draft_costs(*pair, SETTINGS, refresh=True)
     assert len(counted) == 4
+
+
+def test_two_threads_measure_once(pair, counted, monkeypatch):
+    """They would time each other, and what is found is kept on the disk."""
+    original, running, most = cost_measurement.measure_costs, [], []
+
+    def slowly(*args):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.2)
+        try:
+            return original(*args)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(cost_measurement, "measure_costs", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: draft_costs(*pair, SETTINGS), range(2))
+        assert first is second and len(counted) == 1
+        list(pool.map(lambda _: draft_costs(*pair, SETTINGS, refresh=True), range(2)))
+    assert len(counted) == 3 and max(most) == 1
+
+
+def test_the_key_tells_machines_apart(pair, monkeypatch):
+    """Two CPUs of one architecture, the instructions torch uses, and where the drafter is."""
+    keys = [costs_key(*pair, SETTINGS)]
+    monkeypatch.delattr(os, "uname", raising=False)  # Windows has none
+    assert costs_key(*pair, SETTINGS) == keys[0] == json.loads(json.dumps(keys[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(cost_measurement, "cpu_name", lambda: "another CPU")
+        keys.append(costs_key(*pair, SETTINGS))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        keys.append(costs_key(*pair, SETTINGS))
+    keys.append(costs_key(pair[0], pair[1].to("meta"), SETTINGS))
+    assert len({json.dumps(key) for key in keys}) == 4
+
+
+def test_the_clock_waits_for_target_and_drafter(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    devices = {torch.device(name) for name in ("cpu", "cuda:0", "cuda:1")}
+    cost_measurement._clock(devices)
+    assert set(waited) == {torch.device("cuda:0"), torch.device("cuda:1")} and len(waited) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut off", "no JSON object", "another key", "no times", "too few sizes"])

@@ -1,10 +1,15 @@
 """Draft trees against trees written out by hand and against a slow dictionary-of-paths reference."""
 
+import re
+
 import pytest
 import torch
 
 from coral_hf.generation.draft_tree import DraftTree, DraftTreeBuilder, ancestors_of
 from coral_hf.generation.settings import DraftSettings
+
+
+FLAGS = ("draft_groups_per_row", "draft_stock_loop", "draft_cost_aware")
 
 
 def test_chain():
@@ -13,6 +18,7 @@ def test_chain():
     assert tree.depths.tolist() == [[0, 1, 2]]
     assert tree.ancestors.int().tolist() == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
     assert tree.is_chain and tree.depth == 2
+    assert DraftTree.chain(torch.zeros(1, 5, dtype=torch.long, device="meta")).depth == 4  # without asking the device
 
 
 def test_tree_by_hand():
@@ -113,6 +119,10 @@ def test_settings():
     assert DraftSettings.resolve(Config, None, {"draft_depth": 2, "draft_cost_aware": True}).draft_cost_aware
     with pytest.raises(ValueError, match="draft_width"):
         DraftSettings.resolve(Config, None, {"draft_width": 2})
-    for bad in ({"draft_depth": 0}, {"draft_top_k": 2.5}, {"draft_total_tokens": 1}, {"draft_depth": True}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
+    flags = [{name: value} for name in FLAGS for value in ("false", "no", 0, 1, 1.0, [])]
+    kinds = [{"draft_head": ["full"]}, {"draft_head": True}, {"draft_scoring": 3}, {"draft_active_groups": "2"}]
+    sizes = [{"draft_depth": 0}, {"draft_top_k": 2.5}, {"draft_total_tokens": 1}, {"draft_depth": True}]
+    for bad in [*flags, *kinds, *sizes]:
+        (name, value), *_ = bad.items()
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}")):
             DraftSettings(**bad)

@@ -102,6 +102,44 @@ def test_leaves_other_dtypes_and_devices_alone():
         assert ["forward" in vars(layer) for layer in model] == [False, False, True]
 
 
+class Quantised(torch.Tensor):
+    """Says that it is float32, as torchao's tensors do."""
+
+
+def test_leaves_weights_alone_that_are_no_plain_tensors():
+    model = make_model()
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Quantised), requires_grad=False)
+    assert model[0].weight.dtype == torch.float32 and type(model[0].weight) is Quantised
+    with few_row_linears(model):
+        assert ["forward" in vars(layer) for layer in model] == [False, False, True]
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "compile", "forward"])
+@pytest.mark.parametrize("part", ["model", "inner", "layer"])
+def test_leaves_what_is_compiled_alone(how, part):
+    """Also below a module that is not: a changed layer would be compiled again, or not be seen at all."""
+    inner = make_model()
+    model = nn.Sequential(inner, nn.Linear(5, 5))
+    found = {"model": model, "inner": inner, "layer": inner[0]}[part]
+    if how == "torch.compile":
+        compiled = torch.compile(found, backend="eager")
+        if part == "model":
+            model = compiled
+        elif part == "inner":
+            model[0] = compiled
+        else:
+            inner[0] = compiled
+    elif how == "compile":
+        found.compile(backend="eager")
+    else:
+        found.forward = torch.compile(found.forward, backend="eager")
+    layers = [inner[0]._orig_mod if how == "torch.compile" and part == "layer" else inner[0], inner[2]]
+    before = [dict(vars(layer)) for layer in layers]
+    with few_row_linears(model):
+        assert vars(layers[0]) == before[0]
+        assert (vars(layers[1]) == before[1]) == (part != "layer")
+
+
 def test_two_threads_share_a_model():
     model, inside, leave = make_model(), threading.Event(), threading.Event()
 

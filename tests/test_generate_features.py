@@ -1,16 +1,22 @@
 """What users pass to `generate` beside a prompt works with a drafter as it does without one."""
 
 import warnings
+import weakref
 
 import pytest
 import torch
-from conftest import make_drafter, make_target, make_tokenizer
+from conftest import FAMILIES, make_drafter, make_target, make_tokenizer
 from oracle import oracle
 from parity import CHAIN, STOCK, TREES, Recorder, config_of, prompt_of
-from transformers import DynamicCache, pipeline, set_seed
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, StoppingCriteria, pipeline, set_seed
 
 from coral_hf import CoralDraftModel, coral_generate
 from coral_hf.compat import CACHE_NAME, cache_kwarg, cache_of
+from coral_hf.generation import decoding
+from coral_hf.generation.candidate_generator import CoralCandidateGenerator
+from coral_hf.generation.decoding import Verifier
+from coral_hf.generation.settings import DraftSettings
 
 
 DRAFTS = {"chain": CHAIN, "tree": TREES["tree16"]}
@@ -136,6 +142,146 @@ def test_left_padding_and_own_positions(target, draft):
     mask = (torch.arange(13) >= 4).long()[None]
     both(target, drafter, draft, ids, attention_mask=mask, repetition_penalty=1.2)
     both(target, drafter, draft, ids, position_ids=torch.arange(13)[None] + 7)
+
+
+@drafts
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_prefill_in_chunks(draft, family):
+    """Also with padding and behind a prefilled cache; the states are plain's, those of the last chunk."""
+    target = make_target(family)
+    drafter, ids = make_drafter(target, target_feature_layers=[1, -1]), prompt_of(25)
+    lengths = []
+    handle = target.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+
+    def cache():
+        filled = DynamicCache()
+        target(input_ids=ids[:, :9], use_cache=True, **cache_kwarg(filled))
+        return filled
+
+    settings = {"prefill_chunk_size": 7, "return_dict_in_generate": True, "output_hidden_states": True}
+    plain, drafted = both(target, drafter, draft, ids, **settings)
+    assert torch.equal(drafted.sequences, target.generate(ids, generation_config=config_of({})))
+    for ours, theirs in zip(drafted.hidden_states, plain.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    both(target, drafter, draft, ids, attention_mask=(torch.arange(25) >= 4).long()[None], **settings)
+    # Transformers 5.17 reads the whole prompt again there: what counts is the text
+    lengths.clear()
+    config = config_of(DRAFTS[draft], prefill_chunk_size=7)
+    continued = target.generate(ids, generation_config=config, assistant_model=drafter, **cache_kwarg(cache()))
+    assert torch.equal(continued, plain.sequences) and lengths[:4] == [9, 7, 7, 2]
+    handle.remove()
+
+
+def test_prefill_in_chunks_is_the_drafter_s_too(target):
+    """The features of all chunks: it drafts what it drafts after a prefill in one piece."""
+    drafter, stats = make_drafter(target, target_feature_layers=[1, -1]), []
+    for size in (None, 4):
+        target.generate(
+            prompt_of(25), generation_config=config_of(CHAIN, prefill_chunk_size=size), assistant_model=drafter
+        )
+        stats.append(drafter.last_stats)
+    assert stats[0] == stats[1]
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5])
+def test_bad_chunks_are_refused(target, size):
+    with pytest.raises(ValueError, match=f"prefill_chunk_size={size}"):
+        config = config_of(CHAIN, prefill_chunk_size=size)
+        target.generate(prompt_of(9), generation_config=config, assistant_model=make_drafter(target))
+
+
+@drafts
+def test_states_of_a_prompt_are_not_kept(target, draft):
+    """Of all layers the drafter reads few: the others are gone before the first draft is verified."""
+    drafter, kept, alive = make_drafter(target, target_feature_layers=[1, 2]), [], []
+    before = target.register_forward_pre_hook(lambda *_: alive.append([state() is not None for state in kept]))
+    after = target.register_forward_hook(
+        lambda *args: kept.extend(weakref.ref(state) for state in args[-1].hidden_states)
+    )
+    target.generate(prompt_of(9), generation_config=config_of(DRAFTS[draft]), assistant_model=drafter)
+    before.remove(), after.remove()
+    assert alive[0] == [] and alive[1] == [False] * 5
+
+
+@drafts
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_a_mask_without_padding_is_dropped(draft, family):
+    """Some releases of Transformers hand one over: it would grow with every step. With padding it stays."""
+    target = make_target(family)
+    drafter, ids, outputs = make_drafter(target), prompt_of(20), []
+    for mask in (None, torch.ones_like(ids), (torch.arange(20) >= 3).long()[None]):
+        verifier = Verifier(target, {**cache_kwarg(DynamicCache(config=target.config)), "attention_mask": mask})
+        with torch.no_grad():
+            prefilled, features = verifier.prefill(ids, target.generation_config, lambda states: states[-1])
+            assert (verifier.mask is None) == (mask is None or bool(mask.all()))
+            settings = DraftSettings.resolve(drafter.config, config_of(DRAFTS[draft]))
+            generator = CoralCandidateGenerator(drafter, target, settings, 40, verifier.num_padding)
+            token = prefilled.logits[:, -1].argmax(-1, keepdim=True)
+            tree = generator.propose(torch.cat([ids, token], dim=1), features)
+            outputs.append(verifier.verify(tree).logits)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+class _Questions(TorchDispatchMode):
+    """Counts what would make a GPU's host wait: `int`, `bool` and `item` of a tensor, and `nonzero`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@drafts
+@pytest.mark.parametrize("eos", [None, [126, 127]])
+def test_accepting_asks_the_device_once(target, draft, eos, monkeypatch):
+    """However many tokens are accepted; the one transfer, of lists, is not counted on a CPU."""
+    questions = []
+
+    def counted(function):
+        def run(*args):
+            with _Questions() as mode:
+                result = function(*args)
+            questions.append(mode.count)
+            return result
+
+        return run
+
+    monkeypatch.setattr(decoding, "_accept", counted(decoding._accept))
+    monkeypatch.setattr(decoding, "compact_cache", counted(decoding.compact_cache))
+    both(target, make_drafter(target), draft, prompt_of(9), eos_token_id=eos)
+    assert questions and not any(questions)
+    both(target, make_drafter(target), draft, prompt_of(9), eos_token_id=eos, do_sample=True)
+    assert any(questions)  # a token is drawn after the other
+
+
+@drafts
+def test_criteria_of_the_caller_see_no_token_behind_the_end(target, draft):
+    """They are asked once a token, as plain decoding asks them: some show it, or count."""
+
+    class Seen(StoppingCriteria):
+        def __init__(self):
+            self.lengths = []
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.lengths.append(input_ids.shape[1])
+            return torch.full((1,), input_ids.shape[1] >= 27, dtype=torch.bool)
+
+    drafter, seen = make_drafter(target), []
+    plain = target.generate(prompt_of(9), generation_config=config_of({}))
+    for size in ({}, DRAFTS[draft]):
+        seen.append(Seen())
+        with oracle(plain, 1.0):
+            target.generate(
+                prompt_of(9),
+                generation_config=config_of(size),
+                stopping_criteria=[seen[-1]],
+                **({"assistant_model": drafter} if size else {}),
+            )
+    assert seen[0].lengths == seen[1].lengths == list(range(10, 28))
 
 
 def test_pipeline(target):

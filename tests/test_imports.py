@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_drafter
 from transformers import GenerationMixin
 
 import coral_hf
@@ -40,6 +41,7 @@ ALLOWED = {
         "compat",
         "configuration_coral",
         "few_rows",
+        "hardware",
         "lm_head_router",
         "draft_layer",
         "modeling_coral",
@@ -59,6 +61,7 @@ ALLOWED = {
     },
     "evaluation": {
         "configuration_coral",
+        "hardware",
         "lm_head_router",
         "modeling_coral",
         "target_adapter",
@@ -145,6 +148,18 @@ def test_hook_leaves_an_unknown_transformers_alone(monkeypatch):
     assert GenerationMixin._assisted_decoding is other
     with pytest.raises(RuntimeError, match=r"_assisted_decoding .* lacks .*'streamer'.* Install transformers>="):
         coral_hf.coral_generate(None, None)
+
+
+def test_without_the_hook_the_remedy_is_named(target, prompt, monkeypatch):
+    """Also where code asks whether there is a generation config, and where it wants another attribute."""
+    for name in ("_assisted_decoding", "_get_candidate_generator", "_validate_generation_mode"):
+        monkeypatch.setattr(GenerationMixin, name, getattr(getattr(GenerationMixin, name), hook._MARK))
+    drafter = make_drafter(target)
+    with pytest.raises(AttributeError, match="`import coral_hf` before generate"):
+        target.generate(prompt, max_new_tokens=4, assistant_model=drafter)
+    assert not hasattr(drafter, "generation_config") and getattr(drafter, "generation_config", 3) == 3
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        drafter.other  # noqa: B018
 
 
 def test_coral_generate_takes_the_prompt_by_name():

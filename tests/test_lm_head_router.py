@@ -1,5 +1,7 @@
 """Router, shortlist and draft head against a slow reference on the full logits."""
 
+import gc
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -186,6 +188,86 @@ def test_the_ordered_copy_follows_its_target_and_its_router():
     router.token_order[0] = router.token_order[1]
     with pytest.raises(ValueError, match="no permutation"):
         DraftHead(adapter, router)
+
+
+@torch.no_grad()
+def test_two_targets_of_one_drafter_keep_their_copies():
+    """Of the ordered head and of the shortlist's rows; both follow a change, and neither keeps a target alive."""
+    adapters = [TargetAdapter(with_bias(make_target("granite", seed=seed))) for seed in (0, 7)]
+    router, shortlist = make_router(adapters[0], 7, clustered=True), FrequencyShortlist(20).count(torch.randperm(128))
+
+    def rows():
+        heads = [DraftHead(adapter, router, shortlist) for adapter in adapters]
+        return [tensor for head in heads for tensor in (head._grouped_head.head.weight, head._listed_weight)]
+
+    first = rows()
+    assert all(mine is again for mine, again in zip(first, rows(), strict=True))
+    adapters[0].head.weight.add_(1.0)
+    changed = rows()
+    assert [mine is again for mine, again in zip(first, changed, strict=True)] == [False, False, True, True]
+    assert torch.equal(changed[1], adapters[0].head.weight[shortlist.token_ids])
+    shortlist.token_ids.copy_((shortlist.token_ids + 1) % 128)
+    assert torch.equal(rows()[3], adapters[1].head.weight[shortlist.token_ids])
+    gone = [weakref.ref(changed[2]), weakref.ref(adapters.pop().head)]
+    del first, changed
+    gc.collect()
+    assert all(reference() is None for reference in gone)
+
+
+@pytest.mark.parametrize("bad", [5000, 128, -3, "twice"])
+@pytest.mark.parametrize("part", ["shortlist", "draft_head"])
+def test_damaged_ids_are_refused(part, bad, prompt, tmp_path):
+    """They load, as any numbers do, and would end in an IndexError, on a GPU in the device's own."""
+    target = make_target(dtype=torch.float32)
+    drafter = make_drafter(target, **({"draft_vocab_size": 20} if part == "draft_head" else {}))
+    if part == "shortlist":
+        drafter.add_shortlist(torch.arange(128), 20)
+    ids = getattr(drafter, part).token_ids
+    ids[3] = ids[4] if bad == "twice" else bad
+    drafter.save_pretrained(tmp_path)
+    damaged = CoralDraftModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{part}.token_ids holds .*{'twice' if bad == 'twice' else bad}.* damaged"):
+        target.generate(prompt, assistant_model=damaged, max_new_tokens=4)
+
+
+class Quantised(torch.Tensor):
+    """Says that it is float32, and holds codes, as torchao's tensors do."""
+
+
+class Int8Linear(nn.Linear):
+    """Rows of integer codes with a scale, as bitsandbytes keeps them."""
+
+    def __init__(self, head: nn.Linear):
+        super().__init__(*reversed(head.weight.shape), bias=False, dtype=head.weight.dtype)
+        self.scale = head.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((head.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+@pytest.mark.parametrize("kind", ["int8", "subclass", "float8"])
+def test_rows_of_a_quantised_head_are_not_drafted_from(kind, prompt):
+    """Codes would be scored as if they were weights; the whole head, through its module, is right."""
+    target = make_target("qwen2", dtype=torch.float32)
+    drafter = make_drafter(target)
+    drafter.add_router(8, 2)
+    drafter.add_shortlist(torch.arange(128), 24)
+    weight = target.lm_head.weight.detach()
+    if kind == "int8":
+        target.lm_head = Int8Linear(target.lm_head)
+    else:
+        coded = weight.as_subclass(Quantised) if kind == "subclass" else weight.to(torch.float8_e4m3fn)
+        target.lm_head.weight = nn.Parameter(coded, requires_grad=False)
+    kwargs = {"input_ids": prompt, "max_new_tokens": 6, "do_sample": False}
+    if kind != "float8":  # whose module torch does not multiply on a CPU
+        plain = target.generate(**kwargs)
+        assert torch.equal(coral_generate(target, drafter, **kwargs, draft_head="full"), plain)
+    for head in ("router", "shortlist", "both"):
+        with pytest.raises(ValueError, match=r"LM head of Qwen2ForCausalLM holds .* draft_head='full'"):
+            coral_generate(target, drafter, **kwargs, draft_head=head)
+    with pytest.raises(ValueError, match="draft_head='full'"):
+        TargetAdapter(target).logits(torch.randn(1, 32), token_ids=slice(0, 8))
 
 
 def test_group_mass():

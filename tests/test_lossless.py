@@ -196,6 +196,18 @@ def test_coral_generate(target):
         assert not hasattr(untouched, "draft_depth")
 
 
+def test_coral_generate_keeps_an_argument_that_is_none(target, our_deprecations):
+    """`eos_token_id=None` is no end, not the target's own."""
+    ids = prompt_of(9)
+    target.generation_config.eos_token_id = int(target.generate(ids, max_new_tokens=3, do_sample=False)[0, -1])
+    kwargs = {"input_ids": ids, "max_new_tokens": 12, "do_sample": False}
+    for eos in ({}, {"eos_token_id": None}):
+        plain = target.generate(**kwargs, **eos)
+        assert torch.equal(plain, coral_generate(target, make_drafter(target), **kwargs, **eos))
+    assert plain.shape[1] == 21
+    our_deprecations.clear()  # only for that argument, as long as Transformers has no other way
+
+
 def test_float32_and_bfloat16_run():
     """Other dtypes than the drafter's: sizes and devices are reconciled, float32 stays identical."""
     target = make_target(dtype=torch.float32)

@@ -130,6 +130,13 @@ def test_round_trip_with_remote_code(tmp_path):
     assert drafter(embeds, embeds, num_steps=3).hidden_states[2].isfinite().all()
     target = AutoModelForCausalLM.from_pretrained(target_folder)
     assert type(drafter).from_target(target).config.hidden_size == 32
+    try:
+        target.generate(torch.tensor([[5, 9, 3, 77]]), max_new_tokens=4, assistant_model=drafter)
+    except AttributeError as error:
+        assert "pip install coral-hf" in str(error), error
+    else:
+        raise AssertionError("Transformers' own loop took a drafter")
+    drafter.save_pretrained(folder + "-saved")
 
     del sys.modules["coral_hf"]
     import coral_hf

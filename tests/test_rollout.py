@@ -131,6 +131,29 @@ def test_rollout_equals_generation_token_by_token(variant, exact_norms):
                 torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-10)
 
 
+@torch.no_grad()
+def test_a_prompt_and_a_single_row_are_drafted_without_a_mask(exact_norms, monkeypatch):
+    """One for a long prompt would be as large as the target; what is computed is what a mask gives."""
+    drafter = build("eagle3")
+    embeds, features = random_inputs(drafter, 1, 9)
+    masks, attention = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, key, value, mask, **kwargs: masks.append(mask) or attention(query, key, value, mask, **kwargs),
+    )
+    outputs = []
+    for given in (False, True):
+        cache, rows = DraftKeyValues(drafter.config, 9, torch.float64, "cpu"), []
+        for first, end in ((0, 6), (6, 7), (7, 9)):
+            mask = torch.ones(end, end, dtype=torch.bool).tril()[None, None, first:] if given else None
+            part = embeds[:, first:end], features[:, first:end], torch.arange(first, end)[None]
+            rows += drafter.draft(*part, cache, slot=first, mask=mask)
+        outputs.append(rows)
+    assert [mask is None for mask in masks] == [True, True, False, False, False, False]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-12)
+
+
 def test_draft_with_a_mask_ignores_hidden_slots(exact_norms):
     drafter = build("eagle3")
     embeds, features = random_inputs(drafter, 1, 6)

@@ -113,6 +113,18 @@ def test_image_targets(kind, attention):
     assert texts[0].unique().numel() > 3
 
 
+def test_an_image_is_not_split_into_chunks():
+    target, ids, inputs = image_target("llava", "sdpa")
+    drafter = make_drafter(target)
+    with pytest.raises(ValueError, match=r"prefill_chunk_size=8 .* no (pixel_values|mm_encoder)"):
+        target.generate(
+            ids, generation_config=config_of(CHAIN, prefill_chunk_size=8), assistant_model=drafter, **inputs
+        )
+    config = config_of(CHAIN, prefill_chunk_size=ids.shape[1])
+    drafted = target.generate(ids, generation_config=config, assistant_model=drafter, **inputs)
+    assert torch.equal(drafted, target.generate(ids, generation_config=config_of({}), **inputs))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", list(CHAINS_ONLY))
@@ -179,12 +191,19 @@ REFUSALS = {
     "static cache, stock": (STOCK, {"cache_implementation": "static"}, "[Ss]tatic"),
     "no cache": ({}, {"use_cache": False}, "use_cache=True"),
     "attentions": ({}, {"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+    "attentions, cost-aware": (
+        {"draft_cost_aware": True},
+        {"output_attentions": True, "return_dict_in_generate": True},
+        "output_attentions",
+    ),
     "no router": ({"draft_head": "router"}, {}, "no router"),
+    "no router, cost-aware": ({"draft_head": "router", "draft_cost_aware": True}, {}, "no router"),
 }
 
 
 @pytest.mark.parametrize("case", list(REFUSALS))
-def test_refusals_come_first_and_leave_no_trace(target, case):
+def test_refusals_come_first_and_leave_no_trace(target, case, tmp_path, monkeypatch):
+    monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path))  # no costs are known: measuring them would run forwards
     size, settings, message = REFUSALS[case]
     assert_refused(target, make_drafter(target), size, message, **settings)
 

@@ -85,6 +85,17 @@ def test_calibration():
         torch.testing.assert_close(half(probabilities, depth), probabilities / 2)
 
 
+def test_tables_are_copied_to_a_device_once():
+    """Not at every level of every tree: the copy would make a GPU wait."""
+    rule, calibration = TreeSizeRule(STAIRS, 8), Calibration([CALIBRATION_KNOTS])
+    for device in ("cpu", "meta", "cpu", "meta"):
+        chances = torch.rand(1, 4, device=device)
+        assert calibration(chances, 1).device == rule.best_size(chances, 1)[0].device == chances.device
+        assert rule._target_ms_on(chances.device) is rule._target_ms_on(chances.device)
+        assert calibration._tables_on(chances.device) is calibration._tables_on(chances.device)
+    assert len(rule._target_ms) == len(calibration._tables) == 2
+
+
 def test_calibration_finds_the_acceptance_behind_the_data():
     """An overconfident drafter: accepted with p squared. Without data the drafted probability stands."""
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import transformers
 
+from ..hardware import device_name
+
 
 def describe_environment(device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
     """Versions, device, dtype, threads and commit, as plain JSON values."""
@@ -20,19 +22,10 @@ def describe_environment(device: torch.device | str, dtype: torch.dtype) -> dict
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

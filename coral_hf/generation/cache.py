@@ -82,18 +82,22 @@ def compact_cache(cache: Cache, path: torch.Tensor, num_nodes: int) -> None:
 
     Args:
         cache (`Cache`): dynamic, recording its past (`activate_past_recording`), with the N nodes as last rows.
-        path (`torch.LongTensor` of shape `[1, A + 1]`): accepted nodes, root first, in cache order.
+        path (`torch.LongTensor` of shape `[1, A + 1]`): accepted nodes, root first, in cache order; on the CPU, or comparing
+            it waits for its device.
         num_nodes (`int`): N.
     """
     kept = path.shape[1]
     # A path 0, 1, 2, ... (a chain, or the best branch) already lies at the front.
-    if kept < num_nodes and not bool((path[0] == torch.arange(kept, device=path.device)).all()):
+    if kept < num_nodes and path[0].tolist() != list(range(kept)):
+        rows: dict[torch.device, torch.Tensor] = {}  # one copy for all layers of a device
         for layer in cache.layers:
             if not getattr(layer, "is_initialized", False):
                 continue
             for states in (layer.keys, layer.values):
                 start = states.shape[-2] - num_nodes
-                accepted = states.index_select(-2, start + path[0].to(states.device))
+                if states.device not in rows:
+                    rows[states.device] = path[0].to(states.device)
+                accepted = states.index_select(-2, start + rows[states.device])
                 states[..., start : start + kept, :] = accepted
     # Also when nothing is dropped: sliding layers shrink back to their window here. Not by `cache.crop`, which stumbles over
     # layers that share another's keys in Transformers 5.17.

@@ -100,10 +100,17 @@ class CoralCandidateGenerator(CandidateGenerator):
             return self._draft_chain(root, hidden, feature, position, depth)
         return self._draft_tree(root, hidden, feature, position, depth)
 
-    def features_of(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """The target's features `[1, n, F]` on the drafter's device: with device_map each layer has its own."""
+    def features_of(self, hidden_states: tuple[torch.Tensor, ...], path: torch.Tensor | None = None) -> torch.Tensor:
+        """The target's features `[1, n, F]` on the drafter's device: with device_map each layer has its own.
+
+        Args:
+            hidden_states (`tuple` of `torch.Tensor` of shape `[1, N, H]`): of every layer; most are left alone.
+            path (`torch.LongTensor` of shape `[1, n]`, *optional*): the rows to take; None: all.
+        """
         states = list(hidden_states)
-        for layer in self.adapter.feature_layers:
+        for layer in set(self.adapter.feature_layers):
+            if path is not None:
+                states[layer] = states[layer].index_select(1, path[0].to(states[layer].device))
             states[layer] = states[layer].to(self._device)
         return self.adapter.features_of(tuple(states))
 

@@ -4,7 +4,9 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..compat import cache_kwarg
 from ..few_rows import few_row_linears
+from ..hardware import cpu_name, device_name
 from ..modeling_coral import CoralDraftModel
 from ..user_cache import cache_dir
 from .cache import compact_cache
@@ -36,6 +39,7 @@ PREFIX_LENGTH = 256  # tokens before the root, of an ordinary chat
 _NEW_ROWS = 2  # true rows that the drafter catches up on before it drafts: about what a step accepts
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 12
 _measured: dict[str, DraftCosts] = {}  # of this process, by file name
+_lock = threading.Lock()  # two measurements at once would time each other, and what they find is kept
 
 
 def draft_costs(
@@ -52,15 +56,19 @@ def draft_costs(
     """
     key = costs_key(target, drafter, settings)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    if refresh or name not in _measured:
-        path = cache_dir() / "draft_costs" / f"{name}.json"
-        costs = None if refresh else _read(path, key)
-        if costs is None:
-            logger.info("Measuring draft costs once for %s ...", type(target).__name__)
-            costs = measure_costs(target, drafter, settings)
-            _write(path, key, costs)
-        _measured[name] = costs
-    return _measured[name]
+    if not refresh and name in _measured:
+        return _measured[name]
+    with _lock:
+        # again: another thread may have measured while this one waited
+        if refresh or name not in _measured:
+            path = cache_dir() / "draft_costs" / f"{name}.json"
+            costs = None if refresh else _read(path, key)
+            if costs is None:
+                logger.info("Measuring draft costs once for %s ...", type(target).__name__)
+                costs = measure_costs(target, drafter, settings)
+                _write(path, key, costs)
+            _measured[name] = costs
+        return _measured[name]
 
 
 def costs_key(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings) -> dict[str, Any]:
@@ -77,15 +85,15 @@ def costs_key(target: PreTrainedModel, drafter: CoralDraftModel, settings: Draft
         "target_config": hashlib.sha256(architecture.encode()).hexdigest(),
         "attention": target.config.get_text_config()._attn_implementation,
         "dtype": str(target.dtype),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} {os.uname().machine}",
+        "device": device_name(device),
+        "cpu": f"{platform.system()} {cpu_name()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "drafter": {
             "dtype": str(parameter.dtype),
-            "device": parameter.device.type,
+            "device": device_name(parameter.device),
+            "beside_target": parameter.device == device,
             **{name: getattr(drafter.config, name, None) for name in (*sizes, *heads)},
         },
         "settings": {name: getattr(settings, name) for name in names},
@@ -135,7 +143,7 @@ def measure_costs(
     for levels in sorted({1, depth}):
         parts["levels", levels] = partial(_propose, generator, ids, features, levels)
     with few_row_linears(target, drafter):
-        times = _take_turns(parts, ids.device, seconds)
+        times = _take_turns(parts, {ids.device, next(drafter.parameters()).device}, seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     first = medians["levels", 1]
     level = max(0.0, medians["levels", depth] - first) / (depth - 1) if depth > 1 else 0.0
@@ -144,7 +152,7 @@ def measure_costs(
 
 
 def _take_turns(
-    parts: dict[tuple[str, int], Callable[[], Any]], device: torch.device, seconds: float
+    parts: dict[tuple[str, int], Callable[[], Any]], devices: set[torch.device], seconds: float
 ) -> dict[tuple[str, int], list[float]]:
     """Milliseconds of every round of every part, after a warm-up."""
     for part in parts.values():
@@ -155,9 +163,9 @@ def _take_turns(
         if round_ >= _MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
         for name, part in parts.items():
-            before = _clock(device)
+            before = _clock(devices)
             part()
-            times[name].append(1e3 * (_clock(device) - before))
+            times[name].append(1e3 * (_clock(devices) - before))
     return times
 
 
@@ -173,14 +181,15 @@ def _bench(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSet
     longest = PREFIX_LENGTH + settings.draft_total_tokens + settings.draft_depth
     limit = getattr(target.config.get_text_config(), "max_position_embeddings", None) or longest
     length = max(1 + _NEW_ROWS, min(PREFIX_LENGTH, limit - settings.draft_total_tokens - settings.draft_depth))
+    fixed = replace(settings, draft_cost_aware=False)
+    # before any forward: it refuses what does not fit together
+    generator = CoralCandidateGenerator(drafter, target, fixed, length + settings.draft_depth + 1)
     ids = (torch.arange(length, device=device) * 7919 % vocab_size)[None]
     cache = DynamicCache(config=target.config)
     cache.activate_past_recording()
     outputs = target(input_ids=ids, use_cache=True, output_hidden_states=True, **cache_kwarg(cache))
     cache.crop(0)
     verifier = Verifier(target, cache_kwarg(cache))
-    fixed = replace(settings, draft_cost_aware=False)
-    generator = CoralCandidateGenerator(drafter, target, fixed, length + settings.draft_depth + 1)
     features = generator.features_of(outputs.hidden_states)
     ids = torch.cat([ids, ids[:, :1]], dim=1)  # the root follows the prefix
     generator.propose(ids, features, max_depth=0)
@@ -199,8 +208,7 @@ def _verify(verifier: Verifier, generator: CoralCandidateGenerator, tree: DraftT
     """What a step does with a tree, from its mask to the features of what it keeps; the cache is then as before."""
     outputs = verifier.verify(tree)
     path, _ = accept_greedy(tree, outputs.logits.argmax(dim=-1).to(tree.tokens.device))
-    states = tuple(state.index_select(1, path[0].to(state.device)) for state in outputs.hidden_states)
-    generator.features_of(states)
+    generator.features_of(outputs.hidden_states, path)
     # Nothing is kept: rows that a sliding window has dropped would not come back.
     compact_cache(verifier.cache, path[:, :0], tree.num_nodes)
 
@@ -210,9 +218,10 @@ def _propose(generator: CoralCandidateGenerator, ids: torch.Tensor, features: to
     generator.propose(ids, features, max_depth=levels)
 
 
-def _clock(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def _clock(devices: set[torch.device]) -> float:
+    for device in devices:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 

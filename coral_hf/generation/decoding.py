@@ -1,9 +1,11 @@
 """The decode loop: prefill -> propose -> verify -> accept -> compact -> propose ..."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..compat import cache_kwarg, cache_of
@@ -17,10 +19,34 @@ from .verification import accept_greedy, accept_walk
 
 
 ATTENTION_WITH_TREES = ("sdpa", "eager")
+# Tensors among `generate`'s arguments that a prefill in chunks knows how to split, or does not read.
+_SPLIT_INPUTS = {"attention_mask", "position_ids", "inputs_tensor"}
 
 
-def check_call(target: PreTrainedModel, settings: DraftSettings, input_ids: torch.Tensor, model_kwargs: dict) -> None:
-    """Raises `ValueError` for what the loop does not support, before any forward."""
+def check_call(
+    target: PreTrainedModel,
+    settings: DraftSettings,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """Raises `ValueError` for what the loop does not support, before any forward (measuring draft costs takes many)."""
+    if (
+        generation_config.return_dict_in_generate
+        and generation_config.output_attentions
+        and not settings.draft_stock_loop
+    ):
+        raise ValueError("CORAL verifies trees, whose attentions are not a sequence's: set output_attentions=False.")
+    chunk = generation_config.prefill_chunk_size
+    if chunk is not None and not settings.draft_stock_loop:
+        if not isinstance(chunk, int) or chunk < 1:
+            raise ValueError(f"prefill_chunk_size={chunk!r} must be a positive number of tokens, or None.")
+        others = {name for name, value in model_kwargs.items() if _holds_tensors(value)} - _SPLIT_INPUTS
+        if others and chunk < input_ids.shape[1]:
+            raise ValueError(
+                f"prefill_chunk_size={chunk} splits ids, positions and attention mask of a prompt, but no "
+                f"{', '.join(sorted(others))}. Set prefill_chunk_size=None."
+            )
     if input_ids.shape[0] != 1:
         raise ValueError(
             f"CORAL generates for one sequence at a time; got a batch of {input_ids.shape[0]}. Call generate once per "
@@ -54,6 +80,12 @@ def check_call(target: PreTrainedModel, settings: DraftSettings, input_ids: torc
     check_cache(cache, branches=not settings.is_chain, layer_types=kinds)
 
 
+def _holds_tensors(value: Any) -> bool:
+    """Images come as tensors, or encoded in a dict by kind."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return any(isinstance(item, torch.Tensor | dict) for item in values)
+
+
 class Verifier:
     """The target's side of the loop: prefill, and one forward per draft tree."""
 
@@ -69,8 +101,23 @@ class Verifier:
         self.device = target.get_input_embeddings().weight.device
         self.position_offset = -self.num_padding
 
-    def prefill(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> Any:
-        """Runs the prompt (what of it is not in the cache yet) with hidden states and the last position's logits."""
+    def prefill(
+        self,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        features_of: Callable[[tuple[torch.Tensor, ...]], torch.Tensor],
+    ) -> tuple[Any, torch.Tensor]:
+        """Runs the prompt (what of it is not in the cache yet), in chunks if `prefill_chunk_size` asks for them.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `[1, L]`)
+            generation_config ([`GenerationConfig`])
+            features_of (`Callable`): the hidden states of a forward -> its features `[1, n, F]`.
+
+        Returns:
+            `tuple`: the outputs of the (last) forward, with hidden states and the last position's logits, and the features
+            of all new tokens.
+        """
         past = self.cache.get_seq_length()
         total = getattr(generation_config, "_mask_length", -1) if self.mask is None else self.mask.shape[1]
         # With a cache the ids are either the whole sequence, of which the new part is cut, or new tokens only.
@@ -80,14 +127,18 @@ class Verifier:
         )
         positions = inputs.get("position_ids")
         self.cache.activate_past_recording()
-        outputs = self.target(**{**inputs, "output_hidden_states": True, "return_dict": True})
-        self.cache.crop(0)
+        features = []
+        for chunk in _chunks(inputs, generation_config.prefill_chunk_size):
+            outputs = self.target(**{**chunk, "output_hidden_states": True, "return_dict": True})
+            self.cache.crop(0)
+            features.append(features_of(outputs.hidden_states))
         if positions is not None:
             # The caller's own positions go on from the last one, as in plain generate.
             self.position_offset = _next_positions(positions) - self.cache.get_seq_length()
-        if self.mask is not None and self.mask.shape[1] < self.cache.get_seq_length():
+        # Without padding the models need none: it would only grow with every step.
+        if self.mask is not None and (not self.num_padding or self.mask.shape[1] < self.cache.get_seq_length()):
             self.mask = None
-        return outputs
+        return outputs, features[0] if len(features) == 1 else torch.cat(features, dim=1)
 
     def verify(self, tree: DraftTree) -> Any:
         """One forward over the tree's nodes, `[1, N]`: the root and the drafts."""
@@ -142,6 +193,22 @@ class Verifier:
             dtype = self.target.dtype
             return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
+
+
+def _chunks(inputs: dict[str, Any], size: int | None) -> Iterator[dict[str, Any]]:
+    """A forward's inputs in pieces of at most `size` tokens, of which each sees the mask of all before it."""
+    ids, positions, mask = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
+    if size is None or ids is None or ids.shape[1] <= size:
+        yield inputs
+        return
+    for start in range(0, ids.shape[1], size):
+        end = min(start + size, ids.shape[1])
+        chunk = {**inputs, "input_ids": ids[:, start:end]}
+        if positions is not None:
+            chunk["position_ids"] = positions[..., start:end]
+        if mask is not None:
+            chunk["attention_mask"] = mask[:, : mask.shape[1] - ids.shape[1] + end]
+        yield chunk
 
 
 def _next_positions(positions: torch.Tensor) -> int | torch.Tensor:
@@ -208,10 +275,9 @@ def coral_decoding(
         As `generate`: ids `[1, L + new]`, or a `GenerateDecoderOnlyOutput` with `return_dict_in_generate`.
 
     Raises:
-        ValueError: for what [`check_call`] refuses, and for `output_attentions`.
+        ValueError: if drafter and target, or settings and drafter do not belong together; what else is not supported
+            [`check_call`] has refused.
     """
-    if generation_config.return_dict_in_generate and generation_config.output_attentions:
-        raise ValueError("CORAL verifies trees, whose attentions are not a sequence's: set output_attentions=False.")
     verifier = Verifier(target, model_kwargs)
     selector = _Selector(logits_processor, generation_config)
     max_length = generation_config.max_length
@@ -225,11 +291,22 @@ def coral_decoding(
         scores = None if selector.scores is None else tuple(selector.scores)
         return bool(stopping_criteria(ids, scores).all())
 
-    outputs = verifier.prefill(input_ids, generation_config)
+    # Other criteria may count their calls, or show the text: they never see tokens behind the end.
+    at_once = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria)
+
+    def first_end(ids: torch.Tensor, known: int) -> int | None:
+        """The least number of tokens, more than `known`, with which generation ends; None if with none."""
+        lengths = range(known + 1, ids.shape[1] + 1)
+        if at_once:  # asked on the device for every length, answered once
+            ends = torch.stack([stopping_criteria(ids[:, :length], None).all() for length in lengths]).tolist()
+            return next((length for length, end in zip(lengths, ends, strict=True) if end), None)
+        return next((length for length in lengths if is_finished(ids[:, :length])), None)
+
+    outputs, features = verifier.prefill(input_ids, generation_config, generator.features_of)
     if states is not None:
         states.append(outputs.hidden_states)
-    features = generator.features_of(outputs.hidden_states)
     token = selector.choose(input_ids, outputs.logits[:, -1])
+    del outputs  # the states of every layer of a prompt, of which the drafter reads few
     input_ids = torch.cat([input_ids, token[:, None]], dim=1)
     drafter.last_stats = generator.stats  # from here on, so that a streamer can show it
     if streamer is not None:
@@ -239,12 +316,12 @@ def coral_decoding(
         remaining = max_length - input_ids.shape[1]
         tree = generator.propose(input_ids, features, max_depth=remaining - 1)
         outputs = verifier.verify(tree)
-        path, tokens, finished = _accept(tree, outputs.logits, input_ids, selector, is_finished)
+        path, tokens, finished = _accept(tree, outputs.logits, input_ids, selector, is_finished, first_end)
         compact_cache(verifier.cache, path, tree.num_nodes)
-        hidden_states = tuple(state.index_select(1, path[0].to(state.device)) for state in outputs.hidden_states)
-        features = generator.features_of(hidden_states)
+        features = generator.features_of(outputs.hidden_states, path)
         if states is not None:
-            states.extend(tuple(state[:, i : i + 1] for state in hidden_states) for i in range(path.shape[1]))
+            accepted = [state.index_select(1, path[0].to(state.device)) for state in outputs.hidden_states]
+            states.extend(tuple(state[:, i : i + 1] for state in accepted) for i in range(path.shape[1]))
         input_ids = torch.cat([input_ids, tokens], dim=1)
         if streamer is not None:
             for column in tokens.cpu().unbind(dim=1):
@@ -263,16 +340,21 @@ def coral_decoding(
     )
 
 
-def _accept(tree: DraftTree, logits: torch.Tensor, input_ids: torch.Tensor, selector: _Selector, is_finished):
-    """Accepted path `[1, A + 1]`, new tokens `[1, A + 1]` and whether generation ends with them."""
+def _accept(
+    tree: DraftTree,
+    logits: torch.Tensor,
+    input_ids: torch.Tensor,
+    selector: _Selector,
+    is_finished: Callable[[torch.Tensor], bool],
+    first_end: Callable[[torch.Tensor, int], int | None],
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Accepted path `[1, A + 1]` (on the CPU), new tokens `[1, A + 1]` and whether generation ends with them."""
     if selector.is_argmax:
         path, tokens = accept_greedy(tree, logits.argmax(dim=-1).to(tree.tokens.device))
-        grown = torch.cat([input_ids, tokens], dim=1)
         before = input_ids.shape[1]
-        for count in range(1, tokens.shape[1] + 1):
-            if is_finished(grown[:, : before + count]):
-                return path[:, :count], tokens[:, :count], True
-        return path, tokens, False
+        end = first_end(torch.cat([input_ids, tokens], dim=1), before)
+        count = tokens.shape[1] if end is None else end - before
+        return path[:, :count], tokens[:, :count], end is not None
 
     grown, finished = input_ids, False
 

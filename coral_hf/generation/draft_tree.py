@@ -32,7 +32,8 @@ class DraftTree:
 
     @property
     def depth(self) -> int:
-        return int(self.depths.max())
+        # A chain's is known without asking its device.
+        return self.num_nodes - 1 if self.is_chain else int(self.depths.max())
 
     @classmethod
     def chain(cls, tokens: torch.Tensor, scores: torch.Tensor | None = None) -> "DraftTree":

@@ -74,7 +74,7 @@ def _wrap_decoding(original):
         if not is_coral_drafter(drafter):
             return original(self, input_ids, *args, **kwargs)
         settings = DraftSettings.resolve(drafter.config, kwargs["generation_config"])
-        check_call(self, settings, input_ids, kwargs)
+        check_call(self, settings, input_ids, kwargs["generation_config"], kwargs)
         if kwargs.get("synced_gpus"):
             raise ValueError(
                 "synced_gpus=True: CORAL's ranks take different numbers of steps and would wait for each other. Gather "
@@ -178,6 +178,10 @@ def coral_generate(
     generation_config = copy.deepcopy(target.generation_config if generation_config is None else generation_config)
     for key in [key for key in kwargs if key.startswith("draft_")]:
         setattr(generation_config, key, kwargs.pop(key))
+    # A config beside generation arguments is deprecated: they are set in it. Not those that are None (eos_token_id=None), which
+    # `generate` would take for unset and fill from the target's defaults.
+    nones = {key: value for key, value in kwargs.items() if value is None}
+    kwargs = nones | generation_config.update(**{key: value for key, value in kwargs.items() if value is not None})
     return target.generate(assistant_model=drafter, generation_config=generation_config, **kwargs)
 
 

@@ -52,8 +52,9 @@ class DraftSettings:
                 f"draft_top_k={self.draft_top_k} can produce ({most}, the root included). Lower it to {most} or raise "
                 "draft_depth or draft_top_k."
             )
-        if not isinstance(self.draft_cost_aware, bool):
-            raise ValueError(f"draft_cost_aware={self.draft_cost_aware!r} must be true or false.")
+        for name in ("draft_groups_per_row", "draft_stock_loop", "draft_cost_aware"):
+            if not isinstance(getattr(self, name), bool):  # "false" would count as true
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.draft_head not in (None, "full", "shortlist", "router", "both"):
             raise ValueError(
                 f"draft_head={self.draft_head!r} is unknown; choose 'full', 'shortlist', 'router' or 'both'."

@@ -56,12 +56,21 @@ class Calibration:
     rows: Sequence[Sequence[float]]
 
     @cached_property
-    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tensor(CALIBRATION_KNOTS), torch.tensor(self.rows)
+    def _tables(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
+        return {}
+
+    def _tables_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        # Copied once, not at every level of every tree.
+        if device not in self._tables:
+            self._tables[device] = (
+                torch.tensor(CALIBRATION_KNOTS, device=device),
+                torch.tensor(self.rows, device=device),
+            )
+        return self._tables[device]
 
     def __call__(self, probabilities: torch.Tensor, depth: int) -> torch.Tensor:
         """Path probabilities of nodes at `depth` (1: below the root) -> chances of acceptance, of the same shape."""
-        knots, rows = (table.to(probabilities.device) for table in self._tables)
+        knots, rows = self._tables_on(probabilities.device)
         row = rows[min(depth, len(rows)) - 1]
         right = torch.bucketize(probabilities, knots).clamp(1, len(knots) - 1)
         share = (probabilities - knots[right - 1]) / (knots[right] - knots[right - 1])
@@ -130,7 +139,12 @@ class TreeSizeRule:
             )
         self.costs = costs
         self.total_tokens = total_tokens
-        self._target_ms = torch.tensor(costs.target_ms[:total_tokens])
+        self._target_ms: dict[torch.device, torch.Tensor] = {}
+
+    def _target_ms_on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._target_ms:
+            self._target_ms[device] = torch.tensor(self.costs.target_ms[: self.total_tokens], device=device)
+        return self._target_ms[device]
 
     def best_size(self, chances: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The size that pays best after drafting `levels` levels.
@@ -144,7 +158,7 @@ class TreeSizeRule:
         """
         best = chances.sort(dim=1, descending=True).values[:, : self.total_tokens - 1]
         tokens = torch.cat([torch.ones_like(best[:, :1]), best], dim=1).cumsum(dim=1)  # [B, sizes]
-        times = self._target_ms[: tokens.shape[1]].to(tokens.device) + self.costs.drafting_ms(levels)
+        times = self._target_ms_on(tokens.device)[: tokens.shape[1]] + self.costs.drafting_ms(levels)
         speed, size = (tokens / times).max(dim=1)
         return size + 1, speed
 

@@ -10,24 +10,22 @@ from .draft_tree import DraftTree
 def accept_greedy(tree: DraftTree, choices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Walks down from the root while a child equals the target's choice at its parent.
 
-    Without a step per node: a node is accepted if it and all its ancestors match, and the deepest accepted node is
-    unique because children of one node hold different tokens.
+    On the host, after one transfer: every step of the walk on a GPU would wait for the GPU.
 
     Args:
         tree ([`DraftTree`]): batch of one.
         choices (`torch.LongTensor` of shape `[1, N]`): the target's argmax after each node.
 
     Returns:
-        `tuple`: accepted node indices from the root on, `[1, A + 1]`, and the tokens they yield, `[1, A + 1]`: the A
-        accepted drafts and the bonus token.
+        `tuple`: accepted node indices from the root on, `[1, A + 1]` on the CPU (what they index lies on several devices,
+        and code decides by them), and the tokens they yield, `[1, A + 1]`: the A accepted drafts and the bonus token.
     """
-    match = tree.tokens == choices.gather(1, tree.parents.clamp(min=0))  # [1, N]
-    match[:, 0] = True
-    accepted = (match[:, None] | ~tree.ancestors).all(dim=-1)  # [1, N]
-    depth = torch.where(accepted, tree.depths, -1)
-    last = depth.argmax(dim=1)  # [1]
-    path = tree.ancestors[0, last[0]].nonzero().T  # [1, A + 1], parents precede children
-    return path, choices.gather(1, path)
+    tokens, parents, chosen = torch.stack([tree.tokens[0], tree.parents[0], choices[0]]).tolist()
+    children = _children(tokens, parents)
+    path = [0]
+    while (child := children.get((path[-1], chosen[path[-1]]))) is not None:
+        path.append(child)
+    return torch.tensor([path]), choices.new_tensor([[chosen[node] for node in path]])
 
 
 def accept_walk(
@@ -48,10 +46,7 @@ def accept_walk(
     Returns:
         `tuple`: as [`accept_greedy`].
     """
-    tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
-    children: dict[tuple[int, int], int] = {}
-    for node in range(len(tokens) - 1, 0, -1):
-        children[parents[node], tokens[node]] = node
+    children = _children(*torch.stack([tree.tokens[0], tree.parents[0]]).tolist())
     path: list[int] = []
     chosen: list[torch.Tensor] = []
     node = 0
@@ -65,8 +60,12 @@ def accept_walk(
         if child is None:
             break
         node = child
-    device = tree.tokens.device
-    return torch.tensor([path], device=device), torch.stack(chosen, dim=1)
+    return torch.tensor([path]), torch.stack(chosen, dim=1)
+
+
+def _children(tokens: list[int], parents: list[int]) -> dict[tuple[int, int], int]:
+    """(parent, token) -> the child that holds it."""
+    return {(parents[node], tokens[node]): node for node in range(len(tokens) - 1, 0, -1)}
 
 
 __all__ = ["accept_greedy", "accept_walk"]
