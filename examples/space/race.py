@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from coral_hf import TargetAdapter, demo
+from coral_hf.hardware import default_device
 
 
 TURN_SECONDS = 0.2
@@ -47,7 +48,7 @@ def load_pair(settings: Mapping[str, str] = os.environ) -> Pair:
         ValueError: if only one of TARGET and DRAFTER is given, the drafter is none, or it belongs to another target.
     """
     names = {key: settings.get(key, "") for key in ("TARGET", "DRAFTER")}
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = default_device()
     dtype = settings.get("DTYPE") or ("float32" if device.type == "cpu" else "bfloat16")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"DTYPE={dtype} is unknown; use float32, bfloat16 or float16.")
