@@ -177,7 +177,10 @@ def run_case(case: Case) -> dict[str, int]:
     cache = None
     if case.prefilled:
         ids, mask, cache = _prefill(case, ids, mask)
-    plain = call(case, ids, mask, cache)
+    try:
+        plain = call(case, ids, mask, cache)
+    except (RuntimeError, ValueError) as error:
+        return _fails_alike(case, (ids, mask, cache, drafter), error)
     stock = case.draft.get("draft_stock_loop", False)
     for kind in ("random", "oracle"):
         if kind == "random":
@@ -198,6 +201,16 @@ def run_case(case: Case) -> dict[str, int]:
     return counts
 
 
+def _fails_alike(case: Case, inputs: tuple, plain: Exception) -> dict[str, int]:
+    """Processors of Transformers can leave plain decoding no token to draw: then drafts must fail as it does."""
+    try:
+        call(case, *inputs)
+    except type(plain) as error:
+        if str(error).splitlines()[0] == str(plain).splitlines()[0]:
+            return {"failed_alike": 1}
+    raise Fault(f"plain generate fails with {plain}, the drafted one does not\n    {case}")
+
+
 def run(seed: int, start: int, count: int, verbose: bool = False) -> dict:
     """Runs cases of a seed and returns what was counted, see [`run_cases`]."""
     quiet()
@@ -212,7 +225,9 @@ def run(seed: int, start: int, count: int, verbose: bool = False) -> dict:
             raise Fault(f"{type(error).__name__}: {str(error)[:600]}\n    {case}") from error
         return {**counts, "sampled": case.generation["do_sample"], "trees": case.draft["draft_top_k"] > 1}
 
-    return run_cases(Path(__file__).name, numbered, ("refused", "sampled", "trees"), seed, start, count, verbose)
+    return run_cases(
+        Path(__file__).name, numbered, ("refused", "failed_alike", "sampled", "trees"), seed, start, count, verbose
+    )
 
 
 if __name__ == "__main__":
