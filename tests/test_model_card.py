@@ -114,6 +114,21 @@ def test_figures_are_the_records(folder, capsys):
     assert values[("gsm8k", "acceptance_length")] == 2.35 and values[("all", "speedup")] == 1.5
 
 
+def test_metadata_is_of_the_drafter(folder):
+    """Whatever was measured beside it, and in whichever order."""
+    runs = [row for row in make_record(None)["runs"] if row["method"] != "plain"]
+    runs.sort(key=lambda row: row["method"], reverse=True)
+    methods = {"lookup": {"prompt_lookup_num_tokens": 3}, "coral": {"draft_top_k": 1}}
+    add_record(folder, runs=runs, methods=methods)
+    found = {
+        (row.dataset_type, row.metric_type): row.metric_value
+        for row in ModelCard(render_card(folder)).data.eval_results
+    }
+    assert found[("gsm8k", "speedup")] == 1.62 and found[("all", "acceptance_length")] == 2.22
+    add_record(folder, runs=[row for row in runs if row["method"] == "lookup"], drafters={}, draft_settings={})
+    assert "model-index" not in render_card(folder)
+
+
 def test_other_records(folder):
     """Stated facts, commands, log, training runs, identity checks and settings side by side."""
     add_record(folder)

@@ -20,11 +20,13 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def headline_rows(records: Records) -> list[dict[str, Any]]:
-    """The rows of `benchmark.json` whose figures go into the metadata: one method, every benchmark."""
+    """The rows of `benchmark.json` whose figures go into the metadata: one method of the drafter's, every benchmark."""
     main = next((record for name, record in records.benchmarks if name == "benchmark.json"), None)
     if main is None:
         return []
-    measured = [row["method"] for row in main["runs"] if row["method"] != "plain"]
+    # prompt lookup and assistants are measured beside the drafter: theirs are no figures of it
+    drafting = main.get("drafters") or main.get("draft_settings") or {}
+    measured = [row["method"] for row in main["runs"] if row["method"] in drafting]
     # the drafter's own settings, or the first that was measured
     own = [name for name, settings in main.get("methods", {}).items() if not settings and name in measured]
     method = next(iter([*own, *measured]), None)
