@@ -224,6 +224,16 @@ def test_unmeasured(folder):
     assert "measured another drafter: its figures are not shown" in text and "2.35" not in text
 
 
+def test_what_is_cut_off_or_damaged_can_be_left_out(folder):
+    """As a training does at its end: the card is made, and says what is not in it."""
+    add_record(folder, partial=True)
+    for name in ("benchmark_b.json", "check_a.json", "ablation.json", "training-1.json"):
+        (folder / "training" / name).write_text("{")
+    text = write_card(folder, unmeasured=True, strict=False).read_text()
+    assert text.count("is damaged, or of a run that was cut off: it is left out.") == 5
+    assert "2.35" not in text and "| all | not measured | not measured |" in text
+
+
 def test_no_path_of_a_machine(folder, tmp_path):
     drafter = CoralDraftModel.from_pretrained(folder)
     drafter.config.target_name_or_path = str(tmp_path / "target")

@@ -73,6 +73,10 @@ def measured_section(records: Records, config: CoralDraftConfig) -> str:
     parts += [
         f"`{RECORD_FOLDER}/{name}` measured another drafter: its figures are not shown." for name in records.foreign
     ]
+    parts += [
+        f"`{RECORD_FOLDER}/{name}` is damaged, or of a run that was cut off: it is left out."
+        for name in records.unusable
+    ]
     return "\n\n".join(parts)
 
 

@@ -48,7 +48,7 @@ def render_card(
         folder (`str` or `Path`): see `hub.records`.
         repo_id (`str`, *optional*): where it is published; else the text loads it from the folder.
         unmeasured (`bool`): accept a folder without a benchmark record; its figures are "not measured".
-        strict (`bool`): refuse records of another drafter; False leaves their figures out.
+        strict (`bool`): refuse records that are of another drafter, cut off or damaged; False leaves them out.
         stated (`dict`, *optional*): goes before the folder's `card.json`.
 
     Raises:
