@@ -70,6 +70,8 @@ def test_divergences_are_counted_where_they_begin():
 def test_paired_speedup():
     assert paired_speedup([1.0], [3.0]) == {"speedup": 3.0, "speedup_quartiles": [3.0, 3.0]}
     assert paired_speedup([1.0, 2.0, 4.0], [2.0, 2.0, 16.0])["speedup"] == 2.0
+    # never outside of what was measured
+    assert paired_speedup([1.0, 1.0], [1.0, 2.0]) == {"speedup": 1.5, "speedup_quartiles": [1.25, 1.75]}
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
