@@ -129,6 +129,23 @@ def test_metadata_is_of_the_drafter(folder):
     assert "model-index" not in render_card(folder)
 
 
+def test_a_benchmark_of_several_drafters_gives_each_its_own(folder):
+    digest = file_sha256(folder / "model.safetensors")
+    rows = make_record(None)["runs"]
+    runs = [
+        {**row, "method": f"{name}/coral"} for name in ("other", "own") for row in rows if row["method"] == "coral"
+    ]
+    runs = [row if row["method"] == "own/coral" else {**row, "speedup": 9.87} for row in runs]
+    runs += [row for row in rows if row["method"] == "lookup"]
+    drafters = {"other/coral": {"drafter_sha256": "f" * 64}, "own/coral": {"drafter_sha256": digest}}
+    methods = {name: {} for name in drafters}
+    add_record(folder, digest=None, runs=runs, drafters=drafters, methods=methods, draft_settings={})
+    text = render_card(folder)
+    assert "`own/coral` | gsm8k (10) | 2.35" in text and "`lookup` | gsm8k" in text
+    assert "other/coral" not in text and "9.87" not in text
+    assert {row.metric_value for row in ModelCard(text).data.eval_results} == {2.35, 1.62, 2.22, 1.5}
+
+
 def test_other_records(folder):
     """Stated facts, commands, log, training runs, identity checks and settings side by side."""
     add_record(folder)
@@ -189,6 +206,14 @@ def test_ablation(folder):
     [
         (lambda folder: None, "holds no benchmark.json: measure this drafter with `coral-hf benchmark"),
         (lambda folder: add_record(folder, digest="f" * 64), "measured another drafter"),
+        (
+            lambda folder: add_record(folder, digest=None),
+            "benchmark.json that says which drafter it measured: measure",
+        ),
+        (
+            lambda folder: add_record(folder, digest=None, drafters={"coral": {"drafter_sha256": "f" * 64}}),
+            "measured another drafter",
+        ),
         (lambda folder: add_record(folder, "benchmark_b.json", digest="f" * 64), "benchmark_b.json"),
         (lambda folder: add_record(folder, partial=True), "cut off"),
         (lambda folder: (folder / "training" / "benchmark.json").write_text("{"), "not valid JSON"),
@@ -217,7 +242,7 @@ def test_unmeasured(folder):
     text = (folder / "README.md").read_text()
     assert "| all | not measured | not measured |" in text and "model-index" not in text
     add_record(folder, digest=None)
-    text = render_card(folder)
+    text = render_card(folder, unmeasured=True)
     assert "does not say which drafter it measured" in text and "2.35" not in text
     add_record(folder, digest="f" * 64)
     text = render_card(folder, strict=False)

@@ -91,12 +91,13 @@ def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = Tr
                 raise ValueError(f"{path} is of a run that was cut off; {_remedy(folder)}.")
             records.unusable.append(path.name)
             continue
-        _sort_in(records, path, record, records.benchmarks, strict)
-    left_out = records.anonymous or records.foreign or records.unusable
-    if not (records.benchmarks or left_out or unmeasured):
+        _sort_in(records, path, _own_part(record, records.sha256), records.benchmarks, strict)
+    # what is left out on request is known to be there; what names no drafter measured nothing of this one
+    if not (records.benchmarks or records.foreign or records.unusable or unmeasured):
+        which = " that says which drafter it measured" if records.anonymous else ""
         raise ValueError(
-            f"{training} holds no benchmark.json: {_remedy(folder)}, or ask for a card that says 'not measured' with "
-            "--unmeasured true."
+            f"{training} holds no benchmark.json{which}: {_remedy(folder)}, or ask for a card that says "
+            "'not measured' with --unmeasured true."
         )
     for path in sorted(training.glob("check_*.json")):
         if (record := _read(records, path, strict)) is not None:
@@ -142,6 +143,21 @@ def check_stated(stated: dict[str, Any], where: str) -> None:
             else isinstance(value, str)
         ):
             raise ValueError(f"{where}: {key}={value!r} must be a {'list of strings' if listed else 'string'}.")
+
+
+def _own_part(record: dict, sha256: str) -> dict:
+    """A benchmark of several drafters, cut to the rows of one and to those that need none."""
+    drafters, runs = record.get("drafters"), record["runs"]
+    if record.get("drafter_sha256") is not None or not (isinstance(drafters, dict) and isinstance(runs, list)):
+        return record
+    hashes = {name: of.get("drafter_sha256") if isinstance(of, dict) else None for name, of in drafters.items()}
+    own = [name for name, digest in hashes.items() if digest == sha256]
+    if not own:
+        # one that is known to be another's is no longer anonymous
+        return record if None in hashes.values() else {**record, "drafter_sha256": next(iter(hashes.values()), None)}
+    others = drafters.keys() - set(own)
+    runs = [row for row in runs if not (isinstance(row, dict) and row.get("method") in others)]
+    return {**record, "drafter_sha256": sha256, "drafters": {name: drafters[name] for name in own}, "runs": runs}
 
 
 def _sort_in(records: Records, path: Path, record: dict, measured: list, strict: bool) -> None:
