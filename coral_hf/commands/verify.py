@@ -54,5 +54,5 @@ class VerifyCommand:
         checks = verify(
             target, tokenizer, methods, prompts, self.max_new_tokens, self.temperature, self.seed, self.output
         )
-        print_checks(checks)
+        print_checks(checks, str(target.dtype).removeprefix("torch."))
         return 1 if any(check.different for check in checks) else 0

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..generation.statistics import DraftStats
 from .environment import describe_environment
 from .methods import (
+    EXACT_DTYPES,
     PLAIN,
     Measurement,
     Method,
@@ -179,6 +180,20 @@ def _write(
     return record
 
 
+def differences(record: dict[str, Any]) -> list[str]:
+    """A line for every method whose greedy answers are not plain's although the dtype is exact enough for equality."""
+    if record["environment"]["dtype"] not in EXACT_DTYPES:
+        return []
+    rows = [row for row in record["runs"] if row["benchmark"] == "all" and not row["temperature"]]
+    return [
+        f"warning: {row['n_prompts'] - row['identical']} of {row['n_prompts']} greedy answers of {row['method']} differ from "
+        f"plain generate's in {record['environment']['dtype']}, where they must not; `coral-hf verify` shows the first "
+        "differing token."
+        for row in rows
+        if row["identical"] is not None and row["identical"] < row["n_prompts"]
+    ]
+
+
 def print_table(record: dict[str, Any]) -> None:
     """Prints a record's rows as a table."""
     try:
@@ -209,4 +224,4 @@ def print_table(record: dict[str, Any]) -> None:
     Console().print(table)
 
 
-__all__ = ["paired_speedup", "print_table", "run_benchmark"]
+__all__ = ["differences", "paired_speedup", "print_table", "run_benchmark"]

@@ -20,6 +20,8 @@ from ..weight_files import drafter_sha256
 
 
 PLAIN = "plain"
+# in lower ones a near-tie may fall either way when several tokens are verified at once
+EXACT_DTYPES = ("float32", "float64")
 # what a method needs no settings for, by its name
 PRESETS: dict[str, dict[str, Any]] = {
     "coral": {},
@@ -270,6 +272,7 @@ def draft_settings(method: Method) -> dict[str, Any]:
 
 
 __all__ = [
+    "EXACT_DTYPES",
     "PLAIN",
     "PRESETS",
     "Measurement",

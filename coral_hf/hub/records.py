@@ -155,7 +155,7 @@ def _own_part(record: dict, sha256: str) -> dict:
     if not own:
         # one that is known to be another's is no longer anonymous
         return record if None in hashes.values() else {**record, "drafter_sha256": next(iter(hashes.values()), None)}
-    others = drafters.keys() - set(own)
+    others = [name for name in drafters if name not in own]
     runs = [row for row in runs if not (isinstance(row, dict) and row.get("method") in others)]
     return {**record, "drafter_sha256": sha256, "drafters": {name: drafters[name] for name in own}, "runs": runs}
 
