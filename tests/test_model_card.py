@@ -157,6 +157,7 @@ def test_other_records(folder):
         "identical": 40,
         "acceptance_length": {"all": 1.519},
         "settings": {"draft_top_k": 1},
+        "sampled": [{"temperature": 1.0, "n_prompts": 40, "identical": 39}],
         "max_new_tokens": 128,
         "environment": ENVIRONMENT,
         "drafter_sha256": digest,
@@ -175,6 +176,7 @@ def test_other_records(folder):
     (training / "card.json").write_text(json.dumps(stated))
     text = render_card(folder)
     assert text.count("1.62x") == 1  # per benchmark in the first record only
+    assert "Sampled with the same seed at temperature 1: 39 of 40. Tau:" in text
     assert "Identity: 40 of 40" in text and "all 1.52" in text
     assert "| router | 6.2% | 12.3% | 90.0% |" in text
     assert "| 1,000 | 1.05 | 50% |" in text and "| 19,000 | 1.95 | 50% |" in text and text.count("| 50% |") == 8

@@ -144,9 +144,13 @@ def _draft(record: dict[str, Any], method: str, config: CoralDraftConfig) -> str
 def _check(name: str, record: dict[str, Any]) -> str:
     lengths = ", ".join(f"{key} {_number(value)}" for key, value in record["acceptance_length"].items())
     settings = ", ".join(f"`{key}={value}`" for key, value in record["settings"].items())
+    sampled = "".join(
+        f" Sampled with the same seed at temperature {row['temperature']:g}: {row['identical']} of {row['n_prompts']}."
+        for row in record.get("sampled", ())
+    )
     return (
         f"Identity: {record['identical']} of {record['n_prompts']} greedy answers of {record['max_new_tokens']} tokens are "
-        f"plain `generate`'s to the token ({settings}). Tau: {lengths}. {_where(name, record)}"
+        f"plain `generate`'s to the token ({settings}).{sampled} Tau: {lengths}. {_where(name, record)}"
     )
 
 
