@@ -182,6 +182,8 @@ def test_compare_heads(tiny_demo, tmp_path, monkeypatch, capsys):
     drafter = CoralDraftModel.from_pretrained(tiny_demo)
     drafter.add_router(16)
     drafter.save_pretrained(tmp_path / "routed")
+    with pytest.raises(ValueError, match="--dtype 'number' is unknown"):
+        run(monkeypatch, "compare_heads.py", "--drafter", str(tmp_path / "routed"), *common, "--dtype", "number")
     run(monkeypatch, "compare_heads.py", "--drafter", str(tmp_path / "routed"), *common)
     curve = json.loads(record.read_text())["curve"]
     assert {row["head"] for row in curve} == {"router", "list", "both"} and len(curve) == 15
@@ -209,7 +211,7 @@ def test_compare_tree_sizes_and_check_the_prediction(tiny_demo, prompt_file, tmp
     monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path / "cache"))
     for name in ("_MIN_ROUNDS", "_MAX_ROUNDS"):
         monkeypatch.setattr(cost_measurement, name, 1)
-    common = ["--data", str(prompt_file), "--dtype", "float32"]
+    common = ["--data", str(prompt_file), "--dtype", "float32", "--device", "cpu"]
     sizes = ["--draft-depth", "3", "--draft-top-k", "3", "--draft-total-tokens", "8", "--max-new-tokens", "8"]
     tune = ["tune", *common, "--drafter", str(tiny_demo), *sizes, "--output", str(tmp_path / "tune")]
     assert main(tune) == 0
@@ -243,6 +245,8 @@ def test_reproduce_tables(tiny_demo, prompt_file, tmp_path, monkeypatch, capsys)
     arguments = ["--data", str(prompt_file), "--responses", str(data), "--output", str(output), "--dtype", "float32"]
     arguments += ["--max_steps", "1", "--router_groups", "8", "--shortlist_size", "16", "--max_new_tokens", "4"]
     run(monkeypatch, "reproduce_tables.py", *arguments, "--limit", "1")
+    with pytest.raises(ValueError, match="--dtype 'number' is unknown"):
+        run(monkeypatch, "reproduce_tables.py", *arguments, "--dtype", "number")
     printed = capsys.readouterr().out
     assert "temperature 1" in printed and "coral+router" in printed and "the paper's own" in printed
     assert {path.name for path in output.iterdir() if path.is_dir()} == {"eagle", "hass", "coral", "coral+router"}
