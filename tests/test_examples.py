@@ -239,6 +239,24 @@ def test_predict_speedup_from_numbers(monkeypatch, capsys):
         run(monkeypatch, "predict_speedup.py", *times)
 
 
+def test_predict_from_bandwidth(tmp_path, monkeypatch, capsys):
+    """The committed record is the command's, and says of every row what it is."""
+    path = tmp_path / "record.json"
+    run(monkeypatch, "predict_from_bandwidth.py", "--json", str(path))
+    assert all(line.startswith("predicted, not measured") for line in capsys.readouterr().out.splitlines())
+    record = json.loads(path.read_text())
+    assert record == json.loads((EXAMPLES / "records" / "predictions_7b.json").read_text())
+    rows = {(row["gpu"], row["target"], row["head"]): row for row in record["rows"]}
+    assert len(rows) == 12 and {row["figures"] for row in record["rows"]} == {"predicted, not measured"}
+    # Llama-2-7B by hand: 6.74 G weights without the embedding's 0.13 G, two bytes each, at 614.4 GB/s
+    row = rows["A6000", "Llama-2-7B-chat", "full"]
+    assert row["predicted_target_ms"] == pytest.approx(2 * (6.738e9 - 0.131e9) / 614.4e6, rel=1e-3)
+    step = row["predicted_target_ms"] + row["predicted_draft_ms"]
+    assert row["predicted_speedup"] == pytest.approx(row["predicted_target_ms"] * 3.951 / step, abs=0.01)
+    with pytest.raises(SystemExit, match="shares above 0"):
+        run(monkeypatch, "predict_from_bandwidth.py", "--achievable", "0")
+
+
 def test_reproduce_tables(tiny_demo, prompt_file, tmp_path, monkeypatch, capsys):
     data, output = tmp_path / "responses.jsonl", tmp_path / "tables"
     data.write_text("".join(json.dumps({"turn": 0, **row}) + "\n" for row in random_rows(80)))

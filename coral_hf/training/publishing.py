@@ -48,7 +48,7 @@ class PublishingMixin(Trainer):
             super().save_model(str(folder), _internal_call=True)
         if self.args.should_save:
             self.write_training_record(folder)
-            # Records of an earlier drafter, or of a run that was cut off, are no reason to lose a training.
+            # Records of an earlier drafter in this folder are no reason to lose a training.
             write_card(folder, unmeasured=True, strict=False)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
