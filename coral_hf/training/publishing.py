@@ -1,7 +1,6 @@
 """What a trainer writes for a drafter's card, and how it pushes."""
 
 import json
-import platform
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import transformers
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
+from ..hardware import device_name
 from ..hub.model_card import write_card
 from ..hub.publish import hub_errors, prepare_folder, require_token
 from ..hub.records import RECORD_FOLDER
@@ -83,7 +83,6 @@ class PublishingMixin(Trainer):
         """Writes `training/training.json` and `training/log.jsonl`."""
         training = folder / RECORD_FOLDER
         training.mkdir(parents=True, exist_ok=True)
-        device = self.args.device
         record = {
             "stage": self.args.stage,
             "steps": self.state.global_step,
@@ -91,7 +90,7 @@ class PublishingMixin(Trainer):
             "response_tokens_seen": self.tokens_seen,
             "arguments": recipe(self.args),
             "environment": {
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
+                "device": device_name(self.args.device),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "coral_hf": _version(),
