@@ -5,7 +5,7 @@
 
 One token at a time, a GPU waits for memory: a forward takes the time in which its weights are read. That holds up to some
 64 tokens as well, whose arithmetic fits into that time. Left out are launches, attention over the context and what stands
-around the forwards, so that the figures are upper bounds; on one of the machine's own GPUs `coral-hf tune` measures instead.
+around the forwards, so that the figures are upper bounds.
 """
 
 import json
