@@ -283,10 +283,14 @@ def _ablation(record: dict[str, Any]) -> str:
 def _stage(stage: dict[str, Any]) -> str:
     environment, count = stage["environment"], stage["conversations"]
     conversations = "a stream of conversations" if count is None else f"{count:,} conversations"
+    # records of before these were kept lack them
+    data = f" of {', '.join(f'`{name}`' for name in stage['data'])}" if stage.get("data") else ""
+    target = f" for `{stage['target']}`" if stage.get("target") else ""
+    commit = f", commit {environment['commit']}" if environment.get("commit") else ""
     lines = [
-        f"Stage `{stage['stage']}`: {stage['steps']:,} steps over {conversations}, "
+        f"Stage `{stage['stage']}`{target}: {stage['steps']:,} steps over {conversations}{data}, "
         f"{stage['response_tokens_seen']:,} response tokens seen. {environment['device']}; torch {environment['torch']}, "
-        f"transformers {environment['transformers']}, coral_hf {environment['coral_hf']}.",
+        f"transformers {environment['transformers']}, coral_hf {environment['coral_hf']}{commit}.",
     ]
     if stage["arguments"]:
         arguments = ", ".join(f"`{key}={value}`" for key, value in sorted(stage["arguments"].items()))

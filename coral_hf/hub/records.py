@@ -6,7 +6,7 @@ A drafter's folder holds them under `training/`:
 - `check_*.json`: `coral-hf verify --output FOLDER/training`
 - `compare_heads*.json`: `examples/compare_heads.py --json`
 - `ablation.json`: `examples/ablate_training.py`; of small drafters trained for comparison, not of this one
-- `training*.json`, `log.jsonl`: written by [`CoralTrainer`]; `commands.sh`, `curve.png`: kept by hand
+- `training.json`, `log.jsonl`: written by [`CoralTrainer`], `training-N.json`: of earlier stages; `commands.sh`, `curve.png`: kept by hand
 - `card.json`: what no program knows (see `STATED`); no figures
 """
 
@@ -109,7 +109,7 @@ def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = Tr
             records.heads.append((path.name, record))
     if (training / "ablation.json").is_file():
         records.ablation = _read(records, training / "ablation.json", strict)
-    stages = [_read(records, path, strict) for path in sorted(training.glob("training*.json"))]
+    stages = [_read(records, path, strict) for path in _in_order(training)]
     records.stages = [stage for stage in stages if stage is not None]
     if (training / "log.jsonl").is_file():
         records.log = [row for _, row in read_jsonl(training / "log.jsonl")]
@@ -117,6 +117,12 @@ def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = Tr
         records.stated = _read(records, training / "card.json", strict) or {}
         check_stated(records.stated, str(training / "card.json"))
     return records
+
+
+def _in_order(training: Path) -> list[Path]:
+    """`training-1.json`, `training-2.json`, ... and last `training.json`."""
+    paths = training.glob("training*.json")
+    return sorted(paths, key=lambda path: (path.stem == "training", len(path.stem), path.stem))
 
 
 def _read(records: Records, path: Path, strict: bool) -> dict[str, Any] | None:
