@@ -154,6 +154,8 @@ def test_a_training_that_goes_on_keeps_the_records_of_its_stages(folder, monkeyp
     card = (folder / "two" / "README.md").read_text()
     places = [card.index(f"Stage `drafter` for `target`: {steps} steps") for steps in (1, 2, 3)]
     assert places == sorted(places) and str(folder) not in card
+    assert main([*common, *first[:2], "--output_dir", "two", "--max_steps", "1"]) == 0  # a new one, of one stage
+    assert [path.name for path in (folder / "two" / "training").glob("training*.json")] == ["training.json"]
 
 
 def test_regenerate_train_benchmark(folder, capsys, monkeypatch):

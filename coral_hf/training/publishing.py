@@ -90,6 +90,8 @@ class PublishingMixin(Trainer):
         training.mkdir(parents=True, exist_ok=True)
         if self._earlier_stages is None:  # before the first record, which may be written where they are
             self._earlier_stages = _stages(self.model.config._name_or_path)
+            for path in training.glob("training-[0-9]*.json"):  # another drafter's, that this folder held
+                path.unlink()
         for number, stage in enumerate(self._earlier_stages, start=1):
             (training / f"training-{number}.json").write_bytes(stage)
         record = {
