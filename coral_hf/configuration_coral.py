@@ -94,7 +94,8 @@ class CoralDraftConfig(PreTrainedConfig):
             Standard deviation of randomly initialised matrices (Llama's).
         target_name_or_path (`str`, *optional*), target_revision (`str`, *optional*), target_model_type (`str`, *optional*),
         target_num_hidden_layers (`int`, *optional*):
-            Which model the drafter was trained for; type and depth are checked by `generate`.
+            Which model the drafter was trained for (its commit, where it came from the Hub); type and depth are checked
+            by `generate`.
         target_vocab_hash (`str`, *optional*):
             [`vocab_hash`] of the target's tokenizer, checked wherever a tokenizer is at hand.
         target_embedding_scale (`float`, *optional*):

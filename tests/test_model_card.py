@@ -72,7 +72,9 @@ def make_record(digest: str | None, **changes) -> dict:
 def folder(tmp_path):
     """A tiny drafter's folder, with a place for records."""
     folder = tmp_path / "drafter"
-    drafter = make_drafter(make_target(dtype=torch.float32), target_name_or_path="org/target")
+    drafter = make_drafter(
+        make_target(dtype=torch.float32), target_name_or_path="org/target", target_revision="0" * 40
+    )
     drafter.save_pretrained(folder)
     (folder / "training").mkdir()
     return folder
@@ -268,6 +270,16 @@ def test_no_path_of_a_machine(folder, tmp_path):
     write_card(folder, unmeasured=True)
     assert str(tmp_path) not in (folder / "README.md").read_text()
     assert describe_drafter(CoralDraftModel.from_pretrained(folder))["drafter"] == "drafter"
+
+
+def test_what_may_be_a_folder_is_no_link(folder):
+    """`models/my-llama` on another machine looks like a Hub id, but has no revision there."""
+    assert "https://huggingface.co/org/target" in render_card(folder, unmeasured=True)
+    drafter = CoralDraftModel.from_pretrained(folder)
+    drafter.config.target_name_or_path, drafter.config.target_revision = "models/my-llama", None
+    drafter.save_pretrained(folder)
+    text = render_card(folder, unmeasured=True)
+    assert "models/my-llama" not in text and ModelCard(text).data.base_model is None
 
 
 def test_hash_is_of_the_weights_in_use(folder):
