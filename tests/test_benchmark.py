@@ -82,6 +82,25 @@ def test_paired_speedup():
     assert paired_speedup([1.0, 1.0], [1.0, 2.0]) == {"speedup": 1.5, "speedup_quartiles": [1.25, 1.75]}
 
 
+def test_the_fastest_of_several_repeats_counts(pair, tmp_path, monkeypatch):
+    target, tokenizer, drafter = pair
+    seconds = iter([9.0, 9.0, 4.0, 2.0, 5.0, 1.0, 3.0, 3.0])  # two to warm up, then three rounds of both in turn
+    calls = []
+
+    def timed(target, ids, tokens, drafter=None, **settings):
+        calls.append(drafter is None)
+        return Measurement([5, 6], next(seconds))
+
+    monkeypatch.setattr(benchmark, "measure", timed)
+    prompts = [Prompt("a", "abc", ("w1",))]
+    record = run_benchmark(target, tokenizer, [Method("coral", drafter)], prompts, tmp_path, 2, repeats=3)
+    assert calls == [True, False] * 4 and record["repeats"] == 3
+    row = next(row for row in record["runs"] if row["method"] == "coral")
+    assert row["speedup"] == 3.0 and row["tokens_per_second"] == 2.0
+    with pytest.raises(ValueError, match="repeats=0"):
+        run_benchmark(target, tokenizer, [], prompts, tmp_path, repeats=0)
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_run_leaves_a_valid_partial_record(pair, tmp_path, monkeypatch, failure):
     """Cut off in the middle of the third prompt: the two before it are there, and nothing of it."""

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from coral_hf.compat import cache_kwarg
 from coral_hf.generation.cache import check_cache, compact_cache, tree_attention_mask
-from coral_hf.generation.decoding import Verifier
+from coral_hf.generation.verifier import Verifier
 
 
 def test_mask_by_hand():

@@ -15,8 +15,8 @@ from coral_hf import CoralDraftModel, coral_generate
 from coral_hf.compat import CACHE_NAME, cache_kwarg, cache_of
 from coral_hf.generation import decoding
 from coral_hf.generation.candidate_generator import CoralCandidateGenerator
-from coral_hf.generation.decoding import Verifier
 from coral_hf.generation.settings import DraftSettings
+from coral_hf.generation.verifier import Verifier
 
 
 DRAFTS = {"chain": CHAIN, "tree": TREES["tree16"]}

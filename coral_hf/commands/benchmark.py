@@ -50,6 +50,10 @@ class BenchmarkCommand:
     )
     temperature: list[float] = field(default_factory=lambda: [0.0], metadata={"help": "Temperatures; 0 is greedy."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampled answers."})
+    repeats: int = field(
+        default=1,
+        metadata={"help": "Times that all methods answer each prompt in turn; of each method the fastest counts."},
+    )
     quick: bool = field(
         default=False, metadata={"help": f"A first impression in minutes: {QUICK} where nothing else is given."}
     )
@@ -85,7 +89,7 @@ class BenchmarkCommand:
         path = Path(self.output) / "benchmark.json"
         try:
             record = run_benchmark(
-                target, tokenizer, methods, prompts, self.output, tokens, self.temperature, self.seed
+                target, tokenizer, methods, prompts, self.output, tokens, self.temperature, self.seed, self.repeats
             )
         except KeyboardInterrupt:
             # Before the first prompt is done, an older record is left alone.

@@ -25,11 +25,11 @@ from ..modeling_coral import CoralDraftModel
 from ..user_cache import cache_dir
 from .cache import compact_cache
 from .candidate_generator import CoralCandidateGenerator
-from .decoding import Verifier
 from .draft_tree import DraftTree, ancestors_of
 from .settings import DraftSettings
 from .tuning import DraftCosts, smooth_times
 from .verification import accept_greedy
+from .verifier import Verifier
 
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,151 @@
+"""The target's side of the decode loop: the prefill, and one forward per draft tree."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..compat import cache_kwarg, cache_of
+from .cache import tree_attention_mask
+from .draft_tree import DraftTree
+
+
+class Verifier:
+    """Runs the target for one call of `generate`, on its KV cache and with its masks and positions."""
+
+    def __init__(self, target: PreTrainedModel, model_kwargs: dict[str, Any]):
+        self.target = target
+        self.model_kwargs = model_kwargs
+        self.cache = cache_of(model_kwargs)
+        mask = model_kwargs.get("attention_mask")
+        # True at tokens, False at padding, over everything in the cache and the prompt; None: no padding.
+        self.mask = None if mask is None else mask.bool()
+        self.num_padding = 0 if mask is None else int((mask == 0).sum())
+        # With device_map the layers lie elsewhere, but ids and masks enter where the embedding is.
+        self.device = target.get_input_embeddings().weight.device
+        self.position_offset = -self.num_padding
+
+    def prefill(
+        self,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        features_of: Callable[[tuple[torch.Tensor, ...]], torch.Tensor],
+    ) -> tuple[Any, torch.Tensor]:
+        """Runs the prompt (what of it is not in the cache yet), in chunks if `prefill_chunk_size` asks for them.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `[1, L]`)
+            generation_config ([`GenerationConfig`])
+            features_of (`Callable`): the hidden states of a forward -> its features `[1, n, F]`.
+
+        Returns:
+            `tuple`: the outputs of the (last) forward, with hidden states and the last position's logits, and the features
+            of all new tokens.
+        """
+        past = self.cache.get_seq_length()
+        total = getattr(generation_config, "_mask_length", -1) if self.mask is None else self.mask.shape[1]
+        # With a cache the ids are either the whole sequence, of which the new part is cut, or new tokens only.
+        length = input_ids.shape[1] - past if past and total in (input_ids.shape[1], -1) else None
+        inputs = self.target.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=length, is_first_iteration=True, **self.model_kwargs
+        )
+        positions = inputs.get("position_ids")
+        self.cache.activate_past_recording()
+        features = []
+        for chunk in _chunks(inputs, generation_config.prefill_chunk_size):
+            outputs = self.target(**{**chunk, "output_hidden_states": True, "return_dict": True})
+            self.cache.crop(0)
+            features.append(features_of(outputs.hidden_states))
+        if positions is not None:
+            # The caller's own positions go on from the last one, as in plain generate.
+            self.position_offset = _next_positions(positions) - self.cache.get_seq_length()
+        # Without padding the models need none: it would only grow with every step.
+        if self.mask is not None and (not self.num_padding or self.mask.shape[1] < self.cache.get_seq_length()):
+            self.mask = None
+        return outputs, features[0] if len(features) == 1 else torch.cat(features, dim=1)
+
+    def verify(self, tree: DraftTree) -> Any:
+        """One forward over the tree's nodes, `[1, N]`: the root and the drafts."""
+        prefix_length = self.cache.get_seq_length()
+        return self.target(
+            input_ids=tree.tokens.to(self.device),
+            position_ids=tree.depths.to(self.device) + (prefix_length + self.position_offset),
+            attention_mask=self._attention_mask(tree, prefix_length),
+            use_cache=True,
+            output_hidden_states=True,
+            return_dict=True,
+            **cache_kwarg(self.cache),
+        )
+
+    def _prefix_mask(self, prefix_length: int) -> torch.Tensor | None:
+        if self.mask is None:
+            return None
+        new = prefix_length - self.mask.shape[1]
+        return torch.cat([self.mask, self.mask.new_ones(1, max(new, 0))], dim=1)
+
+    def _attention_mask(self, tree: DraftTree, prefix_length: int) -> torch.Tensor | dict[str, torch.Tensor] | None:
+        prefix_mask = self._prefix_mask(prefix_length)
+        if tree.is_chain:
+            # Plain causal attention: the model builds its own masks, whatever its attention implementation.
+            return (
+                None
+                if prefix_mask is None
+                else torch.cat([prefix_mask, prefix_mask.new_ones(tree.tokens.shape)], 1).long().to(self.device)
+            )
+        config = self.target.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        # Without layer_types a window holds for all layers (Mistral).
+        kinds = getattr(config, "layer_types", None) or []
+        default = "full_attention" if window is None else "sliding_attention"
+        by_kind: dict[str, torch.Tensor] = {}
+        for index, layer in enumerate(self.cache.layers):
+            kind = kinds[index] if index < len(kinds) else default
+            if kind not in by_kind:
+                by_kind[kind] = self._layer_mask(
+                    tree, prefix_length, layer, prefix_mask, window if kind == "sliding_attention" else None
+                )
+        return by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
+
+    def _layer_mask(self, tree, prefix_length, layer, prefix_mask, window) -> torch.Tensor:
+        key_length, key_offset = layer.get_mask_sizes(tree.num_nodes)
+        # A cache made without the config keeps full layers; the window is the model's all the same.
+        window = layer.sliding_window if layer.is_sliding else window
+        mask = tree_attention_mask(tree, prefix_length, int(key_length), int(key_offset), window, prefix_mask)
+        mask = mask.to(self.device)
+        if self.target.config.get_text_config()._attn_implementation == "eager":
+            # eager adds the mask to the scores: a bool mask would be silently wrong
+            dtype = self.target.dtype
+            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        return mask
+
+
+def _chunks(inputs: dict[str, Any], size: int | None) -> Iterator[dict[str, Any]]:
+    """A forward's inputs in pieces of at most `size` tokens, of which each sees the mask of all before it."""
+    ids, positions, mask = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
+    if size is None or ids is None or ids.shape[1] <= size:
+        yield inputs
+        return
+    for start in range(0, ids.shape[1], size):
+        end = min(start + size, ids.shape[1])
+        chunk = {**inputs, "input_ids": ids[:, start:end]}
+        if positions is not None:
+            chunk["position_ids"] = positions[..., start:end]
+        if mask is not None:
+            chunk["attention_mask"] = mask[:, : mask.shape[1] - ids.shape[1] + end]
+        yield chunk
+
+
+def _next_positions(positions: torch.Tensor) -> int | torch.Tensor:
+    """The position after the prompt's: an int for `[1, n]`, `[axes, 1, 1]` for the `[axes, 1, n]` of image models."""
+    if positions.ndim == 2:
+        return int(positions[:, -1].max()) + 1
+    # Qwen-VL: four rows are the text's own positions, then time, height and width, which text goes on from the
+    # largest of; three rows are those alone. An image spans fewer positions than tokens.
+    following = positions.amax(dim=(-2, -1))  # [axes]
+    rotary = 1 if positions.shape[0] == 4 else 0
+    following[rotary:] = following[rotary:].max()
+    return following[:, None, None] + 1
+
+
+__all__ = ["Verifier"]
