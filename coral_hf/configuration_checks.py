@@ -101,13 +101,11 @@ def check_head(config: Any) -> None:
     """Raises `ValueError` for settings of router, shortlist and own head that are out of range or contradict each other."""
     if config.router_grouping not in GROUPINGS:
         raise ValueError(f"router_grouping={config.router_grouping!r} is unknown; choose one of {list(GROUPINGS)}.")
-    if config.router_groups:
-        group_size(config.vocab_size, config.router_groups)
-        if not 0 < config.router_active_groups <= config.router_groups:
-            raise ValueError(
-                f"router_active_groups={config.router_active_groups} must be between 1 and "
-                f"router_groups={config.router_groups}."
-            )
+    if config.router_groups and not 0 < config.router_active_groups <= config.router_groups:
+        raise ValueError(
+            f"router_active_groups={config.router_active_groups} must be between 1 and "
+            f"router_groups={config.router_groups}."
+        )
     if not 0 <= config.shortlist_size < config.vocab_size:
         raise ValueError(
             f"shortlist_size={config.shortlist_size} must be between 0 (none) and vocab_size - 1 = "
@@ -143,18 +141,19 @@ def most_draft_tokens(depth: int, top_k: int) -> int:
 
 
 def group_size(vocab_size: int, num_groups: int) -> int:
-    """Ids per group, rounded up; every group holds at least one id.
+    """Ids per group when a vocabulary is spread over that many groups, rounded up.
 
     Raises:
-        ValueError: if `num_groups` groups of that size leave one empty.
+        ValueError: if there is no group.
     """
-    size = -(-vocab_size // num_groups) if num_groups > 0 else 0
-    if not 1 < num_groups <= vocab_size or (num_groups - 1) * size >= vocab_size:
-        raise ValueError(
-            f"router_groups={num_groups} does not split {vocab_size} ids into groups of equal size: choose a number "
-            f"from 2 to {vocab_size} that leaves no group empty, a power of two say."
-        )
-    return size
+    if num_groups < 1:
+        raise ValueError(f"router_groups={num_groups} must be at least 1 for a router (0, in a config: none).")
+    return -(-vocab_size // num_groups)
+
+
+def group_count(vocab_size: int, num_groups: int) -> int:
+    """How many of `num_groups` groups of `group_size` ids hold any: fewer where rounding up used the ids up before."""
+    return -(-vocab_size // group_size(vocab_size, num_groups))
 
 
 __all__ = [
@@ -164,6 +163,7 @@ __all__ = [
     "check_head",
     "check_settings",
     "check_types",
+    "group_count",
     "group_size",
     "most_draft_tokens",
 ]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -14,12 +15,15 @@ from .configuration_checks import (
     check_head,
     check_settings,
     check_types,
+    group_count,
     group_size,
     most_draft_tokens,
 )
 from .configuration_from_target import settings_from_target
 from .weight_files import loading
 
+
+logger = logging.getLogger(__name__)
 
 # None until `__post_init__` derives it from other settings; readers see what it is then
 DERIVED: Any = None
@@ -90,7 +94,8 @@ class CoralDraftConfig(PreTrainedConfig):
             Standard deviation of randomly initialised matrices (Llama's).
         target_name_or_path (`str`, *optional*), target_revision (`str`, *optional*), target_model_type (`str`, *optional*),
         target_num_hidden_layers (`int`, *optional*):
-            Which model the drafter was trained for; type and depth are checked by `generate`.
+            Which model the drafter was trained for (its commit, where it came from the Hub); type and depth are checked
+            by `generate`.
         target_vocab_hash (`str`, *optional*):
             [`vocab_hash`] of the target's tokenizer, checked wherever a tokenizer is at hand.
         target_embedding_scale (`float`, *optional*):
@@ -107,7 +112,8 @@ class CoralDraftConfig(PreTrainedConfig):
             One row per depth (the last holds for all below): observed acceptance at the path probabilities
             `CALIBRATION_KNOTS`, as `coral-hf tune` fits it. None: drafted probabilities are taken as they are.
         router_groups (`int`, defaults to 0):
-            G, groups of the LM-head router (CORAL section 3.2); 0: no router.
+            G, groups of the LM-head router (CORAL section 3.2); 0: no router. Groups are of equal size, V / G rounded up,
+            so that G is lowered to the number of groups that hold an id (768 of V = 262,144 become 767).
         router_grouping (`str`, defaults to `"consecutive"`):
             `"consecutive"`: groups of consecutive ids, views of the target's own head (the paper's). `"clustered"`
             (ours): groups of similar rows of the head, computed from one copy of it in the router's order.
@@ -181,6 +187,14 @@ class CoralDraftConfig(PreTrainedConfig):
             self.target_feature_layers = [FEATURE_LAYER_LAST]
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        if self.router_groups and self.vocab_size > 0:  # `check_settings` refuses others
+            asked, self.router_groups = self.router_groups, group_count(self.vocab_size, self.router_groups)
+            if self.router_groups < asked:
+                # what is saved holds the real number: this is said where it was asked for, and never again
+                logger.warning(
+                    "router_groups=%d: groups of %d ids hold the %d ids in %d groups; the router has so many.",
+                    *(asked, group_size(self.vocab_size, asked), self.vocab_size, self.router_groups),
+                )
         if self.router_groups and self.router_active_groups is None:
             self.router_active_groups = max(1, self.router_groups // 16)
         if self.router_groups and self.router_hidden_size is None:
@@ -276,6 +290,7 @@ __all__ = [
     "FEATURE_LAYER_LAST",
     "CoralDraftConfig",
     "check_vocabulary",
+    "group_count",
     "group_size",
     "most_draft_tokens",
     "vocab_hash",

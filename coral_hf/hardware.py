@@ -1,6 +1,8 @@
 """What the machine is, and what it computes fast."""
 
 import platform
+import time
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +32,14 @@ def device_name(device: torch.device) -> str:
     return cpu_name() if device.type == "cpu" else f"{device.type} {platform.machine()}"
 
 
+def synchronized_clock(devices: Iterable[torch.device]) -> float:
+    """Seconds of a clock that waits until devices have done what they were given; a CPU has when a call returns."""
+    for device in devices:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 def native_bfloat16(device: torch.device | str | None = None) -> bool:
     """Whether a device (None: the accelerator, else the CPU) multiplies bf16 faster than float32.
 
@@ -43,4 +53,4 @@ def native_bfloat16(device: torch.device | str | None = None) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-__all__ = ["cpu_name", "default_device", "device_name", "native_bfloat16"]
+__all__ = ["cpu_name", "default_device", "device_name", "native_bfloat16", "synchronized_clock"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .configuration_coral import group_size
+from .configuration_coral import group_count, group_size
 from .few_rows import few_row_linear
 from .grouped_head import gathered_logits, grouped_logits, kept_copy, ordered_head
 
@@ -24,7 +24,7 @@ class LMHeadRouter(nn.Module):
     Args:
         hidden_size (`int`): H, width of the drafter's output.
         vocab_size (`int`): V; the last group is shorter where V does not divide evenly.
-        num_groups (`int`): G.
+        num_groups (`int`): G, lowered to the number of groups that hold an id (see `group_count`).
         router_hidden_size (`int`): width of the MLP.
         clustered (`bool`): has a `token_order`, see `training.token_clusters`.
     """
@@ -36,10 +36,10 @@ class LMHeadRouter(nn.Module):
     ):
         super().__init__()
         self.vocab_size = vocab_size
-        self.num_groups = num_groups
+        self.num_groups = group_count(vocab_size, num_groups)
         self.group_size = group_size(vocab_size, num_groups)
         self.up_proj = nn.Linear(hidden_size, router_hidden_size, bias=True)
-        self.down_proj = nn.Linear(router_hidden_size, num_groups, bias=True)
+        self.down_proj = nn.Linear(router_hidden_size, self.num_groups, bias=True)
         self.register_buffer("token_order", torch.arange(vocab_size, dtype=torch.int32) if clustered else None)
 
     @classmethod

@@ -179,7 +179,7 @@ class CoralDraftModel(PreTrainedModel):
         """Gives the drafter a new, untrained LM-head router, replacing any it has.
 
         Args:
-            num_groups (`int`): G.
+            num_groups (`int`): G; see `router_groups` of [`CoralDraftConfig`].
             active_groups (`int`, *optional*): groups computed per drafting step; defaults to a sixteenth.
             grouping (`str`): `"consecutive"` ids, or `"clustered"`; `CoralRouterTrainer` then finds the clusters.
 

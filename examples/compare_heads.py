@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-from coral_hf import CoralDraftModel, TargetAdapter, demo
+from coral_hf import TargetAdapter
+from coral_hf.commands.loading import DEMO, load_drafter, load_target
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.evaluation.methods import describe_drafter
 from coral_hf.training.data import ConversationDataset, read_rows
@@ -26,6 +27,9 @@ class ScriptArguments:
     drafter: str = field(metadata={"help": "Folder of a drafter with a router."})
     responses: list[str] = field(metadata={"help": "Responses to measure on."})
     counts: list[str] = field(metadata={"help": "Responses that token frequencies are counted on."})
+    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
+    dtype: str = field(default="float32", metadata={"help": "Of the target; probabilities are compared, not speeds."})
+    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
     steps: int = field(default=3, metadata={"help": "Rollout steps whose outputs the router sees."})
     threads: int = field(default=2, metadata={"help": "CPU threads."})
     json: str | None = field(default=None, metadata={"help": "Write the record here."})
@@ -37,7 +41,7 @@ def collect(drafter, adapter, dataset, steps: int):
     outputs, targets = [], []
     for index in range(len(dataset)):
         item = dataset[index]
-        ids, response = item["input_ids"][None], item["response_mask"][None]
+        ids, response = (item[name][None].to(adapter.device) for name in ("input_ids", "response_mask"))
         features = adapter.compute_features(ids).float()
         read = features[:, :-1, : drafter.config.num_target_features * adapter.hidden_size]
         rollout = drafter(adapter.embed(ids[:, 1:]).float(), read, num_steps=steps)
@@ -53,23 +57,22 @@ def collect(drafter, adapter, dataset, steps: int):
 def main() -> None:
     script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
     torch.set_num_threads(script.threads)
-    target, _ = demo.load_target(torch.float32)
-    drafter = CoralDraftModel.from_pretrained(script.drafter).float().eval()
+    target, _ = load_target(script.target, script.dtype, script.device)
+    drafter = load_drafter(script.drafter).float().to(target.device)
     layers = drafter.config.target_feature_layers  # the last layer's feature, which is predicted, comes last
     adapter, router = TargetAdapter(target, layers if layers[-1] == -1 else [*layers, -1]), drafter.router
     if router is None:
         raise SystemExit(f"--drafter {script.drafter} has no router; train one with coral-hf train --stage router.")
     vocab_size = adapter.vocab_size
     counts = ConversationDataset(read_rows(script.counts), None, 2048).response_counts(vocab_size)
-    rank = torch.empty(vocab_size, dtype=torch.long)
-    rank[counts.argsort(descending=True, stable=True)] = torch.arange(vocab_size)
+    rank = counts.argsort(descending=True, stable=True).argsort().to(target.device)
     hidden, features = collect(
         drafter, adapter, ConversationDataset(read_rows(script.responses), None, 2048), script.steps
     )
-    group_of = router.groups_of(torch.arange(vocab_size))
+    group_of = router.groups_of(torch.arange(vocab_size, device=target.device))
     sums: dict[tuple[str, int], torch.Tensor] = {}
     for chunk, target_chunk in zip(hidden.split(256), features.split(256), strict=True):
-        p = adapter.logits(target_chunk).softmax(-1)
+        p = adapter.logits(target_chunk).float().softmax(-1)
         best = p.argmax(-1, keepdim=True)
         place = router(chunk).argsort(-1, descending=True).argsort(-1)[:, group_of]  # [C, V]: its group's rank
         for share in (32, 16, 8, 4, 2):
@@ -79,7 +82,7 @@ def main() -> None:
             active["both"] = (place < max(1, groups // 2)) | (rank < size // 2)
             for name, mask in active.items():
                 covered, found = (p * mask).sum(-1).sum(), mask.gather(1, best).float().sum()
-                sums[name, share] = sums.get((name, share), torch.zeros(2)) + torch.stack([covered, found])
+                sums[name, share] = sums.get((name, share), torch.zeros(2)) + torch.stack([covered, found]).cpu()
     rows = [
         {"head": name, "active_share": 1 / share, "uncovered": 1 - (total[0] / len(hidden)).item()}
         | {"recall": (total[1] / len(hidden)).item()}

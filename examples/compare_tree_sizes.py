@@ -13,7 +13,7 @@ from statistics import mean
 import torch
 from transformers import HfArgumentParser
 
-from coral_hf import demo
+from coral_hf.commands.loading import DEMO, load_drafter, load_target
 from coral_hf.evaluation.benchmark import print_table, run_benchmark
 from coral_hf.evaluation.methods import PRESETS, Method
 from coral_hf.evaluation.prompts import read_prompts
@@ -29,8 +29,11 @@ COST_AWARE = ((8, 3, 16), (8, 4, 32))
 class Arguments:
     data: list[str] = field(metadata={"help": "Prompt files."})
     output: str = field(metadata={"help": "Folder for benchmark.json and sizes.json."})
+    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
+    drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
     tune: str | None = field(default=None, metadata={"help": "tune.json: its calibration and its best fixed tree."})
-    dtype: str = "bfloat16"
+    dtype: str = field(default="auto", metadata={"help": "auto: bfloat16 where it is computed natively."})
+    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
     limit: int = field(default=4, metadata={"help": "Prompts per file."})
     max_new_tokens: int = 48
     threads: int | None = None
@@ -59,8 +62,8 @@ def main():
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     prompts = read_prompts(arguments.data, arguments.limit)
-    target, tokenizer = demo.load_target(getattr(torch, arguments.dtype))
-    drafter = demo.load_drafter(target.dtype)
+    target, tokenizer = load_target(arguments.target, arguments.dtype, arguments.device)
+    drafter = load_drafter(arguments.drafter).to(device=target.device, dtype=target.dtype)
     methods = {f"fixed_{d}_{k}_{n}": dict(zip(NAMES, (d, k, n), strict=True)) for d, k, n in (*CHAINS, *TREES)}
     methods["eagle2"] = PRESETS["eagle2"]
     tuned = None

@@ -1,4 +1,4 @@
-"""The paper's tables in miniature: eagle, hass, coral and coral + router drafters for SmolLM2, speedup and tau.
+"""The paper's tables in miniature: eagle, hass, coral and coral + router drafters for one target, speedup and tau.
 
     python examples/reproduce_tables.py --data mt_bench.jsonl humaneval.jsonl gsm8k.jsonl \
         --responses responses/ --output outputs/tables          # trains what is not in outputs/tables yet
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-from coral_hf import CoralDraftModel, demo
 from coral_hf.cli import main as coral_hf
+from coral_hf.commands.loading import DEMO, load_drafter, load_target, resolve_device, resolve_dtype
 from coral_hf.evaluation.benchmark import run_benchmark
 from coral_hf.evaluation.methods import parse_methods
 from coral_hf.evaluation.prompts import read_prompts
@@ -33,6 +33,7 @@ ROUTED = "coral+router"
 class Arguments:
     data: list[str] = field(metadata={"help": "Prompt files, MT-bench, HumanEval and GSM8K."})
     output: str = field(metadata={"help": "Folder of the drafters trained here, and of benchmark.json."})
+    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
     responses: list[str] = field(default_factory=list, metadata={"help": "Response files to train on."})
     drafters: list[str] = field(default_factory=list, metadata={"help": "NAME=FOLDER of drafters trained elsewhere."})
     router_groups: int = field(default=64, metadata={"help": "Groups of the router."})
@@ -44,7 +45,8 @@ class Arguments:
     max_new_tokens: int = 64
     temperature: list[float] = field(default_factory=lambda: [0.0, 1.0])
     method: str = field(default="coral", metadata={"help": "How they draft, see coral-hf benchmark --method."})
-    dtype: str = "bfloat16"
+    dtype: str = field(default="auto", metadata={"help": "auto: bfloat16 where it is computed natively."})
+    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
     threads: int | None = None
 
 
@@ -64,7 +66,8 @@ def drafter_folders(arguments: Arguments) -> dict[str, str]:
 def train(arguments: Arguments, name: str, folder: Path, base: str | None) -> None:
     if not arguments.responses:
         raise SystemExit(f"{folder} holds no drafter: give --responses to train it, or --drafters NAME=FOLDER.")
-    command = ["train", "--data", *arguments.responses, "--output_dir", str(folder), "--report_to", "none"]
+    command = ["train", "--target", arguments.target, "--data", *arguments.responses, "--report_to", "none"]
+    command += ["--output_dir", str(folder)]
     command += ["--max_steps", str(arguments.max_steps), "--learning_rate", str(arguments.learning_rate)]
     if name == ROUTED:
         command += ["--stage", "router", "--drafter", base, "--router_groups", str(arguments.router_groups)]
@@ -80,11 +83,12 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     prompts = read_prompts(arguments.data, arguments.limit)
+    resolve_dtype(arguments.dtype, resolve_device(arguments.device))  # before anything is trained
     folders = drafter_folders(arguments)
-    target, tokenizer = demo.load_target(getattr(torch, arguments.dtype))
+    target, tokenizer = load_target(arguments.target, arguments.dtype, arguments.device)
     methods = []
     for name, folder in folders.items():
-        drafter = CoralDraftModel.from_pretrained(folder, dtype=target.dtype).to(target.device).eval()
+        drafter = load_drafter(folder).to(device=target.device, dtype=target.dtype)
         method = parse_methods([arguments.method], {folder: drafter})[0]
         method.name = name
         methods.append(method)

@@ -40,6 +40,7 @@ if __name__ == "__main__":
         eval_dataset=rows[: script.eval_rows],
         processing_class=tokenizer,
     )
+    trainer.data_names = script.data  # for the record behind the drafter's card
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():

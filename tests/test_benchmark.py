@@ -8,7 +8,7 @@ from conftest import make_drafter, make_target, make_tokenizer
 
 from coral_hf.cli import main
 from coral_hf.evaluation import benchmark
-from coral_hf.evaluation.benchmark import paired_speedup, result_row, run_benchmark
+from coral_hf.evaluation.benchmark import differences, paired_speedup, result_row, run_benchmark
 from coral_hf.evaluation.methods import Measurement, Method, measure, parse_methods
 from coral_hf.evaluation.plots import plot_benchmark
 from coral_hf.evaluation.prompts import Prompt
@@ -67,9 +67,19 @@ def test_divergences_are_counted_where_they_begin():
     assert row["identical"] == 1 and row["first_divergences"] == [0, 2] and row["speedup"] == 2.0
 
 
+def test_a_greedy_difference_is_said_where_there_must_be_none():
+    row = {"benchmark": "all", "temperature": 0.0, "n_prompts": 8, "method": "coral", "identical": 7}
+    rows = [row, row | {"method": "lookup", "identical": 8}, row | {"temperature": 1.0}, row | {"benchmark": "abc"}]
+    (line,) = differences({"environment": {"dtype": "float32"}, "runs": rows})
+    assert line.startswith("warning: 1 of 8 greedy answers of coral differ from plain generate's in float32")
+    assert differences({"environment": {"dtype": "bfloat16"}, "runs": rows}) == []
+
+
 def test_paired_speedup():
     assert paired_speedup([1.0], [3.0]) == {"speedup": 3.0, "speedup_quartiles": [3.0, 3.0]}
     assert paired_speedup([1.0, 2.0, 4.0], [2.0, 2.0, 16.0])["speedup"] == 2.0
+    # never outside of what was measured
+    assert paired_speedup([1.0, 1.0], [1.0, 2.0]) == {"speedup": 1.5, "speedup_quartiles": [1.25, 1.75]}
 
 
 def test_the_fastest_of_several_repeats_counts(pair, tmp_path, monkeypatch):

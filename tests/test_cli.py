@@ -132,6 +132,32 @@ def test_streamed_packed_and_compared_with_evaluation_prompts(folder, capsys, mo
         assert record["conversations"] == conversations and record["arguments"]["packing"] is True
 
 
+def test_a_training_that_goes_on_keeps_the_records_of_its_stages(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    rows = [{"turns": [f"w{i} w{i + 1}"], "responses": ["ok so be it"]} for i in range(6)]
+    for name in ("first.jsonl", "second.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["train", "--target", "target", "--dtype", "float32", "--report_to", "none", "--eval_rows", "0"]
+    first = ["--data", "first.jsonl", "--output_dir", "one", "--max_steps", "1"]
+    assert main([*common, *first]) == 0
+    # in its own folder, and then in another, with a file named by a whole path
+    assert (
+        main([*common, "--data", "second.jsonl", "--max_steps", "2", "--drafter", "one", "--output_dir", "one"]) == 0
+    )
+    last = ["--data", str(folder / "first.jsonl"), "second.jsonl", "--max_steps", "3", "--drafter", "one"]
+    assert main([*common, *last, "--output_dir", "two"]) == 0
+    names = ("training-1.json", "training-2.json", "training.json")
+    stages = [json.loads((folder / "two" / "training" / name).read_text()) for name in names]
+    assert [stage["steps"] for stage in stages] == [1, 2, 3] and {stage["target"] for stage in stages} == {"target"}
+    data = [["first.jsonl"], ["second.jsonl"], ["first.jsonl", "second.jsonl"]]
+    assert [stage["data"] for stage in stages] == data
+    card = (folder / "two" / "README.md").read_text()
+    places = [card.index(f"Stage `drafter` for `target`: {steps} steps") for steps in (1, 2, 3)]
+    assert places == sorted(places) and str(folder) not in card
+    assert main([*common, *first[:2], "--output_dir", "two", "--max_steps", "1"]) == 0  # a new one, of one stage
+    assert [path.name for path in (folder / "two" / "training").glob("training*.json")] == ["training.json"]
+
+
 def test_regenerate_train_benchmark(folder, capsys, monkeypatch):
     """Prompts -> responses -> drafter -> record, each by its verb; the three presets train by the same command."""
     monkeypatch.chdir(folder)
@@ -168,7 +194,10 @@ def test_regenerate_train_benchmark(folder, capsys, monkeypatch):
     shutil.copy(folder / "bench" / "benchmark.json", folder / "coral" / "training")
     assert main(["card", "coral"]) == 0
     card = (folder / "coral" / "README.md").read_text()
-    assert "`tree`: tree of 7 nodes" in card and "Stage `drafter`: 4 steps over 4 conversations" in card
+    assert (
+        "`tree`: tree of 7 nodes" in card
+        and "Stage `drafter` for `target`: 4 steps over 4 conversations of `responses.jsonl`," in card
+    )
     profile = json.loads((folder / "bench" / "step_time.json").read_text())["methods"]
     assert set(profile) == {"coral", "tree"}
     for row in profile.values():

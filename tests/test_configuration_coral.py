@@ -214,3 +214,10 @@ def test_an_embedding_scale_that_is_not_recorded_is_not_written():
     assert CoralDraftConfig(**json.loads(scaled.to_json_string())).target_embedding_scale == 48.0
     with pytest.raises(ValueError, match=r"target_embedding_scale=0\.0 must be positive"):
         CoralDraftConfig(target_embedding_scale=0.0)
+
+
+def test_the_commit_of_a_target_from_the_hub_is_recorded():
+    target = make_target(dtype=torch.float32).config
+    assert CoralDraftConfig.from_target(target).target_revision is None
+    target._commit_hash = "0" * 40
+    assert CoralDraftConfig.from_target(target).target_revision == "0" * 40

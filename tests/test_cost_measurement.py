@@ -99,14 +99,6 @@ def test_the_key_tells_machines_apart(pair, monkeypatch):
     assert len({json.dumps(key) for key in keys}) == 4
 
 
-def test_the_clock_waits_for_target_and_drafter(monkeypatch):
-    waited = []
-    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
-    devices = {torch.device(name) for name in ("cpu", "cuda:0", "cuda:1")}
-    cost_measurement._clock(devices)
-    assert set(waited) == {torch.device("cuda:0"), torch.device("cuda:1")} and len(waited) == 2
-
-
 @pytest.mark.parametrize("damage", ["cut off", "no JSON object", "another key", "no times", "too few sizes"])
 def test_what_cannot_be_used_is_measured_again(pair, counted, tmp_path, monkeypatch, damage):
     draft_costs(*pair, SETTINGS)

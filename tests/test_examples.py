@@ -182,6 +182,8 @@ def test_compare_heads(tiny_demo, tmp_path, monkeypatch, capsys):
     drafter = CoralDraftModel.from_pretrained(tiny_demo)
     drafter.add_router(16)
     drafter.save_pretrained(tmp_path / "routed")
+    with pytest.raises(ValueError, match="--dtype 'number' is unknown"):
+        run(monkeypatch, "compare_heads.py", "--drafter", str(tmp_path / "routed"), *common, "--dtype", "number")
     run(monkeypatch, "compare_heads.py", "--drafter", str(tmp_path / "routed"), *common)
     curve = json.loads(record.read_text())["curve"]
     assert {row["head"] for row in curve} == {"router", "list", "both"} and len(curve) == 15
@@ -209,7 +211,7 @@ def test_compare_tree_sizes_and_check_the_prediction(tiny_demo, prompt_file, tmp
     monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path / "cache"))
     for name in ("_MIN_ROUNDS", "_MAX_ROUNDS"):
         monkeypatch.setattr(cost_measurement, name, 1)
-    common = ["--data", str(prompt_file), "--dtype", "float32"]
+    common = ["--data", str(prompt_file), "--dtype", "float32", "--device", "cpu"]
     sizes = ["--draft-depth", "3", "--draft-top-k", "3", "--draft-total-tokens", "8", "--max-new-tokens", "8"]
     tune = ["tune", *common, "--drafter", str(tiny_demo), *sizes, "--output", str(tmp_path / "tune")]
     assert main(tune) == 0
@@ -237,12 +239,32 @@ def test_predict_speedup_from_numbers(monkeypatch, capsys):
         run(monkeypatch, "predict_speedup.py", *times)
 
 
+def test_predict_from_bandwidth(tmp_path, monkeypatch, capsys):
+    """The committed record is the command's, and says of every row what it is."""
+    path = tmp_path / "record.json"
+    run(monkeypatch, "predict_from_bandwidth.py", "--json", str(path))
+    assert all(line.startswith("predicted, not measured") for line in capsys.readouterr().out.splitlines())
+    record = json.loads(path.read_text())
+    assert record == json.loads((EXAMPLES / "records" / "predictions_7b.json").read_text())
+    rows = {(row["gpu"], row["target"], row["head"]): row for row in record["rows"]}
+    assert len(rows) == 12 and {row["figures"] for row in record["rows"]} == {"predicted, not measured"}
+    # Llama-2-7B by hand: 6.74 G weights without the embedding's 0.13 G, two bytes each, at 614.4 GB/s
+    row = rows["A6000", "Llama-2-7B-chat", "full"]
+    assert row["predicted_target_ms"] == pytest.approx(2 * (6.738e9 - 0.131e9) / 614.4e6, rel=1e-3)
+    step = row["predicted_target_ms"] + row["predicted_draft_ms"]
+    assert row["predicted_speedup"] == pytest.approx(row["predicted_target_ms"] * 3.951 / step, abs=0.01)
+    with pytest.raises(SystemExit, match="shares above 0"):
+        run(monkeypatch, "predict_from_bandwidth.py", "--achievable", "0")
+
+
 def test_reproduce_tables(tiny_demo, prompt_file, tmp_path, monkeypatch, capsys):
     data, output = tmp_path / "responses.jsonl", tmp_path / "tables"
     data.write_text("".join(json.dumps({"turn": 0, **row}) + "\n" for row in random_rows(80)))
     arguments = ["--data", str(prompt_file), "--responses", str(data), "--output", str(output), "--dtype", "float32"]
     arguments += ["--max_steps", "1", "--router_groups", "8", "--shortlist_size", "16", "--max_new_tokens", "4"]
     run(monkeypatch, "reproduce_tables.py", *arguments, "--limit", "1")
+    with pytest.raises(ValueError, match="--dtype 'number' is unknown"):
+        run(monkeypatch, "reproduce_tables.py", *arguments, "--dtype", "number")
     printed = capsys.readouterr().out
     assert "temperature 1" in printed and "coral+router" in printed and "the paper's own" in printed
     assert {path.name for path in output.iterdir() if path.is_dir()} == {"eagle", "hass", "coral", "coral+router"}

@@ -3,7 +3,7 @@
 import torch
 
 from coral_hf.commands.loading import resolve_device
-from coral_hf.hardware import default_device, native_bfloat16
+from coral_hf.hardware import default_device, native_bfloat16, synchronized_clock
 
 
 def test_a_cuda_build_without_a_gpu(monkeypatch):
@@ -20,3 +20,11 @@ def test_a_cuda_build_without_a_gpu(monkeypatch):
 def test_an_accelerator(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("xpu"))
     assert default_device() == torch.device("xpu") and native_bfloat16()
+
+
+def test_the_clock_waits_for_every_accelerator(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    devices = {torch.device(name) for name in ("cpu", "cuda:0", "xpu:1")}
+    assert synchronized_clock(devices) <= synchronized_clock([])
+    assert set(waited) == {torch.device("cuda:0"), torch.device("xpu:1")} and len(waited) == 2

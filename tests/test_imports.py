@@ -24,6 +24,7 @@ ALLOWED = {
     "configuration_checks": set(),
     "configuration_from_target": set(),
     "configuration_coral": {"configuration_checks", "configuration_from_target", "weight_files"},
+    "code_version": set(),
     "compat": set(),
     "few_rows": set(),
     "hardware": set(),
@@ -49,6 +50,7 @@ ALLOWED = {
         "user_cache",
     },
     "training": {
+        "code_version",
         "compat",
         "configuration_coral",
         "hardware",
@@ -60,6 +62,7 @@ ALLOWED = {
         "hub",
     },
     "evaluation": {
+        "code_version",
         "configuration_coral",
         "hardware",
         "lm_head_router",

@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, make_drafter, make_target, randomize
 from torch import nn
 
-from coral_hf import CoralDraftModel, TargetAdapter, coral_generate
+from coral_hf import CoralDraftConfig, CoralDraftModel, TargetAdapter, coral_generate
 from coral_hf.configuration_coral import group_size
 from coral_hf.generation.candidate_generator import CoralCandidateGenerator
 from coral_hf.lm_head_router import (
@@ -298,3 +298,41 @@ def test_router_and_shortlist_are_in_the_checkpoint(grouping, tmp_path):
     } | ({"router.token_order"} if grouping == "clustered" else set())
     for name, tensor in drafter.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "asked", "groups"),
+    [
+        (262_144, 768, 767),
+        (256_000, 768, 767),
+        (32_000, 768, 762),
+        (50_257, 768, 762),
+        (128_256, 512, 511),
+        (151_936, 768, 768),
+        (49_152, 768, 768),
+        (128, 100, 64),
+        (128, 1, 1),
+        (128, 129, 128),
+    ],
+)
+def test_any_number_of_groups(vocab_size, asked, groups, caplog):
+    """Groups of equal size that all hold an id, by the number that the config records."""
+    config = CoralDraftConfig(vocab_size=vocab_size, hidden_size=8, num_attention_heads=2, router_groups=asked)
+    assert config.router_groups == groups and config.router_active_groups == max(1, groups // 16)
+    assert len(caplog.records) == (groups < asked)
+    router = LMHeadRouter.from_config(config)
+    assert (router.num_groups, router.down_proj.out_features) == (groups, groups)
+    assert router.group_size == group_size(vocab_size, asked) == group_size(vocab_size, groups)
+    assert router.groups_of(torch.arange(vocab_size)).unique().tolist() == list(range(groups))
+    # said once: what is saved and loaded asks for the real number
+    again = CoralDraftConfig.from_dict(config.to_dict())
+    assert again.router_groups == groups and len(caplog.records) == (groups < asked)
+
+
+def test_a_lowered_number_of_groups_is_saved_and_loaded(tmp_path):
+    drafter = make_drafter(make_target())
+    assert drafter.add_router(100).num_groups == drafter.config.router_groups == 64
+    drafter.save_pretrained(tmp_path)
+    loaded = CoralDraftModel.from_pretrained(tmp_path)
+    assert loaded.router.num_groups == 64
+    assert torch.equal(loaded.router.down_proj.weight, drafter.router.down_proj.weight.to(loaded.dtype))

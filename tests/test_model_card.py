@@ -72,7 +72,9 @@ def make_record(digest: str | None, **changes) -> dict:
 def folder(tmp_path):
     """A tiny drafter's folder, with a place for records."""
     folder = tmp_path / "drafter"
-    drafter = make_drafter(make_target(dtype=torch.float32), target_name_or_path="org/target")
+    drafter = make_drafter(
+        make_target(dtype=torch.float32), target_name_or_path="org/target", target_revision="0" * 40
+    )
     drafter.save_pretrained(folder)
     (folder / "training").mkdir()
     return folder
@@ -114,6 +116,38 @@ def test_figures_are_the_records(folder, capsys):
     assert values[("gsm8k", "acceptance_length")] == 2.35 and values[("all", "speedup")] == 1.5
 
 
+def test_metadata_is_of_the_drafter(folder):
+    """Whatever was measured beside it, and in whichever order."""
+    runs = [row for row in make_record(None)["runs"] if row["method"] != "plain"]
+    runs.sort(key=lambda row: row["method"], reverse=True)
+    methods = {"lookup": {"prompt_lookup_num_tokens": 3}, "coral": {"draft_top_k": 1}}
+    add_record(folder, runs=runs, methods=methods)
+    found = {
+        (row.dataset_type, row.metric_type): row.metric_value
+        for row in ModelCard(render_card(folder)).data.eval_results
+    }
+    assert found[("gsm8k", "speedup")] == 1.62 and found[("all", "acceptance_length")] == 2.22
+    add_record(folder, runs=[row for row in runs if row["method"] == "lookup"], drafters={}, draft_settings={})
+    assert "model-index" not in render_card(folder)
+
+
+def test_a_benchmark_of_several_drafters_gives_each_its_own(folder):
+    digest = file_sha256(folder / "model.safetensors")
+    rows = make_record(None)["runs"]
+    runs = [
+        {**row, "method": f"{name}/coral"} for name in ("other", "own") for row in rows if row["method"] == "coral"
+    ]
+    runs = [row if row["method"] == "own/coral" else {**row, "speedup": 9.87} for row in runs]
+    runs += [row for row in rows if row["method"] == "lookup"]
+    drafters = {"other/coral": {"drafter_sha256": "f" * 64}, "own/coral": {"drafter_sha256": digest}}
+    methods = {name: {} for name in drafters}
+    add_record(folder, digest=None, runs=runs, drafters=drafters, methods=methods, draft_settings={})
+    text = render_card(folder)
+    assert "`own/coral` | gsm8k (10) | 2.35" in text and "`lookup` | gsm8k" in text
+    assert "other/coral" not in text and "9.87" not in text
+    assert {row.metric_value for row in ModelCard(text).data.eval_results} == {2.35, 1.62, 2.22, 1.5}
+
+
 def test_other_records(folder):
     """Stated facts, commands, log, training runs, identity checks and settings side by side."""
     add_record(folder)
@@ -125,6 +159,7 @@ def test_other_records(folder):
         "identical": 40,
         "acceptance_length": {"all": 1.519},
         "settings": {"draft_top_k": 1},
+        "sampled": [{"temperature": 1.0, "n_prompts": 40, "identical": 39}],
         "max_new_tokens": 128,
         "environment": ENVIRONMENT,
         "drafter_sha256": digest,
@@ -143,6 +178,7 @@ def test_other_records(folder):
     (training / "card.json").write_text(json.dumps(stated))
     text = render_card(folder)
     assert text.count("1.62x") == 1  # per benchmark in the first record only
+    assert "Sampled with the same seed at temperature 1: 39 of 40. Tau:" in text
     assert "Identity: 40 of 40" in text and "all 1.52" in text
     assert "| router | 6.2% | 12.3% | 90.0% |" in text
     assert "| 1,000 | 1.05 | 50% |" in text and "| 19,000 | 1.95 | 50% |" in text and text.count("| 50% |") == 8
@@ -174,6 +210,14 @@ def test_ablation(folder):
     [
         (lambda folder: None, "holds no benchmark.json: measure this drafter with `coral-hf benchmark"),
         (lambda folder: add_record(folder, digest="f" * 64), "measured another drafter"),
+        (
+            lambda folder: add_record(folder, digest=None),
+            "benchmark.json that says which drafter it measured: measure",
+        ),
+        (
+            lambda folder: add_record(folder, digest=None, drafters={"coral": {"drafter_sha256": "f" * 64}}),
+            "measured another drafter",
+        ),
         (lambda folder: add_record(folder, "benchmark_b.json", digest="f" * 64), "benchmark_b.json"),
         (lambda folder: add_record(folder, partial=True), "cut off"),
         (lambda folder: (folder / "training" / "benchmark.json").write_text("{"), "not valid JSON"),
@@ -202,11 +246,21 @@ def test_unmeasured(folder):
     text = (folder / "README.md").read_text()
     assert "| all | not measured | not measured |" in text and "model-index" not in text
     add_record(folder, digest=None)
-    text = render_card(folder)
+    text = render_card(folder, unmeasured=True)
     assert "does not say which drafter it measured" in text and "2.35" not in text
     add_record(folder, digest="f" * 64)
     text = render_card(folder, strict=False)
     assert "measured another drafter: its figures are not shown" in text and "2.35" not in text
+
+
+def test_what_is_cut_off_or_damaged_can_be_left_out(folder):
+    """As a training does at its end: the card is made, and says what is not in it."""
+    add_record(folder, partial=True)
+    for name in ("benchmark_b.json", "check_a.json", "ablation.json", "training-1.json"):
+        (folder / "training" / name).write_text("{")
+    text = write_card(folder, unmeasured=True, strict=False).read_text()
+    assert text.count("is damaged, or of a run that was cut off: it is left out.") == 5
+    assert "2.35" not in text and "| all | not measured | not measured |" in text
 
 
 def test_no_path_of_a_machine(folder, tmp_path):
@@ -216,6 +270,16 @@ def test_no_path_of_a_machine(folder, tmp_path):
     write_card(folder, unmeasured=True)
     assert str(tmp_path) not in (folder / "README.md").read_text()
     assert describe_drafter(CoralDraftModel.from_pretrained(folder))["drafter"] == "drafter"
+
+
+def test_what_may_be_a_folder_is_no_link(folder):
+    """`models/my-llama` on another machine looks like a Hub id, but has no revision there."""
+    assert "https://huggingface.co/org/target" in render_card(folder, unmeasured=True)
+    drafter = CoralDraftModel.from_pretrained(folder)
+    drafter.config.target_name_or_path, drafter.config.target_revision = "models/my-llama", None
+    drafter.save_pretrained(folder)
+    text = render_card(folder, unmeasured=True)
+    assert "models/my-llama" not in text and ModelCard(text).data.base_model is None
 
 
 def test_hash_is_of_the_weights_in_use(folder):

@@ -149,8 +149,9 @@ def workplace(tmp_path, monkeypatch):
     make_drafter(target).save_pretrained(tmp_path / "tiny")
     monkeypatch.setattr(demo, "load_target", lambda dtype=None, *_: (target, tokenizer))
     monkeypatch.setattr(demo, "drafter_path", lambda: tmp_path / "tiny")
-    prompts = [{"id": f"p{i}", "turns": [f"w{i} w{i + 1}"]} for i in range(4)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    prompts = [{"id": f"p{i}", "turns": [f"w{i} w{i + 1}"]} for i in range(5)]
+    for name, part in (("prompts.jsonl", prompts[:3]), ("eval_prompts.jsonl", prompts[3:])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
     rows = [{"turn": 0, **row} for row in random_rows(8)]
     (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)

@@ -81,10 +81,16 @@ def test_the_recipe_uses_options_that_exist(tmp_path):
             continue
         words = shlex.split(command[2].replace("$output", str(tmp_path)).replace("$target", "your/model"))
         verb = command[1]
+        verbs.append(verb)
+        if verb == "card":
+            assert words == [f"{tmp_path}/routed"]
+            continue
         types = [COMMANDS[verb]] + ([CoralTrainingArguments] if verb == "train" else [])
         parsed = HfArgumentParser(types).parse_args_into_dataclasses(args=_underscores(words))
         assert parsed[0].target == "your/model"
-        verbs.append(verb)
-    assert verbs == ["regenerate", "train", "train", "benchmark"]
+        if verb == "benchmark":  # on prompts that nothing was trained on, and where the card looks for it
+            assert parsed[0].data == ["$eval_prompts"] and parsed[0].output == f"{tmp_path}/routed/training"
+    assert verbs == ["regenerate", "train", "train", "benchmark", "card"]
+    assert '--check_overlap "$eval_prompts"' in text
     named = re.findall(r"[\w-]+/([\w.-]+)", text.partition("TARGET: ")[2].splitlines()[0])
     assert [name.lower().removesuffix("-hf").removeprefix("meta-") for name in named] == list(TARGETS)

@@ -131,4 +131,7 @@ def test_command(tmp_path, capsys, monkeypatch, request):
     assert "'fly' is unknown; choose coral, chain" in capsys.readouterr().err
     request.getfixturevalue("wrong_choice")
     assert main(good) == 1
-    assert "first difference: method coral, greedy, prompt p0, new token 4" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "first difference: method coral, greedy, prompt p0, new token 4" in printed
+    last = printed.strip().splitlines()[-1]
+    assert last == "warning: 4 of 4 answers differ from plain generate's in float32, where they must not."

@@ -62,7 +62,7 @@ class BenchmarkCommand:
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
-        from ..evaluation.benchmark import print_table, run_benchmark
+        from ..evaluation.benchmark import differences, print_table, run_benchmark
         from ..evaluation.methods import parse_methods
         from ..evaluation.plots import plot_benchmark
         from ..evaluation.step_profile import profile_methods
@@ -104,6 +104,8 @@ class BenchmarkCommand:
             profile = profile_methods(target, tokenizer, methods, prompts, self.output, tokens)
         for picture in plot_benchmark(record, self.output, profile):
             print(picture)
+        for line in differences(record):
+            print(line, file=sys.stderr)
         return 0
 
     def _prompts(self):

@@ -117,6 +117,7 @@ class TrainCommand:
             eval_dataset=eval_rows or None,
             processing_class=tokenizer,
         )
+        trainer.data_names = self.data
         if self.shortlist_size is not None:
             drafter.add_shortlist(
                 trainer.train_dataset.response_counts(drafter.config.vocab_size), self.shortlist_size

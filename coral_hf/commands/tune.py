@@ -13,6 +13,8 @@ from .loading import DEMO, load_drafter, load_target, require
 class TuneCommand:
     r"""Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
 
+    The costs that generate keeps for cost-aware drafts of the drafter's own sizes are measured anew.
+
     Example: coral-hf tune --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 8 \
         --dtype float32 --output outputs/tune
     """
@@ -38,6 +40,7 @@ class TuneCommand:
     def run(self) -> int:
         from ..evaluation.prompts import read_prompts
         from ..evaluation.tune import chosen_settings, print_record, save_settings, tune, write_record
+        from ..generation.cost_measurement import draft_costs
         from ..generation.settings import DraftSettings
 
         require("rich")
@@ -69,4 +72,8 @@ class TuneCommand:
         if self.save:
             save_settings(folder, settings)
             print(f"saved in {folder / 'config.json'}; measure again with `coral-hf benchmark`.")
+            for name, value in settings.items():
+                setattr(drafter.config, name, value)
+        # what was kept may be of a busier hour, or of before a change of this machine that its key does not show
+        draft_costs(target, drafter, DraftSettings.resolve(drafter.config), refresh=True)
         return 0

@@ -9,13 +9,13 @@ from .loading import DEMO, check_output_folder, load_drafter, load_target, requi
 
 @dataclass
 class VerifyCommand:
-    r"""Compare a drafter's answers with plain decoding token by token; exit status 1 if any differs.
+    r"""Compare a drafter's answers to first turns with plain decoding token by token; exit status 1 if any differs.
 
     Example: coral-hf verify --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 10 \
         --method coral chain_of_5:draft_depth=5,draft_top_k=1 --temperature 1 --output outputs/drafter/training
     """
 
-    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows; first turns are answered."})
+    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows; only first turns are answered."})
     target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
     method: list[str] = field(
@@ -54,5 +54,5 @@ class VerifyCommand:
         checks = verify(
             target, tokenizer, methods, prompts, self.max_new_tokens, self.temperature, self.seed, self.output
         )
-        print_checks(checks)
+        print_checks(checks, str(target.dtype).removeprefix("torch."))
         return 1 if any(check.different for check in checks) else 0

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..generation.statistics import DraftStats
 from .environment import describe_environment
 from .methods import (
+    EXACT_DTYPES,
     PLAIN,
     Measurement,
     Method,
@@ -34,7 +35,8 @@ def paired_speedup(plain: Sequence[float], other: Sequence[float]) -> dict[str, 
     The median over prompts is robust against a neighbour's burst; the spread says how much there was.
     """
     ratios = [after / before for before, after in zip(plain, other, strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    # inclusive: the exclusive form extrapolates past the data where there are few prompts
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return {"speedup": statistics.median(ratios), "speedup_quartiles": [quartiles[0], quartiles[2]]}
 
 
@@ -191,6 +193,20 @@ def _write(
     return record
 
 
+def differences(record: dict[str, Any]) -> list[str]:
+    """A line for every method whose greedy answers are not plain's although the dtype is exact enough for equality."""
+    if record["environment"]["dtype"] not in EXACT_DTYPES:
+        return []
+    rows = [row for row in record["runs"] if row["benchmark"] == "all" and not row["temperature"]]
+    return [
+        f"warning: {row['n_prompts'] - row['identical']} of {row['n_prompts']} greedy answers of {row['method']} differ from "
+        f"plain generate's in {record['environment']['dtype']}, where they must not; `coral-hf verify` shows the first "
+        "differing token."
+        for row in rows
+        if row["identical"] is not None and row["identical"] < row["n_prompts"]
+    ]
+
+
 def print_table(record: dict[str, Any]) -> None:
     """Prints a record's rows as a table."""
     try:
@@ -221,4 +237,4 @@ def print_table(record: dict[str, Any]) -> None:
     Console().print(table)
 
 
-__all__ = ["paired_speedup", "print_table", "run_benchmark"]
+__all__ = ["differences", "paired_speedup", "print_table", "run_benchmark"]

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,11 +14,14 @@ from transformers import GenerationConfig
 from ..configuration_coral import check_vocabulary
 from ..generation.hook import is_coral_drafter
 from ..generation.settings import DraftSettings
+from ..hardware import synchronized_clock
 from ..target_adapter import TargetAdapter
 from ..weight_files import drafter_sha256
 
 
 PLAIN = "plain"
+# in lower ones a near-tie may fall either way when several tokens are verified at once
+EXACT_DTYPES = ("float32", "float64")
 # what a method needs no settings for, by its name
 PRESETS: dict[str, dict[str, Any]] = {
     "coral": {},
@@ -177,11 +179,9 @@ def measure(
     if temperature > 0:
         torch.manual_seed(seed)
     with _assistant_settings(drafter, settings):
-        _synchronize(target.device)
-        start = time.perf_counter()
+        start = synchronized_clock([target.device])
         output = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **extra)
-        _synchronize(target.device)
-        seconds = time.perf_counter() - start
+        seconds = synchronized_clock([target.device]) - start
     return Measurement(output[0, ids.shape[1] :].tolist(), seconds, getattr(drafter, "last_stats", None))
 
 
@@ -199,11 +199,6 @@ def _assistant_settings(assistant: Any, settings: dict[str, Any]) -> Iterator[No
         yield
     finally:
         assistant.generation_config = own
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def first_difference(one: list[int], other: list[int]) -> int | None:
@@ -270,6 +265,7 @@ def draft_settings(method: Method) -> dict[str, Any]:
 
 
 __all__ = [
+    "EXACT_DTYPES",
     "PLAIN",
     "PRESETS",
     "Measurement",

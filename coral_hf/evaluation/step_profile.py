@@ -1,10 +1,10 @@
 """Where the time of a decoding step goes: target forward, drafter layer, draft head, tree, everything else."""
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +13,7 @@ import torch
 
 from ..generation.candidate_generator import CoralCandidateGenerator
 from ..generation.draft_tree import DraftTreeBuilder
+from ..hardware import synchronized_clock
 from ..lm_head_router import DraftHead
 from .environment import describe_environment
 from .methods import Method, describe_methods, measure
@@ -75,13 +76,8 @@ def profile_methods(
 
 @contextmanager
 def _timers(target: Any, drafter: Any, spent: dict[str, float]) -> Iterator[None]:
-    device = target.device
+    clock = partial(synchronized_clock, [target.device])
     proposing = False
-
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
 
     def timed(function, name):
         def run(*args, **kwargs):

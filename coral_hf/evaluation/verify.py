@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..generation.statistics import DraftStats
 from .environment import describe_environment
 from .methods import (
+    EXACT_DTYPES,
     Measurement,
     Method,
     check_drafter,
@@ -184,8 +185,8 @@ def _write(folder: Path, checks: list[Check], seed: int, shared: dict[str, Any])
     os.replace(part, path)
 
 
-def print_checks(checks: Sequence[Check]) -> None:
-    """Prints what was checked as a table, and the first difference of every check that failed."""
+def print_checks(checks: Sequence[Check], dtype: str) -> None:
+    """Prints what was checked as a table, the first difference of every check that failed, and what that means."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -202,6 +203,12 @@ def print_checks(checks: Sequence[Check]) -> None:
     for check in checks:
         if check.first is not None:
             print(check.first)
+    different = sum(len(check.different) for check in checks)
+    if different:
+        answers = f"{different} of {sum(check.n_prompts for check in checks)} answers differ from plain generate's"
+        exact = dtype in EXACT_DTYPES
+        why = "where they must not" if exact else "where near-ties may fall either way: check in float32 (--dtype)"
+        print(f"warning: {answers} in {dtype}, {why}.")
 
 
 __all__ = ["Check", "Difference", "print_checks", "verify"]

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..compat import cache_kwarg
 from ..few_rows import few_row_linears
-from ..hardware import cpu_name, device_name
+from ..hardware import cpu_name, device_name, synchronized_clock
 from ..modeling_coral import CoralDraftModel
 from ..user_cache import cache_dir
 from .cache import compact_cache
@@ -163,9 +163,9 @@ def _take_turns(
         if round_ >= _MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
         for name, part in parts.items():
-            before = _clock(devices)
+            before = synchronized_clock(devices)
             part()
-            times[name].append(1e3 * (_clock(devices) - before))
+            times[name].append(1e3 * (synchronized_clock(devices) - before))
     return times
 
 
@@ -216,13 +216,6 @@ def _verify(verifier: Verifier, generator: CoralCandidateGenerator, tree: DraftT
 def _propose(generator: CoralCandidateGenerator, ids: torch.Tensor, features: torch.Tensor, levels: int) -> None:
     generator.cache.length -= features.shape[1]
     generator.propose(ids, features, max_depth=levels)
-
-
-def _clock(devices: set[torch.device]) -> float:
-    for device in devices:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 __all__ = ["costs_key", "draft_costs", "measure_costs", "measured_sizes"]

@@ -20,11 +20,13 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def headline_rows(records: Records) -> list[dict[str, Any]]:
-    """The rows of `benchmark.json` whose figures go into the metadata: one method, every benchmark."""
+    """The rows of `benchmark.json` whose figures go into the metadata: one method of the drafter's, every benchmark."""
     main = next((record for name, record in records.benchmarks if name == "benchmark.json"), None)
     if main is None:
         return []
-    measured = [row["method"] for row in main["runs"] if row["method"] != "plain"]
+    # prompt lookup and assistants are measured beside the drafter: theirs are no figures of it
+    drafting = main.get("drafters") or main.get("draft_settings") or {}
+    measured = [row["method"] for row in main["runs"] if row["method"] in drafting]
     # the drafter's own settings, or the first that was measured
     own = [name for name, settings in main.get("methods", {}).items() if not settings and name in measured]
     method = next(iter([*own, *measured]), None)
@@ -70,6 +72,10 @@ def measured_section(records: Records, config: CoralDraftConfig) -> str:
     ]
     parts += [
         f"`{RECORD_FOLDER}/{name}` measured another drafter: its figures are not shown." for name in records.foreign
+    ]
+    parts += [
+        f"`{RECORD_FOLDER}/{name}` is damaged, or of a run that was cut off: it is left out."
+        for name in records.unusable
     ]
     return "\n\n".join(parts)
 
@@ -138,9 +144,13 @@ def _draft(record: dict[str, Any], method: str, config: CoralDraftConfig) -> str
 def _check(name: str, record: dict[str, Any]) -> str:
     lengths = ", ".join(f"{key} {_number(value)}" for key, value in record["acceptance_length"].items())
     settings = ", ".join(f"`{key}={value}`" for key, value in record["settings"].items())
+    sampled = "".join(
+        f" Sampled with the same seed at temperature {row['temperature']:g}: {row['identical']} of {row['n_prompts']}."
+        for row in record.get("sampled", ())
+    )
     return (
         f"Identity: {record['identical']} of {record['n_prompts']} greedy answers of {record['max_new_tokens']} tokens are "
-        f"plain `generate`'s to the token ({settings}). Tau: {lengths}. {_where(name, record)}"
+        f"plain `generate`'s to the token ({settings}).{sampled} Tau: {lengths}. {_where(name, record)}"
     )
 
 
@@ -273,10 +283,14 @@ def _ablation(record: dict[str, Any]) -> str:
 def _stage(stage: dict[str, Any]) -> str:
     environment, count = stage["environment"], stage["conversations"]
     conversations = "a stream of conversations" if count is None else f"{count:,} conversations"
+    # records of before these were kept lack them
+    data = f" of {', '.join(f'`{name}`' for name in stage['data'])}" if stage.get("data") else ""
+    target = f" for `{stage['target']}`" if stage.get("target") else ""
+    commit = f", commit {environment['commit']}" if environment.get("commit") else ""
     lines = [
-        f"Stage `{stage['stage']}`: {stage['steps']:,} steps over {conversations}, "
+        f"Stage `{stage['stage']}`{target}: {stage['steps']:,} steps over {conversations}{data}, "
         f"{stage['response_tokens_seen']:,} response tokens seen. {environment['device']}; torch {environment['torch']}, "
-        f"transformers {environment['transformers']}, coral_hf {environment['coral_hf']}.",
+        f"transformers {environment['transformers']}, coral_hf {environment['coral_hf']}{commit}.",
     ]
     if stage["arguments"]:
         arguments = ", ".join(f"`{key}={value}`" for key, value in sorted(stage["arguments"].items()))

@@ -48,7 +48,7 @@ def render_card(
         folder (`str` or `Path`): see `hub.records`.
         repo_id (`str`, *optional*): where it is published; else the text loads it from the folder.
         unmeasured (`bool`): accept a folder without a benchmark record; its figures are "not measured".
-        strict (`bool`): refuse records of another drafter; False leaves their figures out.
+        strict (`bool`): refuse records that are of another drafter, cut off or damaged; False leaves them out.
         stated (`dict`, *optional*): goes before the folder's `card.json`.
 
     Raises:
@@ -60,7 +60,7 @@ def render_card(
     config = CoralDraftConfig.from_pretrained(folder)
     folder = Path(folder).resolve()
     title = records.stated.get("title") or (repo_id or folder.name).split("/")[-1]
-    target = _public_name(config.target_name_or_path)
+    target = _public_name(config)
     load = records.stated.get("load") or _LOAD.format(
         target=target or "path/to/target", drafter=repo_id or f"path/to/{folder.name}"
     )
@@ -122,11 +122,15 @@ def _results(records: Records) -> list[EvalResult]:
     ]
 
 
-def _public_name(name: str | None) -> str | None:
-    """A Hub id, or None for what is a path on somebody's machine."""
+def _public_name(config: CoralDraftConfig) -> str | None:
+    """The target's Hub id, or None for what may be a path on somebody's machine.
+
+    `models/my-llama` reads like a Hub id: only what was loaded from the Hub has a revision there, which is recorded.
+    """
+    name = config.target_name_or_path
     if not name or name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).is_dir():
         return None
-    return name
+    return name if config.target_revision else None
 
 
 def _summary(records: Records, config: CoralDraftConfig, target: str | None) -> str:

@@ -6,7 +6,7 @@ A drafter's folder holds them under `training/`:
 - `check_*.json`: `coral-hf verify --output FOLDER/training`
 - `compare_heads*.json`: `examples/compare_heads.py --json`
 - `ablation.json`: `examples/ablate_training.py`; of small drafters trained for comparison, not of this one
-- `training*.json`, `log.jsonl`: written by [`CoralTrainer`]; `commands.sh`, `curve.png`: kept by hand
+- `training.json`, `log.jsonl`: written by [`CoralTrainer`], `training-N.json`: of earlier stages; `commands.sh`, `curve.png`: kept by hand
 - `card.json`: what no program knows (see `STATED`); no figures
 """
 
@@ -42,6 +42,7 @@ class Records:
         benchmarks, checks, heads (`list[tuple[str, dict]]`): name and content of records that measured this drafter.
         anonymous (`list[str]`): records that do not say which drafter they measured.
         foreign (`list[str]`): records of other drafters.
+        unusable (`list[str]`): files of a run that was cut off, or that are damaged.
         ablation (`dict`, *optional*): recipes side by side.
         stages (`list[dict]`): one per training run.
         log (`list[dict]`): the training log.
@@ -55,6 +56,7 @@ class Records:
     heads: list[tuple[str, dict]] = field(default_factory=list)
     anonymous: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
     ablation: dict | None = None
     stages: list[dict] = field(default_factory=list)
     log: list[dict] = field(default_factory=list)
@@ -67,7 +69,8 @@ def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = Tr
     Args:
         folder (`str` or `Path`): with `config.json` and `model.safetensors`.
         unmeasured (`bool`): accept a folder without a benchmark record.
-        strict (`bool`): refuse a benchmark or check of another drafter; False leaves its figures out.
+        strict (`bool`): refuse a benchmark or check of another drafter, and files that are cut off or damaged; False
+            leaves them out.
 
     Raises:
         ValueError: saying which file it is and what to do.
@@ -80,33 +83,57 @@ def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = Tr
     training = folder / RECORD_FOLDER
     benchmarks = sorted(training.glob("benchmark*.json"), key=lambda path: (path.name != "benchmark.json", path.name))
     for path in benchmarks:
-        record = read_json(path)
-        if "runs" not in record:  # a benchmark of something else than decoding
+        record = _read(records, path, strict)
+        if record is None or "runs" not in record:  # a benchmark of something else than decoding
             continue
         if record.get("partial"):
-            raise ValueError(f"{path} is of a run that was cut off; {_remedy(folder)}.")
-        _sort_in(records, path, record, records.benchmarks, strict)
-    if not (records.benchmarks or records.anonymous or records.foreign or unmeasured):
+            if strict:
+                raise ValueError(f"{path} is of a run that was cut off; {_remedy(folder)}.")
+            records.unusable.append(path.name)
+            continue
+        _sort_in(records, path, _own_part(record, records.sha256), records.benchmarks, strict)
+    # what is left out on request is known to be there; what names no drafter measured nothing of this one
+    if not (records.benchmarks or records.foreign or records.unusable or unmeasured):
+        which = " that says which drafter it measured" if records.anonymous else ""
         raise ValueError(
-            f"{training} holds no benchmark.json: {_remedy(folder)}, or ask for a card that says 'not measured' with "
-            "--unmeasured true."
+            f"{training} holds no benchmark.json{which}: {_remedy(folder)}, or ask for a card that says "
+            "'not measured' with --unmeasured true."
         )
     for path in sorted(training.glob("check_*.json")):
-        _sort_in(records, path, read_json(path), records.checks, strict)
+        if (record := _read(records, path, strict)) is not None:
+            _sort_in(records, path, record, records.checks, strict)
     for path in sorted(training.glob("compare_heads*.json")):
         # candidates that do not ship are compared too: theirs is no error
-        record = read_json(path)
-        if record.get("drafter_sha256") == records.sha256:
+        record = _read(records, path, strict)
+        if record is not None and record.get("drafter_sha256") == records.sha256:
             records.heads.append((path.name, record))
     if (training / "ablation.json").is_file():
-        records.ablation = read_json(training / "ablation.json")
-    records.stages = [read_json(path) for path in sorted(training.glob("training*.json"))]
+        records.ablation = _read(records, training / "ablation.json", strict)
+    stages = [_read(records, path, strict) for path in _in_order(training)]
+    records.stages = [stage for stage in stages if stage is not None]
     if (training / "log.jsonl").is_file():
         records.log = [row for _, row in read_jsonl(training / "log.jsonl")]
     if (training / "card.json").is_file():
-        records.stated = read_json(training / "card.json")
+        records.stated = _read(records, training / "card.json", strict) or {}
         check_stated(records.stated, str(training / "card.json"))
     return records
+
+
+def _in_order(training: Path) -> list[Path]:
+    """`training-1.json`, `training-2.json`, ... and last `training.json`."""
+    paths = training.glob("training*.json")
+    return sorted(paths, key=lambda path: (path.stem == "training", len(path.stem), path.stem))
+
+
+def _read(records: Records, path: Path, strict: bool) -> dict[str, Any] | None:
+    """The object in a file; None, and a line of the card, for what is none and may be left out."""
+    try:
+        return read_json(path)
+    except ValueError:
+        if strict:
+            raise
+    records.unusable.append(path.name)
+    return None
 
 
 def check_stated(stated: dict[str, Any], where: str) -> None:
@@ -122,6 +149,21 @@ def check_stated(stated: dict[str, Any], where: str) -> None:
             else isinstance(value, str)
         ):
             raise ValueError(f"{where}: {key}={value!r} must be a {'list of strings' if listed else 'string'}.")
+
+
+def _own_part(record: dict, sha256: str) -> dict:
+    """A benchmark of several drafters, cut to the rows of one and to those that need none."""
+    drafters, runs = record.get("drafters"), record["runs"]
+    if record.get("drafter_sha256") is not None or not (isinstance(drafters, dict) and isinstance(runs, list)):
+        return record
+    hashes = {name: of.get("drafter_sha256") if isinstance(of, dict) else None for name, of in drafters.items()}
+    own = [name for name, digest in hashes.items() if digest == sha256]
+    if not own:
+        # one that is known to be another's is no longer anonymous
+        return record if None in hashes.values() else {**record, "drafter_sha256": next(iter(hashes.values()), None)}
+    others = [name for name in drafters if name not in own]
+    runs = [row for row in runs if not (isinstance(row, dict) and row.get("method") in others)]
+    return {**record, "drafter_sha256": sha256, "drafters": {name: drafters[name] for name in own}, "runs": runs}
 
 
 def _sort_in(records: Records, path: Path, record: dict, measured: list, strict: bool) -> None:

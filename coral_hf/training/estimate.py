@@ -1,6 +1,5 @@
 """What a training will cost: measured on two real steps, or on paper from configs alone."""
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ..configuration_coral import CoralDraftConfig
+from ..hardware import synchronized_clock
 from ..modeling_coral import CoralDraftModel
 from .checkpoints import checkpoint_bytes
 
@@ -231,17 +231,10 @@ class _Clock(TrainerCallback):
         self.seconds = 0.0
 
     def on_step_begin(self, args: Any, *_: Any, **kwargs: Any) -> None:
-        self._synchronize(args.device)
-        self._start = time.perf_counter()
+        self._start = synchronized_clock([args.device])
 
     def on_step_end(self, args: Any, *_: Any, **kwargs: Any) -> None:
-        self._synchronize(args.device)
-        self.seconds += time.perf_counter() - self._start
-
-    @staticmethod
-    def _synchronize(device: torch.device) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        self.seconds += synchronized_clock([args.device]) - self._start
 
 
 def reset_peak(device: torch.device) -> None:

@@ -1,7 +1,6 @@
 """What a trainer writes for a drafter's card, and how it pushes."""
 
 import json
-import platform
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import transformers
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
+from ..code_version import code_commit
+from ..hardware import device_name
 from ..hub.model_card import write_card
 from ..hub.publish import hub_errors, prepare_folder, require_token
 from ..hub.records import RECORD_FOLDER
@@ -24,6 +25,10 @@ _NOT_RECIPE |= {"report_to", "use_cpu", "push_to_hub", "hub_model_id", "hub_priv
 
 class PublishingMixin(Trainer):
     """Saves and pushes a drafter with its card and training record; before [`~transformers.Trainer`] in the bases."""
+
+    # what `--data` named, for the record; None where rows came from elsewhere
+    data_names: list[str] | None = None
+    _earlier_stages: list[bytes] | None = None
 
     def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
         token = token if token is not None else self.args.hub_token
@@ -80,26 +85,49 @@ class PublishingMixin(Trainer):
         prepare_folder(self.args.output_dir, self.hub_model_id, stated)
 
     def write_training_record(self, folder: Path) -> None:
-        """Writes `training/training.json` and `training/log.jsonl`."""
+        """Writes `training/training.json` and `training/log.jsonl`, and `training-N.json` of the drafter's earlier stages."""
         training = folder / RECORD_FOLDER
         training.mkdir(parents=True, exist_ok=True)
-        device = self.args.device
+        if self._earlier_stages is None:  # before the first record, which may be written where they are
+            self._earlier_stages = _stages(self.model.config._name_or_path)
+            for path in training.glob("training-[0-9]*.json"):  # another drafter's, that this folder held
+                path.unlink()
+        for number, stage in enumerate(self._earlier_stages, start=1):
+            (training / f"training-{number}.json").write_bytes(stage)
         record = {
             "stage": self.args.stage,
+            "target": public_name(self.target_model.config._name_or_path),
+            "data": None if self.data_names is None else [public_name(name) for name in self.data_names],
             "steps": self.state.global_step,
             "conversations": _conversations(self.train_dataset),
             "response_tokens_seen": self.tokens_seen,
             "arguments": recipe(self.args),
             "environment": {
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
+                "device": device_name(self.args.device),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "coral_hf": _version(),
+                "commit": code_commit(),
             },
         }
         (training / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         rows = "".join(json.dumps(row) + "\n" for row in self.state.log_history)
         (training / "log.jsonl").write_text(rows, encoding="utf-8")
+
+
+def public_name(name: str | None) -> str | None:
+    """A Hub id, or the name alone of what is a path on somebody's machine."""
+    if name and (Path(name).exists() or Path(name).is_absolute()):
+        return Path(name).resolve().name
+    return name or None
+
+
+def _stages(folder: str | None) -> list[bytes]:
+    """The records of how a drafter was trained so far, the first stage first."""
+    paths = Path(folder, RECORD_FOLDER).glob("training*.json") if folder else ()
+    # training-1.json, training-2.json, ..., and training.json is the last
+    numbered = sorted(paths, key=lambda path: (path.stem == "training", len(path.stem), path.stem))
+    return [path.read_bytes() for path in numbered]
 
 
 def recipe(args: Any) -> dict[str, Any]:
@@ -128,4 +156,4 @@ def _version() -> str:
     return __version__
 
 
-__all__ = ["PublishingMixin", "recipe"]
+__all__ = ["PublishingMixin", "public_name", "recipe"]
