@@ -105,6 +105,7 @@ def test_two_processes_are_one_with_the_doubled_batch(kind, tmp_path, one_proces
     # going on from the middle ends in the same weights
     resumed = tmp_path / "resumed"
     options |= {"output": str(resumed), "resume": str(tmp_path / "checkpoint-2"), "seed": 9}
+    options["internal_save"] = True  # whole as well, whatever the state of a checkpoint
     launch(kind, PROGRAM, json.dumps(options), port=29620)
     assert_same_weights(weights(trained), weights(CoralDraftModel.from_pretrained(resumed)), rtol=0, atol=1e-9)
 

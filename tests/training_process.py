@@ -78,7 +78,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     metrics = trainer.evaluate() if options.get("evaluate") else {}
-    trainer.save_model()
+    trainer.save_model(_internal_call=options.get("internal_save", False))  # as `push_to_hub` does
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
         (output / "result.json").write_text(json.dumps({"history": history, "metrics": metrics}))

@@ -39,7 +39,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
             which needs `max_steps`, and read whole for evaluation.
         processing_class (*optional*): the target's tokenizer; its vocabulary hash must be the drafter's.
         peft_config (`PeftConfig`, *optional*): adapts the drafter to this (fine-tuned) target with adapters instead of
-            training it; `save_model` writes the merged drafter, and the adapters beside it.
+            training it; `save_model` and `push_to_hub` write the merged drafter, and the adapters beside it.
         **kwargs: as for [`~transformers.Trainer`].
 
     Raises:
