@@ -1,5 +1,7 @@
 """What a training is given: arguments and their presets, drafters, tokenizers and rows, and what of it is refused."""
 
+import re
+
 import pytest
 import torch
 from conftest import make_drafter, make_target
@@ -8,6 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from coral_hf import CoralDraftModel
+from coral_hf.cli import main
 from coral_hf.commands import loading
 from coral_hf.training import arguments
 from coral_hf.training.arguments import parse_schedule
@@ -117,3 +120,14 @@ def test_data_of_another_tokenizer_is_refused(tmp_path):
 def test_a_training_without_response_tokens_is_refused(tmp_path):
     with pytest.raises(ValueError, match="No conversation has a response token within max_length=3"):
         make_trainer(tmp_path, make_target(dtype=torch.float32), max_length=3)
+
+
+def test_several_gpus_of_one_process_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(arguments.CoralTrainingArguments, "n_gpu", property(lambda args: 2))
+    remedy = r"2 GPUs are visible to one process.*accelerate launch.*CUDA_VISIBLE_DEVICES"
+    with pytest.raises(ValueError, match=remedy):
+        make_trainer(tmp_path, make_target(dtype=torch.float32))
+    # before files are read or models loaded
+    words = ["train", "--data", "absent.jsonl", "--target", "absent", "--output_dir", str(tmp_path)]
+    assert main([*words, "--report_to", "none", "--use_cpu", "true"]) == 2
+    assert re.search(remedy, capsys.readouterr().err)

@@ -7,6 +7,16 @@ from torch import nn
 from ..target_adapter import TargetAdapter
 
 
+def check_devices(args: Any) -> None:
+    """Raises `ValueError` where `Trainer` would run the drafter on several GPUs of one process (`DataParallel`): the
+    target, which computes the features, is on one of them."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which trains on one: start a process for each with `accelerate "
+            "launch` (--multi_gpu), or make one visible (CUDA_VISIBLE_DEVICES=0)."
+        )
+
+
 def place_target(adapter: TargetAdapter, accelerator: Any, shard: bool = False) -> None:
     """Puts the target onto this process's device once; it is never wrapped, trained or saved with the drafter.
 
@@ -98,4 +108,4 @@ def check_packing(adapter: TargetAdapter) -> None:
         )
 
 
-__all__ = ["check_packing", "decoder_layers", "place_target", "plain_sharding"]
+__all__ = ["check_devices", "check_packing", "decoder_layers", "place_target", "plain_sharding"]

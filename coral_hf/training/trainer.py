@@ -20,7 +20,7 @@ from .faults import StopOnNonFiniteGradient
 from .feature_cache import FeatureCache
 from .losses import chunked_classification_loss, csra_loss, regression_loss
 from .metrics import WeightedMeans, chain_length
-from .placement import check_packing, place_target, plain_sharding
+from .placement import check_devices, check_packing, place_target, plain_sharding
 from .publishing import PublishingMixin
 from .simulation import ChainStatistics
 from .training_rows import encode_dataset, encode_training_dataset, first_item
@@ -43,7 +43,8 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         **kwargs: as for [`~transformers.Trainer`].
 
     Raises:
-        ValueError: if drafter and target or tokenizer do not belong together, or no response token is left.
+        ValueError: if drafter and target or tokenizer do not belong together, no response token is left, or one process
+            would train on several GPUs.
     """
 
     model_accepts_loss_kwargs = True
@@ -62,6 +63,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         **kwargs: Any,
     ):
         args = args or CoralTrainingArguments(output_dir="outputs/coral")
+        check_devices(args)
         if model.config.draft_vocab_size is not None:
             raise ValueError(
                 f"This drafter has an LM head of its own (draft_vocab_size={model.config.draft_vocab_size}), which the "
