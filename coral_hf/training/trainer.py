@@ -135,8 +135,9 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         config = self.model.config
         cache = FeatureCache(directory, self.adapter, f"{config.target_name_or_path} {config.target_revision}")
         rows = [dataset[i]["input_ids"] for dataset in datasets if dataset is not None for i in range(len(dataset))]
-        cache.fill(rows, rank=self.args.process_index, world_size=self.args.world_size)
-        self.accelerator.wait_for_everyone()
+        wait = self.accelerator.wait_for_everyone
+        cache.fill(rows, rank=self.args.process_index, world_size=self.args.world_size, barrier=wait)
+        wait()
         cache.refresh()  # what the other processes wrote
         self.data_collator.feature_cache = cache
 
