@@ -61,7 +61,7 @@ def main() -> None:
         target_model=target,
         args=make_args(output, **options["settings"]),
         train_dataset=random_rows(options.get("rows", 16)),
-        eval_dataset=random_rows(4, seed=3) if options.get("evaluate") else None,
+        eval_dataset=random_rows(5, seed=3) if options.get("evaluate") else None,
     )
     if options.get("step_file"):
         step = trainer.training_step

@@ -16,17 +16,17 @@ from .arguments import CoralTrainingArguments
 from .checkpoints import CheckpointMixin
 from .curves import DrawLearningCurve
 from .data import IGNORED_LABEL, CoralDataCollator, check_ids, preview
+from .evaluation import ChainTotals, EvaluationMixin
 from .faults import StopOnNonFiniteGradient
 from .feature_cache import FeatureCache
 from .losses import chunked_classification_loss, csra_loss, regression_loss
 from .metrics import WeightedMeans, chain_length
 from .placement import check_devices, check_packing, place_target, plain_sharding
 from .publishing import PublishingMixin
-from .simulation import ChainStatistics
 from .training_rows import encode_dataset, encode_training_dataset, first_item
 
 
-class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
+class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
     """Trains a [`CoralDraftModel`] with a K-step rollout (HASS), the classification and regression losses of EAGLE and
     CSRA (CORAL section 3).
 
@@ -35,7 +35,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         target_model (`PreTrainedModel`): the frozen target; never saved, never trained.
         args ([`CoralTrainingArguments`])
         train_dataset, eval_dataset: [`ConversationDataset`], a `datasets.Dataset`, or a list of training rows (see
-            [`encode_row`]). Rows without a length (`RowStream`, `datasets.IterableDataset`) are streamed in training,
+            [`encode_row`]); `eval_dataset` also a `dict` of those. Rows without a length (`RowStream`, `datasets.IterableDataset`) are streamed in training,
             which needs `max_steps`, and read whole for evaluation.
         processing_class (*optional*): the target's tokenizer; its vocabulary hash must be the drafter's.
         peft_config (`PeftConfig`, *optional*): adapts the drafter to this (fine-tuned) target with adapters instead of
@@ -79,11 +79,13 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
             model = add_adapters(model, peft_config, self.adapter)
         if args.packing:
             check_packing(self.adapter)
-        eval_dataset = encode_dataset(eval_dataset, processing_class, args)
+        eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        eval_sets = {name: encode_dataset(rows, processing_class, args) for name, rows in eval_sets.items()}
+        eval_dataset = eval_sets if isinstance(eval_dataset, dict) else eval_sets[""]
         conversations, train_dataset = encode_training_dataset(
             train_dataset, processing_class, args, self.adapter.vocab_size
         )
-        for dataset in (conversations, eval_dataset):
+        for dataset in (conversations, *eval_sets.values()):
             check_ids(dataset, self.adapter.vocab_size)
         collator = kwargs.pop("data_collator", None) or CoralDataCollator(self._pad_token_id(processing_class))
         super().__init__(
@@ -106,7 +108,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         self._shortlist = self._frequent_ids()
         self.tokens_seen = 0
         if args.cache_features is not None:
-            self._fill_cache(args.cache_features, [conversations, eval_dataset])
+            self._fill_cache(args.cache_features, [conversations, *eval_sets.values()])
         if processing_class is not None and train_dataset is not None and self.is_world_process_zero():
             sample = preview(first_item(train_dataset), processing_class)
             print(f"First sample, trained tokens between ⟦ and ⟧:\n{sample}")
@@ -256,9 +258,16 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
             metrics["csra"] = contrast, count
         if model.training:
             self._metrics.add(metrics)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            total = total * self.accelerator.num_processes
+        total = self._finish_loss(total, model, inputs, num_items_in_batch)
         return (total, outputs) if return_outputs else total
+
+    def _finish_loss(self, loss: torch.Tensor, model: nn.Module, inputs: dict, num_items: Any) -> torch.Tensor:
+        """This process's part of a loss, such that the mean of all processes' gradients is the whole batch's."""
+        if self.args.average_tokens_across_devices and num_items is not None:
+            loss = loss * self.accelerator.num_processes
+        if model.training and self.is_deepspeed_enabled:  # whose backward updates the weights
+            self._finite.check_loss(inputs, loss, self.args, self.state)
+        return loss
 
     def _loss_tokens(self, labels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Tokens of this batch's classification loss and their logit offsets, both `[A]`; None, None: all, exactly.
@@ -292,50 +301,22 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
             logs["response_tokens"] = self.tokens_seen
         super().log(logs, *args, **kwargs)
 
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Simulates greedy chains over the evaluation set with the exact head.
+    def _start_evaluation(self) -> Any:
+        return ChainTotals(self.args.eval_chain_depth)
 
-        Returns:
-            `dict`: `{prefix}_loss` (cross-entropy of step 1), `{prefix}_acceptance_k` (conditional, per depth) and
-            `{prefix}_acceptance_length` (tau of a chain of `eval_chain_depth`, pooled, bonus token included).
-        """
-        eval_dataset = encode_dataset(eval_dataset, self.processing_class, self.args)
-        check_ids(eval_dataset, self.adapter.vocab_size)
-        model = self._wrap_model(self.model, training=False)
-        if self.is_fsdp_enabled and self.model is self.model_wrapped:
-            self.model.to(self.args.device)  # not sharded yet: `Trainer` leaves it where it was
-        was_training = self.model.training
-        model.eval()
-        statistics = ChainStatistics(self.args.eval_chain_depth)
-        loss = torch.zeros(2, dtype=torch.float64)
-        for inputs in self.get_eval_dataloader(eval_dataset):
-            inputs = self._prepare_inputs(inputs)
-            with self.compute_loss_context_manager():
-                outputs, targets, trained = self.rollout(model, inputs, self.args.eval_chain_depth)
-                matches = torch.zeros(len(outputs.hidden_states), *trained.shape, dtype=torch.bool)
-                valid = torch.stack([step[trained] for step in outputs.valid])
-                result = chunked_classification_loss(
-                    torch.stack([step[trained] for step in outputs.hidden_states]),
-                    targets[trained],
-                    self.adapter.logits,
-                    valid=valid,
-                    chunk_size=self.args.loss_chunk_size,
-                )
-                matches[:, trained.cpu()] = result.match.cpu()
-                count = int(valid[0].sum())
-                loss += torch.tensor([float(result.loss[0]) * count, count], dtype=torch.float64)
-            statistics.add(matches, trained.cpu())
-        if self.accelerator.num_processes > 1:
-            statistics.reduce(self.accelerator)
-            loss = self.accelerator.reduce(loss.to(self.args.device), "sum").cpu()
-        metrics = {f"{metric_key_prefix}_loss": (loss[0] / loss[1].clamp(min=1)).item()}
-        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in statistics.summary().items()}
-        metrics[f"{metric_key_prefix}_response_tokens_seen"] = self.tokens_seen
-        self.model.train(was_training)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    def _evaluate_batch(self, totals: Any, model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+        outputs, targets, trained = self.rollout(model, inputs, self.args.eval_chain_depth)
+        matches = torch.zeros(len(outputs.hidden_states), *trained.shape, dtype=torch.bool)
+        valid = torch.stack([step[trained] for step in outputs.valid])
+        result = chunked_classification_loss(
+            torch.stack([step[trained] for step in outputs.hidden_states]),
+            targets[trained],
+            self.adapter.logits,
+            valid=valid,
+            chunk_size=self.args.loss_chunk_size,
+        )
+        matches[:, trained.cpu()] = result.match.cpu()
+        totals.add(result.loss[0], int(valid[0].sum()), matches, trained.cpu())
 
 
 def check_pair(drafter: CoralDraftModel, adapter: TargetAdapter, tokenizer: Any = None) -> None:
