@@ -186,6 +186,7 @@ def test_the_order_of_rows_depends_on_seed_and_epoch(tmp_path):
     assert first == again != second and sorted(first) == list(range(16))
     assert orders(2, 4) == [first, second, first]
     assert orders(8, 1, seed=7)[0] != first
+    assert orders(8, 1, seed=7, data_seed=0) == orders(8, 1, seed=9, data_seed=0)  # 0 is a seed
     trainer = make_trainer(tmp_path, make_target(dtype=torch.float32), train_sampling_strategy="random")
     assert isinstance(trainer._get_train_sampler(), torch.utils.data.RandomSampler)
 

@@ -217,7 +217,8 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         # the state's, because a loader that skips batches does not pass `set_epoch` on
         epoch = int(self.trainer.state.epoch or 0)
         args = self.trainer.args
-        generator = torch.Generator().manual_seed((args.data_seed or args.seed) + epoch)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        generator = torch.Generator().manual_seed(seed + epoch)
         return iter(get_length_grouped_indices(self.lengths, self.trainer._global_batch(), generator=generator))
 
 
