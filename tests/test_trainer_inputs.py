@@ -15,6 +15,7 @@ from coral_hf.commands import loading
 from coral_hf.training import arguments
 from coral_hf.training.arguments import parse_schedule
 from coral_hf.training.trainer import CoralTrainer
+from coral_hf.training.training_rows import encode_dataset
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_long_conversations_are_cut_and_other_columns_left_out(tmp_path, capsys)
         remove_unused_columns=True,
         max_steps=1,
     )
-    assert f"conversations cut at max_length={longest - 1}, 0 of them left out" in capsys.readouterr().out
+    assert f"conversations cut at max_length={longest - 1}; 0 left out" in capsys.readouterr().out
     trainer.train()
     assert trainer.state.global_step == 1
 
@@ -131,3 +132,20 @@ def test_several_gpus_of_one_process_are_refused(tmp_path, monkeypatch, capsys):
     words = ["train", "--data", "absent.jsonl", "--target", "absent", "--output_dir", str(tmp_path)]
     assert main([*words, "--report_to", "none", "--use_cpu", "true"]) == 2
     assert re.search(remedy, capsys.readouterr().err)
+
+
+def test_what_was_left_out_is_said_once(tmp_path, capsys, monkeypatch):
+    rows = [*random_rows(4), {"prompt_ids": [5], "response_ids": [7]}]  # too short for a drafter, but not cut
+    args = make_args(tmp_path)
+    assert len(encode_dataset(rows, None, args)) == 4
+    assert "0 conversations cut at max_length=2048; 1 left out" in capsys.readouterr().out
+    monkeypatch.setattr(type(args), "process_index", property(lambda args: 1))
+    assert len(encode_dataset(rows, None, args)) == 4
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows", [["a text", "another"], {"a": ["a text"]}])
+def test_rows_that_are_no_objects_are_refused(rows, tmp_path):
+    given = {"eval_dataset": rows} if isinstance(rows, dict) else {"rows": rows}
+    with pytest.raises(ValueError, match=r"row 0 is 'a text', of type str: give objects with the columns"):
+        make_trainer(tmp_path, make_target(dtype=torch.float32), **given)

@@ -1,6 +1,6 @@
 """Encoded conversations and batches of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ def encode_rows(
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Rows -> ids and response masks, cut at `max_length`; adds what was cut and left out to `counts`."""
     for index, row in enumerate(rows):
-        ids, mask = encode_row(row, tokenizer, where=f"row {row.get('id', index)!r}")
+        name = row.get("id", index) if isinstance(row, Mapping) else index
+        ids, mask = encode_row(row, tokenizer, where=f"row {name!r}")
         if max_length is not None and len(ids) > max_length:
             ids, mask = ids[:max_length], mask[:max_length]
             counts["truncated"] += 1

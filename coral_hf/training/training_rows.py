@@ -11,14 +11,14 @@ from .streaming import StreamedConversations
 
 
 def encode_dataset(rows: Any, tokenizer: Any, args: CoralTrainingArguments) -> ConversationDataset | None:
-    """Rows, or a data set of conversations, as a data set; prints how many were cut at `max_length` or left out."""
+    """Rows, or a data set of conversations, as a data set; the first process says how many were cut or left out."""
     if rows is None or isinstance(rows, ConversationDataset):
         return rows
     encoded = ConversationDataset(rows, tokenizer, args.max_length)
-    if encoded.truncated or encoded.dropped:
+    if (encoded.truncated or encoded.dropped) and args.process_index == 0:
         print(
-            f"{encoded.truncated} conversations cut at max_length={args.max_length}, {encoded.dropped} of them "
-            "left out because no response token remained."
+            f"{encoded.truncated} conversations cut at max_length={args.max_length}; {encoded.dropped} left out, "
+            "without a response token within it that a drafter predicts."
         )
     return encoded
 
@@ -37,7 +37,10 @@ def encode_training_dataset(
     if conversations is None or not args.packing:
         return conversations, conversations
     packed = PackedConversations(conversations, args.max_length)
-    print(f"{len(conversations)} conversations packed into {len(packed)} rows of at most {args.max_length} tokens.")
+    if args.process_index == 0:
+        print(
+            f"{len(conversations)} conversations packed into {len(packed)} rows of at most {args.max_length} tokens."
+        )
     return conversations, packed
 
 
