@@ -51,7 +51,7 @@ class CoralRouterTrainer(CoralTrainer):
             self._metrics.add({name: (value, rows) for name, value in metrics.items()})
         # A row counts the same in whichever batch it lies: how many of later steps' rows are there differs.
         items = max(count, 1) if num_items_in_batch is None else num_items_in_batch
-        loss = self._finish_loss(loss * (rows / (num_steps * items)), model, inputs, num_items_in_batch)
+        loss = self._finish_loss(loss * rows / (num_steps * items), model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _router_terms(self, model, inputs, num_steps: int):
