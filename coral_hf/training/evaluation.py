@@ -19,6 +19,7 @@ class EvaluationMixin(Trainer):
 
     adapter: Any
     tokens_seen: int
+    control: Any
 
     def _start_evaluation(self) -> Any:
         """What sums up: `drain(accelerator)` returns its values over all processes."""
