@@ -90,6 +90,23 @@ def unknown_id(token: int, vocab_size: int) -> ValueError:
     )
 
 
+def check_lengths(dataset: Any, positions: int | None) -> None:
+    """Raises `ValueError` if a conversation is longer than the target has positions; a stream checks on its way."""
+    if dataset is None or positions is None or not hasattr(dataset, "conversations"):
+        return
+    longest = max((len(ids) for ids, _ in dataset.conversations), default=0)
+    if longest > positions:
+        raise too_long(longest, positions)
+
+
+def too_long(length: int, positions: int) -> ValueError:
+    """The error for a conversation past the target's positions."""
+    return ValueError(
+        f"A conversation has {length} tokens, but the target has {positions} positions (max_position_embeddings), past "
+        f"which its features mean nothing: cut it there with max_length={positions} (--max_length)."
+    )
+
+
 def preview(item: dict[str, torch.Tensor], tokenizer: Any) -> str:
     """The first sample as text, its trained tokens between `⟦` and `⟧`."""
     pieces, inside = [], False
@@ -156,4 +173,12 @@ def _positions(lengths: list[list[int]], width: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
-__all__ = ["ConversationDataset", "CoralDataCollator", "check_ids", "encode_row", "preview", "read_rows"]
+__all__ = [
+    "ConversationDataset",
+    "CoralDataCollator",
+    "check_ids",
+    "check_lengths",
+    "encode_row",
+    "preview",
+    "read_rows",
+]

@@ -24,7 +24,7 @@ def encode_dataset(rows: Any, tokenizer: Any, args: CoralTrainingArguments) -> C
 
 
 def encode_training_dataset(
-    rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size: int
+    rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size: int, positions: int | None = None
 ) -> tuple[ConversationDataset | None, Any]:
     """Training rows as conversations (None for a stream) and as what batches are made of, packed or streamed.
 
@@ -32,7 +32,7 @@ def encode_training_dataset(
         ValueError: on settings that a stream cannot serve.
     """
     if rows is not None and not has_length(rows):
-        return None, _stream(rows, tokenizer, args, vocab_size)
+        return None, _stream(rows, tokenizer, args, vocab_size, positions)
     conversations = encode_dataset(rows, tokenizer, args)
     if conversations is None or not args.packing:
         return conversations, conversations
@@ -44,7 +44,9 @@ def encode_training_dataset(
     return conversations, packed
 
 
-def _stream(rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size: int) -> StreamedConversations:
+def _stream(
+    rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size: int, positions: int | None
+) -> StreamedConversations:
     refused = {
         "cache_features": (args.cache_features, "its features are computed once, for rows that are known"),
         "loss_vocab_size": (args.loss_vocab_size, "it counts the tokens of all responses first"),
@@ -64,6 +66,7 @@ def _stream(rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size:
         seed=args.seed if args.data_seed is None else args.data_seed,
         buffer_size=args.stream_buffer_size,
         packing=args.packing,
+        positions=positions,
     )
 
 
