@@ -14,6 +14,9 @@ from coral_hf.cli import main
 from coral_hf.commands import loading
 from coral_hf.training import arguments
 from coral_hf.training.arguments import parse_schedule
+from coral_hf.training.losses import default_chunk_size
+from coral_hf.training.publishing import recipe
+from coral_hf.training.slot_cache import SlotCache
 from coral_hf.training.trainer import CoralTrainer
 from coral_hf.training.training_rows import encode_dataset
 
@@ -28,6 +31,9 @@ from coral_hf.training.training_rows import encode_dataset
         ({"rollout_schedule": "1:x"}, "write 'K' or 'K:fraction,K:fraction'"),
         ({"rollout_schedule": "0"}, "with K >= 1"),
         ({"csra_temperature": 0.0}, "csra_temperature=0.0 must be positive"),
+        ({"step_decay": 0.0}, "step_decay=0.0 must be positive"),
+        ({"feature_noise": -0.1}, "feature_noise=-0.1 must not be negative"),
+        ({"loss_negatives": -1}, "loss_negatives=-1 must not be negative"),
         ({"loss_chunk_size": 0}, "loss_chunk_size=0 must be at least 1"),
         ({"regression_loss_weight": -1.0}, "regression_loss_weight=-1.0 must not be negative"),
         ({"topk_loss_weight": 1.0, "classification_loss_weight": 0.0}, "topk_loss_weight=1.0 is computed with"),
@@ -149,3 +155,40 @@ def test_rows_that_are_no_objects_are_refused(rows, tmp_path):
     given = {"eval_dataset": rows} if isinstance(rows, dict) else {"rows": rows}
     with pytest.raises(ValueError, match=r"row 0 is 'a text', of type str: give objects with the columns"):
         make_trainer(tmp_path, make_target(dtype=torch.float32), **given)
+
+
+def test_chunks_of_the_loss_by_device(tmp_path):
+    sizes = [
+        default_chunk_size(*what) for what in (("cpu", 49152), ("cuda", 49152), ("cuda", 262144), ("cpu", 262144))
+    ]
+    assert sizes == [256, 2048, 1024, 256]
+    trainer = make_trainer(tmp_path, make_target(dtype=torch.float32), loss_chunk_size=None)
+    assert trainer._chunk_size == 256
+    assert "loss_chunk_size" not in recipe(trainer.args)
+
+
+def test_conversations_past_the_targets_positions_are_refused(tmp_path):
+    target, long = make_target(dtype=torch.float32), {"prompt_ids": [5] * 300, "response_ids": [7] * 213}
+    message = r"A conversation has 513 tokens, but the target has 512 positions .*max_length=512"
+    for given in ({"rows": [long]}, {"eval_dataset": [long]}, {"rows": RowStreamOf([long]), "max_steps": 1}):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, target, **given).train()
+    make_trainer(tmp_path, target, rows=[long], max_length=512)
+
+
+class RowStreamOf:
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_a_target_on_several_devices_is_refused(tmp_path):
+    target = make_target(dtype=torch.float32)
+    target.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1, "lm_head": "cpu"}
+    message = r"The target lies on several devices \(0, 1, cpu\).*without a device_map.*shard_target"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, target)
+    with pytest.raises(ValueError, match=message):
+        SlotCache(target, 2, 16)

@@ -61,7 +61,7 @@ class CoralRouterTrainer(CoralTrainer):
         router = self.model.router
         # Every step predicts the same rows: one pass of the target's head serves them all.
         mass, best = target_group_mass(
-            targets[trained], self.adapter.logits, router.group_mass, chunk_size=self.args.loss_chunk_size
+            targets[trained], self.adapter.logits, router.group_mass, chunk_size=self._chunk_size
         )
         kept = [valid[trained] for valid in outputs.valid]
         pairs = list(zip(outputs.group_logits, kept, strict=True))

@@ -15,11 +15,11 @@ from .adapters import add_adapters
 from .arguments import CoralTrainingArguments
 from .checkpoints import CheckpointMixin
 from .curves import DrawLearningCurve
-from .data import IGNORED_LABEL, CoralDataCollator, check_ids, preview
+from .data import IGNORED_LABEL, CoralDataCollator, check_ids, check_lengths, preview
 from .evaluation import ChainTotals, EvaluationMixin
 from .faults import StopOnNonFiniteGradient
 from .feature_cache import FeatureCache
-from .losses import chunked_classification_loss, csra_loss, regression_loss
+from .losses import chunked_classification_loss, csra_loss, default_chunk_size, regression_loss
 from .metrics import WeightedMeans, chain_length
 from .placement import check_devices, check_packing, place_target, plain_sharding
 from .publishing import PublishingMixin
@@ -79,14 +79,16 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             model = add_adapters(model, peft_config, self.adapter)
         if args.packing:
             check_packing(self.adapter)
+        positions = getattr(self.adapter.text_config, "max_position_embeddings", None)
         eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         eval_sets = {name: encode_dataset(rows, processing_class, args) for name, rows in eval_sets.items()}
         eval_dataset = eval_sets if isinstance(eval_dataset, dict) else eval_sets[""]
         conversations, train_dataset = encode_training_dataset(
-            train_dataset, processing_class, args, self.adapter.vocab_size
+            train_dataset, processing_class, args, self.adapter.vocab_size, positions
         )
         for dataset in (conversations, *eval_sets.values()):
             check_ids(dataset, self.adapter.vocab_size)
+            check_lengths(dataset, positions)
         collator = kwargs.pop("data_collator", None) or CoralDataCollator(self._pad_token_id(processing_class))
         super().__init__(
             model=model,
@@ -105,6 +107,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         if args.learning_curve:
             self.add_callback(DrawLearningCurve())
         self._metrics = WeightedMeans()
+        self._chunk_size = args.loss_chunk_size or default_chunk_size(args.device.type, self.adapter.vocab_size)
         self._shortlist = self._frequent_ids()
         self.tokens_seen = 0
         if args.cache_features is not None:
@@ -227,7 +230,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             logit_offsets=logit_offsets,
             top_k=args.topk,
             top_k_weight=args.topk_loss_weight / max(args.classification_loss_weight, 1e-9),
-            chunk_size=args.loss_chunk_size,
+            chunk_size=self._chunk_size,
         )
         alive = trained
         for step, (rows, classification) in enumerate(zip(valid, result.loss, strict=True), start=1):
@@ -313,7 +316,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             targets[trained],
             self.adapter.logits,
             valid=valid,
-            chunk_size=self.args.loss_chunk_size,
+            chunk_size=self._chunk_size,
         )
         matches[:, trained.cpu()] = result.match.cpu()
         totals.add(result.loss[0], int(valid[0].sum()), matches, trained.cpu())
