@@ -5,6 +5,7 @@ import torch
 from conftest import make_drafter, make_target
 from tiny_trainings import assert_same_weights, logged, make_trainer, quick_drafter, random_rows, weights
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.training.data import ConversationDataset, CoralDataCollator
@@ -277,6 +278,31 @@ def test_deepspeed_meets_no_loss_that_is_not_finite(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
     with pytest.raises(FloatingPointError, match=r"The loss of step 1 is not finite \(batch 1: \(2, \d+\) ids"):
         trainer.compute_loss(trainer.model, batch)
+
+
+class MaskSelections(TorchDispatchMode):
+    """Counts what waits for a device: selections by a mask, whose size it must say."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        self.count += name == "nonzero" or any(mask is not None and mask.dtype == torch.bool for mask in masks)
+        return function(*args, **(kwargs or {}))
+
+
+def test_deeper_rollouts_select_no_more_rows_by_masks(tmp_path):
+    counts = []
+    for steps in ("1", "3"):
+        trainer = make_trainer(tmp_path, make_target(), preset="hass", rollout_schedule=steps)
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+        with MaskSelections() as selections:
+            trainer.compute_loss(trainer.model.train(), batch).backward()
+        counts.append(selections.count)
+    assert counts[0] == counts[1] > 0
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------

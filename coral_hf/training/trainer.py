@@ -218,9 +218,15 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         total = torch.zeros((), device=count.device)
         metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # mean and the rows it is over
         # Rows of all steps beside each other: every step predicts the same ones.
-        hidden = torch.stack([step[trained] for step in outputs.hidden_states])  # [K, M, H]
-        valid = torch.stack([step[trained] for step in outputs.valid])  # [K, M]
-        goals = targets[trained]
+        # Found once, because every selection by a mask waits for the device.
+        places = trained.flatten().nonzero().squeeze(-1)  # [M]
+        hidden = torch.stack(
+            [step.flatten(0, 1).index_select(0, places) for step in outputs.hidden_states]
+        )  # [K, M, H]
+        valid = torch.stack([step.flatten().index_select(0, places) for step in outputs.valid])  # [K, M]
+        goals = targets.flatten(0, 1).index_select(0, places)
+        steps, rows_of = valid.nonzero().unbind(-1)
+        chosen = rows_of.split(steps.bincount(minlength=len(valid)).tolist())
         result = chunked_classification_loss(
             hidden,
             goals,
@@ -234,7 +240,8 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         )
         alive = trained
         for step, (rows, classification) in enumerate(zip(valid, result.loss, strict=True), start=1):
-            regression = regression_loss(hidden[step - 1][rows], goals[rows])
+            here = chosen[step - 1]
+            regression = regression_loss(hidden[step - 1].index_select(0, here), goals.index_select(0, here))
             step_loss = args.classification_loss_weight * classification + args.regression_loss_weight * regression
             row_count = rows.sum()
             step_share = share * row_count / count.clamp(min=1)
@@ -244,8 +251,9 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             if args.topk_loss_weight:
                 metrics[f"topk_{step}"] = result.topk_loss[step - 1], row_count
             # Conditional acceptance: step k counts where the chain before it was accepted.
-            match = torch.zeros_like(trained)
-            match[trained] = result.match[step - 1]
+            match = torch.zeros_like(trained).flatten()
+            match[places] = result.match[step - 1]
+            match = match.view_as(trained)
             reached = trained & outputs.valid[step - 1] & (alive if step == 1 else alive.roll(1, dims=1))
             alive = reached & match
             metrics[f"acceptance_{step}"] = alive.sum() / reached.sum().clamp(min=1), reached.sum()
