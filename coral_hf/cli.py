@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 
+import torch
 from transformers import HfArgumentParser
 
 from . import __version__
@@ -33,6 +34,15 @@ COMMANDS: dict[str, type] = {
     "convert": ConvertCommand,
     "card": CardCommand,
 }
+
+
+# what takes less memory, by verb
+_SMALLER = dict.fromkeys(COMMANDS, "try another --dtype, or a smaller model")
+_SMALLER["train"] = (
+    "try a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), --loss_chunk_size or "
+    "--max_length, or --gradient_checkpointing true"
+)
+_SMALLER["regenerate"] = "try fewer --slots, or smaller --max_prompt_tokens or --max_new_tokens"
 
 
 def _usage() -> str:
@@ -83,7 +93,8 @@ def _underscores(arguments: list[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the console script; errors that a user can mend end in one line and status 2."""
+    """Entry point of the console script; errors that a user can mend end in one line and status 2, Ctrl-C in 130, a
+    full memory in 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -99,6 +110,20 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"coral-hf {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"coral-hf {arguments[0]}: interrupted.", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells have it
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"coral-hf {arguments[0]}: out of memory ({reason}); {_SMALLER[arguments[0]]}.", file=sys.stderr)
+        return 1
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an accelerator or the machine is out of memory: torch's allocator for CPUs raises a plain `RuntimeError`."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 if __name__ == "__main__":

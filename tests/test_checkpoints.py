@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_target
 from tiny_trainings import assert_same_weights, make_trainer, quick_drafter, random_rows, weights
+from transformers.trainer_utils import HPSearchBackend
 
 from coral_hf import CoralDraftModel
 from coral_hf.training import checkpoints
@@ -186,6 +188,7 @@ def test_the_order_of_rows_depends_on_seed_and_epoch(tmp_path):
     assert first == again != second and sorted(first) == list(range(16))
     assert orders(2, 4) == [first, second, first]
     assert orders(8, 1, seed=7)[0] != first
+    assert orders(8, 1, seed=7, data_seed=0) == orders(8, 1, seed=9, data_seed=0)  # 0 is a seed
     trainer = make_trainer(tmp_path, make_target(dtype=torch.float32), train_sampling_strategy="random")
     assert isinstance(trainer._get_train_sampler(), torch.utils.data.RandomSampler)
 
@@ -197,7 +200,8 @@ def test_the_order_of_rows_depends_on_seed_and_epoch(tmp_path):
 def trained(tmp_path):
     target = make_target(dtype=torch.float32)
     settings = {**SETTINGS, "max_steps": 2}
-    make_trainer(tmp_path, target, rows=random_rows(16), **settings).train()
+    drafter = quick_drafter(target, target_name_or_path="org/one", target_vocab_hash="e" * 64)
+    make_trainer(tmp_path, target, drafter, rows=random_rows(16), **settings).train()
     return target, tmp_path, settings
 
 
@@ -216,6 +220,10 @@ def test_a_wrong_checkpoint_is_refused(trained):
     resume("with another data", rows=random_rows(15))
     resume("with another data", rows=random_rows(16, seed=8))
     resume(r"with another batch \(4, here 8\)", per_device_train_batch_size=8)
+    resume(
+        r"with another target \('one', here 'other'\)", drafter=quick_drafter(target, target_name_or_path="org/other")
+    )
+    resume("with another vocabulary", drafter=quick_drafter(target, target_vocab_hash="f" * 64))
     (checkpoint / "optimizer.pt").rename(folder / "kept")
     resume("holds no optimizer.pt, which this training needs")
     (folder / "kept").rename(checkpoint / "optimizer.pt")
@@ -235,6 +243,27 @@ def test_a_full_disk_is_said_before_and_while_writing(trained, monkeypatch):
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OSError, match=r"has 0 MiB free; a checkpoint needs .* the last checkpoint is .*checkpoint-2"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_failure_that_is_no_write_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, make_target(dtype=torch.float32), **{**SETTINGS, "max_steps": 2})
+
+    def failing(folder):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", failing)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        trainer.train()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_checkpoint_of_a_trial_finds_no_folder(tmp_path):
+    """Hyperparameter search writes each trial into a folder of its own."""
+    trainer = make_trainer(tmp_path, make_target(dtype=torch.float32), **{**SETTINGS, "max_steps": 2})
+    trainer.train()
+    trainer.hp_search_backend = HPSearchBackend.OPTUNA
+    trainer._save_checkpoint(trainer.model, SimpleNamespace(number=3))
+    assert (tmp_path / "run-3" / "checkpoint-2" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -210,3 +210,58 @@ def test_regenerate_train_benchmark(folder, capsys, monkeypatch):
         assert rows[method, "all"]["identical"] == rows[method, "all"]["n_prompts"] == 2
     assert rows["lookup", "all"]["acceptance_length"] is None
     assert {"torch", "transformers", "device", "dtype", "threads", "commit"} <= set(record["environment"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "coral-hf train: interrupted."),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nMore"),
+            1,
+            "out of memory (CUDA out of memory.); try a smaller --per",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"),
+            1,
+            "smaller --per_device_train_batch_size",
+        ),
+        (MemoryError(), 1, "out of memory (MemoryError); try"),
+    ],
+)
+def test_interruptions_and_a_full_memory_are_one_line(error, status, message, capsys, tmp_path, monkeypatch):
+    def run(self, args):
+        raise error
+
+    monkeypatch.setattr(COMMANDS["train"], "run", run)
+    arguments = ["train", "--data", "x", "--output_dir", str(tmp_path), "--report_to", "none", "--use_cpu", "true"]
+    assert main(arguments) == status
+    found = capsys.readouterr().err.strip()
+    assert message in found and "\n" not in found
+
+
+def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
+    def run(self):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(COMMANDS["verify"], "run", run)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["verify", "--data", "x"])
+
+
+def test_excluded_rows_need_ids(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "answers.jsonl").write_text('{"id": "a", "prompt_ids": [1], "response_ids": [2]}\n{"text": "none"}\n')
+    arguments = ["regenerate", "--target", "target", "--prompts", "prompts.jsonl", "--output", "out.jsonl"]
+    assert main([*arguments, "--exclude", "answers.jsonl"]) == 2
+    assert "--exclude answers.jsonl, line 2: the row's id is None; give response files" in capsys.readouterr().err
+
+
+def test_prompts_as_long_as_the_target_lets_them_be(folder, capsys, monkeypatch):
+    """The tiny target has 512 positions, fewer than the usual longest prompt has."""
+    monkeypatch.chdir(folder)
+    arguments = ["regenerate", "--target", "target", "--dtype", "float32", "--prompts", "prompts.jsonl"]
+    arguments += ["--output", "out.jsonl", "--max-new-tokens", "4", "--max-turns", "1", "--slots", "4"]
+    for _ in range(2):  # once more: nothing is answered or packed again
+        assert main([*arguments, "--shards", "shards"]) == 0
+    assert [path.name for path in (folder / "shards").iterdir()] == ["responses-00000.parquet"]

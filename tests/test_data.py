@@ -132,6 +132,17 @@ def test_a_data_set_that_the_hub_cannot_give():
             read_rows(name)
 
 
+def test_a_data_set_whose_files_do_not_fit_together_is_named(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load(*args, **kwargs):
+        raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(ValueError, match=r"org/name is no file .* \(An error occurred while generating the dataset\)"):
+        read_rows("org/name")
+
+
 def test_data_sets_of_the_hub_pass_name_revision_and_split(monkeypatch):
     datasets = pytest.importorskip("datasets")
     calls = []

@@ -4,6 +4,8 @@ import copy
 import json
 import pickle
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -169,14 +171,41 @@ def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def fill_together(caches, rows):
+    barrier = threading.Barrier(len(caches), timeout=60)
+    with ThreadPoolExecutor(len(caches)) as pool:
+        options = {"world_size": len(caches), "barrier": barrier.wait}
+        runs = [pool.submit(cache.fill, rows, rank=rank, **options) for rank, cache in enumerate(caches)]
+        for run in runs:
+            run.result()
+
+
 def test_processes_share_the_work(tmp_path):
     adapter = TargetAdapter(make_target(dtype=torch.float32))
     rows = [torch.tensor(row["prompt_ids"] + row["response_ids"]) for row in random_rows(7)]
     caches = [FeatureCache(tmp_path, adapter, "name") for _ in range(2)]
-    for rank in (1, 0):
-        caches[rank].fill(rows, rank=rank, world_size=2)
+    fill_together(caches, rows)
     for cache in caches:
         cache.refresh()
         assert all(row in cache for row in rows)
     found = [len(json.loads(path.read_text())["rows"]) for path in sorted(tmp_path.glob("features-*.json"))]
     assert sorted(found) == [3, 4]
+
+
+def test_processes_divide_what_the_first_found_damaged(tmp_path):
+    adapter, rows = filled(tmp_path, 4)
+    shard = tmp_path / "features-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    more = [torch.tensor(row["prompt_ids"] + row["response_ids"]) for row in random_rows(3, seed=9)]
+    fill_together([FeatureCache(tmp_path, adapter, "name") for _ in range(2)], [*rows, *more])
+    cache = FeatureCache(tmp_path, adapter, "name")
+    assert cache.drop_damaged() == [] and all(row in cache for row in [*rows, *more])
+    stored = [len(json.loads(path.read_text())["rows"]) for path in tmp_path.glob("features-*.json")]
+    assert sum(stored) == 7, "no row is computed twice"
+
+
+def test_processes_begin_one_cache_together(tmp_path):
+    adapter = TargetAdapter(make_target(dtype=torch.float32))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: FeatureCache(tmp_path, adapter, "name"), range(32)))
+    assert [path.name for path in tmp_path.iterdir()] == ["meta.json"]

@@ -1,5 +1,6 @@
 """Push and load over HTTP: the real `huggingface_hub` client against a Hub-compatible server on the loopback address."""
 
+import copy
 import json
 import os
 import subprocess
@@ -13,10 +14,11 @@ from conftest import make_drafter, make_target
 from hub_server import TOKEN, serve
 from huggingface_hub import constants
 from test_model_card import make_record
-from tiny_trainings import make_trainer, random_rows
-from transformers import AutoModel
+from tiny_trainings import assert_same_weights, make_args, make_trainer, quick_drafter, random_rows, weights
+from transformers import AutoModel, Trainer
 
 from coral_hf import CoralDraftModel
+from coral_hf.training.trainer import CoralTrainer
 from coral_hf.weight_files import file_sha256
 
 
@@ -174,6 +176,42 @@ def test_trainer_pushes(hub, tmp_path):
     assert 'from_pretrained("org/drafter"' in files["README.md"].decode()
     loaded = CoralDraftModel.from_pretrained("org/drafter", dtype="auto")
     assert torch.equal(loaded.norm.weight, trainer.model.norm.weight.cpu())
+
+
+@pytest.mark.parametrize("saved_before", [False, True])
+def test_the_trainer_pushes_an_adapted_drafter_merged(saved_before, hub, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder, drafter = tmp_path / "adapted", quick_drafter(make_target(dtype=torch.float32))
+    trainer = CoralTrainer(
+        model=drafter,
+        target_model=make_target(dtype=torch.float32, seed=4),
+        args=make_args(folder, max_steps=2, save_strategy="steps", save_steps=1, learning_rate=3e-2),
+        train_dataset=random_rows(16),
+        peft_config=peft.LoraConfig(r=4, lora_alpha=8),
+    )
+    trainer.train()
+    if saved_before:
+        trainer.save_model()
+    (folder / "adapter_config.json").write_text("{}")  # of an earlier version
+    trainer.push_to_hub(token=TOKEN)
+    assert not {"adapter_config.json", "adapter_model.safetensors"} & set(hub.files("org/adapted"))
+    expected = copy.deepcopy(trainer.model).merge_and_unload()
+    loaded = CoralDraftModel.from_pretrained("org/adapted", dtype="auto")
+    assert_same_weights(weights(expected), weights(loaded), rtol=0, atol=0)
+    # a checkpoint keeps what resuming needs
+    assert (folder / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+
+def test_checkpoints_of_an_adapted_drafter_are_not_pushed(tmp_path, monkeypatch):
+    peft, calls = pytest.importorskip("peft"), []
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: calls.append(folder))
+    target = make_target(dtype=torch.float32)
+    for config in (None, peft.LoraConfig(r=2)):
+        trainer = CoralTrainer(
+            quick_drafter(target), target, make_args(tmp_path), train_dataset=random_rows(4), peft_config=config
+        )
+        trainer._push_from_checkpoint("checkpoint-1")
+    assert calls == ["checkpoint-1"]
 
 
 WITHOUT_PACKAGE = """

@@ -254,6 +254,7 @@ def test_shards_round_trip_and_extend(target, tmp_path):
     back = [row for path in paths for row in parquet.read_table(path).to_pylist()]
     assert back == [{**row, "temperature": 0.0} for row in rows]
     assert str(parquet.read_schema(paths[0]).field("response_ids").type) == "list<element: uint16>"
+    assert write_shards(output, shards) == []  # all packed already
     large = [{"id": "big", "prompt_ids": [70000], "response_ids": [1], "turn": 0, "temperature": 0.5}]
     (more,) = write_shards(large, shards)
     assert more.name == f"responses-{len(paths):05d}.parquet"

@@ -5,6 +5,7 @@ import gzip
 import pytest
 
 from coral_hf.training.regenerate import iter_prompts, iter_responses, write_shards
+from coral_hf.training.sources import iter_source
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,16 @@ def test_a_malformed_row_leaves_no_shard(tmp_path):
     with pytest.raises(ValueError, match="rows_per_shard must be at least 1, got 0"):
         write_shards([], tmp_path / "shards", rows_per_shard=0)
     assert not (tmp_path / "shards").exists()
+
+
+def test_shards_hold_an_answer_once(tmp_path):
+    pytest.importorskip("pyarrow.parquet")
+    rows = [{"id": name, "turn": turn, "prompt_ids": [1], "response_ids": [turn]} for name in "ab" for turn in (0, 1)]
+    sampled = {**rows[0], "temperature": 0.3}  # no float32
+    for given, written in ((rows[:2], 2), (rows, 2), (rows, 0), ([*rows, sampled], 1), ([sampled], 0)):
+        shards = write_shards(given, tmp_path)
+        assert sum(len(list(iter_source(shard))) for shard in shards) == written
+    assert len(list(iter_source(tmp_path))) == 5
+    (tmp_path / "responses-00001.parquet").write_text("damaged")
+    with pytest.raises(ValueError, match=r"responses-00001.parquet is damaged or no shard .*Remove it"):
+        write_shards(rows, tmp_path)

@@ -8,6 +8,8 @@ from tiny_trainings import make_args, random_rows, weights
 from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.lm_head_router import LMHeadRouter
 from coral_hf.training.arguments import CoralTrainingArguments
+from coral_hf.training.data import ConversationDataset
+from coral_hf.training.evaluation import even_rows
 from coral_hf.training.losses import router_loss, target_group_mass
 from coral_hf.training.router_trainer import CoralRouterTrainer
 from coral_hf.training.token_clusters import cluster_tokens, start_from_centroids
@@ -70,7 +72,8 @@ def test_only_the_router_moves_and_recall_rises(grouping, tmp_path):
         assert torch.equal(tensor, loaded.state_dict()[name]), name
 
 
-def test_accumulation_gives_the_same_router(tmp_path):
+@pytest.mark.parametrize("schedule", ["1", "3"])
+def test_accumulation_gives_the_same_router(schedule, tmp_path):
     results = []
     for batch, accumulation in ((4, 1), (1, 4)):
         target = make_target(dtype=torch.float64)
@@ -83,7 +86,7 @@ def test_accumulation_gives_the_same_router(tmp_path):
             args=make_args(
                 tmp_path,
                 stage="router",
-                rollout_schedule="1",
+                rollout_schedule=schedule,
                 csra_weight=0,
                 per_device_train_batch_size=batch,
                 gradient_accumulation_steps=accumulation,
@@ -96,7 +99,19 @@ def test_accumulation_gives_the_same_router(tmp_path):
         trainer.train()
         results.append(weights(drafter.router))
     for name, tensor in results[0].items():
-        torch.testing.assert_close(tensor, results[1][name], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(tensor, results[1][name], rtol=1e-12, atol=1e-12)
+
+
+def test_rows_that_fill_up_the_processes_count_nothing(tmp_path):
+    target = make_target()
+    drafter = make_drafter(target)
+    drafter.add_router(8)
+    trainer, rows = make_trainer(tmp_path, target, drafter), ConversationDataset(random_rows(5, seed=2))
+    expected = trainer.evaluate(rows)
+    assert trainer.evaluate(even_rows(rows, 12)) == pytest.approx(expected, rel=1e-6)
+    # pooled over rows, whatever the batches
+    trainer.args.per_device_eval_batch_size = 1
+    assert trainer.evaluate(rows) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(128, 8), (130, 7), (50, 16)])

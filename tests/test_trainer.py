@@ -5,9 +5,11 @@ import torch
 from conftest import make_drafter, make_target
 from tiny_trainings import assert_same_weights, logged, make_trainer, quick_drafter, random_rows, weights
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.training.data import ConversationDataset, CoralDataCollator
+from coral_hf.training.evaluation import even_rows
 
 
 # Whole trainings -----------------------------------------------------------------------------------------------
@@ -249,6 +251,60 @@ def test_a_nan_gradient_stops_before_the_update(tmp_path, monkeypatch):
     assert all(torch.equal(value, weights[0][name]) for name, value in trainer.model.state_dict().items())
 
 
+def test_only_the_loss_tells_which_batch_was_wrong(tmp_path):
+    trainer = make_trainer(tmp_path, make_target("llama"), max_steps=5)
+    stop, ids = trainer._finite, torch.arange(12).view(2, 6)
+    parameter = next(iter(trainer.model.parameters()))
+    for losses, message in (
+        ([1.0, float("inf")], r"The loss of step 1 is not finite \(batch 2 of 2: \(2, 6\) ids"),
+        ([1.0, 2.0], r"The gradient of step 1 is not finite \(one of these 2 batches: batch 1: .*; batch 2: "),
+        ([1.0], r"The gradient of step 1 is not finite \(batch 1: "),
+    ):
+        for loss in losses:
+            stop.note({"input_ids": ids}, torch.tensor(loss))
+        parameter.grad = torch.full_like(parameter, float("nan"))
+        with pytest.raises(FloatingPointError, match=message + r".*The weights were not updated"):
+            stop.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, trainer.model)
+
+
+def test_deepspeed_meets_no_loss_that_is_not_finite(tmp_path, monkeypatch):
+    """Its backward updates the weights, so that a check of gradients comes too late."""
+    trainer = make_trainer(tmp_path, make_target("llama"))
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
+    trainer.model.train()
+    with torch.no_grad():
+        trainer.model.norm.weight.fill_(float("nan"))
+    assert not trainer.compute_loss(trainer.model, batch).isfinite()
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    with pytest.raises(FloatingPointError, match=r"The loss of step 1 is not finite \(batch 1: \(2, \d+\) ids"):
+        trainer.compute_loss(trainer.model, batch)
+
+
+class MaskSelections(TorchDispatchMode):
+    """Counts what waits for a device: selections by a mask, whose size it must say."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        self.count += name == "nonzero" or any(mask is not None and mask.dtype == torch.bool for mask in masks)
+        return function(*args, **(kwargs or {}))
+
+
+def test_deeper_rollouts_select_no_more_rows_by_masks(tmp_path):
+    counts = []
+    for steps in ("1", "3"):
+        trainer = make_trainer(tmp_path, make_target(), preset="hass", rollout_schedule=steps)
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+        with MaskSelections() as selections:
+            trainer.compute_loss(trainer.model.train(), batch).backward()
+        counts.append(selections.count)
+    assert counts[0] == counts[1] > 0
+
+
 # Evaluation ----------------------------------------------------------------------------------------------------
 
 
@@ -265,3 +321,22 @@ def test_evaluation_loss_is_the_cross_entropy_of_step_1(tmp_path):
     assert metrics["eval_acceptance_1"] == pytest.approx(match)
     other = trainer.evaluate(eval_dataset=random_rows(3, seed=9), metric_key_prefix="other")
     assert "other_acceptance_length" in other
+
+
+def test_rows_that_fill_up_the_processes_count_nothing(tmp_path):
+    rows = ConversationDataset(random_rows(5, seed=2))
+    trainer = make_trainer(tmp_path, make_target(), eval_dataset=rows)
+    filled = even_rows(rows, 4)
+    assert (len(rows), len(filled), filled.num_response_tokens) == (5, 8, rows.num_response_tokens)
+    assert trainer.evaluate() == pytest.approx(trainer.evaluate(even_rows(rows, 12)), rel=1e-12)
+
+
+def test_several_evaluation_sets_have_values_of_their_own(tmp_path):
+    sets = {"first": random_rows(5, seed=2), "second": random_rows(3, seed=9)}
+    trainer = make_trainer(tmp_path, make_target(), eval_dataset=sets, eval_strategy="epoch", num_train_epochs=1)
+    trainer.train()
+    metrics = trainer.evaluate()
+    for name, rows in sets.items():
+        alone = trainer.evaluate(rows)
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(alone["eval_loss"])
+        assert logged(trainer, f"eval_{name}_acceptance_length")

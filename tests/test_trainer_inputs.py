@@ -1,5 +1,7 @@
 """What a training is given: arguments and their presets, drafters, tokenizers and rows, and what of it is refused."""
 
+import re
+
 import pytest
 import torch
 from conftest import make_drafter, make_target
@@ -8,10 +10,15 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from coral_hf import CoralDraftModel
+from coral_hf.cli import main
 from coral_hf.commands import loading
 from coral_hf.training import arguments
 from coral_hf.training.arguments import parse_schedule
+from coral_hf.training.losses import default_chunk_size
+from coral_hf.training.publishing import recipe
+from coral_hf.training.slot_cache import SlotCache
 from coral_hf.training.trainer import CoralTrainer
+from coral_hf.training.training_rows import encode_dataset
 
 
 @pytest.mark.parametrize(
@@ -24,6 +31,9 @@ from coral_hf.training.trainer import CoralTrainer
         ({"rollout_schedule": "1:x"}, "write 'K' or 'K:fraction,K:fraction'"),
         ({"rollout_schedule": "0"}, "with K >= 1"),
         ({"csra_temperature": 0.0}, "csra_temperature=0.0 must be positive"),
+        ({"step_decay": 0.0}, "step_decay=0.0 must be positive"),
+        ({"feature_noise": -0.1}, "feature_noise=-0.1 must not be negative"),
+        ({"loss_negatives": -1}, "loss_negatives=-1 must not be negative"),
         ({"loss_chunk_size": 0}, "loss_chunk_size=0 must be at least 1"),
         ({"regression_loss_weight": -1.0}, "regression_loss_weight=-1.0 must not be negative"),
         ({"topk_loss_weight": 1.0, "classification_loss_weight": 0.0}, "topk_loss_weight=1.0 is computed with"),
@@ -85,7 +95,7 @@ def test_long_conversations_are_cut_and_other_columns_left_out(tmp_path, capsys)
         remove_unused_columns=True,
         max_steps=1,
     )
-    assert f"conversations cut at max_length={longest - 1}, 0 of them left out" in capsys.readouterr().out
+    assert f"conversations cut at max_length={longest - 1}; 0 left out" in capsys.readouterr().out
     trainer.train()
     assert trainer.state.global_step == 1
 
@@ -117,3 +127,68 @@ def test_data_of_another_tokenizer_is_refused(tmp_path):
 def test_a_training_without_response_tokens_is_refused(tmp_path):
     with pytest.raises(ValueError, match="No conversation has a response token within max_length=3"):
         make_trainer(tmp_path, make_target(dtype=torch.float32), max_length=3)
+
+
+def test_several_gpus_of_one_process_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(arguments.CoralTrainingArguments, "n_gpu", property(lambda args: 2))
+    remedy = r"2 GPUs are visible to one process.*accelerate launch.*CUDA_VISIBLE_DEVICES"
+    with pytest.raises(ValueError, match=remedy):
+        make_trainer(tmp_path, make_target(dtype=torch.float32))
+    # before files are read or models loaded
+    words = ["train", "--data", "absent.jsonl", "--target", "absent", "--output_dir", str(tmp_path)]
+    assert main([*words, "--report_to", "none", "--use_cpu", "true"]) == 2
+    assert re.search(remedy, capsys.readouterr().err)
+
+
+def test_what_was_left_out_is_said_once(tmp_path, capsys, monkeypatch):
+    rows = [*random_rows(4), {"prompt_ids": [5], "response_ids": [7]}]  # too short for a drafter, but not cut
+    args = make_args(tmp_path)
+    assert len(encode_dataset(rows, None, args)) == 4
+    assert "0 conversations cut at max_length=2048; 1 left out" in capsys.readouterr().out
+    monkeypatch.setattr(type(args), "process_index", property(lambda args: 1))
+    assert len(encode_dataset(rows, None, args)) == 4
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows", [["a text", "another"], {"a": ["a text"]}])
+def test_rows_that_are_no_objects_are_refused(rows, tmp_path):
+    given = {"eval_dataset": rows} if isinstance(rows, dict) else {"rows": rows}
+    with pytest.raises(ValueError, match=r"row 0 is 'a text', of type str: give objects with the columns"):
+        make_trainer(tmp_path, make_target(dtype=torch.float32), **given)
+
+
+def test_chunks_of_the_loss_by_device(tmp_path):
+    sizes = [
+        default_chunk_size(*what) for what in (("cpu", 49152), ("cuda", 49152), ("cuda", 262144), ("cpu", 262144))
+    ]
+    assert sizes == [256, 2048, 1024, 256]
+    trainer = make_trainer(tmp_path, make_target(dtype=torch.float32), loss_chunk_size=None)
+    assert trainer._chunk_size == 256
+    assert "loss_chunk_size" not in recipe(trainer.args)
+
+
+def test_conversations_past_the_targets_positions_are_refused(tmp_path):
+    target, long = make_target(dtype=torch.float32), {"prompt_ids": [5] * 300, "response_ids": [7] * 213}
+    message = r"A conversation has 513 tokens, but the target has 512 positions .*max_length=512"
+    for given in ({"rows": [long]}, {"eval_dataset": [long]}, {"rows": RowStreamOf([long]), "max_steps": 1}):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, target, **given).train()
+    make_trainer(tmp_path, target, rows=[long], max_length=512)
+
+
+class RowStreamOf:
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_a_target_on_several_devices_is_refused(tmp_path):
+    target = make_target(dtype=torch.float32)
+    target.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1, "lm_head": "cpu"}
+    message = r"The target lies on several devices \(0, 1, cpu\).*without a device_map.*shard_target"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, target)
+    with pytest.raises(ValueError, match=message):
+        SlotCache(target, 2, 16)

@@ -61,7 +61,7 @@ def main() -> None:
         target_model=target,
         args=make_args(output, **options["settings"]),
         train_dataset=random_rows(options.get("rows", 16)),
-        eval_dataset=random_rows(4, seed=3) if options.get("evaluate") else None,
+        eval_dataset=random_rows(5, seed=3) if options.get("evaluate") else None,
     )
     if options.get("step_file"):
         step = trainer.training_step
@@ -78,7 +78,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     metrics = trainer.evaluate() if options.get("evaluate") else {}
-    trainer.save_model()
+    trainer.save_model(_internal_call=options.get("internal_save", False))  # as `push_to_hub` does
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
         (output / "result.json").write_text(json.dumps({"history": history, "metrics": metrics}))

@@ -1,12 +1,16 @@
 """`coral-hf regenerate`: the target's own answers, computed here or by a serving engine."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .loading import DEMO, load_target
+
+
+_PROMPT_TOKENS = 2048  # the buffer of keys and values is as long as the longest prompt for every slot
 
 
 @dataclass
@@ -28,7 +32,13 @@ class RegenerateCommand:
     )
     split: str = field(default="train", metadata={"help": "Split of data sets that have several."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest response."})
-    max_prompt_tokens: int = field(default=2048, metadata={"help": "Longer prompts are left out and counted."})
+    max_prompt_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longer prompts are left out and counted (default: 2048, or what --max_new_tokens leaves of the "
+            "target's positions)."
+        },
+    )
     slots: int = field(default=128, metadata={"help": "Conversations decoded at one time."})
     temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampled responses."})
@@ -59,7 +69,6 @@ class RegenerateCommand:
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
-        from ..training.data import read_rows
         from ..training.overlap import warn_of_overlap
         from ..training.response_files import iter_prompts, write_shards
 
@@ -81,7 +90,7 @@ class RegenerateCommand:
             "temperature": self.temperature,
             "seed": self.seed,
             "max_turns": self.max_turns,
-            "exclude": {row["id"] for row in read_rows(self.exclude)} if self.exclude else set(),
+            "exclude": {name for path in self.exclude for name in _ids(path)},
         }
         print(json.dumps(self._ask_endpoint(prompts, common) if self.endpoint else self._ask_target(prompts, common)))
         if self.shards is not None:
@@ -92,12 +101,17 @@ class RegenerateCommand:
         from ..training.regenerate import regenerate
 
         target, tokenizer = load_target(self.target, self.dtype, self.device)
+        longest = self.max_prompt_tokens
+        if longest is None:
+            positions = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+            longest = _PROMPT_TOKENS if positions is None else min(_PROMPT_TOKENS, positions - self.max_new_tokens)
+            longest = max(longest, 1)
         return regenerate(
             target,
             tokenizer,
             prompts,
             self.output,
-            max_prompt_tokens=self.max_prompt_tokens,
+            max_prompt_tokens=longest,
             slots=self.slots,
             **common,
         )
@@ -115,3 +129,16 @@ class RegenerateCommand:
             attempts=self.endpoint_attempts,
             **common,
         )
+
+
+def _ids(path: str) -> Iterator[str]:
+    """The ids of a response file's rows."""
+    from ..training.sources import iter_source
+
+    for where, row in iter_source(path):
+        if not isinstance(row.get("id"), str):
+            raise ValueError(
+                f"--exclude {where}: the row's id is {row.get('id')!r}; give response files of `coral-hf regenerate`, whose "
+                "rows have the ids of their prompts."
+            )
+        yield row["id"]

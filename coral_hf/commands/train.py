@@ -74,9 +74,11 @@ class TrainCommand:
 
     def run(self, args) -> int:
         from ..training.overlap import warn_of_overlap
+        from ..training.placement import check_devices
         from ..training.router_trainer import CoralRouterTrainer
         from ..training.trainer import CoralTrainer
 
+        check_devices(args)
         router_stage = args.stage == "router"
         if router_stage and self.drafter is None:
             raise ValueError("--stage router trains the router of a trained drafter: name it with --drafter.")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
 
 from ..modeling_coral import CoralDraftModel
 from ..target_adapter import TargetAdapter
@@ -56,7 +57,8 @@ def adaptable_modules(drafter: CoralDraftModel) -> list[str]:
 def save_merged(model: Any, folder: str | Path) -> CoralDraftModel:
     """Saves an adapted drafter as a plain one into `folder`, and its adapters into `folder/adapter`.
 
-    The model itself keeps its adapters, so that its training can go on.
+    Adapters in `folder` itself (of a checkpoint, or of `Trainer`'s own saving) are removed: `from_pretrained` would apply
+    them to weights that hold them already. The model itself keeps its adapters, so that its training can go on.
 
     Returns:
         [`CoralDraftModel`]: the merged drafter.
@@ -64,6 +66,8 @@ def save_merged(model: Any, folder: str | Path) -> CoralDraftModel:
     model.save_pretrained(Path(folder) / ADAPTER_FOLDER)
     merged = copy.deepcopy(model).merge_and_unload()
     merged.save_pretrained(folder)
+    for name in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME):
+        (Path(folder) / name).unlink(missing_ok=True)
     return merged
 
 

@@ -87,7 +87,13 @@ class CoralTrainingArguments(TrainingArguments):
         default=4096,
         metadata={"help": "With loss_vocab_size: tokens drawn per batch to stand for the rest of the vocabulary."},
     )
-    loss_chunk_size: int = field(default=256, metadata={"help": "Rows whose fp32 logits exist at one time."})
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows whose fp32 logits exist at one time (default: 256 on a CPU; on an accelerator, where few large "
+            "products are faster, 2048, or fewer where those would be over 1 GiB)."
+        },
+    )
     max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut here (and counted)."})
     packing: bool = field(
         default=False,
@@ -158,9 +164,16 @@ class CoralTrainingArguments(TrainingArguments):
             "topk",
             "stream_buffer_size",
         ):
-            if getattr(self, name) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("regression_loss_weight", "classification_loss_weight", "topk_loss_weight", "csra_weight"):
+        for name in (
+            "regression_loss_weight",
+            "classification_loss_weight",
+            "topk_loss_weight",
+            "csra_weight",
+            "feature_noise",
+            "loss_negatives",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if self.topk_loss_weight and not self.classification_loss_weight:
@@ -173,8 +186,9 @@ class CoralTrainingArguments(TrainingArguments):
                 f"shard_target=True with cache_features={self.cache_features!r}: with cached features the target is "
                 "read once. Fill the cache in a run without shard_target, or train without the cache."
             )
-        if self.csra_temperature <= 0:
-            raise ValueError(f"csra_temperature={self.csra_temperature} must be positive.")
+        for name in ("csra_temperature", "step_decay"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and native_bfloat16("cpu" if self.use_cpu else None)
         if not torch.accelerator.is_available():

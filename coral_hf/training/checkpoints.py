@@ -24,6 +24,8 @@ STATE_FILE = "trainer_state.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 PARTIAL_FOLDER = "checkpoint-being-written"  # never taken for a checkpoint: those end in a number
 _FINGERPRINT_ROWS = 64
+# in the plain RuntimeErrors that `torch.save` makes of a write that failed
+_TORCH_WRITING = ("PytorchStreamWriter", "inline_container", "iostream")
 
 
 class CheckpointMixin(Trainer):
@@ -39,7 +41,7 @@ class CheckpointMixin(Trainer):
         """As [`~transformers.Trainer.train`]; `resume_from_checkpoint` may also be `"true"` or `"last"`.
 
         Raises:
-            ValueError: if the checkpoint is incomplete or belongs to another drafter, stage, data or batch size.
+            ValueError: if the checkpoint is incomplete or belongs to another drafter, target, stage, data or batch size.
             OSError: if a checkpoint cannot be written.
         """
         folder = self._resume_folder(resume_from_checkpoint)
@@ -77,6 +79,8 @@ class CheckpointMixin(Trainer):
                 self._finish_staged(staging, name, final)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(staging, ignore_errors=True)
+            if isinstance(error, RuntimeError) and not any(part in str(error) for part in _TORCH_WRITING):
+                raise
             raise OSError(
                 f"{final} could not be written ({str(error).splitlines()[0]}); {_last(run)}. Free or change the disk "
                 "(--output_dir), then go on with --resume_from_checkpoint last."
@@ -110,7 +114,8 @@ class CheckpointMixin(Trainer):
     def _check_space(self, folder: Path) -> None:
         """Raises `OSError` unless one more checkpoint (weights and AdamW's two moments) fits on the disk."""
         needed = checkpoint_bytes(self.model)
-        free = shutil.disk_usage(folder).free
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(place).free
         if needed > free:
             raise OSError(
                 f"{folder} has {free / 2**20:,.0f} MiB free; a checkpoint needs {needed / 2**20:,.0f} MiB; "
@@ -125,6 +130,9 @@ class CheckpointMixin(Trainer):
             "stage": self.args.stage,
             "data": fingerprint(self.train_dataset),
             "batch": self._global_batch(),
+            # the last part only: the same target may lie in another folder
+            "target": Path(name).name if (name := self.model.config.target_name_or_path) else None,
+            "vocabulary": self.model.config.target_vocab_hash,
         }
 
     def _global_batch(self) -> int:
@@ -217,7 +225,8 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         # the state's, because a loader that skips batches does not pass `set_epoch` on
         epoch = int(self.trainer.state.epoch or 0)
         args = self.trainer.args
-        generator = torch.Generator().manual_seed((args.data_seed or args.seed) + epoch)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        generator = torch.Generator().manual_seed(seed + epoch)
         return iter(get_length_grouped_indices(self.lengths, self.trainer._global_batch(), generator=generator))
 
 

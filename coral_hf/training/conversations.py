@@ -1,6 +1,6 @@
 """Schemas of training rows, and one row -> token ids and response mask."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -17,6 +17,11 @@ ASSISTANT = "assistant"
 
 def schema_of(row: dict[str, Any], where: str) -> str:
     """Which of [`SCHEMAS`] a row follows; `ValueError` naming `where` if none."""
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"{where} is {str(row)[:60]!r}, of type {type(row).__name__}: give objects with the columns of one of "
+            f"{list(SCHEMAS.values())}; a text is {{'text': ...}}."
+        )
     for name, columns in SCHEMAS.items():
         kind = str if name == "plain" else list
         if all(isinstance(row.get(column), kind) for column in columns):

@@ -1,6 +1,6 @@
 """Encoded conversations and batches of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ def encode_rows(
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Rows -> ids and response masks, cut at `max_length`; adds what was cut and left out to `counts`."""
     for index, row in enumerate(rows):
-        ids, mask = encode_row(row, tokenizer, where=f"row {row.get('id', index)!r}")
+        name = row.get("id", index) if isinstance(row, Mapping) else index
+        ids, mask = encode_row(row, tokenizer, where=f"row {name!r}")
         if max_length is not None and len(ids) > max_length:
             ids, mask = ids[:max_length], mask[:max_length]
             counts["truncated"] += 1
@@ -89,6 +90,23 @@ def unknown_id(token: int, vocab_size: int) -> ValueError:
     )
 
 
+def check_lengths(dataset: Any, positions: int | None) -> None:
+    """Raises `ValueError` if a conversation is longer than the target has positions; a stream checks on its way."""
+    if dataset is None or positions is None or not hasattr(dataset, "conversations"):
+        return
+    longest = max((len(ids) for ids, _ in dataset.conversations), default=0)
+    if longest > positions:
+        raise too_long(longest, positions)
+
+
+def too_long(length: int, positions: int) -> ValueError:
+    """The error for a conversation past the target's positions."""
+    return ValueError(
+        f"A conversation has {length} tokens, but the target has {positions} positions (max_position_embeddings), past "
+        f"which its features mean nothing: cut it there with max_length={positions} (--max_length)."
+    )
+
+
 def preview(item: dict[str, torch.Tensor], tokenizer: Any) -> str:
     """The first sample as text, its trained tokens between `⟦` and `⟧`."""
     pieces, inside = [], False
@@ -155,4 +173,12 @@ def _positions(lengths: list[list[int]], width: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
-__all__ = ["ConversationDataset", "CoralDataCollator", "check_ids", "encode_row", "preview", "read_rows"]
+__all__ = [
+    "ConversationDataset",
+    "CoralDataCollator",
+    "check_ids",
+    "check_lengths",
+    "encode_row",
+    "preview",
+    "read_rows",
+]

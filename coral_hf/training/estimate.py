@@ -11,6 +11,7 @@ from ..configuration_coral import CoralDraftConfig
 from ..hardware import synchronized_clock
 from ..modeling_coral import CoralDraftModel
 from .checkpoints import checkpoint_bytes
+from .losses import default_chunk_size
 
 
 STEPS = 2
@@ -77,7 +78,7 @@ def estimate_on_paper(
     epochs: float = 1.0,
     tokens_per_second: float | None = None,
     flops_per_second: float | None = None,
-    loss_chunk_size: int = 256,
+    loss_chunk_size: int | None = None,
     gradient_checkpointing: bool = False,
 ) -> TrainingEstimate:
     """Estimates a training from configs, on the meta device: no weights are needed.
@@ -93,7 +94,7 @@ def estimate_on_paper(
         tokens (`int`): tokens of the data set; epochs (`float`): passes over it.
         tokens_per_second (`float`, *optional*): speed of all devices; otherwise from flops_per_second.
         flops_per_second (`float`, *optional*): what the devices reach in practice, together.
-        loss_chunk_size (`int`), gradient_checkpointing (`bool`): see [`CoralTrainingArguments`].
+        loss_chunk_size (`int`, *optional*), gradient_checkpointing (`bool`): see [`CoralTrainingArguments`].
 
     Returns:
         [`TrainingEstimate`]
@@ -106,6 +107,7 @@ def estimate_on_paper(
     drafter_size, target_size = count(drafter), count(target)
     rows, hidden, vocabulary = batch_size * length, text.hidden_size, text.vocab_size
     layers = drafter_config.target_feature_layers
+    chunk = loss_chunk_size or default_chunk_size("cuda", vocabulary)
     read = hidden * (len(layers) if layers[-1] == -1 else len(layers) + 1)
     memory = {
         "target weights": 2 * target_size,
@@ -118,7 +120,7 @@ def estimate_on_paper(
         # features, drafter outputs and their gradients, of which regression takes fp32 copies
         "features": rows * (2 * read + num_steps * hidden * (2 + 2 + 4)),
         # both distributions, the logits under way and, where the head is bf16, their gradient in its dtype
-        "loss": 4 * 4 * min(loss_chunk_size, rows) * vocabulary,
+        "loss": 4 * 4 * min(chunk, rows) * vocabulary,
         # the widest layer of a target forward
         "target forward": 2 * rows * (4 * hidden + 3 * getattr(text, "intermediate_size", 4 * hidden)),
     }

@@ -34,18 +34,33 @@ class StopOnNonFiniteGradient(TrainerCallback):
         if not values or all(bool(value) for value in _together(values)):
             return
         wrong = [index for index, (_, loss) in enumerate(batches) if not loss.isfinite().all()]
-        rows = ""
-        if batches:
-            ids = batches[wrong[0] if wrong else -1][0]
-            which = f"{wrong[0] + 1 if wrong else len(batches)} of {len(batches)}"
-            rows = f" (batch {which}: {tuple(ids.shape)} ids, rows beginning {ids[:4, :8].tolist()})"
-        saved = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        kept = "no checkpoint was written yet" if saved is None else f"the last checkpoint is {saved}"
-        raise FloatingPointError(
-            f"The {'loss' if wrong else 'gradient'} of step {state.global_step + 1} is not finite{rows}. The weights "
-            f"were not updated; {kept}. Resume with a lower learning_rate or in float32 (--bf16 false); on a GPU also "
-            "try torch.backends.cuda.enable_cudnn_sdp(False)."
-        )
+        if wrong:
+            raise _error("loss", _batch(batches[wrong[0]][0], f"batch {wrong[0] + 1} of {len(batches)}"), args, state)
+        # which of them spoilt the sum of the gradients is not known
+        parts = [_batch(ids, f"batch {number}") for number, (ids, _) in enumerate(batches, start=1)]
+        where = "".join(parts) if len(parts) < 2 else f"one of these {len(parts)} batches: {'; '.join(parts)}"
+        raise _error("gradient", where, args, state)
+
+    def check_loss(self, inputs: dict[str, torch.Tensor], loss: torch.Tensor, args: Any, state: Any) -> None:
+        """Raises before the backward of a loss that is not finite; DeepSpeed's updates the weights by itself."""
+        if not args.fp16 and not bool(loss.isfinite().all()):
+            raise _error("loss", _batch(inputs["input_ids"], f"batch {len(self._batches) + 1}"), args, state)
+
+
+def _batch(ids: torch.Tensor, name: str) -> str:
+    return f"{name}: {tuple(ids.shape)} ids, rows beginning {ids[:4, :8].tolist()}"
+
+
+def _error(what: str, where: str, args: Any, state: Any) -> FloatingPointError:
+    saved = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    kept = "no checkpoint was written yet" if saved is None else f"the last checkpoint is {saved}"
+    late = what == "gradient" and getattr(args, "deepspeed_plugin", None) is not None
+    updated = "DeepSpeed has updated the weights with it" if late else "The weights were not updated"
+    return FloatingPointError(
+        f"The {what} of step {state.global_step + 1} is not finite{where and f' ({where})'}. {updated}; {kept}. Resume "
+        "with a lower learning_rate or in float32 (--bf16 false); on a GPU also try "
+        "torch.backends.cuda.enable_cudnn_sdp(False)."
+    )
 
 
 def _together(values: list[torch.Tensor]) -> list[bool]:

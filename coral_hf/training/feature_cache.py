@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
+import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,12 @@ class FeatureCache:
         return {**self.__dict__, "_open": {}, "adapter": None}
 
     def fill(
-        self, rows: Iterable[torch.Tensor], tokens_per_batch: int = 4096, rank: int = 0, world_size: int = 1
+        self,
+        rows: Iterable[torch.Tensor],
+        tokens_per_batch: int = 4096,
+        rank: int = 0,
+        world_size: int = 1,
+        barrier: Callable[[], None] | None = None,
     ) -> None:
         """Computes what is missing of `rows` (token ids, each `[S]`); says beforehand what it will cost.
 
@@ -99,14 +105,19 @@ class FeatureCache:
             rows: the same on all processes.
             tokens_per_batch (`int`): tokens in one forward of the target.
             rank (`int`), world_size (`int`): this process computes every `world_size`-th of the missing rows.
+            barrier (*optional*): waits for the other processes, which call it as often.
 
         Raises:
             ValueError: if the disk cannot hold the features.
             OSError: if it fills up meanwhile; what was written counts.
         """
+        wait = barrier or (lambda: None)
         if rank == 0:
             self.drop_damaged()
+        wait()  # for what the first process drops, so that all divide the same rows
+        self.refresh()
         missing = list({_key(row): row for row in rows if row not in self}.values())
+        wait()  # until all have read, before one writes
         if not missing:
             return
         tokens = sum(len(row) for row in missing)
@@ -203,8 +214,7 @@ class FeatureCache:
             os.replace(part, weights)
             _write_whole(index, json.dumps(_index_of(places, checksum)))
         except (OSError, SafetensorError) as error:
-            for path in (part, index.with_name(index.name + ".part")):
-                path.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise OSError(
                 f"{weights} could not be written ({error}). Free the disk and run again: the "
                 f"{len(self._places):,} rows cached so far are kept."
@@ -239,9 +249,13 @@ def weight_sample(target: nn.Module) -> str:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    # a name of its own: processes that begin together write the same file, each whole
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 __all__ = ["FeatureCache"]

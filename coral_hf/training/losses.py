@@ -16,6 +16,11 @@ from torch.nn import functional as F
 LogitsFunction = Callable[..., torch.Tensor]
 
 
+def default_chunk_size(device_type: str, vocab_size: int) -> int:
+    """Rows of a chunk: on a CPU few, whose logits stay near its caches; elsewhere as many as make a product large."""
+    return 256 if device_type == "cpu" else max(1, min(2048, 2**28 // vocab_size))
+
+
 @dataclass
 class ClassificationResult:
     """Result of [`chunked_classification_loss`], of each rollout step, or of one without the leading dimension.
@@ -262,6 +267,7 @@ __all__ = [
     "ClassificationResult",
     "chunked_classification_loss",
     "csra_loss",
+    "default_chunk_size",
     "regression_loss",
     "router_loss",
     "target_group_mass",

@@ -1,24 +1,30 @@
 """What a training logs between two entries: weighted means over batches and processes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 
 class WeightedMeans:
-    """Means of named values, each weighted by the rows behind it, so that small batches count little."""
+    """Means of named values, each weighted by the rows behind it, so that small batches count little.
 
-    def __init__(self) -> None:
+    Args:
+        dtype (`torch.dtype`): of the sums.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self._dtype = dtype
         self._sums: dict[str, torch.Tensor] = {}
 
     def __bool__(self) -> bool:
         return bool(self._sums)
 
-    def add(self, values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def add(self, values: Mapping[str, tuple[torch.Tensor, torch.Tensor | int]]) -> None:
         """Adds `{name: (mean, weight)}` of one batch, scalars."""
         for name, (mean, weight) in values.items():
-            weight = torch.as_tensor(weight, dtype=torch.float32, device=mean.device)
-            pair = torch.stack([mean.detach().float() * weight, weight])
+            weight = torch.as_tensor(weight, dtype=self._dtype, device=mean.device)
+            pair = torch.stack([mean.detach().to(self._dtype) * weight, weight])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def drain(self, accelerator: Any) -> dict[str, float]:

@@ -7,6 +7,28 @@ from torch import nn
 from ..target_adapter import TargetAdapter
 
 
+def check_devices(args: Any) -> None:
+    """Raises `ValueError` where `Trainer` would run the drafter on several GPUs of one process (`DataParallel`): the
+    target, which computes the features, is on one of them."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which trains on one: start a process for each with `accelerate "
+            "launch` (--multi_gpu), or make one visible (CUDA_VISIBLE_DEVICES=0)."
+        )
+
+
+def check_one_device(target: Any) -> None:
+    """Raises `ValueError` where a `device_map` spread the target: losses and continuous batching keep what they read of it
+    on one device."""
+    devices = {str(device) for device in (getattr(target, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"The target lies on several devices ({', '.join(sorted(devices))}): load it without a device_map, or with one "
+            'device in it (device_map={"": 0}). One too large for a device can be trained on with several processes and '
+            "shard_target=True (--shard_target true), and answer prompts from a serving engine (--endpoint)."
+        )
+
+
 def place_target(adapter: TargetAdapter, accelerator: Any, shard: bool = False) -> None:
     """Puts the target onto this process's device once; it is never wrapped, trained or saved with the drafter.
 
@@ -17,9 +39,11 @@ def place_target(adapter: TargetAdapter, accelerator: Any, shard: bool = False) 
             each forward); embedding, norms and head stay whole, because losses read them at any time.
 
     Raises:
-        ValueError: if there is one process only to shard over, or the target was placed by its `device_map`.
+        ValueError: if there is one process only to shard over, or the target was placed by its `device_map`, by that
+            on several devices.
     """
     target = adapter.target
+    check_one_device(target)
     placed = getattr(target, "hf_device_map", None) is not None
     if not shard:
         if not placed:
@@ -98,4 +122,4 @@ def check_packing(adapter: TargetAdapter) -> None:
         )
 
 
-__all__ = ["check_packing", "decoder_layers", "place_target", "plain_sharding"]
+__all__ = ["check_devices", "check_one_device", "check_packing", "decoder_layers", "place_target", "plain_sharding"]

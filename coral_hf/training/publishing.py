@@ -37,12 +37,24 @@ class PublishingMixin(Trainer):
             super().init_hf_repo(token=token, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call:
-            super().save_model(output_dir, _internal_call)
-            return
         folder = Path(output_dir or self.args.output_dir)
+        if _internal_call and folder != Path(self.args.output_dir):
+            super().save_model(str(folder), _internal_call=True)  # of a checkpoint: what resuming needs
+            return
+        self._save_drafter(folder)
+        if _internal_call:  # of `push_to_hub`, which adds card and record itself
+            return
+        if self.args.should_save:
+            self.write_training_record(folder)
+            # Records of an earlier drafter in this folder are no reason to lose a training.
+            write_card(folder, unmeasured=True, strict=False)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_drafter(self, folder: Path) -> None:
+        """The drafter as `from_pretrained` loads it: whole, in one file, with its adapters merged."""
         if self.is_fsdp_enabled:
-            # A checkpoint may be sharded; a drafter is one file that loads anywhere. All processes take part.
+            # A checkpoint may be sharded. All processes take part.
             self._save(str(folder), state_dict=self.accelerator.get_state_dict(self.model))
         elif is_peft(self.model):
             if self.args.should_save:
@@ -51,12 +63,12 @@ class PublishingMixin(Trainer):
                     self.processing_class.save_pretrained(folder)
         else:
             super().save_model(str(folder), _internal_call=True)
-        if self.args.should_save:
-            self.write_training_record(folder)
-            # Records of an earlier drafter in this folder are no reason to lose a training.
-            write_card(folder, unmeasured=True, strict=False)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Adapters alone are no drafter, and `Trainer` would push a checkpoint's as one: an adapted drafter goes merged,
+        # when it is saved.
+        if not is_peft(self.model):
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Pushes as [`~transformers.Trainer.push_to_hub`] does, with the card of `coral-hf card`, made from the records in

@@ -1,6 +1,7 @@
 """The files around regeneration: prompts in, response rows out (JSONL while it runs, Parquet shards to keep)."""
 
 import os
+import struct
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -180,8 +181,8 @@ def write_shards(
 ) -> list[Path]:
     """
     Packs response rows into Parquet shards of ids (zstd; uint16 where the vocabulary allows, else int32), which
-    `datasets` and [`read_rows`] read. Shards that stand in the directory already are kept and the numbers go on from
-    theirs. All new shards appear, or none.
+    `datasets` and [`read_rows`] read. Shards that stand in the directory already are kept, the numbers go on from
+    theirs, and answers that they hold (id, turn and temperature) are not packed again. All new shards appear, or none.
 
     Args:
         rows (`str`, `os.PathLike` or `Iterable[dict]`):
@@ -192,10 +193,10 @@ def write_shards(
             Rows of a shard.
 
     Returns:
-        `list[Path]`: the shards written.
+        `list[Path]`: the shards written; none where all answers are packed already.
 
     Raises:
-        ValueError: on a malformed row, or without any row.
+        ValueError: on a malformed row, without any row, or if a shard in the directory is damaged.
         ImportError: if pyarrow is missing.
     """
     try:
@@ -212,6 +213,12 @@ def write_shards(
         rows = [_checked_response(row, f"row {number}") for number, row in enumerate(rows)]
     if not rows:
         raise ValueError(f"{source} no rows to write; make some with `coral-hf regenerate`.")
+    directory = Path(directory)
+    shards = sorted(directory.glob("responses-[0-9]*.parquet"))
+    packed = {key for shard in shards for key in _packed_answers(shard)}
+    rows = [row for row in rows if _answer_key(row) not in packed]
+    if not rows:
+        return []
     largest = max(max([*row["prompt_ids"], *row["response_ids"]], default=0) for row in rows)
     ids_type = pyarrow.list_(pyarrow.uint16() if largest < 2**16 else pyarrow.int32())
     schema = pyarrow.schema(
@@ -223,9 +230,8 @@ def write_shards(
             ("response_ids", ids_type),
         ]
     )
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    numbers = [int(path.stem.rsplit("-", 1)[1]) for path in directory.glob("responses-[0-9]*.parquet")]
+    numbers = [int(path.stem.rsplit("-", 1)[1]) for path in shards]
     next_number = max(numbers, default=-1) + 1
     partial: list[tuple[Path, Path]] = []
     try:
@@ -242,3 +248,24 @@ def write_shards(
         for beside, _ in partial:
             beside.unlink(missing_ok=True)
     return [final for _, final in partial]
+
+
+def _answer_key(row: dict[str, Any]) -> tuple[str, int, float]:
+    """What a row answers, and how: the temperature as shards hold it, in float32."""
+    (temperature,) = struct.unpack("f", struct.pack("f", row.get("temperature") or 0.0))
+    return row["id"], row.get("turn") or 0, temperature
+
+
+def _packed_answers(shard: Path) -> list[tuple[str, int, float]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(shard) as file:
+            rows = file.read(columns=["id", "turn", "temperature"]).to_pylist()
+        return [_answer_key(row) for row in rows]
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{shard} is damaged or no shard of answers ({reason}). Remove it, or pack elsewhere."
+        ) from error

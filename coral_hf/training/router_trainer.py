@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from .losses import router_loss, target_group_mass
+from .metrics import WeightedMeans
 from .token_clusters import start_from_centroids
 from .trainer import CoralTrainer
-from .training_rows import encode_dataset
 
 
 RECALL_AT = (1, 2, 4, 8)  # active groups that recall and uncovered mass are reported for, besides the configured
@@ -46,22 +46,22 @@ class CoralRouterTrainer(CoralTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         num_steps = self.args.rollout_steps_at(self.state.global_step / max(self.state.max_steps, 1))
-        loss, count, metrics, outputs = self._router_terms(model, inputs, num_steps)
+        loss, rows, count, metrics, outputs = self._router_terms(model, inputs, num_steps)
         if model.training:
-            self._metrics.add({name: (value, torch.tensor(count)) for name, value in metrics.items()})
-        if num_items_in_batch is not None:
-            loss = loss * (count / num_items_in_batch)
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes
+            self._metrics.add({name: (value, rows) for name, value in metrics.items()})
+        # A row counts the same in whichever batch it lies: how many of later steps' rows are there differs.
+        items = max(count, 1) if num_items_in_batch is None else num_items_in_batch
+        loss = self._finish_loss(loss * rows / (num_steps * items), model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _router_terms(self, model, inputs, num_steps: int):
-        """Mean loss over all steps' rows, trained rows of step 1, recall and uncovered mass, and the outputs."""
+        """Mean loss over all steps' rows, how many those are, trained rows of a step, recall and uncovered mass over all
+        steps' rows, and the outputs."""
         outputs, targets, trained = self.rollout(model, inputs, num_steps, output_group_logits=True)
         router = self.model.router
         # Every step predicts the same rows: one pass of the target's head serves them all.
         mass, best = target_group_mass(
-            targets[trained], self.adapter.logits, router.group_mass, chunk_size=self.args.loss_chunk_size
+            targets[trained], self.adapter.logits, router.group_mass, chunk_size=self._chunk_size
         )
         kept = [valid[trained] for valid in outputs.valid]
         pairs = list(zip(outputs.group_logits, kept, strict=True))
@@ -74,36 +74,18 @@ class CoralRouterTrainer(CoralTrainer):
             {*(n for n in RECALL_AT if n <= router.num_groups), self.model.config.router_active_groups}
         ):
             active = order[:, :count]
-            metrics[f"recall_{count}"] = (active == group[:, None]).any(-1).float().mean()
-            metrics[f"uncovered_{count}"] = 1 - mass.gather(1, active).sum(-1).mean().float()
-        return loss, int(trained.sum()), metrics, outputs
+            # sums, because the mean over a batch without rows is NaN
+            found, covered = (active == group[:, None]).any(-1).sum(), mass.gather(1, active).sum()
+            metrics[f"recall_{count}"] = found.float() / max(len(mass), 1)
+            metrics[f"uncovered_{count}"] = 1 - covered.float() / max(len(mass), 1)
+        return loss, len(mass), int(trained.sum()), metrics, outputs
 
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss, group recall and uncovered mass over the evaluation set, over all steps of a chain."""
-        eval_dataset = encode_dataset(eval_dataset, self.processing_class, self.args)
-        was_training = self.model.training
-        self.model.eval()
-        sums: dict[str, float] = {}
-        rows = 0
-        for inputs in self.get_eval_dataloader(eval_dataset):
-            with self.compute_loss_context_manager():
-                loss, count, metrics, _ = self._router_terms(
-                    self.model, self._prepare_inputs(inputs), self.args.eval_chain_depth
-                )
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * count
-            rows += count
-        totals = torch.tensor([*sums.values(), rows], dtype=torch.float64, device=self.args.device)
-        if self.accelerator.num_processes > 1:
-            totals = self.accelerator.reduce(totals, "sum")
-        values = (totals[:-1] / totals[-1].clamp(min=1)).tolist()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in zip(sums, values, strict=True)}
-        metrics[f"{metric_key_prefix}_response_tokens_seen"] = self.tokens_seen
-        self.model.train(was_training)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    def _start_evaluation(self) -> Any:
+        return WeightedMeans(torch.float64)
+
+    def _evaluate_batch(self, totals: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
+        loss, rows, _, metrics, _ = self._router_terms(model, inputs, self.args.eval_chain_depth)
+        totals.add({name: (value, rows) for name, value in {"loss": loss, **metrics}.items()})
 
 
 __all__ = ["CoralRouterTrainer"]

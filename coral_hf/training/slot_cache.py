@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..compat import cache_kwarg
+from .placement import check_one_device
 
 
 _KNOWN_LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -91,10 +92,11 @@ class SlotCache(Cache):
 
     Raises:
         ValueError: if the target has layers other than full or sliding-window attention, or an attention
-            implementation other than `sdpa` and `eager`.
+            implementation other than `sdpa` and `eager`, or lies on several devices.
     """
 
     def __init__(self, target: PreTrainedModel, slots: int, max_length: int):
+        check_one_device(target)
         config = target.config.get_text_config()
         if target.config.is_encoder_decoder:
             raise ValueError(

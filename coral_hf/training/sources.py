@@ -114,8 +114,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             yield from _numbered(str(path), rows)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged or no Parquet file ({reason}). Fetch or write it again.") from error
+        raise ValueError(
+            f"{path} is damaged or no Parquet file ({_first_line(error)}). Fetch or write it again."
+        ) from error
 
 
 def _datasets() -> Any:
@@ -142,13 +143,18 @@ def _from_hub(name: str, split: str, streaming: bool) -> Iterable[dict[str, Any]
         return datasets.load_dataset(
             parts["id"], parts["config"], revision=parts["revision"], split=split, streaming=streaming
         )
-    # OSError: not found, not reachable, HF_HUB_OFFLINE; ValueError: no such split or config
-    except (OSError, ValueError) as error:
+    # OSError: not found, not reachable, HF_HUB_OFFLINE; ValueError: no such split or config; DatasetsError: its files
+    # cannot be read as one data set
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{name} is no file or folder here and could not be loaded as a data set of the Hub, split {split!r} "
-            f"({str(error).splitlines()[0]}). Give a .jsonl, .jsonl.gz or .parquet file, a folder of shards, or "
+            f"({_first_line(error)}). Give a .jsonl, .jsonl.gz or .parquet file, a folder of shards, or "
             "org/name[@revision][:config] (with --split); offline, data sets load from the local cache only."
         ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _names(paths: Any) -> str:

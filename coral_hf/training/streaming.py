@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .data import encode_rows, unknown_id
+from .data import encode_rows, too_long, unknown_id
 from .packing import join, pack_lengths
 
 
@@ -30,6 +30,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
         vocab_size (`int`): of the target.
         seed (`int`), buffer_size (`int`): of the shuffling.
         packing (`bool`): pack the conversations of a buffer into rows of `max_length`.
+        positions (`int`, *optional*): that the target has.
 
     Raises:
         ValueError: while iterating, on a malformed row or a pass without a trainable row.
@@ -44,6 +45,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
         seed: int = 0,
         buffer_size: int = 1024,
         packing: bool = False,
+        positions: int | None = None,
     ):
         if iter(rows) is rows:
             raise ValueError(
@@ -52,6 +54,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
             )
         self.rows, self.tokenizer, self.max_length, self.vocab_size = rows, tokenizer, max_length, vocab_size
         self.seed, self.buffer_size, self.packing = seed, buffer_size, packing
+        self.positions = positions
         self._told = False
 
     @cached_property
@@ -71,6 +74,8 @@ class StreamedConversations(torch.utils.data.IterableDataset):
         for ids, mask in encode_rows(self.rows, self.tokenizer, self.max_length, counts):
             if max(ids) >= self.vocab_size:
                 raise unknown_id(max(ids), self.vocab_size)
+            if self.positions is not None and len(ids) > self.positions:
+                raise too_long(len(ids), self.positions)
             if counts["truncated"] and not self._told:
                 print(f"Conversations longer than max_length={self.max_length} are cut there.", flush=True)
                 self._told = True

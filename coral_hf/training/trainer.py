@@ -15,18 +15,18 @@ from .adapters import add_adapters
 from .arguments import CoralTrainingArguments
 from .checkpoints import CheckpointMixin
 from .curves import DrawLearningCurve
-from .data import IGNORED_LABEL, CoralDataCollator, check_ids, preview
+from .data import IGNORED_LABEL, CoralDataCollator, check_ids, check_lengths, preview
+from .evaluation import ChainTotals, EvaluationMixin
 from .faults import StopOnNonFiniteGradient
 from .feature_cache import FeatureCache
-from .losses import chunked_classification_loss, csra_loss, regression_loss
+from .losses import chunked_classification_loss, csra_loss, default_chunk_size, regression_loss
 from .metrics import WeightedMeans, chain_length
-from .placement import check_packing, place_target, plain_sharding
+from .placement import check_devices, check_packing, place_target, plain_sharding
 from .publishing import PublishingMixin
-from .simulation import ChainStatistics
 from .training_rows import encode_dataset, encode_training_dataset, first_item
 
 
-class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
+class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
     """Trains a [`CoralDraftModel`] with a K-step rollout (HASS), the classification and regression losses of EAGLE and
     CSRA (CORAL section 3).
 
@@ -35,15 +35,16 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         target_model (`PreTrainedModel`): the frozen target; never saved, never trained.
         args ([`CoralTrainingArguments`])
         train_dataset, eval_dataset: [`ConversationDataset`], a `datasets.Dataset`, or a list of training rows (see
-            [`encode_row`]). Rows without a length (`RowStream`, `datasets.IterableDataset`) are streamed in training,
+            [`encode_row`]); `eval_dataset` also a `dict` of those. Rows without a length (`RowStream`, `datasets.IterableDataset`) are streamed in training,
             which needs `max_steps`, and read whole for evaluation.
         processing_class (*optional*): the target's tokenizer; its vocabulary hash must be the drafter's.
         peft_config (`PeftConfig`, *optional*): adapts the drafter to this (fine-tuned) target with adapters instead of
-            training it; `save_model` writes the merged drafter, and the adapters beside it.
+            training it; `save_model` and `push_to_hub` write the merged drafter, and the adapters beside it.
         **kwargs: as for [`~transformers.Trainer`].
 
     Raises:
-        ValueError: if drafter and target or tokenizer do not belong together, or no response token is left.
+        ValueError: if drafter and target or tokenizer do not belong together, no response token is left, or one process
+            would train on several GPUs.
     """
 
     model_accepts_loss_kwargs = True
@@ -62,6 +63,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         **kwargs: Any,
     ):
         args = args or CoralTrainingArguments(output_dir="outputs/coral")
+        check_devices(args)
         if model.config.draft_vocab_size is not None:
             raise ValueError(
                 f"This drafter has an LM head of its own (draft_vocab_size={model.config.draft_vocab_size}), which the "
@@ -77,12 +79,16 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
             model = add_adapters(model, peft_config, self.adapter)
         if args.packing:
             check_packing(self.adapter)
-        eval_dataset = encode_dataset(eval_dataset, processing_class, args)
+        positions = getattr(self.adapter.text_config, "max_position_embeddings", None)
+        eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        eval_sets = {name: encode_dataset(rows, processing_class, args) for name, rows in eval_sets.items()}
+        eval_dataset = eval_sets if isinstance(eval_dataset, dict) else eval_sets[""]
         conversations, train_dataset = encode_training_dataset(
-            train_dataset, processing_class, args, self.adapter.vocab_size
+            train_dataset, processing_class, args, self.adapter.vocab_size, positions
         )
-        for dataset in (conversations, eval_dataset):
+        for dataset in (conversations, *eval_sets.values()):
             check_ids(dataset, self.adapter.vocab_size)
+            check_lengths(dataset, positions)
         collator = kwargs.pop("data_collator", None) or CoralDataCollator(self._pad_token_id(processing_class))
         super().__init__(
             model=model,
@@ -101,10 +107,11 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         if args.learning_curve:
             self.add_callback(DrawLearningCurve())
         self._metrics = WeightedMeans()
+        self._chunk_size = args.loss_chunk_size or default_chunk_size(args.device.type, self.adapter.vocab_size)
         self._shortlist = self._frequent_ids()
         self.tokens_seen = 0
         if args.cache_features is not None:
-            self._fill_cache(args.cache_features, [conversations, eval_dataset])
+            self._fill_cache(args.cache_features, [conversations, *eval_sets.values()])
         if processing_class is not None and train_dataset is not None and self.is_world_process_zero():
             sample = preview(first_item(train_dataset), processing_class)
             print(f"First sample, trained tokens between ⟦ and ⟧:\n{sample}")
@@ -133,8 +140,9 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         config = self.model.config
         cache = FeatureCache(directory, self.adapter, f"{config.target_name_or_path} {config.target_revision}")
         rows = [dataset[i]["input_ids"] for dataset in datasets if dataset is not None for i in range(len(dataset))]
-        cache.fill(rows, rank=self.args.process_index, world_size=self.args.world_size)
-        self.accelerator.wait_for_everyone()
+        wait = self.accelerator.wait_for_everyone
+        cache.fill(rows, rank=self.args.process_index, world_size=self.args.world_size, barrier=wait)
+        wait()
         cache.refresh()  # what the other processes wrote
         self.data_collator.feature_cache = cache
 
@@ -210,9 +218,15 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
         total = torch.zeros((), device=count.device)
         metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # mean and the rows it is over
         # Rows of all steps beside each other: every step predicts the same ones.
-        hidden = torch.stack([step[trained] for step in outputs.hidden_states])  # [K, M, H]
-        valid = torch.stack([step[trained] for step in outputs.valid])  # [K, M]
-        goals = targets[trained]
+        # Found once, because every selection by a mask waits for the device.
+        places = trained.flatten().nonzero().squeeze(-1)  # [M]
+        hidden = torch.stack(
+            [step.flatten(0, 1).index_select(0, places) for step in outputs.hidden_states]
+        )  # [K, M, H]
+        valid = torch.stack([step.flatten().index_select(0, places) for step in outputs.valid])  # [K, M]
+        goals = targets.flatten(0, 1).index_select(0, places)
+        steps, rows_of = valid.nonzero().unbind(-1)
+        chosen = rows_of.split(steps.bincount(minlength=len(valid)).tolist())
         result = chunked_classification_loss(
             hidden,
             goals,
@@ -222,11 +236,12 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
             logit_offsets=logit_offsets,
             top_k=args.topk,
             top_k_weight=args.topk_loss_weight / max(args.classification_loss_weight, 1e-9),
-            chunk_size=args.loss_chunk_size,
+            chunk_size=self._chunk_size,
         )
         alive = trained
         for step, (rows, classification) in enumerate(zip(valid, result.loss, strict=True), start=1):
-            regression = regression_loss(hidden[step - 1][rows], goals[rows])
+            here = chosen[step - 1]
+            regression = regression_loss(hidden[step - 1].index_select(0, here), goals.index_select(0, here))
             step_loss = args.classification_loss_weight * classification + args.regression_loss_weight * regression
             row_count = rows.sum()
             step_share = share * row_count / count.clamp(min=1)
@@ -236,8 +251,9 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
             if args.topk_loss_weight:
                 metrics[f"topk_{step}"] = result.topk_loss[step - 1], row_count
             # Conditional acceptance: step k counts where the chain before it was accepted.
-            match = torch.zeros_like(trained)
-            match[trained] = result.match[step - 1]
+            match = torch.zeros_like(trained).flatten()
+            match[places] = result.match[step - 1]
+            match = match.view_as(trained)
             reached = trained & outputs.valid[step - 1] & (alive if step == 1 else alive.roll(1, dims=1))
             alive = reached & match
             metrics[f"acceptance_{step}"] = alive.sum() / reached.sum().clamp(min=1), reached.sum()
@@ -253,9 +269,16 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
             metrics["csra"] = contrast, count
         if model.training:
             self._metrics.add(metrics)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            total = total * self.accelerator.num_processes
+        total = self._finish_loss(total, model, inputs, num_items_in_batch)
         return (total, outputs) if return_outputs else total
+
+    def _finish_loss(self, loss: torch.Tensor, model: nn.Module, inputs: dict, num_items: Any) -> torch.Tensor:
+        """This process's part of a loss, such that the mean of all processes' gradients is the whole batch's."""
+        if self.args.average_tokens_across_devices and num_items is not None:
+            loss = loss * self.accelerator.num_processes
+        if model.training and self.is_deepspeed_enabled:  # whose backward updates the weights
+            self._finite.check_loss(inputs, loss, self.args, self.state)
+        return loss
 
     def _loss_tokens(self, labels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Tokens of this batch's classification loss and their logit offsets, both `[A]`; None, None: all, exactly.
@@ -289,50 +312,22 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, Trainer):
             logs["response_tokens"] = self.tokens_seen
         super().log(logs, *args, **kwargs)
 
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Simulates greedy chains over the evaluation set with the exact head.
+    def _start_evaluation(self) -> Any:
+        return ChainTotals(self.args.eval_chain_depth)
 
-        Returns:
-            `dict`: `{prefix}_loss` (cross-entropy of step 1), `{prefix}_acceptance_k` (conditional, per depth) and
-            `{prefix}_acceptance_length` (tau of a chain of `eval_chain_depth`, pooled, bonus token included).
-        """
-        eval_dataset = encode_dataset(eval_dataset, self.processing_class, self.args)
-        check_ids(eval_dataset, self.adapter.vocab_size)
-        model = self._wrap_model(self.model, training=False)
-        if self.is_fsdp_enabled and self.model is self.model_wrapped:
-            self.model.to(self.args.device)  # not sharded yet: `Trainer` leaves it where it was
-        was_training = self.model.training
-        model.eval()
-        statistics = ChainStatistics(self.args.eval_chain_depth)
-        loss = torch.zeros(2, dtype=torch.float64)
-        for inputs in self.get_eval_dataloader(eval_dataset):
-            inputs = self._prepare_inputs(inputs)
-            with self.compute_loss_context_manager():
-                outputs, targets, trained = self.rollout(model, inputs, self.args.eval_chain_depth)
-                matches = torch.zeros(len(outputs.hidden_states), *trained.shape, dtype=torch.bool)
-                valid = torch.stack([step[trained] for step in outputs.valid])
-                result = chunked_classification_loss(
-                    torch.stack([step[trained] for step in outputs.hidden_states]),
-                    targets[trained],
-                    self.adapter.logits,
-                    valid=valid,
-                    chunk_size=self.args.loss_chunk_size,
-                )
-                matches[:, trained.cpu()] = result.match.cpu()
-                count = int(valid[0].sum())
-                loss += torch.tensor([float(result.loss[0]) * count, count], dtype=torch.float64)
-            statistics.add(matches, trained.cpu())
-        if self.accelerator.num_processes > 1:
-            statistics.reduce(self.accelerator)
-            loss = self.accelerator.reduce(loss.to(self.args.device), "sum").cpu()
-        metrics = {f"{metric_key_prefix}_loss": (loss[0] / loss[1].clamp(min=1)).item()}
-        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in statistics.summary().items()}
-        metrics[f"{metric_key_prefix}_response_tokens_seen"] = self.tokens_seen
-        self.model.train(was_training)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    def _evaluate_batch(self, totals: Any, model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+        outputs, targets, trained = self.rollout(model, inputs, self.args.eval_chain_depth)
+        matches = torch.zeros(len(outputs.hidden_states), *trained.shape, dtype=torch.bool)
+        valid = torch.stack([step[trained] for step in outputs.valid])
+        result = chunked_classification_loss(
+            torch.stack([step[trained] for step in outputs.hidden_states]),
+            targets[trained],
+            self.adapter.logits,
+            valid=valid,
+            chunk_size=self._chunk_size,
+        )
+        matches[:, trained.cpu()] = result.match.cpu()
+        totals.add(result.loss[0], int(valid[0].sum()), matches, trained.cpu())
 
 
 def check_pair(drafter: CoralDraftModel, adapter: TargetAdapter, tokenizer: Any = None) -> None:

@@ -11,20 +11,20 @@ from .streaming import StreamedConversations
 
 
 def encode_dataset(rows: Any, tokenizer: Any, args: CoralTrainingArguments) -> ConversationDataset | None:
-    """Rows, or a data set of conversations, as a data set; prints how many were cut at `max_length` or left out."""
+    """Rows, or a data set of conversations, as a data set; the first process says how many were cut or left out."""
     if rows is None or isinstance(rows, ConversationDataset):
         return rows
     encoded = ConversationDataset(rows, tokenizer, args.max_length)
-    if encoded.truncated or encoded.dropped:
+    if (encoded.truncated or encoded.dropped) and args.process_index == 0:
         print(
-            f"{encoded.truncated} conversations cut at max_length={args.max_length}, {encoded.dropped} of them "
-            "left out because no response token remained."
+            f"{encoded.truncated} conversations cut at max_length={args.max_length}; {encoded.dropped} left out, "
+            "without a response token within it that a drafter predicts."
         )
     return encoded
 
 
 def encode_training_dataset(
-    rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size: int
+    rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size: int, positions: int | None = None
 ) -> tuple[ConversationDataset | None, Any]:
     """Training rows as conversations (None for a stream) and as what batches are made of, packed or streamed.
 
@@ -32,16 +32,21 @@ def encode_training_dataset(
         ValueError: on settings that a stream cannot serve.
     """
     if rows is not None and not has_length(rows):
-        return None, _stream(rows, tokenizer, args, vocab_size)
+        return None, _stream(rows, tokenizer, args, vocab_size, positions)
     conversations = encode_dataset(rows, tokenizer, args)
     if conversations is None or not args.packing:
         return conversations, conversations
     packed = PackedConversations(conversations, args.max_length)
-    print(f"{len(conversations)} conversations packed into {len(packed)} rows of at most {args.max_length} tokens.")
+    if args.process_index == 0:
+        print(
+            f"{len(conversations)} conversations packed into {len(packed)} rows of at most {args.max_length} tokens."
+        )
     return conversations, packed
 
 
-def _stream(rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size: int) -> StreamedConversations:
+def _stream(
+    rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size: int, positions: int | None
+) -> StreamedConversations:
     refused = {
         "cache_features": (args.cache_features, "its features are computed once, for rows that are known"),
         "loss_vocab_size": (args.loss_vocab_size, "it counts the tokens of all responses first"),
@@ -61,6 +66,7 @@ def _stream(rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size:
         seed=args.seed if args.data_seed is None else args.data_seed,
         buffer_size=args.stream_buffer_size,
         packing=args.packing,
+        positions=positions,
     )
 
 

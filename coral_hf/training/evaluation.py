@@ -1,0 +1,109 @@
+"""The evaluation loop that drafter and router share."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from .data import ConversationDataset, check_ids
+from .simulation import ChainStatistics
+from .training_rows import encode_dataset
+
+
+class EvaluationMixin(Trainer):
+    """Evaluates with every row counted once, on however many processes; before [`~transformers.Trainer`] in the bases.
+
+    A subclass says what is summed up (`_start_evaluation`) and what a batch adds (`_evaluate_batch`).
+    """
+
+    adapter: Any
+    tokens_seen: int
+    control: Any
+
+    def _start_evaluation(self) -> Any:
+        """What sums up: `drain(accelerator)` returns its values over all processes."""
+        raise NotImplementedError
+
+    def _evaluate_batch(self, totals: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Simulates the drafter over the evaluation set, over all steps of a chain of `eval_chain_depth`.
+
+        Args:
+            eval_dataset (*optional*): as for the trainer, by default its own. Of a `dict` each set is evaluated, its
+                values under `{prefix}_{name}_...`.
+            ignore_keys: unused.
+            metric_key_prefix (`str`): begins every name.
+
+        Returns:
+            `dict`: of a drafter, `{prefix}_loss` (cross-entropy of step 1 with the exact head), `{prefix}_acceptance_k`
+            (conditional, per depth) and `{prefix}_acceptance_length` (tau, pooled, bonus token included); of a router,
+            loss, recall and uncovered mass, pooled over the rows of all steps.
+        """
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, dict):
+            metrics: dict[str, float] = {}
+            for name, part in rows.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        dataset = encode_dataset(rows, self.processing_class, self.args)
+        if dataset is None:
+            raise ValueError("There is nothing to evaluate on: give an eval_dataset.")
+        check_ids(dataset, self.adapter.vocab_size)
+        if self.args.world_size > 1:
+            dataset = even_rows(dataset, self.args.eval_batch_size * self.args.world_size)
+        model: Any = self._wrap_model(self.model, training=False)
+        if self.is_fsdp_enabled and self.model is self.model_wrapped:
+            self.model.to(self.args.device)  # not sharded yet: `Trainer` leaves it where it was
+        was_training = self.model.training
+        model.eval()
+        totals = self._start_evaluation()
+        for inputs in self.get_eval_dataloader(dataset):
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                self._evaluate_batch(totals, model, inputs)
+        values = totals.drain(self.accelerator)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        metrics[f"{metric_key_prefix}_response_tokens_seen"] = self.tokens_seen
+        self.model.train(was_training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def even_rows(dataset: ConversationDataset, multiple: int) -> ConversationDataset:
+    """A data set filled up to a multiple of rows, with rows that no loss counts.
+
+    Accelerate would fill the last batches with rows of the first, which sums over processes would then count twice; and
+    without filling some processes would leave the forwards of a sharded model to the others.
+    """
+    filled = copy.copy(dataset)
+    ids, mask = dataset.conversations[0]
+    uncounted = (ids, torch.zeros_like(mask))
+    filled.conversations = [*dataset.conversations, *[uncounted] * (-len(dataset) % multiple)]
+    return filled
+
+
+class ChainTotals:
+    """A drafter's loss of step 1 and the statistics of chains, over an evaluation set."""
+
+    def __init__(self, depth: int):
+        self.statistics = ChainStatistics(depth)
+        self.loss = torch.zeros(2, dtype=torch.float64)  # sum, rows
+
+    def add(self, loss: torch.Tensor, count: int, matches: torch.Tensor, trained: torch.Tensor) -> None:
+        """Adds a batch: mean loss over `count` rows, and what [`ChainStatistics.add`] takes."""
+        self.loss += torch.tensor([float(loss) * count, count], dtype=torch.float64)
+        self.statistics.add(matches, trained)
+
+    def drain(self, accelerator: Any) -> dict[str, float]:
+        if accelerator.num_processes > 1:
+            self.statistics.reduce(accelerator)
+            self.loss = accelerator.reduce(self.loss.to(accelerator.device), "sum").cpu()
+        return {"loss": (self.loss[0] / self.loss[1].clamp(min=1)).item(), **self.statistics.summary()}
+
+
+__all__ = ["ChainTotals", "EvaluationMixin", "even_rows"]
