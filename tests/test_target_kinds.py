@@ -210,3 +210,20 @@ def test_refusals_come_first_and_leave_no_trace(target, case, tmp_path, monkeypa
 
 def test_a_drafter_of_another_target_is_refused_first(target):
     assert_refused(make_target("qwen2"), make_drafter(target), CHAIN, "model_type")
+
+
+@pytest.mark.parametrize("tree", [CHAIN, TREES["tree16"]], ids=["chain", "tree16"])
+def test_a_target_spread_by_device_map(tree, tmp_path):
+    """Accelerate's hooks bring offloaded layers back for every forward; the drafter is whole."""
+    whole = make_target()
+    whole.save_pretrained(tmp_path)
+    places = {f"model.layers.{index}": "disk" if index % 2 else "cpu" for index in range(4)}
+    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    target = AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map=places, offload_folder=tmp_path / "offloaded", dtype=torch.float64
+    )
+    assert target.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    ids = prompt_of(9)
+    plain, stats = compare(target, make_drafter(whole), ids, tree, max_new_tokens=20)
+    assert torch.equal(plain, whole.generate(ids, max_new_tokens=20))
+    assert stats.acceptance_length > 1.3
