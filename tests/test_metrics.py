@@ -62,7 +62,7 @@ def test_speculative_speedup_is_the_median_of_pairs(tmp_path):
         plain_tokens=[10, 10, 10], plain_seconds=[1.0, 2.0, 1.0], tokens=[10, 20, 10], seconds=[0.5, 1.0, 0.8]
     )
     assert result["speedup"] == pytest.approx(2.0)  # of 2, 4 and 1.25
-    assert result["speedup_quartiles"] == pytest.approx([1.25, 4.0])
+    assert result["speedup_quartiles"] == pytest.approx([1.625, 3.0])
     assert result["tokens_per_second"] == pytest.approx(40 / 2.3)
     assert result["plain_tokens_per_second"] == pytest.approx(30 / 4.0)
     one = metric.compute(plain_tokens=[100], plain_seconds=[5.0], tokens=[100], seconds=[2.5])
