@@ -49,9 +49,8 @@ def test_the_drafter_belongs_to_the_target(real):
     assert weights.stat().st_size <= 16 * 2**20
 
 
-@pytest.mark.parametrize(
-    "name", ["tree16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("chain", "stock"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SETTINGS))
 def test_greedy_identity(real, name):
     """Token for token in float32, with a drafter that is really accepted."""
     target, tokenizer, drafter = real
