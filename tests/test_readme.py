@@ -229,3 +229,11 @@ def test_public_name_is_documented(path, value):
 def test_page_of_public_names_lists_no_other():
     listed = re.findall(r"^\| `(coral_hf[\w.]*)` \|", (ROOT / "docs" / "public_api.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(path for path, _ in public_objects())
+
+
+def test_the_speed_in_readme_is_that_of_the_record():
+    record = json.loads((ROOT / "model_cards/smollm2-135m-instruct-coral/training/benchmark.json").read_text())
+    row = next(row for row in record["runs"] if (row["method"], row["benchmark"]) == ("coral", "all"))
+    text = " ".join((ROOT / "README.md").read_text().split())
+    stated = f"{row['speedup']:.2f} times as fast on two threads of an AVX2 CPU in {record['environment']['dtype']}"
+    assert f"{stated} (median of {row['n_prompts']} answers; tau {row['acceptance_length']:.2f};" in text
