@@ -79,12 +79,13 @@ class Sides:
         batch = self.trainer.data_collator([self.trainer.train_dataset[index] for index in range(script.batch)])
         self.batch = {name: value.to(args.device) for name, value in batch.items()}
         self.optimizer = self.trainer.create_optimizer()
+        self.model = self.trainer.accelerator.prepare_model(self.drafter)  # as train() does: its forward in autocast
 
     def features(self) -> torch.Tensor:
         return self.trainer.adapter.compute_features(self.batch["input_ids"])
 
     def train(self, **features: torch.Tensor) -> None:
-        self.trainer.training_step(self.drafter, {**self.batch, **features})
+        self.trainer.training_step(self.model, {**self.batch, **features})
         torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -50,6 +50,29 @@ class _GradientFromForward(torch.autograd.Function):
         return gradient * grad_output.to(gradient.dtype)[:, None, None], None, None
 
 
+class _ChunkMemory:
+    """Tensors that every chunk fills anew: on a CPU, fresh memory for each costs more than a pass over it.
+
+    Args:
+        rows (`int`): rows of the largest chunk.
+    """
+
+    def __init__(self, rows: int):
+        self.rows = rows
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def like(self, name: str, values: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An unfilled `[C, A]` of the shape of `values`, and its dtype unless one is given."""
+        if name not in self.tensors:
+            size = (self.rows, values.shape[1])
+            self.tensors[name] = torch.empty(size, dtype=dtype or values.dtype, device=values.device)
+        return self.tensors[name][: len(values)]
+
+    def cast(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The values in a dtype; themselves where they have it."""
+        return values if values.dtype == dtype else self.like(name, values, dtype).copy_(values)
+
+
 def chunked_classification_loss(
     hidden: torch.Tensor,
     target_features: torch.Tensor,
@@ -103,19 +126,17 @@ def chunked_classification_loss(
     scale = valid.to(dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)  # [K, M]: what each row counts
     values = torch.zeros(2, steps, rows, dtype=dtype, device=hidden.device)  # cross-entropy and top-K term per row
     match = torch.empty(steps, rows, dtype=torch.bool, device=hidden.device)
-    buffers = None  # p and q of one chunk; fresh memory for every chunk would cost as much as a pass over it
+    memory = _ChunkMemory(min(chunk_size, rows))
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, rows, chunk_size):
             part = slice(start, min(start + chunk_size, rows))
             with torch.no_grad():
-                logits = logits_fn(target_features[part], **kwargs).to(dtype)  # [C, A]
-                if buffers is None:
-                    buffers = torch.empty(2, *logits.shape, dtype=dtype, device=logits.device)
+                logits = memory.cast("logits", logits_fn(target_features[part], **kwargs), dtype)  # [C, A]
                 # before the offsets, which lift a sampled token by all that it stands for
                 target_best = logits.argmax(dim=-1)
                 if logit_offsets is not None:
                     logits = logits + logit_offsets
-                p = torch.softmax(logits, dim=-1, out=buffers[0, : len(logits)])
+                p = torch.softmax(logits, dim=-1, out=memory.like("p", logits))
                 del logits
                 if use_top_k := bool(top_k and top_k_weight):
                     mass, best_ids = p.topk(min(top_k, p.shape[-1]), dim=-1)
@@ -124,11 +145,11 @@ def chunked_classification_loss(
                     chunk = source[step, part].requires_grad_(needs_gradient)
                     raw = logits_fn(chunk, **kwargs)  # [C, A]
                 with torch.no_grad():
-                    logits = raw.detach().to(dtype)
+                    logits = memory.cast("logits", raw.detach(), dtype)
                     match[step, part] = logits.argmax(dim=-1) == target_best
                     if logit_offsets is not None:
                         logits = logits + logit_offsets
-                    q = buffers[1, : len(logits)]
+                    q = memory.like("q", logits)
                     expected = torch.mul(p, logits, out=q).sum(dim=-1)
                     torch.softmax(logits, dim=-1, out=q)
                     # logsumexp from the largest q, which is exp(largest logit - logsumexp)
@@ -144,7 +165,7 @@ def chunked_classification_loss(
                         if use_top_k:
                             q.mul_(1.0 + top_k_weight * mass.sum(dim=-1, keepdim=True))
                             q.scatter_add_(-1, best_ids, -top_k_weight * mass)
-                        delta = q.sub_(p).to(raw.dtype)
+                        delta = memory.cast("delta", q.sub_(p), raw.dtype)
                 if needs_gradient:
                     (rows_gradient,) = torch.autograd.grad(raw, chunk, delta)
                     gradient[step, part] = rows_gradient * scale[step, part, None]
