@@ -78,8 +78,10 @@ def test_every_token_is_predicted_as_in_a_row_of_its_own(family, attention, tmp_
     assert max(len(item["lengths"]) for item in items) > 2
     found = per_token(trainer, items, 3)
     assert found.keys() == expected.keys() and len(found) > 300
+    # eager attention takes its softmax in float32 whatever the model's dtype, and sums rows of other lengths in another order
+    atol = 1e-5 if attention == "eager" else 1e-9
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-9)
+        torch.testing.assert_close(found[key], value, rtol=0, atol=atol)
 
 
 @pytest.mark.slow
