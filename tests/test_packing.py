@@ -79,7 +79,7 @@ def test_every_token_is_predicted_as_in_a_row_of_its_own(family, attention, tmp_
     found = per_token(trainer, items, 3)
     assert found.keys() == expected.keys() and len(found) > 300
     # eager attention takes its softmax in float32 whatever the model's dtype, and sums rows of other lengths in another order
-    atol = 1e-5 if attention == "eager" else 1e-9
+    atol = 1e-4 if attention == "eager" else 1e-9
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=0, atol=atol)
 
