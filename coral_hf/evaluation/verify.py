@@ -96,10 +96,18 @@ class Check:
         self, tokenizer: Any, prompt: Prompt, turn: int, position: int, plain: list[int], drafted: list[int]
     ) -> Difference:
         near = slice(max(0, position - _CONTEXT), position + _CONTEXT + 1)
-        tokens = [ids[position] if position < len(ids) else None for ids in (plain, drafted)]
-        texts = [tokenizer.decode(ids[near]) for ids in (plain, drafted)]
+        plain_token, drafted_token = (ids[position] if position < len(ids) else None for ids in (plain, drafted))
+        plain_text, drafted_text = (tokenizer.decode(ids[near]) for ids in (plain, drafted))
         return Difference(
-            self.method.name, prompt.id, self.temperature, turn, position, *tokens, *texts
+            method=self.method.name,
+            prompt=prompt.id,
+            temperature=self.temperature,
+            turn=turn,
+            position=position,
+            plain_token=plain_token,
+            drafted_token=drafted_token,
+            plain_text=plain_text,
+            drafted_text=drafted_text,
         )
 
     def record(self) -> dict[str, Any]:
