@@ -96,7 +96,9 @@ def test_later_turns_follow_on_plain_answers(pair, wrong_choice, monkeypatch):
 
     monkeypatch.setattr("coral_hf.evaluation.verify.measure", spy)
     (check,) = verify(target, tokenizer, [Method("coral", drafter)], PROMPTS[:1], 6)
-    plain = tokenizer.decode(measure(target, encode_context(tokenizer, PROMPTS[0].turns[:1]), 6).new_ids, skip_special_tokens=True)
+    plain = tokenizer.decode(
+        measure(target, encode_context(tokenizer, PROMPTS[0].turns[:1]), 6).new_ids, skip_special_tokens=True
+    )
     assert [drafted for drafted, _ in asked] == [False, True] * 2
     assert asked[2][1] == asked[3][1] and asked[2][1].endswith(f"[a]{plain}[u]more[a]")
     assert check.different == ["p0", "p0, turn 2"] and (check.n_prompts, check.n_turns) == (1, 2)
