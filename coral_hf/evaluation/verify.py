@@ -189,7 +189,7 @@ def verify(
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
     for index, prompt in enumerate(tqdm(prompts, desc="verify", unit="prompt")):
-        for temperature in temperatures:
+        for temperature in dict.fromkeys(check.temperature for check in checks):
             here = [check for check in checks if check.temperature == temperature]
             how = {"max_new_tokens": max_new_tokens, "seed": seed + index, "temperature": temperature}
             turns = itertools.count(1)
