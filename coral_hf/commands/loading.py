@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from .. import demo
 from ..hardware import default_device, native_bfloat16
@@ -71,8 +72,8 @@ class PlacedTargetOptions(TargetOptions):
     device_map: str | None = field(
         default=None,
         metadata={
-            "help": "Place the target by accelerate instead of on one --device: auto (over all GPUs, the rest in the CPU's "
-            "memory), balanced, balanced_low_0, sequential, a device (cuda:1), or JSON of modules and devices."
+            "help": "Place the target by accelerate instead of on one --device: auto (over all GPUs), balanced, "
+            "balanced_low_0, sequential, a device (cuda:1), or JSON of modules and devices (or disk)."
         },
     )
 
@@ -123,21 +124,28 @@ def load_target(
     else:
         how = {} if places is None else {"device_map": places}
         with _named(role, name, revision):
-            at = _at(revision)
+            commit, at = _pin(name, revision)
             model, tokenizer = (
                 AutoModelForCausalLM.from_pretrained(
                     name, dtype=resolved, trust_remote_code=trust_remote_code, **at, **how
                 ),
                 AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **at),
             )
+        model.config._commit_hash = commit
     model = model.eval()
-    return (model.to(place) if places is None else model), tokenizer
+    if places is None:
+        return model.to(place), tokenizer
+    _check_placed(model, places)
+    return model, tokenizer
 
 
 def load_target_config(name: str, revision: str | None = None):
     """A target's config by path or Hub id, without its weights."""
     with _named("target", name, revision):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False, **_at(revision))
+        commit, at = _pin(name, revision)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **at)
+    config._commit_hash = commit
+    return config
 
 
 def load_target_ends(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False):
@@ -164,7 +172,7 @@ def _read_ends(name: str, dtype: torch.dtype, revision: str | None):
     ends = [modules[id(part)] for part in (model.get_input_embeddings(), model.get_output_embeddings())]
     if ends[0][1].weight is ends[1][1].weight:  # tied: on file once
         ends[1] = (ends[0][0], ends[1][1])
-    at = _at(revision)
+    _, at = _pin(name, revision)
     index = cached_file(name, f"{WEIGHTS_FILE}.index.json", _raise_exceptions_for_missing_entries=False, **at)
     shards = None if index is None else check_index(index, read_json(index))
     for path, module in ends:
@@ -180,15 +188,50 @@ def _read_ends(name: str, dtype: torch.dtype, revision: str | None):
     return model.eval()
 
 
-def _at(revision: str | None) -> dict[str, Any]:
-    return {} if revision is None else {"revision": revision}
+def _pin(name: str, revision: str | None) -> tuple[str | None, dict[str, str]]:
+    """The commit that a branch, tag or None stands for now (None for a folder), and `from_pretrained`'s argument for it.
+
+    All files of a load are of one commit then, which is recorded as `config._commit_hash`: Transformers 5.24 no longer does.
+    """
+    path = (
+        None
+        if Path(name).is_dir()
+        else cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    )
+    commit = extract_commit_hash(path, None)
+    at = commit or revision
+    return commit, {} if at is None else {"revision": at}
+
+
+def _check_placed(model: Any, places: str | dict[str, Any]) -> None:
+    """Refuses a map of modules that the target does not have, and one without a device for what each step reads.
+
+    Raises:
+        ValueError: naming the modules.
+    """
+    if isinstance(places, dict):
+        known = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+        if strange := [name for name in places if name not in known]:
+            top = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(
+                f"--device_map names {', '.join(strange)}, which this target does not have; its parts are {top}."
+            )
+    ends = {"embedding": model.get_input_embeddings(), "LM head": model.get_output_embeddings()}
+    for name, module in ends.items():
+        # a head that is tied may be offloaded although its weight is there
+        offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
+        if module is not None and (offloaded or module.weight.device.type == "meta"):
+            raise ValueError(
+                f"--device_map leaves the target's {name} without a device (offloaded), but every step needs it: give a JSON "
+                "object that has one for it."
+            )
 
 
 def resolve_device_map(text: str) -> str | dict[str, Any]:
     """`'auto'` and accelerate's other strategies as they are, `'cuda:1'` -> `{"": "cuda:1"}`, a JSON object as a dict.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, and for devices that there are not.
     """
     if text in _STRATEGIES:
         return text
@@ -198,8 +241,11 @@ def resolve_device_map(text: str) -> str | dict[str, Any]:
         places = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--device_map {text!r} is no JSON object: {error}.") from error
-    if not all(type(place) in (int, str) for place in places.values()):
+    if not places or not all(type(place) in (int, str) for place in places.values()):
         raise ValueError(f'--device_map {text!r}: each module needs a device, 0 or "cpu" say.')
+    for place in places.values():
+        if place != "disk":  # accelerate's: read anew for each forward
+            resolve_device(place, "device_map")
     return places
 
 
@@ -209,6 +255,8 @@ def resolve_device(name: str | int | None, option: str = "device") -> torch.devi
         return default_device()
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
