@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, HfArgumentParser
 
 from coral_hf import CoralDraftModel
-from coral_hf.commands.loading import resolve_dtype
+from coral_hf.commands.loading import resolve_device, resolve_dtype
 from coral_hf.evaluation.benchmark import print_table, run_benchmark
 from coral_hf.evaluation.methods import Method
 from coral_hf.evaluation.prompts import read_prompts
@@ -46,7 +46,7 @@ class ScriptArguments:
     limit: int = field(default=5, metadata={"help": "Prompts per evaluation file."})
     max_new_tokens: int = field(default=48, metadata={"help": "Tokens per timed answer."})
     dtype: str = field(
-        default="auto", metadata={"help": "Dtype of the timed runs; auto: bfloat16 where it is native."}
+        default="auto", metadata={"help": "Dtype of the target; auto: bfloat16 where it is native."}
     )
     threads: int = field(default=2, metadata={"help": "CPU threads."})
 
@@ -76,7 +76,6 @@ def arguments(folder: Path, steps: int, **settings) -> CoralTrainingArguments:
         per_device_train_batch_size=8,
         report_to="none",
         save_strategy="no",
-        bf16=torch.cuda.is_available(),
         loss_vocab_size=8192,  # the exact loss over 262,144 tokens takes most of a CPU's step
         **settings,
     )
@@ -88,7 +87,8 @@ def main() -> None:
     output = Path(script.output)
     fetch_target(output / "target")
     tokenizer = AutoTokenizer.from_pretrained(output / "target")
-    target = AutoModelForCausalLM.from_pretrained(output / "target", dtype=torch.float32).eval()
+    dtype = resolve_dtype(script.dtype, resolve_device(None))
+    target = AutoModelForCausalLM.from_pretrained(output / "target", dtype=dtype).eval()
     responses = output / "responses.jsonl"
     prompts = list(iter_prompts(script.data))[: script.prompts]
     limits = {"max_new_tokens": script.response_tokens, "max_prompt_tokens": 256, "max_turns": 1}
@@ -110,8 +110,6 @@ def main() -> None:
         trainer.train()
         trainer.save_model()
 
-    dtype = resolve_dtype(script.dtype, target.device)
-    target = target.to(dtype)
     drafter = CoralDraftModel.from_pretrained(output / "router", dtype=dtype).eval()
     heads = ("full", "shortlist", "router", "both")
     chain = {"draft_depth": 3, "draft_top_k": 1}
