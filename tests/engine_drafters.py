@@ -1,14 +1,16 @@
-"""Drafters of every kind that engines hold or refuse, and what a folder exported for one of them holds."""
+"""Drafters of every kind that engines hold or refuse, what an exported folder holds, and a step to compare."""
 
 import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from conftest import COMMON, make_drafter, randomize
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from coral_hf.conversion import ENGINES
+from coral_hf.target_adapter import TargetAdapter
 
 
 DRAFT_IDS = torch.tensor([3, 5, 6, 20, 21, 40, 77, 90, 100, 127])
@@ -48,6 +50,36 @@ def make(name, target, dtype=torch.float32):
     if drafter.draft_head is not None:
         drafter.draft_head.token_ids.copy_(DRAFT_IDS)
     return drafter
+
+
+class CausalAttention(torch.nn.Module):
+    """Stands in for an engine's attention over its paged cache: one sequence's rotated `[S, heads * d]`, causally."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+
+    def forward(self, query, key, value, *_, **__):
+        heads = (rows.view(len(rows), -1, self.head_dim).transpose(0, 1)[None] for rows in (query, key, value))
+        attended = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)  # [1, heads, S, d]
+        return attended[0].transpose(0, 1).flatten(1)
+
+
+@torch.no_grad()
+def one_step(drafter, target):
+    """Ids `[S]`, target features `[S, n * H]` and what the LM head is to read of them `[S, H]`, in one drafting step."""
+    ids = torch.tensor([[5, 9, 3, 77, 31, 8, 100, 64]])
+    features = TargetAdapter(target, drafter.config.target_feature_layers).compute_features(ids)[:, :-1]
+    expected = drafter(target.get_input_embeddings()(ids[:, 1:]), features).hidden_states[0]
+    return ids[0, 1:], features[0], expected[0]
+
+
+def assert_same_step(drafter, found, fed_back, expected):
+    """What an engine's head reads, and what it feeds back: the normed state, or the one that the norm makes it of."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        again = fed_back if drafter.config.norm_output else drafter.norm(fed_back)
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
 
 
 def assert_same_drafter(found, expected, leave_out=()):

@@ -1,14 +1,23 @@
-"""vLLM's own classes load what is exported for it: skipped unless vLLM is installed (its wheel needs no GPU for this).
+"""vLLM's own classes load what is exported for it and draft with it as the drafter does: skipped unless vLLM is installed.
 
-In an environment with vLLM: `CUDA_VISIBLE_DEVICES= python -m pytest tests/test_engine_loaders.py`. SGLang's wheel
-imports GPU packages that have no CPU build; its names, shapes and keys are held by `conversion/schemas.json` alone.
+Its wheel needs no GPU for this: `CUDA_VISIBLE_DEVICES= python -m pytest tests/test_engine_loaders*.py` in an environment
+with vLLM; SGLang and speculators have files of their own. Only attention over the paged cache is replaced. Versions and
+results of the last run: `examples/records/engine_loaders.json`.
 """
 
 import os
 
 import pytest
 import torch
-from engine_drafters import DRAFT_IDS, DRAFTERS, eight_layer_target, make
+from engine_drafters import (
+    DRAFT_IDS,
+    DRAFTERS,
+    CausalAttention,
+    assert_same_step,
+    eight_layer_target,
+    make,
+    one_step,
+)
 from safetensors.torch import load_file
 
 from coral_hf.conversion import export_drafter
@@ -16,7 +25,8 @@ from coral_hf.conversion import export_drafter
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-PAIRS = [(name, engine) for name, (_, engines) in DRAFTERS.items() for engine in engines if engine != "eagle"]
+PAIRS = [(name, engine) for name, (_, engines) in DRAFTERS.items() for engine in ("vllm", "speculators")]
+PAIRS = [(name, engine) for name, engine in PAIRS if engine in DRAFTERS[name][1]]
 # The target's own, shared by vLLM after loading
 SHARED = {"model.embed_tokens.weight", "lm_head.weight"}
 
@@ -41,19 +51,16 @@ def process_group():
         initialize_model_parallel(1, 1)
 
 
-@pytest.mark.parametrize(("name", "engine"), [pair for pair in PAIRS if pair[1] != "sglang"])
-def test_vllm_loads_every_weight(name, engine, target, process_group, tmp_path):
+def load(folder, served_folder, dtype, method=None):
+    """vLLM's model of a drafter's folder, or without `method` of a target's, and the config that vLLM made of it."""
     from vllm.config import CompilationConfig, DeviceConfig, ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.config import set_current_vllm_config as current
     from vllm.model_executor.models.registry import ModelRegistry
 
-    drafter = make(name, target, torch.bfloat16)
-    target.save_pretrained(tmp_path / "target")
-    export_drafter(drafter, engine, tmp_path / "out", target_name=str(tmp_path / "target"))
-    served = ModelConfig(model=str(tmp_path / "target"), dtype="bfloat16", max_model_len=128)
-    speculative = SpeculativeConfig(
-        method=drafter.config.shape,
-        model=str(tmp_path / "out"),
+    served = ModelConfig(model=str(served_folder), dtype=dtype, max_model_len=128)
+    speculative = method and SpeculativeConfig(
+        method=method,
+        model=str(folder),
         num_speculative_tokens=3,
         target_model_config=served,
         target_parallel_config=ParallelConfig(),
@@ -62,21 +69,32 @@ def test_vllm_loads_every_weight(name, engine, target, process_group, tmp_path):
         model_config=served,
         speculative_config=speculative,
         device_config=DeviceConfig(device="cpu"),
-        compilation_config=CompilationConfig(mode=0),
+        compilation_config=CompilationConfig(mode=0, custom_ops=["none"]),
     )
-    read = speculative.draft_model_config.hf_config
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    read = speculative.draft_model_config if method else served
     with current(config):
-        model_class, _ = ModelRegistry.resolve_model_cls(read.architectures, speculative.draft_model_config)
-        torch.set_default_dtype(torch.bfloat16)
+        model_class, _ = ModelRegistry.resolve_model_cls(read.hf_config.architectures, read)
+        torch.set_default_dtype(getattr(torch, dtype))
         try:
-            model = model_class(vllm_config=config, prefix="draft")
+            model = model_class(vllm_config=config, prefix="draft" if method else "")
             for parameter in model.parameters():
                 if parameter.is_floating_point():
                     parameter.data.fill_(float("nan"))
-            model.load_weights(list(tensors.items()))
+            model.load_weights(list(load_file(folder / "model.safetensors").items()))
         finally:
             torch.set_default_dtype(torch.float32)
+    for layer in model.model.layers:
+        layer.self_attn.attn = CausalAttention(layer.self_attn.head_dim)
+    return model, read.hf_config
+
+
+@pytest.mark.parametrize(("name", "engine"), PAIRS)
+def test_vllm_loads_every_weight(name, engine, target, process_group, tmp_path):
+    drafter = make(name, target, torch.bfloat16)
+    target.save_pretrained(tmp_path / "target")
+    export_drafter(drafter, engine, tmp_path / "out", target_name=str(tmp_path / "target"))
+    model, read = load(tmp_path / "out", tmp_path / "target", "bfloat16", drafter.config.shape)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
     unloaded = {key for key, value in model.named_parameters() if value.is_floating_point() and value.isnan().any()}
     assert unloaded <= SHARED
     projections = torch.cat([tensors[f"layers.0.self_attn.{kind}_proj.weight"] for kind in "qkv"])
@@ -93,3 +111,37 @@ def test_vllm_loads_every_weight(name, engine, target, process_group, tmp_path):
         rows = torch.arange(len(DRAFT_IDS))
         assert torch.equal(rows + model.draft_id_to_target_id, DRAFT_IDS)
         assert torch.equal(model.lm_head.weight[: len(rows)], tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize(("name", "engine"), PAIRS)
+def test_vllm_drafts_the_same(name, engine, target, process_group, tmp_path):
+    """One drafting step through vLLM's own forward, in float32."""
+    drafter = make(name, target)
+    target.save_pretrained(tmp_path / "target")
+    export_drafter(drafter, engine, tmp_path / "out", target_name=str(tmp_path / "target"))
+    model, _ = load(tmp_path / "out", tmp_path / "target", "float32", drafter.config.shape)
+    model.model.embed_tokens.weight.data.copy_(target.get_input_embeddings().weight)
+    ids, features, expected = one_step(drafter, target)
+    with torch.no_grad():
+        combined = model.combine_hidden_states(features) if drafter.config.shape == "eagle3" else features
+        found, fed_back = model.model(input_ids=ids, positions=torch.arange(len(ids)), hidden_states=combined)
+    assert_same_step(drafter, found, fed_back, expected)
+
+
+@torch.no_grad()
+def test_vllm_reads_the_last_layer_before_its_norm(target, process_group, tmp_path):
+    """Ids name residual streams before layers, that of the number of layers the one before the final norm.
+
+    So there is no id for the normed last state, which the shipped drafter reads beside others.
+    """
+    target.save_pretrained(tmp_path)
+    model, _ = load(tmp_path, tmp_path, "float32")
+    model.set_aux_hidden_state_layers((0, 2, 5, 8))
+    ids = torch.tensor([5, 9, 3, 77, 31, 8, 100, 64])
+    normed, captured = model.model(ids, torch.arange(len(ids)), None)
+    states = target(ids[None], output_hidden_states=True).hidden_states
+    for state, layer in zip(captured, (0, 2, 5), strict=False):
+        torch.testing.assert_close(state, states[layer][0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(normed, states[-1][0], rtol=1e-4, atol=1e-4)
+    assert len(captured) == 4 and not torch.allclose(captured[-1], states[-1][0], atol=0.1)
+    torch.testing.assert_close(target.model.norm(captured[-1]), states[-1][0], rtol=1e-4, atol=1e-4)

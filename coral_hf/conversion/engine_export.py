@@ -110,7 +110,10 @@ def _obstacles(config: CoralDraftConfig, engine: str, target: Any) -> list[str]:
     if single and engine != "vllm":
         problems.append("one feature, the last layer's normed state, is served by vLLM alone; use --to vllm")
     elif not single and FEATURE_LAYER_LAST in layers:
-        problems.append(f"target_feature_layers={layers}: the normed last state (-1) cannot be captured beside others")
+        problems.append(
+            f"target_feature_layers={layers}: the normed last state (-1) cannot be captured beside others: "
+            + _features_read(config, engine)
+        )
     elif not single and len(layers) == 1:
         problems.append(f"target_feature_layers={layers}: one feature must be the last layer's, -1")
     elif not single and layers != sorted(set(layers)):
@@ -126,6 +129,15 @@ def _obstacles(config: CoralDraftConfig, engine: str, target: Any) -> list[str]:
     if engine == "eagle" and config.head_dim * config.num_attention_heads != config.hidden_size:
         problems.append(f"head_dim={config.head_dim}, it takes hidden_size / num_attention_heads")
     return problems
+
+
+def _features_read(config: CoralDraftConfig, engine: str) -> str:
+    """Which states of a target an engine gives to a drafter that reads several."""
+    if engine == "eagle":
+        return f"it reads {_default_layers(config)} of this target"
+    if engine == "sglang":
+        return "it reads the inputs of layers, and the last layer's output is the input of none"
+    return "vLLM reads residual streams, that of the last layer before the final norm, and has no norm for one alone"
 
 
 def _scaled_embedding(config: CoralDraftConfig, target: Any) -> list[str]:
