@@ -45,9 +45,7 @@ class ScriptArguments:
     router_groups: int = field(default=128, metadata={"help": "Groups of the router; a sixteenth is active."})
     limit: int = field(default=5, metadata={"help": "Prompts per evaluation file."})
     max_new_tokens: int = field(default=48, metadata={"help": "Tokens per timed answer."})
-    dtype: str = field(
-        default="auto", metadata={"help": "Dtype of the target; auto: bfloat16 where it is native."}
-    )
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the target; auto: bfloat16 where it is native."})
     threads: int = field(default=2, metadata={"help": "CPU threads."})
 
 
