@@ -93,7 +93,7 @@ def test_the_key_tells_machines_apart(pair, monkeypatch):
         patch.setattr(cost_measurement, "cpu_name", lambda: "another CPU")
         keys.append(costs_key(*pair, SETTINGS))
     with monkeypatch.context() as patch:
-        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another set")
         keys.append(costs_key(*pair, SETTINGS))
     keys.append(costs_key(pair[0], pair[1].to("meta"), SETTINGS))
     assert len({json.dumps(key) for key in keys}) == 4

@@ -83,6 +83,9 @@ def load(folder, served_folder, dtype, method=None):
             model.load_weights(list(load_file(folder / "model.safetensors").items()))
         finally:
             torch.set_default_dtype(torch.float32)
+    for layer in model.modules():
+        if hasattr(layer, "quant_method"):  # what vLLM itself falls back to where its compiled kernels are missing
+            layer.cpu_linear = torch.nn.functional.linear
     for layer in model.model.layers:
         layer.self_attn.attn = CausalAttention(layer.self_attn.head_dim)
     return model, read.hf_config

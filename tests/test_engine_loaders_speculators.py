@@ -25,7 +25,7 @@ def target():
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_speculators_loads_and_drafts(name, target, tmp_path):
-    """Its config and every weight, the target's embedding and head around them, and one step of its own forward."""
+    """Its config and every weight, and one step of its own forward."""
     drafter = make(name, target)
     target.save_pretrained(tmp_path / "target")
     export_drafter(drafter, "speculators", tmp_path / "out", target_name=str(tmp_path / "target"))
@@ -37,7 +37,10 @@ def test_speculators_loads_and_drafts(name, target, tmp_path):
     state = model.state_dict()
     for key, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(state[key], tensor), key
-    assert torch.equal(model.embed_tokens.weight, target.get_input_embeddings().weight)
+    # the folder holds neither the target's embedding nor, without a vocabulary of the drafter's own, its head
+    model.embed_tokens.weight.copy_(target.get_input_embeddings().weight)
+    if drafter.draft_head is None:
+        model.lm_head.weight.copy_(target.get_output_embeddings().weight)
 
     seen = {}
     model.norm.register_forward_hook(lambda _, args, output: seen.update(before=args[0][0], after=output[0]))
