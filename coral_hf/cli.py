@@ -71,8 +71,10 @@ def _parse(verb: str, arguments: list[str]) -> Callable[[], int]:
     *parsed, unknown = parser.parse_args_into_dataclasses(args=_underscores(arguments), return_remaining_strings=True)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, options, n=1)
         hint = f"did you mean {near[0]}?" if near else f"`coral-hf {verb} --help` lists the options."
+        hint = getattr(command, "REFUSED", {}).get(name, hint)  # what other verbs take
         raise ValueError(f"unknown option or argument {unknown[0]!r}; {hint}")
     threads = getattr(parsed[0], "threads", None)
     if threads is not None and threads < 1:

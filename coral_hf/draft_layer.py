@@ -202,6 +202,33 @@ def chain_rows(rows: torch.Tensor, step: int, batch: int, document_ids: torch.Te
     return exists & (shift_rows(document_ids, step - 1, dim=1, fill=-2) == document_ids)
 
 
+def rollout_rows(
+    rows: torch.Tensor,
+    step: int,
+    batch: int,
+    document_ids: torch.Tensor | None = None,
+    same: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """What the rows of a rollout's step k see of the rows of step 1, and which of them mean something.
+
+    Args:
+        rows (`torch.LongTensor` of shape `[S]`): 0..S-1.
+        step (`int`): k.
+        batch (`int`): B.
+        document_ids (`torch.LongTensor` of shape `[B, S]`, *optional*): see [`CoralDraftModel.forward`].
+        same (`torch.BoolTensor` of shape `[B, S, S]`, *optional*): rows of one document.
+
+    Returns:
+        `tuple`: the mask `[B, 1, S, S]`, None for a plain causal one, and the rows that count, `[B, S]`.
+    """
+    visible = rows[:, None] - (step - 1) >= rows  # [S, S]
+    if step == 1:
+        mask = None if same is None else (same & visible)[:, None]
+        return mask, torch.ones(batch, len(rows), dtype=torch.bool, device=rows.device)
+    mask = visible.expand(batch, 1, -1, -1) if same is None else (same & visible)[:, None]
+    return mask, chain_rows(rows, step, batch, document_ids)
+
+
 __all__ = [
     "CoralDraftLayer",
     "CoralRotaryEmbedding",
@@ -209,5 +236,6 @@ __all__ = [
     "Eagle3DraftLayer",
     "EagleDraftLayer",
     "chain_rows",
+    "rollout_rows",
     "shift_rows",
 ]

@@ -23,11 +23,11 @@ from .draft_layer import (
     DraftKeyValues,
     Eagle3DraftLayer,
     EagleDraftLayer,
-    chain_rows,
+    rollout_rows,
     shift_rows,
 )
 from .lm_head_router import DraftVocabularyHead, FrequencyShortlist, LMHeadRouter
-from .weight_files import check_shapes, check_weights, loading, most_bytes
+from .weight_files import check_before_loading, check_shapes, loading
 
 
 @dataclass
@@ -142,16 +142,8 @@ class CoralDraftModel(PreTrainedModel):
                 the config is missing or malformed.
         """
         with loading(pretrained_model_name_or_path):
-            names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
             if pretrained_model_name_or_path is not None and not kwargs.get("variant"):
-                hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-                config: Any = kwargs.get("config")
-                # by type: the class may be another one where the code came with the weights
-                if getattr(config, "model_type", None) != cls.config_class.model_type:
-                    config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub)
-                with torch.device("meta"):
-                    limit = most_bytes(cls(config))
-                check_weights(pretrained_model_name_or_path, limit, **hub)
+                check_before_loading(cls, pretrained_model_name_or_path, kwargs)
             # mismatched sizes are listed, so that the error can name them
             ours = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, **ours})
@@ -273,7 +265,6 @@ class CoralDraftModel(PreTrainedModel):
         if position_ids is None:
             position_ids = rows.expand(batch, length)
         cos, sin = self.rotary_emb(inputs_embeds, position_ids)
-        causal = rows[:, None] >= rows  # [S, S]
         same = None if document_ids is None else document_ids[:, :, None] == document_ids[:, None, :]  # [B, S, S]
 
         feature = self.project_features(features)
@@ -281,13 +272,7 @@ class CoralDraftModel(PreTrainedModel):
         values: list[torch.Tensor] = []
         outputs, valids = [], []
         for step in range(1, num_steps + 1):
-            if step == 1:
-                mask = None if same is None else (same & causal)[:, None]
-                valid = torch.ones(batch, length, dtype=torch.bool, device=device)
-            else:
-                visible = rows[:, None] - (step - 1) >= rows
-                mask = visible.expand(batch, 1, length, length) if same is None else (same & visible)[:, None]
-                valid = chain_rows(rows, step, batch, document_ids)
+            mask, valid = rollout_rows(rows, step, batch, document_ids, same)
             run = self._rollout_step
             if self.gradient_checkpointing and self.training:
                 run = partial(self._gradient_checkpointing_func, run)

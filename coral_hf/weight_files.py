@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "model.bin")
+_WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 # the widest parameter that can be stored, and room for the header
 _MOST_BYTES_PER_PARAMETER, _HEADER_BYTES = 8, 1 << 20
 
@@ -144,6 +145,27 @@ def check_weights(name: str | os.PathLike, limit: int, **hub: Any) -> None:
         _refuse(str(name), [file for file in PICKLED_FILES if _remote_size(str(name), file, hub) is not None])
 
 
+def check_before_loading(model_class: Any, name: str | os.PathLike, kwargs: dict[str, Any]) -> None:
+    """Refuses what `model_class.from_pretrained(name, **kwargs)` must not load, by its config alone.
+
+    Args:
+        model_class (`type`): [`CoralDraftModel`], or what came with the weights as their code.
+        name (`str` or `os.PathLike`): a folder or Hub id.
+        kwargs (`dict`): as for `from_pretrained`; of them only where the files lie, and a `config`, count.
+
+    Raises:
+        ValueError: as [`check_weights`].
+    """
+    hub = {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
+    config_class, config = model_class.config_class, kwargs.get("config")
+    # by type: the class may be another one where the code came with the weights
+    if getattr(config, "model_type", None) != config_class.model_type:
+        config = config_class.from_pretrained(config or name, **hub)
+    with torch.device("meta"):
+        limit = most_bytes(model_class(config))
+    check_weights(name, limit, **hub)
+
+
 def check_index(path: str | os.PathLike, index: Any) -> dict[str, str]:
     """Tensor names and their shards in what an index of shards says, which may come from anywhere.
 
@@ -192,6 +214,7 @@ def _refuse(name: str, pickled: list[str]) -> None:
 
 __all__ = [
     "WEIGHTS_FILE",
+    "check_before_loading",
     "check_index",
     "check_shapes",
     "check_size",

@@ -7,30 +7,25 @@ accelerate launch examples/train_drafter.py --data responses.jsonl --output_dir 
 
 from dataclasses import dataclass, field
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
-from coral_hf import CoralDraftModel, demo
-from coral_hf.hardware import native_bfloat16
+from coral_hf import CoralDraftModel
+from coral_hf.commands.loading import TargetOptions, resolve_dtype
 from coral_hf.training.arguments import CoralTrainingArguments
 from coral_hf.training.data import read_rows
 from coral_hf.training.trainer import CoralTrainer
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(TargetOptions):
     data: list[str] = field(metadata={"help": "Response files."})
-    target: str = field(default="demo", metadata={"help": "Path or Hub id of the target, or 'demo'."})
     eval_rows: int = field(default=32, metadata={"help": "Rows held out for evaluation."})
 
 
 if __name__ == "__main__":
     script, args = HfArgumentParser((ScriptArguments, CoralTrainingArguments)).parse_args_into_dataclasses()
-    dtype = "bfloat16" if native_bfloat16() else "float32"
-    if script.target == "demo":
-        target, tokenizer = demo.load_target(dtype)
-    else:
-        target = AutoModelForCausalLM.from_pretrained(script.target, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(script.target)
+    # on the CPU: the trainer moves it to each process's device
+    target, tokenizer = script.load_target(resolve_dtype("auto", args.device), "cpu")
     rows = read_rows(script.data)
     trainer = CoralTrainer(
         model=CoralDraftModel.from_target(target, tokenizer),

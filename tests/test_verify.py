@@ -7,8 +7,8 @@ import torch
 from conftest import make_drafter, make_target, make_tokenizer
 
 from coral_hf.cli import main
-from coral_hf.evaluation.methods import Method, first_difference
-from coral_hf.evaluation.prompts import Prompt
+from coral_hf.evaluation.methods import Method, first_difference, measure
+from coral_hf.evaluation.prompts import Prompt, encode_context
 from coral_hf.evaluation.verify import verify
 from coral_hf.generation.decoding import _Selector
 from coral_hf.hub.card_tables import _check
@@ -51,18 +51,18 @@ def test_equal_answers(pair, tmp_path):
     ]
     assert not any(check.different or check.first for check in checks)
     record = json.loads((tmp_path / "check_coral.json").read_text())
-    assert record["n_prompts"] == record["identical"] == 3 and record["first_difference"] is None
+    assert record["n_prompts"] == 3 and record["first_difference"] is None
+    assert record["n_turns"] == record["identical"] == 6 and {row["n_turns"] for row in record["sampled"]} == {6}
+    assert record["target"] == "" and record["target_revision"] is None
     assert set(record["acceptance_length"]) == {"all", "abc", "xyz"}
     assert record["settings"]["draft_depth"] == 3 and record["environment"]["dtype"] == "float64"
     assert [row["temperature"] for row in record["sampled"]] == [0.8, 1.5]
     record["drafter_sha256"] = "0" * 64  # this drafter was never on disk
-    assert "Identity: 3 of 3 greedy answers of 12 tokens" in _check("check_coral.json", record)
+    assert "Identity: 6 of 6 greedy answers of 12 tokens" in _check("check_coral.json", record)
 
 
 def test_samples_differ_from_greedy_and_between_seeds(pair):
     """Otherwise equality of the samples would prove nothing."""
-    from coral_hf.evaluation.methods import measure
-
     target, _, drafter = pair
     ids = torch.tensor([[20, 30, 40]])
     answers = [measure(target, ids, 12, drafter, temperature=t, seed=s).new_ids for t, s in ((0, 0), (1, 0), (1, 1))]
@@ -72,9 +72,10 @@ def test_samples_differ_from_greedy_and_between_seeds(pair):
 def test_first_difference_is_shown(pair, wrong_choice, tmp_path):
     target, tokenizer, drafter = pair
     (check, sampled) = verify(target, tokenizer, [Method("coral", drafter)], PROMPTS, 12, [1.0], output=tmp_path)
-    assert check.different == sampled.different == ["p0", "p1", "p2"]
+    turns = [f"p{index}{turn}" for index in range(3) for turn in ("", ", turn 2")]
+    assert check.different == sampled.different == turns
     first = check.first
-    assert (first.prompt, first.position, first.temperature) == ("p0", 4, 0.0)
+    assert (first.prompt, first.turn, first.position, first.temperature) == ("p0", 1, 4, 0.0)
     assert first.drafted_token == (first.plain_token + 1) % 128
     text = str(first)
     for part in ("prompt p0", "new token 4", f"token {first.plain_token}", f"token {first.drafted_token}"):
@@ -82,6 +83,25 @@ def test_first_difference_is_shown(pair, wrong_choice, tmp_path):
     assert first.plain_text in text and first.drafted_text in text
     record = json.loads((tmp_path / "check_coral.json").read_text())
     assert record["identical"] == 0 and record["first_difference"]["position"] == 4
+
+
+def test_later_turns_follow_on_plain_answers(pair, wrong_choice, monkeypatch):
+    """As in a benchmark: what a second turn is asked after does not depend on the method, which may be wrong."""
+    target, tokenizer, drafter = pair
+    asked = []
+
+    def spy(target, ids, *args, **kwargs):
+        asked.append((kwargs.get("drafter") is not None, tokenizer.decode(ids[0])))
+        return measure(target, ids, *args, **kwargs)
+
+    monkeypatch.setattr("coral_hf.evaluation.verify.measure", spy)
+    (check,) = verify(target, tokenizer, [Method("coral", drafter)], PROMPTS[:1], 6)
+    plain = tokenizer.decode(
+        measure(target, encode_context(tokenizer, PROMPTS[0].turns[:1]), 6).new_ids, skip_special_tokens=True
+    )
+    assert [drafted for drafted, _ in asked] == [False, True] * 2
+    assert asked[2][1] == asked[3][1] and asked[2][1].endswith(f"[a]{plain}[u]more[a]")
+    assert check.different == ["p0", "p0, turn 2"] and (check.n_prompts, check.n_turns) == (1, 2)
 
 
 def test_an_answer_that_ends_early_differs_at_its_end():
@@ -122,7 +142,7 @@ def test_command(tmp_path, capsys, monkeypatch, request):
     arguments = ["verify", "--target", "target", "--drafter", "drafter", "--max-new-tokens", "8", "--limit", "2"]
     good = [*arguments, "--data", "prompts.jsonl", "--temperature", "0", "1", "--output", "records"]
     assert main(good) == 0
-    assert "2/2" in capsys.readouterr().out
+    assert "4/4" in capsys.readouterr().out
     record = json.loads((tmp_path / "records" / "check_coral.json").read_text())
     assert record["drafter"] == "drafter" and len(record["drafter_sha256"]) == 64
     assert main([*arguments, "--data", "empty.jsonl"]) == 2
@@ -134,4 +154,4 @@ def test_command(tmp_path, capsys, monkeypatch, request):
     printed = capsys.readouterr().out
     assert "first difference: method coral, greedy, prompt p0, new token 4" in printed
     last = printed.strip().splitlines()[-1]
-    assert last == "warning: 4 of 4 answers differ from plain generate's in float32, where they must not."
+    assert last == "warning: 8 of 8 answers differ from plain generate's in float32, where they must not."

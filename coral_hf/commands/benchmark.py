@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .loading import DEMO, check_output_folder, load_drafter, load_target, require
+from .loading import DEMO, PlacedTargetOptions, check_output_folder, load_drafter, load_target, require
 
 
 # what --quick sets where nothing else is asked for: a few minutes on two cores with a target of 135 M parameters
@@ -15,7 +15,7 @@ MAX_NEW_TOKENS = 128
 
 
 @dataclass
-class BenchmarkCommand:
+class BenchmarkCommand(PlacedTargetOptions):
     r"""Time plain decoding and other methods side by side; write benchmark.json and plots.
 
     Example: coral-hf benchmark --target demo --drafter demo --data mt_bench.jsonl --limit 10 \
@@ -27,7 +27,6 @@ class BenchmarkCommand:
     data: list[str] = field(
         default_factory=list, metadata={"help": "JSONL files of {'id', 'turns'} rows (default: the demo's prompts)."}
     )
-    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
     drafter: list[str] = field(
         default_factory=lambda: [DEMO], metadata={"help": "Paths or Hub ids of drafters, or 'demo'."}
     )
@@ -58,7 +57,6 @@ class BenchmarkCommand:
         default=False, metadata={"help": f"A first impression in minutes: {QUICK} where nothing else is given."}
     )
     profile: bool = field(default=False, metadata={"help": "Then write where a step's time goes to step_time.json."})
-    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
@@ -81,10 +79,15 @@ class BenchmarkCommand:
         # by their names, before any model loads, so that a slip of the pen costs nothing
         parse_methods(texts, {name: name for name in self.drafter}, self.assistant)
         drafters = {name: load_drafter(name) for name in self.drafter}
-        target, tokenizer = load_target(self.target, self.dtype, self.device)
+        target, tokenizer = self.load_target(self.dtype)
         for drafter in drafters.values():
             drafter.to(device=target.device, dtype=target.dtype)
-        assistant = None if self.assistant is None else load_target(self.assistant, target.dtype, self.device)[0]
+        assistant = None
+        if self.assistant is not None:
+            place, trusted = str(target.device), self.trust_remote_code
+            assistant, _ = load_target(
+                self.assistant, target.dtype, place, trust_remote_code=trusted, role="assistant"
+            )
         methods = parse_methods(texts, drafters, assistant)
         path = Path(self.output) / "benchmark.json"
         try:

@@ -4,11 +4,11 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .loading import DEMO, load_drafter, load_target, load_target_config, load_target_ends
+from .loading import DEMO, TargetOptions, load_drafter, load_target_config, load_target_ends
 
 
 @dataclass
-class ConvertCommand:
+class ConvertCommand(TargetOptions):
     """Turn an EAGLE, HASS or EAGLE-3 checkpoint into a drafter, or a drafter into a serving engine's checkpoint.
 
     Example: coral-hf convert --from eagle org/EAGLE3-model outputs/drafter --target org/model
@@ -22,7 +22,7 @@ class ConvertCommand:
 
     from_format: str | None = field(default=None, metadata={"aliases": ["--from"], "help": "Read this format: eagle."})
     to: str | None = field(default=None, metadata={"help": "Write for vllm, sglang, speculators or eagle."})
-    target: str | None = field(
+    target: str | None = field(  # type: ignore[assignment]  # with --to none is needed
         default=None, metadata={"help": "Path or Hub id of the target, or 'demo' (the default with --from)."}
     )
     dtype: str = field(default="bfloat16", metadata={"help": "Dtype the target is loaded in, where it is needed."})
@@ -30,7 +30,10 @@ class ConvertCommand:
         default=None, metadata={"help": "With --from: the target layers whose inputs an EAGLE-3 checkpoint reads."}
     )
     revision: str | None = field(
-        default=None, metadata={"help": "With --from: branch, tag or commit of the checkpoint's Hub repository."}
+        default=None,
+        metadata={
+            "help": "With --from: branch, tag or commit of the checkpoint's Hub repository (the target's: --target_revision)."
+        },
     )
 
     def run(self, positional) -> int:
@@ -39,7 +42,7 @@ class ConvertCommand:
         from ..modeling_coral import CoralDraftModel
 
         if self.from_format is not None and self.to is None:
-            target = load_target_ends(self.target or DEMO, self.dtype)
+            target = load_target_ends(self.target or DEMO, self.dtype, **self.loading_arguments)
             layers = self.target_feature_layers
             places = (positional.input, positional.output)
             convert_from(CoralDraftModel, self.from_format, *places, target, layers, self.revision)
@@ -55,12 +58,20 @@ class ConvertCommand:
             )
         drafter = load_drafter(positional.input)
         target = None
+        stated = self.target_revision is not None or self.trust_remote_code
         eagle3 = drafter.config.shape == "eagle3"
         if self.to == "eagle" and eagle3 and self.target is not None:
-            target, _ = load_target(self.target, self.dtype, "cpu")
+            target, _ = self.load_target(self.dtype, "cpu")
         elif not eagle3 and drafter.config.target_embedding_scale is None and self.target not in (None, DEMO):
+            if self.trust_remote_code:
+                target, _ = self.load_target(self.dtype, "cpu")
             # a name that only the engine knows is still one to serve by; the drafter's own config must do then
-            with contextlib.suppress(OSError):
-                target = meta_target(load_target_config(self.target))
+            with contextlib.nullcontext() if stated else contextlib.suppress(OSError):
+                target = target or meta_target(load_target_config(self.target, self.target_revision))
+        elif stated:
+            raise ValueError(
+                f"--target_revision {self.target_revision} and --trust_remote_code {self.trust_remote_code} are for a target "
+                "that is loaded, and this export needs none: leave them out."
+            )
         convert_to(self.to, drafter, positional.output, target, None if self.target == DEMO else self.target)
         return 0

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -15,6 +16,11 @@ class DemoCommand:
 
     Example: coral-hf demo --max-new-tokens 128
     """
+
+    REFUSED: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("--target", "--drafter", "--target_revision", "--trust_remote_code", "--device_map"),
+        "demo runs the shipped pair alone. For your own use `coral-hf benchmark --quick --target MODEL --drafter DRAFTER`.",
+    )
 
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of the timed runs; auto: bfloat16 where it is computed natively."}

@@ -2,12 +2,16 @@
 
 import contextlib
 import importlib.util
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from .. import demo
 from ..hardware import default_device, native_bfloat16
@@ -19,55 +23,161 @@ from ..weight_files import WEIGHTS_FILE, check_index
 DEMO = "demo"
 
 
-def load_target(name: str, dtype: str | torch.dtype, device: str | None = None):
-    """A target and its tokenizer by path or Hub id; `demo` is the embedded one. `device` None: the accelerator."""
-    place = resolve_device(device)
+_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
+
+
+@dataclass(kw_only=True)
+class TargetOptions:
+    """Which target a verb loads: the options that all of them share."""
+
+    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
+    target_revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Branch, tag or commit of the target's Hub repository, v1.0 say (default: its main branch)."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the Python code that the target's repository (and an assistant's) brings, if you have read it."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.target in (None, DEMO):
+            for name in ("target_revision", "trust_remote_code", "device_map"):
+                if value := getattr(self, name, None):
+                    instead = ", or use --device" if name == "device_map" else ""
+                    raise ValueError(
+                        f"--{name} {value} is for a target of a folder or of the Hub, and 'demo' is always the same: name "
+                        f"another with --target, or leave --{name} out{instead}."
+                    )
+
+    def load_target(self, dtype: str | torch.dtype, device: str | None = None):
+        """The target and its tokenizer, see [`load_target`]."""
+        return load_target(self.target, dtype, device, **self.loading_arguments)
+
+    @property
+    def loading_arguments(self) -> dict[str, Any]:
+        """What [`load_target`] takes beside name, dtype and device."""
+        return {"revision": self.target_revision, "trust_remote_code": self.trust_remote_code}
+
+
+@dataclass(kw_only=True)
+class PlacedTargetOptions(TargetOptions):
+    """A target that generates: it may lie on one device or be spread over several."""
+
+    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
+    device_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "Place the target by accelerate instead of on one --device: auto (over all GPUs), balanced, "
+            "balanced_low_0, sequential, a device (cuda:1), or JSON of modules and devices (or disk)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device_map is not None and self.device is not None:
+            raise ValueError(
+                f"--device_map {self.device_map} and --device {self.device} both say where the target lies: give one of them."
+            )
+
+    def load_target(self, dtype: str | torch.dtype, device: str | None = None):
+        return super().load_target(dtype, device or self.device)
+
+    @property
+    def loading_arguments(self) -> dict[str, Any]:
+        return {**super().loading_arguments, "device_map": self.device_map}
+
+
+def load_target(
+    name: str,
+    dtype: str | torch.dtype,
+    device: str | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | None = None,
+    role: str = "target",
+):
+    """A target and its tokenizer by path or Hub id; `demo` is the embedded one.
+
+    Args:
+        name (`str`), dtype (`str` or `torch.dtype`): see [`resolve_dtype`].
+        device (`str`, *optional*): by default the accelerator, else the CPU.
+        revision (`str`, *optional*): branch, tag or commit of the Hub repository.
+        trust_remote_code (`bool`): run the repository's own code.
+        device_map (`str`, *optional*): see [`resolve_device_map`]; instead of a device.
+        role (`str`): the option that named it, for messages.
+
+    Raises:
+        OSError: if it cannot be found.
+        ValueError: for a revision of a folder, code that is not trusted, or a device or dtype that there is not.
+    """
+    places = None if device_map is None else resolve_device_map(device_map)
+    place = resolve_device(places.get(""), "device_map") if isinstance(places, dict) else resolve_device(device)
     resolved = resolve_dtype(dtype, place) if isinstance(dtype, str) else dtype
     if name == DEMO:
         model, tokenizer = demo.load_target(resolved)
     else:
-        with _named("target", name):
+        how = {} if places is None else {"device_map": places}
+        with _named(role, name, revision):
+            commit, at = _pin(name, revision)
             model, tokenizer = (
-                AutoModelForCausalLM.from_pretrained(name, dtype=resolved),
-                AutoTokenizer.from_pretrained(name),
+                AutoModelForCausalLM.from_pretrained(
+                    name, dtype=resolved, trust_remote_code=trust_remote_code, **at, **how
+                ),
+                AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **at),
             )
-    return model.eval().to(place), tokenizer
+        model.config._commit_hash = commit
+    model = model.eval()
+    if places is None:
+        return model.to(place), tokenizer
+    _check_placed(model, places)
+    return model, tokenizer
 
 
-def load_target_config(name: str):
+def load_target_config(name: str, revision: str | None = None):
     """A target's config by path or Hub id, without its weights."""
-    with _named("target", name):
-        return AutoConfig.from_pretrained(name)
+    with _named("target", name, revision):
+        commit, at = _pin(name, revision)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **at)
+    config._commit_hash = commit
+    return config
 
 
-def load_target_ends(name: str, dtype: str):
+def load_target_ends(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False):
     """A target for what asks for its config, embedding and head alone: those are read, the rest has no weights.
 
-    Where they are not found by name in safetensors (a quantised target, other names on file), the whole target is loaded.
+    Where they are not found by name in safetensors (a quantised target, other names on file) or code of the repository is
+    to run, the whole target is loaded.
     """
     resolved = resolve_dtype(dtype, torch.device("cpu"))
-    if name != DEMO:
+    if name != DEMO and not trust_remote_code:
         with contextlib.suppress(OSError, LookupError, ValueError, SafetensorError):
-            return _read_ends(name, resolved)
-    return load_target(name, dtype, "cpu")[0]
+            return _read_ends(name, resolved, revision)
+    return load_target(name, dtype, "cpu", revision=revision, trust_remote_code=trust_remote_code)[0]
 
 
-def _read_ends(name: str, dtype: torch.dtype):
+def _read_ends(name: str, dtype: torch.dtype, revision: str | None):
     """Raises `LookupError` where a tensor is not on file under its name in the model."""
-    config = load_target_config(name)
+    config = load_target_config(name, revision)
     if getattr(config, "quantization_config", None) is not None:
         raise LookupError(f"{name} is quantised")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     modules = {id(module): (path, module) for path, module in model.named_modules()}
     ends = [modules[id(part)] for part in (model.get_input_embeddings(), model.get_output_embeddings())]
     if ends[0][1].weight is ends[1][1].weight:  # tied: on file once
         ends[1] = (ends[0][0], ends[1][1])
-    index = cached_file(name, f"{WEIGHTS_FILE}.index.json", _raise_exceptions_for_missing_entries=False)
+    _, at = _pin(name, revision)
+    index = cached_file(name, f"{WEIGHTS_FILE}.index.json", _raise_exceptions_for_missing_entries=False, **at)
     shards = None if index is None else check_index(index, read_json(index))
     for path, module in ends:
         key = f"{path}.weight"
-        file = cached_file(name, WEIGHTS_FILE if shards is None else shards[key])
+        file = cached_file(name, WEIGHTS_FILE if shards is None else shards[key], **at)
         with safe_open(file, framework="pt") as stored:
             if key not in stored.keys():  # noqa: SIM118  (no mapping)
                 raise LookupError(f"{file} holds no {key}")
@@ -78,15 +188,80 @@ def _read_ends(name: str, dtype: torch.dtype):
     return model.eval()
 
 
-def resolve_device(name: str | None) -> torch.device:
+def _pin(name: str, revision: str | None) -> tuple[str | None, dict[str, str]]:
+    """The commit that a branch, tag or None stands for now (None for a folder), and `from_pretrained`'s argument for it.
+
+    All files of a load are of one commit then, which is recorded as `config._commit_hash`: Transformers 5.24 no longer does.
+    """
+    path = (
+        None
+        if Path(name).is_dir()
+        else cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    )
+    commit = extract_commit_hash(path, None)
+    at = commit or revision
+    return commit, {} if at is None else {"revision": at}
+
+
+def _check_placed(model: Any, places: str | dict[str, Any]) -> None:
+    """Refuses a map of modules that the target does not have, and one without a device for what each step reads.
+
+    Raises:
+        ValueError: naming the modules.
+    """
+    if isinstance(places, dict):
+        known = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+        if strange := [name for name in places if name not in known]:
+            top = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(
+                f"--device_map names {', '.join(strange)}, which this target does not have; its parts are {top}."
+            )
+    ends = {"embedding": model.get_input_embeddings(), "LM head": model.get_output_embeddings()}
+    for name, module in ends.items():
+        # a head that is tied may be offloaded although its weight is there
+        offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
+        if module is not None and (offloaded or module.weight.device.type == "meta"):
+            raise ValueError(
+                f"--device_map leaves the target's {name} without a device (offloaded), but every step needs it: give a JSON "
+                "object that has one for it."
+            )
+
+
+def resolve_device_map(text: str) -> str | dict[str, Any]:
+    """`'auto'` and accelerate's other strategies as they are, `'cuda:1'` -> `{"": "cuda:1"}`, a JSON object as a dict.
+
+    Raises:
+        ValueError: for anything else, and for devices that there are not.
+    """
+    if text in _STRATEGIES:
+        return text
+    if not text.lstrip().startswith("{"):
+        return {"": str(resolve_device(text, "device_map"))}
+    try:
+        places = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--device_map {text!r} is no JSON object: {error}.") from error
+    if not places or not all(type(place) in (int, str) for place in places.values()):
+        raise ValueError(f'--device_map {text!r}: each module needs a device, 0 or "cpu" say.')
+    for place in places.values():
+        if place != "disk":  # accelerate's: read anew for each forward
+            resolve_device(place, "device_map")
+    return places
+
+
+def resolve_device(name: str | int | None, option: str = "device") -> torch.device:
     """`'cuda:1'` -> its device; None -> the machine's accelerator, else the CPU; `ValueError` for what is not there."""
     if name is None:
         return default_device()
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu.") from error
+        raise ValueError(
+            f"--{option} {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu."
+        ) from error
     return device
 
 
@@ -99,18 +274,31 @@ def load_drafter(name: str):
 
 
 @contextlib.contextmanager
-def _named(role: str, name: str):
+def _named(role: str, name: str, revision: str | None = None):
     """Says which model could not be loaded; Transformers takes a missing folder for a Hub id, and speaks of the Hub."""
     if Path(name).is_file():
         raise ValueError(f"--{role} {name} is a file; give the folder that holds config.json and the weights.")
+    if revision is not None and Path(name).is_dir():
+        raise ValueError(
+            f"--{role}_revision {revision}: --{role} {name} is a folder, which has no revisions. Leave it out, or give the "
+            "Hub id."
+        )
     try:
         yield
     except OSError as error:
         if Path(name).is_dir():
             raise OSError(f"--{role} {name}: {error}") from error
+        at = "" if revision is None else f" at --{role}_revision {revision}"
         raise OSError(
-            f"--{role} {name} is no folder here, and could not be loaded from the Hub under that id: check the path, or "
+            f"--{role} {name} is no folder here, and could not be loaded from the Hub under that id{at}: check the path, or "
             f"the spelling and your access. ({error})"
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"--{role} {name} needs Python code that its repository brings, which would run on this machine. Read it, and "
+            "add --trust_remote_code true if you trust it."
         ) from error
 
 

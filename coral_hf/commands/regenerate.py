@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from .loading import DEMO, load_target
+from .loading import PlacedTargetOptions
 
 
 _PROMPT_TOKENS = 2048  # the buffer of keys and values is as long as the longest prompt for every slot
 
 
 @dataclass
-class RegenerateCommand:
+class RegenerateCommand(PlacedTargetOptions):
     """Make the target answer prompts; resumes where an earlier run stopped.
 
     Example: coral-hf regenerate --prompts prompts.jsonl --output responses.jsonl
@@ -26,7 +26,6 @@ class RegenerateCommand:
         }
     )
     output: str = field(metadata={"help": "JSONL file of responses, appended to."})
-    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of the target; auto: bfloat16 where it is computed natively."}
     )
@@ -65,7 +64,6 @@ class RegenerateCommand:
     endpoint_attempts: int = field(
         default=6, metadata={"help": "Attempts of a request, with growing pauses, before the run stops."}
     )
-    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
@@ -80,6 +78,14 @@ class RegenerateCommand:
             raise ValueError(
                 f"--shards {self.shards} holds token ids: add --endpoint_token_ids true, or leave it out."
             )
+        if self.endpoint is not None:
+            for name, value in self.loading_arguments.items():
+                if value:
+                    option = "target_revision" if name == "revision" else name
+                    raise ValueError(
+                        f"--{option} {value} is for --target, which --endpoint {self.endpoint} answers instead of: set it where "
+                        "the server starts, and leave it out here."
+                    )
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         prompts = list(iter_prompts(self.prompts, self.split))
@@ -100,7 +106,7 @@ class RegenerateCommand:
     def _ask_target(self, prompts: list[dict[str, Any]], common: dict[str, Any]) -> dict[str, Any]:
         from ..training.regenerate import regenerate
 
-        target, tokenizer = load_target(self.target, self.dtype, self.device)
+        target, tokenizer = self.load_target(self.dtype)
         longest = self.max_prompt_tokens
         if longest is None:
             positions = getattr(target.config.get_text_config(), "max_position_embeddings", None)

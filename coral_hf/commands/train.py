@@ -4,21 +4,27 @@ import itertools
 import json
 import tempfile
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from .. import demo
 from ..modeling_coral import CoralDraftModel
-from .loading import DEMO, load_drafter, load_target, resolve_dtype
+from .loading import DEMO, TargetOptions, load_drafter, resolve_dtype
 
 
 @dataclass
-class TrainCommand:
+class TrainCommand(TargetOptions):
     """Train a drafter on the target's own responses. Takes every TrainingArguments flag as well.
 
     Example: coral-hf train --target demo --data responses.jsonl --output_dir outputs/drafter --preset coral
     """
+
+    REFUSED: ClassVar[dict[str, str]] = {
+        "--device_map": "a training puts the whole target onto each process's device. One that is too large for it is split "
+        "over several processes with --shard_target true; another device is chosen by `accelerate launch` or "
+        "CUDA_VISIBLE_DEVICES."
+    }
 
     data: list[str] = field(
         metadata={
@@ -34,7 +40,6 @@ class TrainCommand:
             "(--stream_buffer_size) and not grouped by length; resuming reads the stream again up to where it was."
         },
     )
-    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
     dtype: str = field(
         default="auto",
         metadata={"help": "Dtype of the frozen target; auto: bfloat16 where the hardware multiplies it natively."},
@@ -93,7 +98,7 @@ class TrainCommand:
             raise ValueError(f"{name} goes over all rows first: leave --streaming out.")
         rows, eval_rows = self._read()
         # the trainer places the target, on every rank's own device
-        target, tokenizer = load_target(self.target, resolve_dtype(self.dtype, args.device), "cpu")
+        target, tokenizer = self.load_target(resolve_dtype(self.dtype, args.device), "cpu")
         if (files := [*self.eval_data, *self.check_overlap]) and args.process_index == 0:
             warn_of_overlap(rows, files, tokenizer)
         if self.drafter is not None:
@@ -101,6 +106,10 @@ class TrainCommand:
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(f"--{name} {value} is for a new drafter; --drafter {self.drafter} has its own.")
             drafter = load_drafter(self.drafter).float()
+            if commit := getattr(
+                target.config, "_commit_hash", None
+            ):  # of the Hub: from now on it is trained for this one
+                drafter.config.target_name_or_path, drafter.config.target_revision = self.target, commit
         else:
             overrides = self._overrides()
             if self.target == DEMO:

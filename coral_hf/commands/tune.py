@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from .. import demo
-from .loading import DEMO, load_drafter, load_target, require
+from .loading import DEMO, PlacedTargetOptions, load_drafter, require
 
 
 @dataclass
-class TuneCommand:
+class TuneCommand(PlacedTargetOptions):
     r"""Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
 
     The costs that generate keeps for cost-aware drafts of the drafter's own sizes are measured anew.
@@ -21,7 +21,6 @@ class TuneCommand:
 
     output: str = field(metadata={"help": "Folder for tune.json."})
     data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows; first turns are answered."})
-    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of the models; auto: bfloat16 where it is computed natively."}
@@ -34,7 +33,6 @@ class TuneCommand:
     draft_top_k: int = field(default=4, metadata={"help": "Most branches per node to try."})
     draft_total_tokens: int = field(default=32, metadata={"help": "Most nodes to try, the root included."})
     save: bool = field(default=False, metadata={"help": "Put the best settings into the drafter's config.json."})
-    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
@@ -61,7 +59,7 @@ class TuneCommand:
             torch.set_num_threads(self.threads)
         prompts = read_prompts(self.data, self.limit)
         drafter = load_drafter(self.drafter)
-        target, tokenizer = load_target(self.target, self.dtype, self.device)
+        target, tokenizer = self.load_target(self.dtype)
         drafter.to(device=target.device, dtype=target.dtype)
         record = tune(target, tokenizer, drafter, prompts, box, self.max_new_tokens, self.temperature, self.seed)
         print_record(record)

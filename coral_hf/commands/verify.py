@@ -4,26 +4,25 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .loading import DEMO, check_output_folder, load_drafter, load_target, require
+from .loading import DEMO, PlacedTargetOptions, check_output_folder, load_drafter, require
 
 
 @dataclass
-class VerifyCommand:
-    r"""Compare a drafter's answers to first turns with plain decoding token by token; exit status 1 if any differs.
+class VerifyCommand(PlacedTargetOptions):
+    r"""Compare a drafter's answers with plain decoding turn by turn, token by token; exit status 1 if any differs.
 
     Example: coral-hf verify --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 10 \
         --method coral chain_of_5:draft_depth=5,draft_top_k=1 --temperature 1 --output outputs/drafter/training
     """
 
-    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows; only first turns are answered."})
-    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
+    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows."})
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
     method: list[str] = field(
         default_factory=lambda: ["coral"],
         metadata={"help": "Draft settings to check, as NAME or NAME:setting=value,setting=value."},
     )
     limit: int | None = field(default=None, metadata={"help": "Prompts per file."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated per prompt."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated per turn."})
     temperature: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
         metadata={"help": "Temperatures to sample at with the same seed; greedy decoding is always checked."},
@@ -31,7 +30,6 @@ class VerifyCommand:
     seed: int = field(default=0, metadata={"help": "Seed of the sampled answers."})
     dtype: str = field(default="float32", metadata={"help": "float32 proves identity; bfloat16 has near-ties."})
     output: str | None = field(default=None, metadata={"help": "Folder for one check_NAME.json per method."})
-    device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
@@ -49,7 +47,7 @@ class VerifyCommand:
         parse_methods(self.method, {self.drafter: self.drafter})
         drafter = load_drafter(self.drafter)
         methods = parse_methods(self.method, {self.drafter: drafter})
-        target, tokenizer = load_target(self.target, self.dtype, self.device)
+        target, tokenizer = self.load_target(self.dtype)
         drafter.to(device=target.device, dtype=target.dtype)
         checks = verify(
             target, tokenizer, methods, prompts, self.max_new_tokens, self.temperature, self.seed, self.output

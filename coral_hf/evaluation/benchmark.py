@@ -4,9 +4,11 @@ import json
 import os
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from ..generation.statistics import DraftStats
@@ -18,11 +20,12 @@ from .methods import (
     Method,
     check_drafter,
     describe_methods,
+    describe_target,
     draft_settings,
     first_difference,
     measure,
 )
-from .prompts import Prompt, encode_context
+from .prompts import Prompt, answer_turns, encode_context
 
 
 # (benchmark, temperature) -> method -> measurements, in the order of the prompts
@@ -121,7 +124,7 @@ def run_benchmark(
     folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "environment": describe_environment(target.device, target.dtype),
-        "target": target.config._name_or_path,
+        **describe_target(target),
         **describe_methods(methods[1:]),
         "max_new_tokens": max_new_tokens,
         "temperatures": temperatures,
@@ -137,26 +140,33 @@ def run_benchmark(
         turned = methods[first:] + methods[:first]
         for temperature in temperatures:
             by_method = results.setdefault((prompt.benchmark, temperature), {method.name: [] for method in methods})
-            responses: list[str] = []
-            for turn in range(len(prompt.turns)):
-                ids = encode_context(tokenizer, prompt.turns[: turn + 1], responses)
-                how = {"temperature": temperature, "seed": seed + index}
-                rounds = [
-                    {
-                        method.name: measure(target, ids, max_new_tokens, method.drafter, **how, **method.settings)
-                        for method in turned
-                    }
-                    for _ in range(repeats)
-                ]
-                measured = {
-                    method.name: min((one[method.name] for one in rounds), key=lambda answer: answer.seconds)
-                    for method in methods
-                }
-                for name, measurement in measured.items():
-                    by_method[name].append(measurement)
-                responses.append(tokenizer.decode(measured[PLAIN].new_ids, skip_special_tokens=True))
+            how = {"temperature": temperature, "seed": seed + index}
+            answer = partial(_measure_all, target, turned, by_method, max_new_tokens, repeats, how)
+            answer_turns(tokenizer, prompt, answer)
         record = _write(folder, record, methods, results, partial=True)
     return _write(folder, record, methods, results, partial=False)
+
+
+def _measure_all(
+    target: Any,
+    methods: list[Method],
+    results: dict[str, list[Measurement]],
+    max_new_tokens: int,
+    repeats: int,
+    how: dict[str, Any],
+    ids: torch.Tensor,
+) -> list[int]:
+    """Adds every method's fastest answer to its results; returns plain's."""
+    rounds = [
+        {
+            method.name: measure(target, ids, max_new_tokens, method.drafter, **how, **method.settings)
+            for method in methods
+        }
+        for _ in range(repeats)
+    ]
+    for name, measurements in results.items():
+        measurements.append(min((one[name] for one in rounds), key=lambda answer: answer.seconds))
+    return results[PLAIN][-1].new_ids
 
 
 def _check(target, tokenizer, methods, prompts, max_new_tokens, temperatures) -> None:

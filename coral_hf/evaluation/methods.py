@@ -227,6 +227,12 @@ def check_drafter(target: Any, tokenizer: Any, method: Method) -> None:
             )
 
 
+def describe_target(target: Any) -> dict[str, Any]:
+    """Which target a record measured: its name and, if it is of the Hub, its commit."""
+    config = target.config
+    return {"target": config._name_or_path, "target_revision": getattr(config, "_commit_hash", None)}
+
+
 def describe_drafter(drafter: Any) -> dict[str, Any]:
     """Which drafter a record measured: its Hub id or folder's name, and the hash of its weights file."""
     return {
@@ -273,6 +279,7 @@ __all__ = [
     "check_drafter",
     "describe_drafter",
     "describe_methods",
+    "describe_target",
     "draft_settings",
     "first_difference",
     "measure",

@@ -1,6 +1,6 @@
 """Prompt files of benchmarks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,4 +65,19 @@ def encode_context(tokenizer: Any, turns: Sequence[str], responses: Sequence[str
     return tokenizer("\n\n".join(pairs), return_tensors="pt").input_ids
 
 
-__all__ = ["Prompt", "encode_context", "read_prompts"]
+def answer_turns(tokenizer: Any, prompt: Prompt, answer: Callable[[torch.Tensor], Sequence[int]]) -> None:
+    """Asks for the answer to each turn of a conversation in its order.
+
+    Args:
+        tokenizer: the target's.
+        prompt ([`Prompt`])
+        answer (`Callable`): gets the ids `[1, L]` of the conversation so far and returns those of the response, which the
+            next turn follows on.
+    """
+    responses: list[str] = []
+    for turn in range(len(prompt.turns)):
+        ids = encode_context(tokenizer, prompt.turns[: turn + 1], responses)
+        responses.append(tokenizer.decode(answer(ids), skip_special_tokens=True))
+
+
+__all__ = ["Prompt", "answer_turns", "encode_context", "read_prompts"]

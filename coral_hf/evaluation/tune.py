@@ -13,7 +13,7 @@ from ..generation.settings import DraftSettings
 from ..generation.tuning import Calibration, DraftCosts, TreeSizeRule
 from .draft_traces import DraftTrace, fit_calibration, record_traces, replay_all
 from .environment import describe_environment
-from .methods import Method, check_drafter, describe_drafter
+from .methods import Method, check_drafter, describe_drafter, describe_target
 from .prediction import predict_speedup
 from .prompts import Prompt
 
@@ -52,7 +52,7 @@ def tune(
     check_drafter(target, tokenizer, Method("tune", drafter))
     record: dict[str, Any] = {
         "environment": describe_environment(target.device, target.dtype),
-        "target": target.config._name_or_path,
+        **describe_target(target),
         **describe_drafter(drafter),
         "n_prompts": len(prompts),
         "max_new_tokens": max_new_tokens,

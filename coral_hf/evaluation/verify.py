@@ -1,12 +1,15 @@
 """Is a pair lossless? A drafter's answers against plain `generate`'s, token by token, greedy and sampled."""
 
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from ..generation.statistics import DraftStats
@@ -17,11 +20,12 @@ from .methods import (
     Method,
     check_drafter,
     describe_drafter,
+    describe_target,
     draft_settings,
     first_difference,
     measure,
 )
-from .prompts import Prompt, encode_context
+from .prompts import Prompt, answer_turns
 
 
 _CONTEXT = 8  # tokens shown on either side of a difference
@@ -33,6 +37,7 @@ class Difference:
 
     Args:
         method (`str`), prompt (`str`), temperature (`float`)
+        turn (`int`): of the conversation, from 1.
         position (`int`): index among the new tokens.
         plain_token, drafted_token (`int`, *optional*): None where that answer had ended.
         plain_text, drafted_text (`str`): the tokens around it.
@@ -41,6 +46,7 @@ class Difference:
     method: str
     prompt: str
     temperature: float
+    turn: int
     position: int
     plain_token: int | None
     drafted_token: int | None
@@ -50,10 +56,15 @@ class Difference:
     def __str__(self) -> str:
         how = "greedy" if not self.temperature else f"temperature {self.temperature:g}"
         return (
-            f"first difference: method {self.method}, {how}, prompt {self.prompt}, new token {self.position}: plain "
-            f"generate {_token(self.plain_token)}, drafted {_token(self.drafted_token)}\n"
+            f"first difference: method {self.method}, {how}, prompt {_place(self.prompt, self.turn)}, new token "
+            f"{self.position}: plain generate {_token(self.plain_token)}, drafted {_token(self.drafted_token)}\n"
             f"  plain:   {self.plain_text!r}\n  drafted: {self.drafted_text!r}"
         )
+
+
+def _place(prompt: str, turn: int) -> str:
+    """A prompt's first turn goes by its id alone."""
+    return prompt if turn == 1 else f"{prompt}, turn {turn}"
 
 
 def _token(token: int | None) -> str:
@@ -64,34 +75,46 @@ class Check:
     """What one method answered so far at one temperature."""
 
     def __init__(self, method: Method, temperature: float):
-        self.method, self.temperature, self.n_prompts = method, temperature, 0
+        self.method, self.temperature = method, temperature
+        self.n_prompts = self.n_turns = 0
         self.different: list[str] = []
         self.first: Difference | None = None
         self.pooled = {"all": DraftStats()}
 
-    def add(self, tokenizer: Any, prompt: Prompt, plain: Measurement, drafted: Measurement) -> None:
-        self.n_prompts += 1
+    def add(self, tokenizer: Any, prompt: Prompt, turn: int, plain: Measurement, drafted: Measurement) -> None:
+        self.n_prompts += turn == 1
+        self.n_turns += 1
         position = first_difference(plain.new_ids, drafted.new_ids)
         if position is not None:
-            self.different.append(prompt.id)
-            self.first = self.first or self._difference(tokenizer, prompt, position, plain.new_ids, drafted.new_ids)
+            self.different.append(_place(prompt.id, turn))
+            if self.first is None:
+                self.first = self._difference(tokenizer, prompt, turn, position, plain.new_ids, drafted.new_ids)
         for name in ("all", prompt.benchmark):
             self.pooled[name] = self.pooled.get(name, DraftStats()).merge(drafted.stats)
 
     def _difference(
-        self, tokenizer: Any, prompt: Prompt, position: int, plain: list[int], drafted: list[int]
+        self, tokenizer: Any, prompt: Prompt, turn: int, position: int, plain: list[int], drafted: list[int]
     ) -> Difference:
         near = slice(max(0, position - _CONTEXT), position + _CONTEXT + 1)
-        tokens = [ids[position] if position < len(ids) else None for ids in (plain, drafted)]
-        texts = [tokenizer.decode(ids[near]) for ids in (plain, drafted)]
+        plain_token, drafted_token = (ids[position] if position < len(ids) else None for ids in (plain, drafted))
+        plain_text, drafted_text = (tokenizer.decode(ids[near]) for ids in (plain, drafted))
         return Difference(
-            self.method.name, prompt.id, self.temperature, position, tokens[0], tokens[1], texts[0], texts[1]
+            method=self.method.name,
+            prompt=prompt.id,
+            temperature=self.temperature,
+            turn=turn,
+            position=position,
+            plain_token=plain_token,
+            drafted_token=drafted_token,
+            plain_text=plain_text,
+            drafted_text=drafted_text,
         )
 
     def record(self) -> dict[str, Any]:
         return {
             "n_prompts": self.n_prompts,
-            "identical": self.n_prompts - len(self.different),
+            "n_turns": self.n_turns,
+            "identical": self.n_turns - len(self.different),
             "different": self.different,
             "first_difference": None if self.first is None else vars(self.first),
             "steps": {name: stats.steps for name, stats in self.pooled.items()},
@@ -112,18 +135,21 @@ def verify(
     seed: int = 0,
     output: str | Path | None = None,
 ) -> list[Check]:
-    """Answers the first turn of every prompt with plain `generate` and with every method, and compares the tokens.
+    """Answers every turn of every prompt with plain `generate` and with every method, and compares the tokens.
+
+    Later turns follow on plain's answers, as in a benchmark.
 
     Args:
         target (`PreTrainedModel`): in float32; lower dtypes have near-ties that fall either way.
         tokenizer
         methods (`list[Method]`): with CORAL drafters.
         prompts (`list[Prompt]`): see [`read_prompts`].
-        max_new_tokens (`int`): per prompt.
+        max_new_tokens (`int`): per turn.
         temperatures (`list[float]`): sampled with the same seed, besides greedy decoding. Transformers' own loop
             (`draft_stock_loop`) draws other samples by design: it is compared greedily only.
         seed (`int`): of the samples of the first prompt, one more for each next.
-        output (`str` or `Path`, *optional*): folder of one `check_NAME.json` a method, written after every prompt.
+        output (`str` or `Path`, *optional*): folder of one `check_NAME.json` a method, written after every prompt: of
+            `n_turns` answers to `n_prompts` conversations `identical` are plain's, `different` names the others.
 
     Returns:
         `list[Check]`: one per method and temperature.
@@ -155,6 +181,7 @@ def verify(
             "settings": draft_settings(method),
             "max_new_tokens": max_new_tokens,
             "environment": describe_environment(target.device, target.dtype),
+            **describe_target(target),
             **describe_drafter(method.drafter),
         }
         for method in methods
@@ -162,17 +189,33 @@ def verify(
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
     for index, prompt in enumerate(tqdm(prompts, desc="verify", unit="prompt")):
-        ids = encode_context(tokenizer, prompt.turns[:1])
-        how = {"max_new_tokens": max_new_tokens, "seed": seed + index}
-        plain = {t: measure(target, ids, temperature=t, **how) for t in temperatures}
-        for check in checks:
-            settings = {**how, "temperature": check.temperature, **check.method.settings}
-            drafted = measure(target, ids, drafter=check.method.drafter, **settings)
-            check.add(tokenizer, prompt, plain[check.temperature], drafted)
+        for temperature in dict.fromkeys(check.temperature for check in checks):
+            here = [check for check in checks if check.temperature == temperature]
+            how = {"max_new_tokens": max_new_tokens, "seed": seed + index, "temperature": temperature}
+            turns = itertools.count(1)
+            answer_turns(tokenizer, prompt, partial(_compare, target, tokenizer, here, prompt, turns, how))
         if output is not None:
             for method in methods:
                 _write(Path(output), [check for check in checks if check.method is method], seed, shared[method.name])
     return checks
+
+
+def _compare(
+    target: Any,
+    tokenizer: Any,
+    checks: list[Check],
+    prompt: Prompt,
+    turns: Iterator[int],
+    how: dict[str, Any],
+    ids: torch.Tensor,
+) -> list[int]:
+    """Adds every method's answer to its check; returns plain's."""
+    turn = next(turns)
+    plain = measure(target, ids, **how)
+    for check in checks:
+        drafted = measure(target, ids, drafter=check.method.drafter, **how, **check.method.settings)
+        check.add(tokenizer, prompt, turn, plain, drafted)
+    return plain.new_ids
 
 
 def _write(folder: Path, checks: list[Check], seed: int, shared: dict[str, Any]) -> None:
@@ -197,7 +240,7 @@ def print_checks(checks: Sequence[Check], dtype: str) -> None:
         table.add_column(column, justify="left" if column in ("method", "decoding") else "right")
     for check in checks:
         how = "greedy" if not check.temperature else f"sampled, temperature {check.temperature:g}"
-        same = f"{check.n_prompts - len(check.different)}/{check.n_prompts}"
+        same = f"{check.n_turns - len(check.different)}/{check.n_turns}"
         table.add_row(check.method.name, how, same, f"{check.pooled['all'].acceptance_length:.2f}")
     Console().print(table)
     for check in checks:
@@ -205,7 +248,7 @@ def print_checks(checks: Sequence[Check], dtype: str) -> None:
             print(check.first)
     different = sum(len(check.different) for check in checks)
     if different:
-        answers = f"{different} of {sum(check.n_prompts for check in checks)} answers differ from plain generate's"
+        answers = f"{different} of {sum(check.n_turns for check in checks)} answers differ from plain generate's"
         exact = dtype in EXACT_DTYPES
         why = "where they must not" if exact else "where near-ties may fall either way: check in float32 (--dtype)"
         print(f"warning: {answers} in {dtype}, {why}.")

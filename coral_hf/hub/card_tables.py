@@ -145,13 +145,18 @@ def _check(name: str, record: dict[str, Any]) -> str:
     lengths = ", ".join(f"{key} {_number(value)}" for key, value in record["acceptance_length"].items())
     settings = ", ".join(f"`{key}={value}`" for key, value in record["settings"].items())
     sampled = "".join(
-        f" Sampled with the same seed at temperature {row['temperature']:g}: {row['identical']} of {row['n_prompts']}."
+        f" Sampled with the same seed at temperature {row['temperature']:g}: {row['identical']} of {_answers(row)}."
         for row in record.get("sampled", ())
     )
     return (
-        f"Identity: {record['identical']} of {record['n_prompts']} greedy answers of {record['max_new_tokens']} tokens are "
+        f"Identity: {record['identical']} of {_answers(record)} greedy answers of {record['max_new_tokens']} tokens are "
         f"plain `generate`'s to the token ({settings}).{sampled} Tau: {lengths}. {_where(name, record)}"
     )
+
+
+def _answers(record: dict[str, Any]) -> int:
+    """Answers compared: one to every turn; records of before answered first turns only."""
+    return record.get("n_turns", record["n_prompts"])
 
 
 def _heads(name: str, record: dict[str, Any]) -> str:

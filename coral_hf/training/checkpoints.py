@@ -132,6 +132,7 @@ class CheckpointMixin(Trainer):
             "batch": self._global_batch(),
             # the last part only: the same target may lie in another folder
             "target": Path(name).name if (name := self.model.config.target_name_or_path) else None,
+            "target_revision": self.model.config.target_revision,
             "vocabulary": self.model.config.target_vocab_hash,
         }
 
@@ -183,6 +184,8 @@ class CheckpointMixin(Trainer):
             if name == "response_tokens" or (name == "data" and self.args.ignore_data_skip):
                 continue
             if stored.get(name) is not None and value is not None and stored[name] != value:
+                if name == "target_revision":
+                    anew = f"Go on with the target of then (--target_revision {stored[name]}). {anew}"
                 raise ValueError(
                     f"{folder} was written by a training with another {name} ({stored[name]!r}, here {value!r}): its "
                     f"steps would not continue. {anew}"

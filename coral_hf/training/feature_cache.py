@@ -57,7 +57,9 @@ class FeatureCache:
         meta = self.directory / "meta.json"
         if meta.exists():
             found = read_json(meta)
-            if found != self._identity:
+            # written where the commit was not known; the weights tell then
+            unnamed = {**self._identity, "target": f"{target_id.rpartition(' ')[0]} None"}
+            if found not in (self._identity, unnamed):
                 raise ValueError(
                     f"{self.directory} caches features of {found}, not of {self._identity}. Use another folder, or "
                     "delete this one."

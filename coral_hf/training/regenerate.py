@@ -27,8 +27,8 @@ from .slot_cache import SlotCache
 __all__ = ["iter_prompts", "iter_responses", "regenerate", "write_shards"]
 
 
-def _read_answers(output: Path, temperature: float) -> dict[str, dict[int, list[int]]]:
-    """Answers on file by id and turn; refuses a file that was written at another temperature."""
+def _read_answers(output: Path, temperature: float, revision: str | None) -> dict[str, dict[int, list[int]]]:
+    """Answers on file by id and turn; refuses a file that was written at another temperature, or by another revision."""
     answers: dict[str, dict[int, list[int]]] = {}
     if not output.exists():
         return answers
@@ -37,6 +37,12 @@ def _read_answers(output: Path, temperature: float) -> dict[str, dict[int, list[
             raise ValueError(
                 f"{output} holds responses at temperature {row.get('temperature', 0.0)}, this run has {temperature}; "
                 "give another output file."
+            )
+        found = row.get("target_revision")
+        if found is not None and revision is not None and found != revision:
+            raise ValueError(
+                f"{output} holds responses of the target at revision {found}, this run has {revision}; give another output "
+                f"file, or go on with --target_revision {found}."
             )
         answers.setdefault(row["id"], {})[row["turn"]] = row["response_ids"]
     return answers
@@ -91,7 +97,8 @@ def regenerate(
         prompts (`Iterable[dict]`):
             Rows `{"id", "turns"}`, with a `system` text or without, as from [`iter_prompts`].
         output (`str` or `os.PathLike`):
-            JSONL file; a row is `{"id", "turn", "prompt_ids", "response_ids"}`, and `"temperature"` if sampled.
+            JSONL file; a row is `{"id", "turn", "prompt_ids", "response_ids"}`, and `"temperature"` if sampled,
+            `"target_revision"` (its commit) if the target is of the Hub.
             `prompt_ids` is the whole context up to the generation prompt, `response_ids` ends with EOS if it came.
         max_new_tokens (`int`, defaults to 512):
             Longest response.
@@ -139,9 +146,10 @@ def regenerate(
         raise ValueError("the target is in training mode, where dropout changes its answers; call target.eval().")
 
     output, eos_ids, excluded = Path(output), _eos_ids(target), set(exclude)
+    revision = getattr(target.config, "_commit_hash", None)
     cache = SlotCache(target, slots, max_prompt_tokens + max_new_tokens)
     with exclusive(output):
-        on_file = _read_answers(output, temperature)
+        on_file = _read_answers(output, temperature, revision)
         n_resumed = sum(len(answers) for answers in on_file.values())
         conversations, n_excluded = unanswered(prompts, on_file, excluded, max_turns)
         # The order is the seed's; the draws of a resumed run are not those that are on file already.
@@ -149,7 +157,8 @@ def regenerate(
             conversations, tokenizer, eos_ids, slots * WINDOW_PER_SLOT, max_prompt_tokens, random.Random(seed)
         )
         sampler = _Sampler(temperature, seed + 1_000_003 * n_resumed, target.device)
-        writer = _Writer(output, queue, temperature, conversations, progress)
+        origin = {"temperature": temperature or None, "target_revision": revision}
+        writer = _Writer(output, queue, origin, conversations, progress)
         try:
             _decode(cache, queue, sampler, writer, eos_ids, max_new_tokens)
         finally:
@@ -170,18 +179,17 @@ class _Writer(AnswerWriter):
         self,
         output: Path,
         queue: PromptQueue,
-        temperature: float,
+        origin: dict[str, Any],
         conversations: list[Conversation],
         progress: bool,
     ):
         super().__init__(output, conversations, progress, ("n_prompt_tokens",))
-        self.queue, self.temperature = queue, temperature
+        self.queue = queue
+        self.origin = {name: value for name, value in origin.items() if value is not None}
 
     def write(self, job: Job) -> None:
         conversation = job.conversation
-        row: dict[str, Any] = {"id": conversation.id, "turn": len(conversation.answers)}
-        if self.temperature > 0:
-            row["temperature"] = self.temperature
+        row: dict[str, Any] = {"id": conversation.id, "turn": len(conversation.answers), **self.origin}
         row |= {"prompt_ids": job.prompt_ids, "response_ids": job.response_ids}
         self.append(json.dumps(row, separators=(",", ":")))
         self.counts["n_prompt_tokens"] += len(job.prompt_ids)
