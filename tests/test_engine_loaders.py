@@ -83,12 +83,16 @@ def load(folder, served_folder, dtype, method=None):
             model.load_weights(list(load_file(folder / "model.safetensors").items()))
         finally:
             torch.set_default_dtype(torch.float32)
-    for layer in model.modules():
-        if hasattr(layer, "quant_method"):  # what vLLM itself falls back to where its compiled kernels are missing
-            layer.cpu_linear = torch.nn.functional.linear
+    return model, read.hf_config
+
+
+def make_ready(model):
+    """What vLLM's loader does behind loading: kernels of the CPU for each layer. Attention takes no paged cache."""
+    for module in model.modules():
+        if hasattr(module, "quant_method"):
+            module.quant_method.process_weights_after_loading(module)
     for layer in model.model.layers:
         layer.self_attn.attn = CausalAttention(layer.self_attn.head_dim)
-    return model, read.hf_config
 
 
 @pytest.mark.parametrize(("name", "engine"), PAIRS)
@@ -124,6 +128,7 @@ def test_vllm_drafts_the_same(name, engine, target, process_group, tmp_path):
     export_drafter(drafter, engine, tmp_path / "out", target_name=str(tmp_path / "target"))
     model, _ = load(tmp_path / "out", tmp_path / "target", "float32", drafter.config.shape)
     model.model.embed_tokens.weight.data.copy_(target.get_input_embeddings().weight)
+    make_ready(model)
     ids, features, expected = one_step(drafter, target)
     with torch.no_grad():
         combined = model.combine_hidden_states(features) if drafter.config.shape == "eagle3" else features
@@ -139,6 +144,7 @@ def test_vllm_reads_the_last_layer_before_its_norm(target, process_group, tmp_pa
     """
     target.save_pretrained(tmp_path)
     model, _ = load(tmp_path, tmp_path, "float32")
+    make_ready(model)
     model.set_aux_hidden_state_layers((0, 2, 5, 8))
     ids = torch.tensor([5, 9, 3, 77, 31, 8, 100, 64])
     normed, captured = model.model(ids, torch.arange(len(ids)), None)
