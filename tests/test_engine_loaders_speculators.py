@@ -25,7 +25,7 @@ def target():
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_speculators_loads_and_drafts(name, target, tmp_path):
-    """Its config and every weight, and one step of its own forward."""
+    """Its config and every weight, the target's embedding and head around them, and one step of its own forward."""
     drafter = make(name, target)
     target.save_pretrained(tmp_path / "target")
     export_drafter(drafter, "speculators", tmp_path / "out", target_name=str(tmp_path / "target"))
