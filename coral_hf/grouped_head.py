@@ -100,12 +100,9 @@ def grouped_logits(adapter: Any, hidden: torch.Tensor, groups: torch.Tensor, siz
         return gathered_logits(adapter, hidden, groups, size)
     rows, shared = hidden.shape[1], groups.shape[1] == 1
     features = hidden.to(adapter.head_dtype)
-    weight, bias = adapter.head.weight, getattr(adapter.head, "bias", None)
-    # what `few_row_linear` would come to, decided once: between two passes of a target everything here runs from cold caches
-    linear = few_row_linear if rows > 1 and weight.dtype == torch.float32 else F.linear
     if shared or rows == 1:
-        parts = [_group_logits(linear, features, weight, bias, group, size) for group in groups[0, 0].tolist()]
-        return _without_padding(adapter, torch.cat(parts, dim=-1).unflatten(-1, (-1, size)), groups)
+        parts = [_group_logits(adapter, features, group, size) for group in groups[0, 0].tolist()]
+        return _without_padding(adapter, torch.stack(parts, dim=2), groups)
     logits = features.new_empty(1, rows, groups.shape[2], size)
     users: dict[int, list[tuple[int, int]]] = {}
     for row, row_groups in enumerate(groups[0].tolist()):
@@ -113,21 +110,15 @@ def grouped_logits(adapter: Any, hidden: torch.Tensor, groups: torch.Tensor, siz
             users.setdefault(group, []).append((row, place))
     for group, places in users.items():
         user_rows, user_places = (list(column) for column in zip(*places, strict=True))
-        logits[0, user_rows, user_places] = _group_logits(linear, features[0, user_rows], weight, bias, group, size)
+        logits[0, user_rows, user_places] = _group_logits(adapter, features[0, user_rows], group, size)
     return _without_padding(adapter, logits, groups)
 
 
-def _group_logits(
-    linear: Callable[..., torch.Tensor],
-    features: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    group: int,
-    size: int,
-) -> torch.Tensor:
+def _group_logits(adapter: Any, features: torch.Tensor, group: int, size: int) -> torch.Tensor:
     """Untransformed logits `[..., size]` of one group, through a view of the head."""
-    ids = slice(group * size, (group + 1) * size)  # the last group's ends with the vocabulary
-    logits = linear(features, weight[ids], None if bias is None else bias[ids])
+    ids = slice(group * size, min((group + 1) * size, adapter.vocab_size))
+    bias = getattr(adapter.head, "bias", None)
+    logits = few_row_linear(features, adapter.head.weight[ids], None if bias is None else bias[ids])
     return F.pad(logits, (0, size - logits.shape[-1])) if logits.shape[-1] < size else logits
 
 

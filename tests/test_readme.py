@@ -239,4 +239,14 @@ def test_the_speed_in_readme_is_that_of_the_record():
     assert f"{row['identical']} of {row['n_prompts']} answers are plain's to the last token" in text
     assert f"left {lookup['identical']}." in text
     stated = f"{row['speedup']:.2f} times as fast on two threads of an AVX-512 CPU in {record['environment']['dtype']}"
+    contact = json.loads((ROOT / "examples/records/first_contact.json").read_text())
+    sizes = {row["stage"]: row.get("downloaded_bytes", 0) / 1e6 for row in contact["stages"]}
+    assert (
+        f"it takes {contact['seconds_to_demo']:.0f} seconds on {'two' if contact['machine']['cpus'] == 2 else '?'} cores"
+        in text
+    )
+    assert (
+        f"{contact['downloaded_bytes'] / 1e6:.0f} MB of downloads without a GPU ({sizes['torch']:.0f} MB of them torch)"
+        in text
+    )
     assert f"{stated} (median of {row['n_prompts']} answers; tau {row['acceptance_length']:.2f};" in text

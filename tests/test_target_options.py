@@ -47,6 +47,7 @@ def revisions(hub, tmp_path, monkeypatch):  # noqa: F811
 VERIFY = ["verify", "--drafter", "drafter", "--data", "prompts.jsonl", "--max-new-tokens", "4", "--limit", "1"]
 REGENERATE = ["regenerate", "--target", "org/target", "--prompts", "prompts.jsonl", "--output", "out.jsonl"]
 TRAIN = ["train", "--data", "rows.jsonl", "--dtype", "float32", "--report_to", "none", "--eval_rows", "0"]
+TRAIN_ON = [*TRAIN, "--target", "org/target", "--output_dir", "out", "--save_steps", "1"]
 
 
 def rows_to_train_on(folder: Path) -> None:
@@ -187,22 +188,12 @@ def test_the_revision_is_loaded_and_recorded(revisions, tmp_path, capsys):
 
 def test_what_is_continued_notices_another_revision(revisions, capsys):
     rows_to_train_on(Path())
-    train = [
-        *TRAIN,
-        "--target",
-        "org/target",
-        "--output_dir",
-        "out",
-        "--cache_features",
-        "features",
-        "--save_steps",
-        "1",
-    ]
+    train = [*TRAIN_ON, "--cache_features", "features"]
     assert main([*train, "--max_steps", "1", "--target_revision", "v2"]) == 0
     capsys.readouterr()
     assert main([*train, "--max_steps", "2"]) == 2
     assert f"caches features of {{'target': 'org/target {revisions['v2']}'" in capsys.readouterr().err
-    resumed = [*train[:-4], "--max_steps", "2", "--resume_from_checkpoint", "last"]
+    resumed = [*TRAIN_ON, "--max_steps", "2", "--resume_from_checkpoint", "last"]
     assert main(resumed) == 2
     assert f"Go on with the target of then (--target_revision {revisions['v2']})" in capsys.readouterr().err
     assert main([*resumed, "--target_revision", revisions["v2"]]) == 0
@@ -219,17 +210,7 @@ def test_what_is_continued_notices_another_revision(revisions, capsys):
 def test_what_says_no_revision_is_continued(revisions):
     """Checkpoints, feature caches and response files of before, or of a target that lay in a folder then."""
     rows_to_train_on(Path())
-    train = [
-        *TRAIN,
-        "--target",
-        "org/target",
-        "--output_dir",
-        "out",
-        "--save_steps",
-        "1",
-        "--cache_features",
-        "features",
-    ]
+    train = [*TRAIN_ON, "--cache_features", "features"]
     assert main([*train, "--max_steps", "1", "--target_revision", "v2"]) == 0
     for path, key, value in (
         (Path("out/checkpoint-1") / PROGRESS_FILE, "target_revision", None),

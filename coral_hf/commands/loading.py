@@ -172,7 +172,7 @@ def _read_ends(name: str, dtype: torch.dtype, revision: str | None):
     ends = [modules[id(part)] for part in (model.get_input_embeddings(), model.get_output_embeddings())]
     if ends[0][1].weight is ends[1][1].weight:  # tied: on file once
         ends[1] = (ends[0][0], ends[1][1])
-    _, at = _pin(name, revision)
+    at = {"revision": config._commit_hash or revision}
     index = cached_file(name, f"{WEIGHTS_FILE}.index.json", _raise_exceptions_for_missing_entries=False, **at)
     shards = None if index is None else check_index(index, read_json(index))
     for path, module in ends:

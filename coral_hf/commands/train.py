@@ -106,9 +106,8 @@ class TrainCommand(TargetOptions):
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(f"--{name} {value} is for a new drafter; --drafter {self.drafter} has its own.")
             drafter = load_drafter(self.drafter).float()
-            if commit := getattr(
-                target.config, "_commit_hash", None
-            ):  # of the Hub: from now on it is trained for this one
+            commit = getattr(target.config, "_commit_hash", None)
+            if commit is not None:  # a target of the Hub: from now on the drafter is trained for this commit
                 drafter.config.target_name_or_path, drafter.config.target_revision = self.target, commit
         else:
             overrides = self._overrides()
