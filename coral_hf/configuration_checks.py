@@ -13,6 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 SHAPES = ("eagle", "eagle3")
 GROUPINGS = ("consecutive", "clustered")
 FEATURE_LAYER_LAST = -1
+# settings of what stands between several target features and `fc`, named as in the engines' configs; one at most
+FC_NORMS = ("norm_before_fc", "fc_norm")
 # path probabilities at which `draft_calibration` gives the observed acceptance, with straight lines between them
 CALIBRATION_KNOTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 
@@ -88,6 +90,16 @@ def check_settings(config: Any) -> None:
         raise ValueError("norm_before_residual=True exists for shape='eagle3' only; set it to False.")
     if config.shape == "eagle3" and config.fc_bias:
         raise ValueError("fc_bias=True exists for shape='eagle' only; set it to False.")
+    norms = [name for name in FC_NORMS if getattr(config, name)]
+    if len(norms) > 1:
+        raise ValueError(
+            "norm_before_fc=True and fc_norm=True: features are normed once; set one of the two to False."
+        )
+    if norms and (config.shape != "eagle3" or len(layers) == 1):
+        raise ValueError(
+            f"{norms[0]}=True norms several features before fc, which shape={config.shape!r} with "
+            f"target_feature_layers={layers} does not have: set it to False, or list several layers with shape='eagle3'."
+        )
 
     for row in config.draft_calibration or ():
         if len(row) != len(CALIBRATION_KNOTS) or list(row) != sorted(row) or row[0] < 0 or row[-1] > 1:
@@ -158,6 +170,7 @@ def group_count(vocab_size: int, num_groups: int) -> int:
 
 __all__ = [
     "CALIBRATION_KNOTS",
+    "FC_NORMS",
     "FEATURE_LAYER_LAST",
     "check_dtype",
     "check_head",

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from .configuration_checks import (
     CALIBRATION_KNOTS,
+    FC_NORMS,
     FEATURE_LAYER_LAST,
     check_dtype,
     check_head,
@@ -87,6 +88,10 @@ class CoralDraftConfig(PreTrainedConfig):
         norm_before_residual (`bool`, defaults to `False`):
             `"eagle3"` only: the residual stream starts from the normed feature (True) or the raw one (False, the only
             form that SGLang serves).
+        norm_before_fc (`bool`, defaults to `False`), fc_norm (`bool`, defaults to `False`):
+            `"eagle3"` over several features only, one of the two at most: an RMSNorm before `fc` over all features
+            together (`input_norm`), or one of its own for each (`fc_norm.0`, `fc_norm.1`, ...), as vLLM, SGLang and
+            speculators have them. False (EAGLE-3's form) is not written.
         target_feature_layers (`list[int]`, *optional*, defaults to `[-1]`):
             Target features to read: -1 is the last hidden state after the final norm, i >= 0 the residual stream
             before layer i. More than one needs `shape="eagle3"` and gives it an `fc`.
@@ -147,6 +152,8 @@ class CoralDraftConfig(PreTrainedConfig):
     fc_bias: bool = False
     norm_output: bool = True
     norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
     target_feature_layers: list[int] = DERIVED
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -211,9 +218,10 @@ class CoralDraftConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()
-        # drafters of before this setting keep their config.json byte for byte, and releases without it load them
-        if settings.get("target_embedding_scale") is None:
-            settings.pop("target_embedding_scale", None)
+        # drafters of before these settings keep their config.json byte for byte, and releases without them load them
+        for name in ("target_embedding_scale", *FC_NORMS):
+            if not settings.get(name):
+                settings.pop(name, None)
         return settings
 
     @classmethod
@@ -287,6 +295,7 @@ def check_vocabulary(config: CoralDraftConfig, tokenizer) -> None:
 
 __all__ = [
     "CALIBRATION_KNOTS",
+    "FC_NORMS",
     "FEATURE_LAYER_LAST",
     "CoralDraftConfig",
     "check_vocabulary",

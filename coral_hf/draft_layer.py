@@ -1,10 +1,13 @@
-"""The drafter's one decoder layer: its two shapes, its attention in training and drafting, and its KV cache."""
+"""The drafter's one decoder layer: its two shapes, its attention in training and drafting, KV cache and rollout rows."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
+from transformers.utils import ModelOutput
 
 from .configuration_coral import CoralDraftConfig
 from .rollout_attention import rollout_attention
@@ -184,6 +187,24 @@ class Eagle3DraftLayer(CoralDraftLayer):
         return torch.cat([self.input_layernorm(embedding), normed], dim=-1), residual
 
 
+@dataclass
+class CoralRolloutOutput(ModelOutput):
+    """Outputs of a K-step rollout.
+
+    Args:
+        hidden_states (`tuple` of K `torch.Tensor` of shape `[B, S, H]`):
+            Step k's output at row r predicts feature f_{r+1}; `lm_head` of it predicts token x_{r+2}.
+        valid (`tuple` of K `torch.BoolTensor` of shape `[B, S]`):
+            Rows whose whole chain r-(k-1)..r lies in one document; outputs of other rows mean nothing.
+        group_logits (`tuple` of K `torch.Tensor` of shape `[B, S, G]`, *optional*):
+            The LM-head router's outputs, if asked for.
+    """
+
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    valid: tuple[torch.Tensor, ...] | None = None
+    group_logits: tuple[torch.Tensor, ...] | None = None
+
+
 def shift_rows(x: torch.Tensor, count: int, dim: int, fill: float = 0) -> torch.Tensor:
     """Moves rows `count` places towards higher indices along `dim`; the first `count` become `fill`."""
     if count == 0:
@@ -231,6 +252,7 @@ def rollout_rows(
 
 __all__ = [
     "CoralDraftLayer",
+    "CoralRolloutOutput",
     "CoralRotaryEmbedding",
     "DraftKeyValues",
     "Eagle3DraftLayer",

@@ -6,7 +6,6 @@ module: callers go through `TargetAdapter`.
 """
 
 import importlib
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -14,11 +13,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.utils import ModelOutput
 
 from .configuration_coral import CoralDraftConfig
 from .draft_layer import (
     CoralDraftLayer,
+    CoralRolloutOutput,
     CoralRotaryEmbedding,
     DraftKeyValues,
     Eagle3DraftLayer,
@@ -28,24 +27,6 @@ from .draft_layer import (
 )
 from .lm_head_router import DraftVocabularyHead, FrequencyShortlist, LMHeadRouter
 from .weight_files import check_before_loading, check_shapes, loading
-
-
-@dataclass
-class CoralRolloutOutput(ModelOutput):
-    """Outputs of a K-step rollout.
-
-    Args:
-        hidden_states (`tuple` of K `torch.Tensor` of shape `[B, S, H]`):
-            Step k's output at row r predicts feature f_{r+1}; `lm_head` of it predicts token x_{r+2}.
-        valid (`tuple` of K `torch.BoolTensor` of shape `[B, S]`):
-            Rows whose whole chain r-(k-1)..r lies in one document; outputs of other rows mean nothing.
-        group_logits (`tuple` of K `torch.Tensor` of shape `[B, S, G]`, *optional*):
-            The LM-head router's outputs, if asked for.
-    """
-
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    valid: tuple[torch.Tensor, ...] | None = None
-    group_logits: tuple[torch.Tensor, ...] | None = None
 
 
 class CoralDraftModel(PreTrainedModel):
@@ -76,6 +57,11 @@ class CoralDraftModel(PreTrainedModel):
             # A single feature is as wide as the drafter: no fc, as both serving engines expect.
             features = config.num_target_features
             self.fc = nn.Linear(features * size, size, bias=False) if features > 1 else nn.Identity()
+            # What stands before it is named as in the serving engines.
+            if config.norm_before_fc:
+                self.input_norm = LlamaRMSNorm(features * size, eps=config.rms_norm_eps)
+            if config.fc_norm:
+                self.fc_norm = nn.ModuleList(LlamaRMSNorm(size, eps=config.rms_norm_eps) for _ in range(features))
             self.layers = nn.ModuleList([Eagle3DraftLayer(config)])
             self.norm = LlamaRMSNorm(size, eps=config.rms_norm_eps)
         self.rotary_emb = CoralRotaryEmbedding(config)
@@ -225,8 +211,15 @@ class CoralDraftModel(PreTrainedModel):
         return cast(CoralDraftLayer, self.layers[0])
 
     def project_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Target features `[B, S, n * H]` -> the layer's feature input `[B, S, H]` (fc over several layers)."""
-        return self.fc(features) if self.config.num_target_features > 1 else features
+        """Target features `[B, S, n * H]` -> the layer's feature input `[B, S, H]` (fc over several, normed or not)."""
+        if self.config.num_target_features == 1:
+            return features
+        if self.config.norm_before_fc:
+            features = self.input_norm(features)
+        if self.config.fc_norm:
+            parts = features.chunk(len(self.fc_norm), dim=-1)  # n of [B, S, H]
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(features)
 
     def _outputs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output -> (input of the LM head, next step's feature), both `[B, S, H]`."""

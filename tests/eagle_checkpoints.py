@@ -55,8 +55,10 @@ def eagle1_tensors(fc_bias: bool = False, biases: bool = False) -> dict[str, tor
     return tensors
 
 
-def eagle3_tensors(prefix: str = "midlayer", features: int = 3, draft_ids: torch.Tensor | None = None) -> dict:
-    """With `draft_ids`, the checkpoint has a head of its own over these ids."""
+def eagle3_tensors(
+    prefix: str = "midlayer", features: int = 3, draft_ids: torch.Tensor | None = None, norm: str | None = None
+) -> dict:
+    """With `draft_ids`, the checkpoint has a head of its own over these ids; `norm` is `norm_before_fc` or `fc_norm`."""
     tensors = {
         **layer_tensors(prefix, 2 * HIDDEN),
         f"{prefix}.input_layernorm.weight": 1 + noise(HIDDEN, seed=40),
@@ -65,6 +67,10 @@ def eagle3_tensors(prefix: str = "midlayer", features: int = 3, draft_ids: torch
     }
     if features > 1:
         tensors["fc.weight"] = noise(HIDDEN, features * HIDDEN, seed=43)
+    if norm == "norm_before_fc":
+        tensors["input_norm.weight"] = 1 + noise(features * HIDDEN, seed=45)
+    if norm == "fc_norm":
+        tensors |= {f"fc_norm.{i}.weight": 1 + noise(HIDDEN, seed=46 + i) for i in range(features)}
     if draft_ids is not None:
         tensors["lm_head.weight"] = noise(len(draft_ids), HIDDEN, seed=44)
         tensors["d2t"] = draft_ids - torch.arange(len(draft_ids))
@@ -153,6 +159,11 @@ def reference_logits(tensors, target, ids, features, theta=10000.0, factor=1.0, 
     embedding, head = target.get_input_embeddings().weight.double(), target.get_output_embeddings().weight.double()
     eagle3, ids, states = "hidden_norm.weight" in w, list(ids), features.double()
     scored = torch.arange(len(embedding))
+    if "input_norm.weight" in tensors:
+        states = rms_norm(states, tensors["input_norm.weight"])
+    if "fc_norm.0.weight" in tensors:
+        parts = enumerate(states.split(HIDDEN, -1))  # n of [S, H]
+        states = torch.cat([rms_norm(part, tensors[f"fc_norm.{i}.weight"]) for i, part in parts], -1)
     if eagle3 and "fc.weight" in tensors:
         states = states @ tensors["fc.weight"].T
     if "lm_head.weight" in tensors:

@@ -31,6 +31,11 @@ DRAFTERS = {
         {**THREE, "norm_before_residual": True, "norm_output": False},
         ("vllm", "speculators"),
     ),
+    "eagle3, norm before fc": ({**THREE, "norm_before_fc": True}, ("vllm", "sglang", "speculators")),
+    "eagle3, a norm for each feature": (
+        {"shape": "eagle3", "target_feature_layers": [1, 6], "norm_output": False, "fc_norm": True},
+        ("vllm", "sglang", "speculators"),
+    ),
     "eagle3, head of its own": ({**THREE, "norm_output": False, "draft_vocab_size": 10}, ENGINES),
 }
 PAIRS = [(name, engine) for name, (_, engines) in DRAFTERS.items() for engine in engines]
@@ -80,6 +85,15 @@ def assert_same_step(drafter, found, fed_back, expected):
     with torch.no_grad():
         again = fed_back if drafter.config.norm_output else drafter.norm(fed_back)
     torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
+
+
+def assert_same_norms(model, drafter, tensors):
+    """An engine's model has the norms before `fc` that the drafter has, with the weights of the folder."""
+    names = ("input_norm.", "fc_norm.")
+    found = {name: value for name, value in model.named_parameters() if name.startswith(names)}
+    expected = {name for name in drafter.state_dict() if name.startswith(names)}
+    assert set(found) == {name for name in tensors if name.startswith(names)} == expected
+    assert all(torch.equal(value, tensors[name]) for name, value in found.items())
 
 
 def assert_same_drafter(found, expected, leave_out=()):

@@ -12,6 +12,8 @@ VARIANTS = {
     "eagle3": {"shape": "eagle3"},
     "eagle3-raw-feedback": {"shape": "eagle3", "norm_output": False, "norm_before_residual": True},
     "eagle3-two-features": {"shape": "eagle3", "target_feature_layers": [1, -1]},
+    "eagle3-norm-before-fc": {"shape": "eagle3", "target_feature_layers": [1, -1], "norm_before_fc": True},
+    "eagle3-fc-norms": {"shape": "eagle3", "target_feature_layers": [1, 2, 3], "fc_norm": True, "norm_output": False},
 }
 
 
@@ -39,6 +41,26 @@ def rotate(x: torch.Tensor, position: int, drafter: CoralDraftModel) -> torch.Te
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def reference_projection(drafter, features):
+    """Target features `[S, n * H]` -> what the layer reads `[S, H]`, by a sum over features."""
+    config, size = drafter.config, drafter.config.hidden_size
+    if config.num_target_features == 1:
+        return features
+
+    def normed(x, norm):
+        return norm.weight * x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+
+    if config.norm_before_fc:
+        features = normed(features, drafter.input_norm)
+    projected = 0
+    for index in range(config.num_target_features):
+        columns = slice(index * size, (index + 1) * size)
+        part = features[:, columns]
+        part = normed(part, drafter.fc_norm[index]) if config.fc_norm else part
+        projected = projected + part @ drafter.fc.weight[:, columns].T
+    return projected
+
+
 def reference_rollout(drafter, embeds, features, num_steps, documents, detach=True):
     """Every step with its full list of visible keys per row and -inf masks; loops over samples, steps and rows."""
     config, layer, attention = drafter.config, drafter.layer, drafter.layer.self_attn
@@ -47,7 +69,7 @@ def reference_rollout(drafter, embeds, features, num_steps, documents, detach=Tr
     for sample in range(embeds.shape[0]):
         length = embeds.shape[1]
         document = documents[sample]
-        feature = drafter.project_features(features[sample])  # [S, H]
+        feature = reference_projection(drafter, features[sample])  # [S, H]
         keys, values, outputs = {}, {}, []
         for step in range(1, num_steps + 1):
             if config.shape == "eagle":

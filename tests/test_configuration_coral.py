@@ -11,7 +11,7 @@ from transformers import AutoConfig, LlamaConfig, Phi3Config, PreTrainedTokenize
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from coral_hf import CoralDraftConfig, demo
-from coral_hf.configuration_coral import vocab_hash
+from coral_hf.configuration_coral import FC_NORMS, vocab_hash
 
 
 LLAMA3_ROPE = {
@@ -22,6 +22,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+THREE = {"shape": "eagle3", "target_feature_layers": [1, 2, 3]}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,6 +111,13 @@ def test_overrides_win_and_unknown_keys_are_refused():
         ({"shape": "eagle", "target_feature_layers": [1, -1]}, "Use shape='eagle3' for several"),
         ({"shape": "eagle", "norm_before_residual": True}, "norm_before_residual=True exists for shape='eagle3'"),
         ({"shape": "eagle3", "fc_bias": True}, "fc_bias=True exists for shape='eagle' only"),
+        ({"norm_before_fc": True}, r"norm_before_fc=True .* shape='eagle' with .*\[-1\] .* set it to False, or"),
+        ({"shape": "eagle3", "fc_norm": True}, r"fc_norm=True .* target_feature_layers=\[-1\] .* list several layers"),
+        (
+            {**THREE, "norm_before_fc": True, "fc_norm": True},
+            "norm_before_fc=True and fc_norm=True: .* one of the two",
+        ),
+        ({**THREE, "fc_norm": "yes"}, "fc_norm='yes' must be of type bool"),
         ({"target_feature_layers": []}, r"target_feature_layers=\[\]"),
         ({"target_feature_layers": [-2]}, r"target_feature_layers=\[-2\]"),
         ({"target_feature_layers": [9, -1], "target_num_hidden_layers": 4}, "has 4 layers"),
@@ -214,6 +222,21 @@ def test_an_embedding_scale_that_is_not_recorded_is_not_written():
     assert CoralDraftConfig(**json.loads(scaled.to_json_string())).target_embedding_scale == 48.0
     with pytest.raises(ValueError, match=r"target_embedding_scale=0\.0 must be positive"):
         CoralDraftConfig(target_embedding_scale=0.0)
+
+
+@pytest.mark.parametrize("setting", FC_NORMS)
+def test_a_norm_before_fc_is_written_where_it_is(setting, tmp_path):
+    """So that configs without one stay as they are, and releases of before the settings load them."""
+    assert set(FC_NORMS) == {"norm_before_fc", "fc_norm"} and not set(FC_NORMS) & set(
+        CoralDraftConfig(**THREE).to_dict()
+    )
+    CoralDraftConfig(**THREE, **{setting: True}).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert {name: stored[name] for name in FC_NORMS if name in stored} == {setting: True}
+    loaded = CoralDraftConfig.from_pretrained(tmp_path)
+    assert [getattr(loaded, name) for name in FC_NORMS] == [name == setting for name in FC_NORMS]
+    plain = CoralDraftConfig.from_pretrained(demo.drafter_path())
+    assert not plain.norm_before_fc and not plain.fc_norm
 
 
 def test_the_commit_of_a_target_from_the_hub_is_recorded():

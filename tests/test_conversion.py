@@ -165,15 +165,61 @@ def test_eagle3_features_and_norms(keys, features, layers, flags, target, tmp_pa
     assert_same_logits(drafter, tensors, target, **flags)
 
 
-def test_speculators(target, tmp_path):
+@pytest.mark.parametrize("prefix", ["midlayer", "layers.0"])
+@pytest.mark.parametrize(
+    ("keys", "norm"),
+    [
+        ({"norm_before_fc": True}, "norm_before_fc"),
+        ({"eagle_config": {"norm_before_fc": True}}, "norm_before_fc"),
+        ({"norm_before_fc": False, "eagle_config": {"norm_before_fc": True}}, "norm_before_fc"),
+        ({"norm_before_fc": True, "eagle_config": {"norm_before_fc": False}}, None),
+        ({"fc_norm": True}, "fc_norm"),
+        ({"eagle_config": {"fc_norm": True}, "norm_before_fc": False}, "fc_norm"),
+        ({"fc_norm": None, "use_aux_norm": True}, "fc_norm"),
+        ({"fc_norm": False, "use_aux_norm": False}, None),
+    ],
+)
+def test_eagle3_norms_before_fc(keys, norm, prefix, target, tmp_path):
+    """Where vLLM and SGLang read them: `eagle_config` counts for more than the top level."""
+    tensors = eagle3_tensors(prefix, norm=norm)
+    config = {**LLAMA, "architectures": ["LlamaForCausalLMEagle3"], "norm_output": True, **keys}
+    drafter = CoralDraftModel.from_eagle(write(tmp_path / "eagle3", config, tensors), target)
+    assert drafter.config.norm_before_fc == (norm == "norm_before_fc") and drafter.config.fc_norm == (
+        norm == "fc_norm"
+    )
+    assert_same_logits(drafter, tensors, target, norm_output=True)
+    drafter.save_pretrained(tmp_path / "coral")
+    again = CoralDraftModel.from_pretrained(tmp_path / "coral").eval()
+    assert_same_logits(again, tensors, target, norm_output=True)
+    assert_generates(again, target)
+
+
+def test_older_names_of_the_norms_before_fc(target, tmp_path):
+    tensors = eagle3_tensors(norm="fc_norm")
+    names = {f"fc_norm.{i}.weight": f"aux_norm_{name}.weight" for i, name in enumerate(("low", "mid", "high"))}
+    stored = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    path = write(tmp_path / "eagle3", {**LLAMA, "use_aux_norm": True}, stored)
+    assert_same_logits(CoralDraftModel.from_eagle(path, target), tensors, target)
+
+
+def test_a_setting_may_say_what_a_config_leaves_out(target, tmp_path):
+    tensors = eagle3_tensors(norm="fc_norm", features=2)
+    path = write(tmp_path / "eagle3", LLAMA, tensors)
+    drafter = CoralDraftModel.from_eagle(path, target, fc_norm=True, target_feature_layers=[1, 3])
+    assert_same_logits(drafter, tensors, target)
+
+
+@pytest.mark.parametrize("norm", [None, "norm_before_fc", "fc_norm"])
+def test_speculators(norm, target, tmp_path):
     """The nested config, whose residual is normed unless it says otherwise."""
-    tensors = eagle3_tensors("layers.0", draft_ids=DRAFT_IDS)
+    tensors = eagle3_tensors("layers.0", draft_ids=DRAFT_IDS, norm=norm)
     config = {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
         "draft_vocab_size": len(DRAFT_IDS),
         "transformer_layer_config": LLAMA,
         "eagle_aux_hidden_state_layer_ids": [0, 1, 3],
+        **({} if norm is None else {norm: True}),
     }
     drafter = CoralDraftModel.from_eagle(write(tmp_path / "speculators", config, tensors), target)
     assert_same_logits(drafter, tensors, target, norm_before_residual=True)

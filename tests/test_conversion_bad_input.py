@@ -62,6 +62,32 @@ TENSOR_CASES = {
         lambda: without(eagle3_tensors(), "midlayer.hidden_norm.weight"),
         ["missing ['layers.0.hidden_norm.weight']"],
     ),
+    "norm before fc missing": ({**LLAMA, "norm_before_fc": True}, eagle3_tensors, ["missing ['input_norm.weight']"]),
+    "one norm of a feature missing": (
+        {**LLAMA, "fc_norm": True},
+        lambda: without(eagle3_tensors(norm="fc_norm"), "fc_norm.1.weight"),
+        ["missing ['fc_norm.1.weight']"],
+    ),
+    "norm of another width": (
+        {**LLAMA, "norm_before_fc": True},
+        lambda: {**eagle3_tensors(), "input_norm.weight": noise(HIDDEN, seed=0)},
+        ["input_norm.weight: expected shape [96], found [32]"],
+    ),
+    "norms that the config does not name": (
+        LLAMA,
+        lambda: eagle3_tensors(norm="fc_norm"),
+        ["holds ['fc_norm.0.weight', 'fc_norm.1.weight', 'fc_norm.2.weight']", "fc_norm: true", "fc_norm=True"],
+    ),
+    "both norms": (
+        {**LLAMA, "norm_before_fc": True, "fc_norm": True},
+        lambda: {**eagle3_tensors(norm="fc_norm"), **eagle3_tensors(norm="norm_before_fc")},
+        ["norm_before_fc=True and fc_norm=True", "set one of the two to False"],
+    ),
+    "norm of one feature": (
+        {**LLAMA, "fc_norm": True, "eagle_config": {"use_aux_hidden_state": False}},
+        lambda: eagle3_tensors(features=1),
+        ["fc_norm=True", "target_feature_layers=[-1]"],
+    ),
     "fc missing in EAGLE-3": (LLAMA, lambda: eagle3_tensors(features=1), ["missing ['fc.weight']"]),
     "shape": (
         LLAMA,
@@ -169,8 +195,12 @@ CONFIG_CASES = {
     "unknown speculator": ({"speculators_model_type": "dflash"}, ["unknown architecture", "dflash"]),
     "several layers": ({"num_hidden_layers": 2}, ["num_hidden_layers: expected 1, found 2"]),
     "other target width": ({"target_hidden_size": 64}, ["target_hidden_size: expected 32, found 64"]),
-    "norm before fc": ({"eagle_config": {"norm_before_fc": True}}, ["norm_before_fc"]),
-    "fc norms": ({"fc_norm": True, "mlp_bias": True}, ["fc_norm", "mlp_bias"]),
+    "norm before fc in EAGLE-1": (
+        {"eagle_config": {"norm_before_fc": True}},
+        ["norm_before_fc=True", "shape='eagle'"],
+    ),
+    "norm of the wrong type": ({"eagle_config": {"fc_norm": "yes"}}, ["fc_norm: expected boolean, found 'yes'"]),
+    "other norms": ({"add_para_norm": True, "mlp_bias": True}, ["add_para_norm", "mlp_bias"]),
     "no sizes": ({"intermediate_size": None, "vocab_size": None}, ["['vocab_size', 'intermediate_size']"]),
     "size of the wrong type": (
         {"hidden_size": "wide", "rope_theta": [1]},

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import make_drafter, make_target
-from engine_drafters import DRAFTERS, PAIRS, eight_layer_target, make, read
+from engine_drafters import DRAFTERS, PAIRS, THREE, eight_layer_target, make, read
 
 from coral_hf import CoralDraftModel
 from coral_hf.conversion import ENGINES, engine_export, export_drafter
@@ -13,6 +13,8 @@ from coral_hf.conversion.schema import check_export, load_schemas
 
 
 REFUSED = [(name, engine) for name, (_, engines) in DRAFTERS.items() for engine in ENGINES if engine not in engines]
+# what EAGLE's own code holds
+DEFAULT_THREE = {**THREE, "norm_output": False}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,12 @@ def test_what_an_engine_lacks_is_refused(name, engine, target, tmp_path):
         ({"shape": "eagle3", "target_feature_layers": [4]}, "vllm", "must be the last"),
         ({"shape": "eagle3", "target_feature_layers": [0, 4]}, "sglang", "layer 0"),
         ({"shape": "eagle3", "target_feature_layers": [1, 2, 3], "norm_output": False}, "eagle", r"\[2, 4, 5\]"),
+        (
+            {**DEFAULT_THREE, "norm_before_fc": True},
+            "eagle",
+            "norm_before_fc=True, .* use --to vllm, sglang or speculators",
+        ),
+        ({**DEFAULT_THREE, "fc_norm": True}, "eagle", "fc_norm=True, its fc reads the features as they are"),
         ({"shape": "eagle", "hidden_act": "gelu"}, "vllm", "gelu"),
         ({"shape": "eagle3", "attention_bias": True}, "vllm", "attention_bias"),
         ({"shape": "eagle", "target_embedding_scale": 8.0}, "sglang", "scales its embeddings"),
@@ -81,6 +89,14 @@ def test_schema_catches_every_change(name, engine, target, tmp_path):
         for changed in broken if key in optional else [others, *broken]:
             with pytest.raises(ValueError, match=key):
                 check_export(engine, drafter.config, config, changed)
+    settings = load_schemas()["layouts"][drafter.config.shape].get("settings", {})
+    for key in settings:
+        changed = (
+            {**config, key: True} if key not in config else {name: config[name] for name in config if name != key}
+        )
+        for wrong in (changed, {**config, key: False}):
+            with pytest.raises(ValueError, match=key):
+                check_export(engine, drafter.config, wrong, tensors)
     for key, rule in schema["config"].items():
         changed = copy.deepcopy(config)
         changed[key] = object() if rule != "absent" else True

@@ -13,6 +13,7 @@ from engine_drafters import (
     DRAFT_IDS,
     DRAFTERS,
     CausalAttention,
+    assert_same_norms,
     assert_same_step,
     eight_layer_target,
     make,
@@ -108,6 +109,7 @@ def test_vllm_loads_every_weight(name, engine, target, process_group, tmp_path):
     assert torch.equal(model.model.layers[0].self_attn.qkv_proj.weight, projections)
     if "fc.weight" in tensors:
         assert torch.equal(model.model.fc.weight, tensors["fc.weight"])
+    assert_same_norms(model.model, drafter, tensors)
     assert read.rope_parameters["rope_theta"] == drafter.config.rope_parameters["rope_theta"]
     if drafter.config.shape == "eagle3":
         assert model.model.norm_output == drafter.config.norm_output

@@ -19,6 +19,7 @@ from engine_drafters import (
     DRAFT_IDS,
     DRAFTERS,
     CausalAttention,
+    assert_same_norms,
     assert_same_step,
     eight_layer_target,
     make,
@@ -116,6 +117,7 @@ def test_sglang_loads_every_weight(name, target, tmp_path):
     projections = torch.cat([tensors[f"{prefix}.self_attn.{kind}_proj.weight"] for kind in "qkv"])
     assert torch.equal(model.model.layers[0].self_attn.qkv_proj.weight, projections)
     assert torch.equal(model.model.fc.weight, tensors["fc.weight"])
+    assert_same_norms(model.model, drafter, tensors)
     if drafter.config.shape == "eagle":
         assert torch.equal(model.model.fc.bias, tensors["fc.bias"])
     else:

@@ -39,14 +39,13 @@ CORAL_SETTINGS = (
 )
 # Set to something true, each of these makes a forward that CoralDraftModel does not have.
 UNSUPPORTED = {
-    "norm_before_fc": "a norm before fc",
-    "fc_norm": "a norm per target feature",
-    "use_aux_norm": "a norm per target feature",
     "add_para_norm": "norms on the inputs of fc",
     "mlp_bias": "biases in the MLP",
     "quantization_config": "quantised weights",
     "parallel_drafting": "parallel drafting",
 }
+# Keys for a norm before fc, at the top level or under `eagle_config`; the last is an older name of the second
+_NORM_TYPES = {"norm_before_fc": "boolean", "fc_norm": "boolean", "use_aux_norm": "boolean"}
 _TYPES = {
     "architectures": "array",
     "transformer_layer_config": "object",
@@ -54,6 +53,7 @@ _TYPES = {
     "eagle_aux_hidden_state_layer_ids": "array",
     "draft_vocab_size": "integer",
     CORAL_KEY: "object",
+    **_NORM_TYPES,
 }
 _DIMENSIONS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 
@@ -78,7 +78,8 @@ def layer_config(raw: dict[str, Any]) -> dict[str, Any]:
 def check_supported(raw: dict[str, Any]) -> None:
     """Raises `ValueError` for values of a wrong type, another architecture, or parts that a CORAL drafter lacks."""
     types = {key: rule for key, rule in load_schemas()["llama_config"].items() if not isinstance(rule, dict)}
-    for part, rules in ((raw, {**types, **_TYPES}), (layer_config(raw), types)):
+    parts = ((raw, {**types, **_TYPES}), (layer_config(raw), types), (raw.get("eagle_config") or {}, _NORM_TYPES))
+    for part, rules in parts:  # the first says whether the last is an object
         given = {key: rule for key, rule in rules.items() if part.get(key) is not None}
         check_config(part, given, "config.json is malformed")
     architectures = raw.get("architectures") or []
@@ -173,6 +174,20 @@ def read_feature_layers(raw: dict[str, Any], fc_features: int | None, num_hidden
     )
 
 
+def read_fc_norms(raw: dict[str, Any]) -> dict[str, bool]:
+    """Whether features are normed before `fc`, and how, in `CoralDraftConfig`'s terms.
+
+    As vLLM and SGLang read it: `norm_before_fc` under `eagle_config` counts for more than at the top level. `use_aux_norm`
+    is SGLang's older name of `fc_norm`.
+    """
+    eagle = raw.get("eagle_config") or {}
+    each = (source.get(key) for source in (raw, eagle) for key in ("fc_norm", "use_aux_norm"))
+    return {
+        "norm_before_fc": bool(eagle.get("norm_before_fc", raw.get("norm_before_fc"))),
+        "fc_norm": any(bool(value) for value in each),
+    }
+
+
 def read_settings(
     raw: dict[str, Any], target: CoralDraftConfig, shape: str, fc_features: int | None, overrides: dict[str, Any]
 ) -> dict[str, Any]:
@@ -212,6 +227,7 @@ def read_settings(
         "max_position_embeddings": layer.get("max_position_embeddings") or target.max_position_embeddings,
         "initializer_range": layer.get("initializer_range") or 0.02,
         "rope_parameters": read_rope(layer),
+        **read_fc_norms(raw),
     }
     if shape == "eagle":
         settings["target_feature_layers"] = [FEATURE_LAYER_LAST]
@@ -231,6 +247,7 @@ __all__ = [
     "check_supported",
     "default_feature_layers",
     "layer_config",
+    "read_fc_norms",
     "read_rope",
     "read_settings",
     "write_rope",

@@ -16,6 +16,8 @@ from .schema import FLOAT_DTYPES, LAYER, check_tensors, layout_shapes
 
 # An embedding copy may have been rounded to another 16-bit format than the target's.
 COPY_RTOL, COPY_ATOL = 2**-7, 1e-6
+# Older names of the norms of three features before fc, which SGLang reads as well
+_OLD_NORMS = {f"aux_norm_{name}.weight": f"fc_norm.{i}.weight" for i, name in enumerate(("low", "mid", "high"))}
 
 
 def load_eagle(
@@ -82,7 +84,7 @@ def load_eagle(
 
 
 def canonical_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names without the wrappers of the engines: no `model.` in front, `layers.0` for EAGLE-3's `midlayer`.
+    """Names without what engines and their versions add: no `model.` in front, `layers.0` for EAGLE-3's `midlayer`.
 
     Raises:
         ValueError: if two tensors end up with one name.
@@ -91,6 +93,7 @@ def canonical_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     origin: dict[str, str] = {}
     for name, tensor in tensors.items():
         short = name.removeprefix("model.")
+        short = _OLD_NORMS.get(short, short)
         if short.startswith("midlayer."):
             short = LAYER + short.removeprefix("midlayer")
         if short.endswith("rotary_emb.inv_freq"):
@@ -150,6 +153,14 @@ def _same_rounded(found: torch.Tensor, own: torch.Tensor) -> bool:
 
 def _check(config: CoralDraftConfig, tensors: dict[str, torch.Tensor], biased: list[str], folder: Path) -> None:
     required, optional = layout_shapes(config)
+    for setting, prefix in (("norm_before_fc", "input_norm."), ("fc_norm", "fc_norm.")):
+        norms = sorted(name for name in tensors if name.startswith(prefix))
+        if norms and config.shape == "eagle3" and not getattr(config, setting):
+            # engines would leave them out, or fail over them
+            raise ValueError(
+                f"{folder} holds {norms}, but its config.json does not say {setting}: true. If the drafter was trained "
+                f"with them, add that, or pass {setting}=True."
+            )
     if config.shape == "eagle3" and config.num_target_features > 1:
         required["fc.weight"] = optional.pop("fc.weight")
     elif config.shape == "eagle3":

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..configuration_coral import FEATURE_LAYER_LAST, CoralDraftConfig, most_draft_tokens
+from ..configuration_coral import FC_NORMS, FEATURE_LAYER_LAST, CoralDraftConfig, most_draft_tokens
 from ..target_adapter import TargetAdapter
 from .checkpoint_files import CONFIG_FILE, HOT_TOKENS_FILE, check_output_folder, staged_folder
 from .eagle_config import CORAL_KEY, CORAL_SETTINGS, default_feature_layers, write_rope
@@ -126,6 +126,9 @@ def _obstacles(config: CoralDraftConfig, engine: str, target: Any) -> list[str]:
         problems.append("norm_before_residual=True, its residual starts from the raw feature")
     if config.norm_output and engine == "eagle":
         problems.append("norm_output=True, it feeds the state before the norm back; use --to vllm or sglang")
+    if engine == "eagle":
+        raw = "its fc reads the features as they are; use --to vllm, sglang or speculators"
+        problems += [f"{name}=True, {raw}" for name in FC_NORMS if getattr(config, name)]
     if engine == "eagle" and config.head_dim * config.num_attention_heads != config.hidden_size:
         problems.append(f"head_dim={config.head_dim}, it takes hidden_size / num_attention_heads")
     return problems
@@ -252,6 +255,8 @@ def _config(config: CoralDraftConfig, engine: str, dtype: str, target_name: str 
         biases = {"bias": config.fc_bias, "qkv_bias": config.attention_bias} if engine == "eagle" else {}
         return {**architectures, **llama, **biases, **kept}
     layers, head = config.target_feature_layers, {"draft_vocab_size": config.draft_vocab_size}
+    norms = {"norm_before_residual": config.norm_before_residual, "norm_output": config.norm_output}
+    norms |= {name: True for name in FC_NORMS if getattr(config, name)}
     if engine == "speculators":
         return {
             **architectures,
@@ -259,8 +264,7 @@ def _config(config: CoralDraftConfig, engine: str, dtype: str, target_name: str 
             "speculators_config": _speculators_config(config, target_name),
             # vLLM counts the features by this key alone, and passes on what the layer's config holds
             "transformer_layer_config": {**llama, "num_aux_hidden_states": len(layers)},
-            "norm_before_residual": config.norm_before_residual,
-            "norm_output": config.norm_output,
+            **norms,
             "eagle_aux_hidden_state_layer_ids": layers,
             "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
             "tie_word_embeddings": False,
@@ -269,7 +273,6 @@ def _config(config: CoralDraftConfig, engine: str, dtype: str, target_name: str 
         }
     if engine == "eagle":
         return {**architectures, **llama, "draft_vocab_size": config.draft_vocab_size or config.vocab_size, **kept}
-    norms = {"norm_before_residual": config.norm_before_residual, "norm_output": config.norm_output}
     features: dict[str, Any] = {"num_aux_hidden_states": len(layers)}
     if layers == [FEATURE_LAYER_LAST]:
         features["eagle_config"] = {"use_aux_hidden_state": False}

@@ -47,11 +47,19 @@ def dimensions(config: CoralDraftConfig) -> dict[str, int]:
 
 
 def layout_shapes(config: CoralDraftConfig, layer: str = LAYER) -> tuple[dict[str, tuple], dict[str, tuple]]:
-    """Shapes of a layout's required and optional tensors by name, with `layer` as the decoder layer's prefix."""
+    """Shapes of a drafter's required and optional tensors by name, with `layer` as the decoder layer's prefix."""
     sizes, layout = dimensions(config), load_schemas()["layouts"][config.shape]
+    parts = {kind: dict(layout[kind]) for kind in ("required", "optional")}
+    for setting, tensors in layout.get("settings", {}).items():
+        if getattr(config, setting):
+            parts["required"] |= {
+                name.replace("{feature}", str(feature)): shape
+                for name, shape in tensors.items()
+                for feature in range(config.num_target_features)
+            }
     required, optional = (
-        {name.format(layer=layer): tuple(sizes[letter] for letter in shape) for name, shape in layout[kind].items()}
-        for kind in ("required", "optional")
+        {name.format(layer=layer): tuple(sizes[letter] for letter in shape) for name, shape in part.items()}
+        for part in parts.values()
     )
     return required, optional
 
@@ -121,11 +129,13 @@ def check_export(engine: str, config: CoralDraftConfig, written: dict[str, Any],
     optional = {name: shape for name, shape in optional.items() if name in allowed}
     where = f"The {engine} checkpoint does not match its schema"
     check_tensors(tensors, required, optional, where)
-    rules, under = {**schemas["llama_config"], **schema["config"]}, schema.get("llama_config_under")
+    settings = schemas["layouts"][config.shape].get("settings", {})
+    rules = schema["config"] | {key: {"const": True} if getattr(config, key) else "absent" for key in settings}
+    under = schema.get("llama_config_under")
     if under is None:
-        check_config(written, rules, where)
+        check_config(written, {**schemas["llama_config"], **rules}, where)
     else:
-        check_config(written, schema["config"], where)
+        check_config(written, rules, where)
         check_config(written[under], schemas["llama_config"], f"{where}, {under}")
 
 

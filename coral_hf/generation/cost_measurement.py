@@ -19,6 +19,7 @@ import transformers
 from transformers import DynamicCache, PreTrainedModel
 
 from ..compat import cache_kwarg
+from ..configuration_coral import FC_NORMS
 from ..few_rows import few_row_linears
 from ..hardware import cpu_name, device_name, synchronized_clock
 from ..modeling_coral import CoralDraftModel
@@ -95,6 +96,8 @@ def costs_key(target: PreTrainedModel, drafter: CoralDraftModel, settings: Draft
             "device": device_name(parameter.device),
             "beside_target": parameter.device == device,
             **{name: getattr(drafter.config, name, None) for name in (*sizes, *heads)},
+            # named where they are, so that what was measured for other drafters is found again
+            **{name: True for name in FC_NORMS if getattr(drafter.config, name, False)},
         },
         "settings": {name: getattr(settings, name) for name in names},
     }
