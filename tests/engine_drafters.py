@@ -9,6 +9,7 @@ from conftest import COMMON, make_drafter, randomize
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from coral_hf import demo
 from coral_hf.conversion import ENGINES
 from coral_hf.target_adapter import TargetAdapter
 
@@ -57,6 +58,11 @@ def make(name, target, dtype=torch.float32):
     return drafter
 
 
+def shipped_pair():
+    """The shipped drafter and the real target, in float32."""
+    return demo.load_drafter(torch.float32), demo.load_target(torch.float32)[0]
+
+
 class CausalAttention(torch.nn.Module):
     """Stands in for an engine's attention over its paged cache: one sequence's rotated `[S, heads * d]`, causally."""
 
@@ -79,12 +85,12 @@ def one_step(drafter, target):
     return ids[0, 1:], features[0], expected[0]
 
 
-def assert_same_step(drafter, found, fed_back, expected):
+def assert_same_step(drafter, found, fed_back, expected, tolerance=1e-5):
     """What an engine's head reads, and what it feeds back: the normed state, or the one that the norm makes it of."""
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     with torch.no_grad():
         again = fed_back if drafter.config.norm_output else drafter.norm(fed_back)
-    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again, expected, rtol=tolerance, atol=tolerance)
 
 
 def assert_same_norms(model, drafter, tensors):

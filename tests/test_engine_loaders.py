@@ -18,6 +18,7 @@ from engine_drafters import (
     eight_layer_target,
     make,
     one_step,
+    shipped_pair,
 )
 from safetensors.torch import load_file
 
@@ -125,7 +126,16 @@ def test_vllm_loads_every_weight(name, engine, target, process_group, tmp_path):
 @pytest.mark.parametrize(("name", "engine"), PAIRS)
 def test_vllm_drafts_the_same(name, engine, target, process_group, tmp_path):
     """One drafting step through vLLM's own forward, in float32."""
-    drafter = make(name, target)
+    draft_once(make(name, target), target, engine, tmp_path)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("engine", ["vllm", "speculators"])
+def test_vllm_drafts_the_same_with_the_shipped_drafter(engine, process_group, tmp_path):
+    draft_once(*shipped_pair(), engine, tmp_path, tolerance=1e-4)
+
+
+def draft_once(drafter, target, engine, tmp_path, tolerance=1e-5):
     target.save_pretrained(tmp_path / "target")
     export_drafter(drafter, engine, tmp_path / "out", target_name=str(tmp_path / "target"))
     model, _ = load(tmp_path / "out", tmp_path / "target", "float32", drafter.config.shape)
@@ -135,14 +145,14 @@ def test_vllm_drafts_the_same(name, engine, target, process_group, tmp_path):
     with torch.no_grad():
         combined = model.combine_hidden_states(features) if drafter.config.shape == "eagle3" else features
         found, fed_back = model.model(input_ids=ids, positions=torch.arange(len(ids)), hidden_states=combined)
-    assert_same_step(drafter, found, fed_back, expected)
+    assert_same_step(drafter, found, fed_back, expected, tolerance)
 
 
 @torch.no_grad()
 def test_vllm_reads_the_last_layer_before_its_norm(target, process_group, tmp_path):
     """Ids name residual streams before layers, that of the number of layers the one before the final norm.
 
-    So there is no id for the normed last state, which the shipped drafter reads beside others.
+    So there is no id for the normed last state, CORAL's -1, beside others.
     """
     target.save_pretrained(tmp_path)
     model, _ = load(tmp_path, tmp_path, "float32")

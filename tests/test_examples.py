@@ -190,6 +190,40 @@ def test_compare_heads(tiny_demo, tmp_path, monkeypatch, capsys):
     assert all(0 <= row["uncovered"] <= 1 and 0 <= row["recall"] <= 1 for row in curve)
 
 
+def test_refit_features(tiny_demo, tmp_path, monkeypatch, capsys):
+    """Layers from which the old ones can be told give the old drafter; the calibration and what else it has is kept."""
+    target = demo.load_target()[0]
+    old = make_drafter(target, shape="eagle3", target_feature_layers=[1, -1], draft_depth=4).bfloat16()
+    old.save_pretrained(tmp_path / "old")
+    data, output = tmp_path / "responses.jsonl", tmp_path / "new"
+    data.write_text("".join(json.dumps(row) + "\n" for row in random_rows(64)))
+    common = ["--data", str(data), "--drafter", str(tmp_path / "old"), "--threads", "1", "--rows", "60"]
+    run(monkeypatch, "refit_features.py", *common, "--output", str(output), "--layers", "-1", "0", "1")
+    assert "reads layers [-1, 0, 1]" in capsys.readouterr().out
+    new = CoralDraftModel.from_pretrained(output, dtype="auto")
+    assert (
+        new.dtype == torch.bfloat16 and new.config.draft_depth == 4 and new.config.target_feature_layers == [-1, 0, 1]
+    )
+    last, _, first = new.fc.weight.float().split(old.config.hidden_size, dim=1)
+    torch.testing.assert_close(torch.cat([first, last], dim=1), old.fc.weight.float(), rtol=0.05, atol=0.02)
+    assert all(
+        torch.equal(tensor, new.state_dict()[name]) for name, tensor in old.state_dict().items() if "fc" not in name
+    )
+    for arguments, message in (
+        (["--output", str(output), "--layers", "0", "1"], "exists; name another folder"),
+        (["--output", str(tmp_path / "x"), "--layers", "1"], "name two layers at least"),
+        (["--output", str(tmp_path / "x"), "--layers", "1", "99"], "99"),
+        (["--output", str(tmp_path / "x"), "--layers", "0", "1", "--rows", "7"], "give 8 at least"),
+        (
+            ["--output", str(tmp_path / "x"), "--layers", "0", "1", "--drafter", str(tiny_demo)],
+            "only an eagle3 drafter",
+        ),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, "refit_features.py", *common, *arguments)
+    assert not (tmp_path / "x").exists()
+
+
 def test_large_vocabulary(prompt_file, tmp_path, monkeypatch, capsys):
     """With a target that lies where the fetched one would: every stage, and nothing is done twice."""
     folder = tmp_path / "gemma"
