@@ -210,7 +210,7 @@ def _star(ids: torch.Tensor, size: int) -> DraftTree:
 def _verify(verifier: Verifier, generator: CoralCandidateGenerator, tree: DraftTree) -> None:
     """What a step does with a tree, from its mask to the features of what it keeps; the cache is then as before."""
     outputs = verifier.verify(tree)
-    path, _ = accept_greedy(tree, outputs.logits.argmax(dim=-1).to(tree.tokens.device))
+    path, _ = accept_greedy(tree, outputs.logits.float().argmax(dim=-1).to(tree.tokens.device))
     generator.features_of(outputs.hidden_states, path)
     # Nothing is kept: rows that a sliding window has dropped would not come back.
     compact_cache(verifier.cache, path[:, :0], tree.num_nodes)

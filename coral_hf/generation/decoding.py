@@ -214,7 +214,9 @@ def _accept(
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Accepted path `[1, A + 1]` (on the CPU), new tokens `[1, A + 1]` and whether generation ends with them."""
     if selector.is_argmax:
-        path, tokens = accept_greedy(tree, logits.argmax(dim=-1).to(tree.tokens.device))
+        # as generate does it, and so that ties fall alike; on a CPU five times as fast as the argmax of bfloat16 values
+        choices = logits.float().argmax(dim=-1)
+        path, tokens = accept_greedy(tree, choices.to(tree.tokens.device))
         before = input_ids.shape[1]
         end = first_end(torch.cat([input_ids, tokens], dim=1), before)
         count = tokens.shape[1] if end is None else end - before
