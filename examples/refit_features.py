@@ -63,21 +63,26 @@ def refit(drafter: CoralDraftModel, target, dataset, layers: list[int]) -> tuple
     squares = torch.zeros(width, width, dtype=torch.float64)  # of the new features, summed over rows
     products = torch.zeros(width, config.hidden_size, dtype=torch.float64)
     held_out = []
+
+    def split(features):
+        """The new features `[S, n * H]` and what the old `fc` gives from the old ones `[S, H]`."""
+        return features[:, :width].double(), features[:, width:].double() @ old.T
+
     for index in range(len(dataset)):
         item = dataset[index]
         features = adapter.compute_features(item["input_ids"][None].to(adapter.device))[0].cpu()
-        features = features[1:].double()  # the first token's residual stream is a hundred times larger in many models
-        new, wanted = features[:, :width], features[:, width:] @ old.T
+        features = features[1:]  # the first token's residual stream is a hundred times larger in many models
         if index % HELD_OUT == HELD_OUT - 1:
-            held_out.append((new, wanted))
-        else:
-            squares += new.T @ new
-            products += new.T @ wanted
+            held_out.append(features)
+            continue
+        new, wanted = split(features)
+        squares += new.T @ new
+        products += new.T @ wanted
     if not held_out:
         raise ValueError(f"{len(dataset)} rows to fit on: give {HELD_OUT} at least.")
     squares += torch.diag(RIDGE * squares.diagonal())
     fitted = torch.linalg.solve(squares, products).T  # [H, n * H]
-    new, wanted = (torch.cat(parts) for parts in zip(*held_out, strict=True))
+    new, wanted = split(torch.cat(held_out))
     missed = (new @ fitted.T - wanted).square().sum() / (wanted - wanted.mean(dim=0)).square().sum()
     refitted.load_state_dict({**drafter.state_dict(), "fc.weight": fitted.float()})
     return refitted, missed.item()
