@@ -41,4 +41,4 @@ if __name__ == "__main__":
     if trainer.is_world_process_zero():
         print(metrics)
     trainer.save_model()
-    trainer.accelerator.end_training()  # several processes leave together
+    trainer.end_training()  # several processes leave together

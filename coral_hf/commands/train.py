@@ -140,7 +140,7 @@ class TrainCommand(TargetOptions):
         trainer.save_state()
         if trainer.is_world_process_zero():
             print(json.dumps(metrics))
-        trainer.accelerator.end_training()  # several processes leave together
+        trainer.end_training()  # several processes leave together
         return 0
 
     def _read(self) -> tuple[Any, list[dict[str, Any]]]:

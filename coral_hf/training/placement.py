@@ -122,4 +122,25 @@ def check_packing(adapter: TargetAdapter) -> None:
         )
 
 
-__all__ = ["check_devices", "check_one_device", "check_packing", "decoder_layers", "place_target", "plain_sharding"]
+def end_processes(trainer: Any) -> None:
+    """Ends the processes' communication, and its threads with it, before the interpreter shuts down.
+
+    The gradient synchronisation of a wrapped model keeps them alive after `destroy_process_group`, and a gloo thread that
+    lets go of its last tensor in a shutdown aborts the process (PyTorch's issue 190489).
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.model_wrapped = trainer.model
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
+
+
+__all__ = [
+    "check_devices",
+    "check_one_device",
+    "check_packing",
+    "decoder_layers",
+    "end_processes",
+    "place_target",
+    "plain_sharding",
+]

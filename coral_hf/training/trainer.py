@@ -21,7 +21,7 @@ from .faults import StopOnNonFiniteGradient
 from .feature_cache import FeatureCache
 from .losses import chunked_classification_loss, csra_loss, default_chunk_size, regression_loss
 from .metrics import WeightedMeans, chain_length
-from .placement import check_devices, check_packing, place_target, plain_sharding
+from .placement import check_devices, check_packing, end_processes, place_target, plain_sharding
 from .publishing import PublishingMixin
 from .training_rows import encode_dataset, encode_training_dataset, first_item
 
@@ -151,6 +151,10 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = ["input_ids", "response_mask", "lengths"]
+
+    def end_training(self) -> None:
+        """Lets the processes of a run leave together; the last call of a script for several, which trains no more."""
+        end_processes(self)
 
     # One batch -------------------------------------------------------------------------------------------------
 
