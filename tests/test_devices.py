@@ -112,6 +112,22 @@ def test_two_processes_are_one_with_the_doubled_batch(kind, tmp_path, one_proces
     assert_same_weights(weights(trained), weights(CoralDraftModel.from_pretrained(resumed)), rtol=0, atol=1e-9)
 
 
+def test_a_sharded_adapted_drafter_is_saved_merged(tmp_path):
+    pytest.importorskip("peft")
+    options = {"output": str(tmp_path / "two"), "settings": SETTINGS, "dtype": "float64", "lora_rank": 2}
+    launch("fsdp", PROGRAM, json.dumps(options), port=29640)
+    options |= {"output": str(tmp_path / "one"), "settings": {**SETTINGS, "per_device_train_batch_size": 4}}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PROGRAM.parent.parent)}
+    subprocess.run([sys.executable, PROGRAM, json.dumps(options)], env=environment, check=True, timeout=450)
+    one, two = (CoralDraftModel.from_pretrained(tmp_path / name, dtype=torch.float64) for name in ("one", "two"))
+    assert_same_weights(weights(one), weights(two), rtol=0, atol=1e-7)
+    untrained = weights(quick_drafter(make_target(dtype=torch.float64), seed=1).double())
+    changed = [name for name, tensor in weights(two).items() if not torch.equal(tensor, untrained[name])]
+    assert any("q_proj" in name for name in changed) and not any("norm" in name for name in changed)
+    assert {path.name for path in (tmp_path / "two" / "adapter").iterdir()} >= {"adapter_model.safetensors"}
+    assert not list((tmp_path / "two").glob("adapter_*"))
+
+
 def test_accelerate_launches_the_example(tmp_path):
     """Two ranks, each with its share of a feature cache; the drafter and its one record come from the first."""
     target, data = tmp_path / "target", tmp_path / "data.jsonl"

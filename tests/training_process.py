@@ -28,6 +28,12 @@ def allow_fsdp_on_cpu() -> None:
     PartialState.__init__ = patched
 
 
+def adapters(rank: int):
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian")
+
+
 def main() -> None:
     options = json.loads(sys.argv[1])
     sys.path.insert(0, str(Path(__file__).parent))
@@ -63,6 +69,7 @@ def main() -> None:
         args=make_args(output, **options["settings"]),
         train_dataset=random_rows(options.get("rows", 16)),
         eval_dataset=random_rows(5, seed=3) if options.get("evaluate") else None,
+        peft_config=adapters(options["lora_rank"]) if options.get("lora_rank") else None,
     )
     if options.get("step_file"):
         step = trainer.training_step

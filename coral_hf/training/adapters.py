@@ -54,6 +54,15 @@ def adaptable_modules(drafter: CoralDraftModel) -> list[str]:
     return [name for name in linear if not name.startswith(("router", "draft_head"))]
 
 
+def rebuild(model: Any, state_dict: dict[str, Any]) -> Any:
+    """An adapted drafter anew, whole, from the gathered weights of a sharded one, which can be neither copied nor merged."""
+    from peft import get_peft_model
+
+    copied = get_peft_model(CoralDraftModel(model.get_base_model().config), model.active_peft_config)
+    copied.load_state_dict(state_dict)
+    return copied
+
+
 def save_merged(model: Any, folder: str | Path) -> CoralDraftModel:
     """Saves an adapted drafter as a plain one into `folder`, and its adapters into `folder/adapter`.
 
@@ -71,4 +80,4 @@ def save_merged(model: Any, folder: str | Path) -> CoralDraftModel:
     return merged
 
 
-__all__ = ["ADAPTER_FOLDER", "adaptable_modules", "add_adapters", "is_peft", "save_merged"]
+__all__ = ["ADAPTER_FOLDER", "adaptable_modules", "add_adapters", "is_peft", "rebuild", "save_merged"]

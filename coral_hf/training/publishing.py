@@ -15,7 +15,7 @@ from ..hardware import device_name
 from ..hub.model_card import write_card
 from ..hub.publish import hub_errors, prepare_folder, require_token
 from ..hub.records import RECORD_FOLDER
-from .adapters import is_peft, save_merged
+from .adapters import is_peft, rebuild, save_merged
 
 
 # arguments that say where, not how
@@ -53,14 +53,16 @@ class PublishingMixin(Trainer):
 
     def _save_drafter(self, folder: Path) -> None:
         """The drafter as `from_pretrained` loads it: whole, in one file, with its adapters merged."""
-        if self.is_fsdp_enabled:
-            # A checkpoint may be sharded. All processes take part.
-            self._save(str(folder), state_dict=self.accelerator.get_state_dict(self.model))
-        elif is_peft(self.model):
+        # A checkpoint may be sharded. All processes take part.
+        whole = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        if is_peft(self.model):
             if self.args.should_save:
-                save_merged(self.accelerator.unwrap_model(self.model), folder)
+                model = self.accelerator.unwrap_model(self.model)
+                save_merged(model if whole is None else rebuild(model, whole), folder)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
+        elif whole is not None:
+            self._save(str(folder), state_dict=whole)
         else:
             super().save_model(str(folder), _internal_call=True)
 
