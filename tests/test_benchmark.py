@@ -53,11 +53,20 @@ def test_temperatures(pair, tmp_path):
     for method in ("plain", "coral", "stock", "prompt_lookup"):
         greedy, sampled = rows[method, "all", 0.0], rows[method, "all", 1.0]
         # three prompts, one of them of two turns
-        assert greedy["identical"] == greedy["n_prompts"] == 4 and greedy["first_divergences"] == []
+        assert (
+            greedy["identical"] == greedy["n_turns"] == 4
+            and greedy["n_prompts"] == 3
+            and greedy["first_divergences"] == []
+        )
         # other loops draw for all candidates at once: their samples are others by design
         assert sampled["identical"] == (4 if method in ("plain", "coral") else None)
         assert sampled["new_tokens"] > 0
-    assert rows["coral", "abc", 0.0]["n_prompts"] == 3 and rows["coral", "xyz", 0.0]["n_prompts"] == 1
+    counts = {
+        name: (rows["coral", name, 0.0]["n_prompts"], rows["coral", name, 0.0]["n_turns"]) for name in ("abc", "xyz")
+    }
+    assert counts == {"abc": (2, 3), "xyz": (1, 1)}
+    ids = {name: [prompt.id for prompt in PROMPTS if prompt.benchmark == name] for name in ("abc", "xyz")}
+    assert record["prompts"] == ids
 
 
 def test_divergences_are_counted_where_they_begin():
@@ -68,7 +77,7 @@ def test_divergences_are_counted_where_they_begin():
 
 
 def test_a_greedy_difference_is_said_where_there_must_be_none():
-    row = {"benchmark": "all", "temperature": 0.0, "n_prompts": 8, "method": "coral", "identical": 7}
+    row = {"benchmark": "all", "temperature": 0.0, "n_turns": 8, "method": "coral", "identical": 7}
     rows = [row, row | {"method": "lookup", "identical": 8}, row | {"temperature": 1.0}, row | {"benchmark": "abc"}]
     (line,) = differences({"environment": {"dtype": "float32"}, "runs": rows})
     assert line.startswith("warning: 1 of 8 greedy answers of coral differ from plain generate's in float32")
@@ -120,7 +129,7 @@ def test_an_interrupted_run_leaves_a_valid_partial_record(pair, tmp_path, monkey
     record = json.loads((tmp_path / "benchmark.json").read_text())
     assert record["partial"] is True
     assert {row["benchmark"] for row in record["runs"]} == {"abc", "all"}
-    assert all(row["n_prompts"] == 3 and row["speedup"] > 0 for row in record["runs"])
+    assert all((row["n_prompts"], row["n_turns"]) == (2, 3) and row["speedup"] > 0 for row in record["runs"])
 
 
 def test_refusals_write_nothing(pair, tmp_path):
@@ -196,7 +205,7 @@ def test_command_with_everything(folder, capsys):
     assert sorted({row["method"] for row in record["runs"]}) == sorted(names)
     greedy = {row["method"]: row for row in record["runs"] if row["benchmark"] == "all" and not row["temperature"]}
     for name in names:
-        assert greedy[name]["identical"] == greedy[name]["n_prompts"] == 3  # --quick: two prompts, three turns
+        assert greedy[name]["identical"] == greedy[name]["n_turns"] == 3  # --quick: two prompts, three turns
     # one drafter's card must not show another's figures
     assert record["drafter"] is None and record["drafter_sha256"] is None
     assert record["drafters"]["eagle/coral"]["drafter"] == "eagle"

@@ -207,7 +207,7 @@ def test_regenerate_train_benchmark(folder, capsys, monkeypatch):
         assert named == pytest.approx(parts["step"])
     rows = {(row["method"], row["benchmark"]): row for row in record["runs"]}
     for method in ("plain", "coral", "tree", "lookup"):
-        assert rows[method, "all"]["identical"] == rows[method, "all"]["n_prompts"] == 2
+        assert rows[method, "all"]["identical"] == rows[method, "all"]["n_turns"] == 2
     assert rows["lookup", "all"]["acceptance_length"] is None
     assert {"torch", "transformers", "device", "dtype", "threads", "commit"} <= set(record["environment"])
 

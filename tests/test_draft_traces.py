@@ -110,7 +110,7 @@ def test_check_predictions():
     tuned = {"environment": environment, "drafting": drafting, "cost_aware": [aware], "prefill_steps": 0.0}
     tuned["target_ms"] = [10.0, 16.0, 16.0, 16.0]
     settings = {"tree": box, "aware": {**box, "draft_cost_aware": True}, "wide": {**box, "draft_top_k": 5}}
-    row = {"benchmark": "all", "temperature": 0.0, "steps": 5, "new_tokens": 10, "n_prompts": 1}
+    row = {"benchmark": "all", "temperature": 0.0, "steps": 5, "new_tokens": 10, "n_turns": 1}
     runs = [{**row, "method": name, "acceptance_length": 2.0, "speedup": 1.0} for name in ("plain", *settings)]
     rows = check_predictions(tuned, {"environment": environment, "draft_settings": settings, "runs": runs})
     # 2 tokens of 10 ms each in 2 + 2 * 1 + 16 ms, or in the 20 ms of the replay
@@ -172,7 +172,7 @@ def test_tune_command(folder, capsys):
     assert main([*arguments, "--output", "bench", "--method", "coral", "coral_aware:draft_cost_aware=true"]) == 0
     measured = json.loads((folder / "bench" / "benchmark.json").read_text())
     assert measured["draft_settings"]["coral_aware"]["draft_cost_aware"] is True
-    assert all(row["identical"] == row["n_prompts"] for row in measured["runs"])
+    assert all(row["identical"] == row["n_turns"] for row in measured["runs"])
 
 
 def test_tune_refuses(folder, capsys):

@@ -38,6 +38,7 @@ def make_record(digest: str | None, **changes) -> dict:
             "benchmark": benchmark,
             "temperature": 0.0,
             "n_prompts": 10,
+            "n_turns": 10,
             "tokens_per_second": 20.0,
             "speedup": speedup,
             "speedup_quartiles": [speedup - 0.1, speedup + 0.1],
@@ -52,6 +53,7 @@ def make_record(digest: str | None, **changes) -> dict:
         "drafter": "drafter",
         "drafter_sha256": digest,
         "max_new_tokens": 64,
+        "prompts": {"gsm8k": [f"gsm8k-{index}" for index in range(10)]},
         "methods": {"coral": {}, "lookup": {"prompt_lookup_num_tokens": 3}},
         "draft_settings": {"coral": {"draft_depth": 2, "draft_top_k": 1, "draft_total_tokens": 3, "draft_head": None}},
         "partial": False,
@@ -156,10 +158,11 @@ def test_other_records(folder):
     training = folder / "training"
     check = {
         "n_prompts": 40,
+        "n_turns": 40,
         "identical": 40,
         "acceptance_length": {"all": 1.519},
         "settings": {"draft_top_k": 1},
-        "sampled": [{"temperature": 1.0, "n_prompts": 40, "identical": 39}],
+        "sampled": [{"temperature": 1.0, "n_turns": 40, "identical": 39}],
         "max_new_tokens": 128,
         "environment": ENVIRONMENT,
         "drafter_sha256": digest,

@@ -236,7 +236,7 @@ def test_the_speed_in_readme_is_that_of_the_record():
     row = next(row for row in record["runs"] if (row["method"], row["benchmark"]) == ("coral", "all"))
     lookup = next(row for row in record["runs"] if (row["method"], row["benchmark"]) == ("prompt_lookup", "all"))
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"{row['identical']} of {row['n_prompts']} answers are plain's to the last token" in text
+    assert f"{row['identical']} of {row['n_turns']} answers are plain's to the last token" in text
     assert f"left {lookup['identical']}." in text
     stated = f"{row['speedup']:.2f} times as fast on two threads of an AVX-512 CPU in {record['environment']['dtype']}"
     contact = json.loads((ROOT / "examples/records/first_contact.json").read_text())
@@ -249,4 +249,4 @@ def test_the_speed_in_readme_is_that_of_the_record():
         f"{contact['downloaded_bytes'] / 1e6:.0f} MB of downloads without a GPU ({sizes['torch']:.0f} MB of them torch)"
         in text
     )
-    assert f"{stated} (median of {row['n_prompts']} answers; tau {row['acceptance_length']:.2f};" in text
+    assert f"{stated} (median of {row['n_turns']} answers; tau {row['acceptance_length']:.2f};" in text

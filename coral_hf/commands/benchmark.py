@@ -56,7 +56,9 @@ class BenchmarkCommand(PlacedTargetOptions):
     quick: bool = field(
         default=False, metadata={"help": f"A first impression in minutes: {QUICK} where nothing else is given."}
     )
-    profile: bool = field(default=False, metadata={"help": "Then write where a step's time goes to step_time.json."})
+    profile: bool = field(
+        default=False, metadata={"help": "Then time a step's parts on two prompts of each benchmark: step_time.json."}
+    )
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:

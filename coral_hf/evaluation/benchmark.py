@@ -4,6 +4,7 @@ import json
 import os
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .methods import (
     first_difference,
     measure,
 )
-from .prompts import Prompt, answer_turns, encode_context
+from .prompts import Prompt, answer_turns, describe_prompts, encode_context
 
 
 # (benchmark, temperature) -> method -> measurements, in the order of the prompts
@@ -33,9 +34,9 @@ Results = dict[tuple[str, float], dict[str, list[Measurement]]]
 
 
 def paired_speedup(plain: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    """Median and quartiles of the ratios of tokens per second, prompt by prompt.
+    """Median and quartiles of the ratios of tokens per second, answer by answer.
 
-    The median over prompts is robust against a neighbour's burst; the spread says how much there was.
+    The median over answers is robust against a neighbour's burst; the spread says how much there was.
     """
     ratios = [after / before for before, after in zip(plain, other, strict=True)]
     # inclusive: the exclusive form extrapolates past the data where there are few prompts
@@ -46,7 +47,7 @@ def paired_speedup(plain: Sequence[float], other: Sequence[float]) -> dict[str, 
 def result_row(
     method: Method, benchmark: str, temperature: float, plain: list[Measurement], measured: list[Measurement]
 ) -> dict[str, Any]:
-    """One row of the record: a method on one benchmark, paired with plain decoding prompt by prompt."""
+    """One row of the record: a method on one benchmark, paired with plain decoding answer by answer."""
     comparable = temperature == 0 or method.samples_like_plain
     places = [first_difference(p.new_ids, m.new_ids) for p, m in zip(plain, measured, strict=True)]
     tokens = sum(len(measurement.new_ids) for measurement in measured)
@@ -54,7 +55,8 @@ def result_row(
         "method": method.name,
         "benchmark": benchmark,
         "temperature": temperature,
-        "n_prompts": len(measured),
+        "n_prompts": len({measurement.prompt for measurement in measured}),
+        "n_turns": len(measured),
         "new_tokens": tokens,
         "tokens_per_second": tokens / sum(measurement.seconds for measurement in measured),
         **paired_speedup([p.tokens_per_second for p in plain], [m.tokens_per_second for m in measured]),
@@ -103,8 +105,8 @@ def run_benchmark(
 
     Returns:
         `dict`: the record, with `environment`, `methods`, `drafters`, `partial` and `runs`: one row per method, benchmark
-        and temperature. `speedup` is the median of the paired ratios of tokens per second; `identical` counts outputs
-        equal to plain's (None where a sampling method draws other samples by design), `first_divergences` holds the place
+        and temperature. `n_prompts` are conversations, `n_turns` answers, one to each turn; `speedup` is the median of
+        the answers' paired ratios of tokens per second; `identical` counts answers equal to plain's (None where a sampling method draws other samples by design), `first_divergences` holds the place
         of the first unequal token of the others (bf16 has near-ties that fall either way).
 
     Raises:
@@ -126,6 +128,7 @@ def run_benchmark(
         "environment": describe_environment(target.device, target.dtype),
         **describe_target(target),
         **describe_methods(methods[1:]),
+        **describe_prompts(prompts),
         "max_new_tokens": max_new_tokens,
         "temperatures": temperatures,
         "seed": seed,
@@ -141,7 +144,7 @@ def run_benchmark(
         for temperature in temperatures:
             by_method = results.setdefault((prompt.benchmark, temperature), {method.name: [] for method in methods})
             how = {"temperature": temperature, "seed": seed + index}
-            answer = partial(_measure_all, target, turned, by_method, max_new_tokens, repeats, how)
+            answer = partial(_measure_all, target, turned, by_method, max_new_tokens, repeats, index, how)
             answer_turns(tokenizer, prompt, answer)
         record = _write(folder, record, methods, results, partial=True)
     return _write(folder, record, methods, results, partial=False)
@@ -153,10 +156,11 @@ def _measure_all(
     results: dict[str, list[Measurement]],
     max_new_tokens: int,
     repeats: int,
+    prompt: int,
     how: dict[str, Any],
     ids: torch.Tensor,
 ) -> list[int]:
-    """Adds every method's fastest answer to its results; returns plain's."""
+    """Adds every method's fastest answer to one turn of the `prompt`-th conversation to its results; returns plain's."""
     rounds = [
         {
             method.name: measure(target, ids, max_new_tokens, method.drafter, **how, **method.settings)
@@ -165,7 +169,8 @@ def _measure_all(
         for _ in range(repeats)
     ]
     for name, measurements in results.items():
-        measurements.append(min((one[name] for one in rounds), key=lambda answer: answer.seconds))
+        fastest = min((one[name] for one in rounds), key=lambda answer: answer.seconds)
+        measurements.append(replace(fastest, prompt=prompt))
     return results[PLAIN][-1].new_ids
 
 
@@ -209,11 +214,11 @@ def differences(record: dict[str, Any]) -> list[str]:
         return []
     rows = [row for row in record["runs"] if row["benchmark"] == "all" and not row["temperature"]]
     return [
-        f"warning: {row['n_prompts'] - row['identical']} of {row['n_prompts']} greedy answers of {row['method']} differ from "
+        f"warning: {row['n_turns'] - row['identical']} of {row['n_turns']} greedy answers of {row['method']} differ from "
         f"plain generate's in {record['environment']['dtype']}, where they must not; `coral-hf verify` shows the first "
         "differing token."
         for row in rows
-        if row["identical"] is not None and row["identical"] < row["n_prompts"]
+        if row["identical"] is not None and row["identical"] < row["n_turns"]
     ]
 
 
@@ -226,7 +231,8 @@ def print_table(record: dict[str, Any]) -> None:
         raise ImportError("The table needs rich: pip install 'coral-hf[eval]'.") from error
     title = f"{record['target']}, {record['environment']['dtype']}, {record['environment']['device']}"
     table = Table(
-        title=title, caption="T: temperature; n: answers; same: equal to plain's; from: first token that is not"
+        title=title,
+        caption="T: temperature; n: answers, one to each turn; same: equal to plain's; from: first token that is not",
     )
     for column in ("benchmark", "method", "T", "n", "tok/s", "speedup", "tau", "same", "from"):
         named = column in ("benchmark", "method")
@@ -237,11 +243,11 @@ def print_table(record: dict[str, Any]) -> None:
             row["benchmark"],
             row["method"],
             f"{row['temperature']:g}",
-            str(row["n_prompts"]),
+            str(row["n_turns"]),
             f"{row['tokens_per_second']:.1f}",
             f"{row['speedup']:.2f}x",
             "-" if tau is None else f"{tau:.2f}",
-            "-" if row["identical"] is None else f"{row['identical']}/{row['n_prompts']}",
+            "-" if row["identical"] is None else f"{row['identical']}/{row['n_turns']}",
             str(divergences[0]) if divergences else "-",
         )
     Console().print(table)

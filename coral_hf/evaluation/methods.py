@@ -41,6 +41,7 @@ class Measurement:
     new_ids: list[int]
     seconds: float
     stats: Any = None  # DraftStats, of a CORAL drafter's answer
+    prompt: int = 0  # which conversation of the run it is an answer of
 
     @property
     def tokens_per_second(self) -> float:

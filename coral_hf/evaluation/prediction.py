@@ -81,7 +81,7 @@ def check_predictions(tuned: dict[str, Any], measured: dict[str, Any]) -> list[d
         step_ms = None if settings is None else _step_ms(tuned, settings)
         if step_ms is None or not row.get("steps"):
             continue
-        tokens = max(1, round(row["new_tokens"] / row["n_prompts"]))
+        tokens = max(1, round(row["new_tokens"] / row["n_turns"]))
         # A machine may have been faster or slower when it was tuned; the share of the prefill is the same.
         prefill_ms = tuned["prefill_steps"] * tuned["target_ms"][0]
         predicted = predict_speedup(tuned["target_ms"][0], step_ms, row["acceptance_length"], tokens, prefill_ms)

@@ -80,4 +80,12 @@ def answer_turns(tokenizer: Any, prompt: Prompt, answer: Callable[[torch.Tensor]
         responses.append(tokenizer.decode(answer(ids), skip_special_tokens=True))
 
 
-__all__ = ["Prompt", "answer_turns", "encode_context", "read_prompts"]
+def describe_prompts(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What a record says of the prompts that it measured: their ids by benchmark, in their order."""
+    ids: dict[str, list[str]] = {}
+    for prompt in prompts:
+        ids.setdefault(prompt.benchmark, []).append(prompt.id)
+    return {"prompts": ids}
+
+
+__all__ = ["Prompt", "answer_turns", "describe_prompts", "encode_context", "read_prompts"]

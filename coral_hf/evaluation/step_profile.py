@@ -17,7 +17,7 @@ from ..hardware import synchronized_clock
 from ..lm_head_router import DraftHead
 from .environment import describe_environment
 from .methods import Method, describe_methods, measure
-from .prompts import Prompt, encode_context
+from .prompts import Prompt, describe_prompts, encode_context
 
 
 def profile_step(
@@ -59,13 +59,22 @@ def profile_methods(
     prompts: Sequence[Prompt],
     output: str | Path,
     max_new_tokens: int,
-    count: int = 3,
+    count: int = 2,
 ) -> dict[str, Any]:
-    """Profiles every method that has a drafter on the first `count` prompts, prints it and writes `step_time.json`."""
-    ids = [encode_context(tokenizer, prompt.turns[:1]) for prompt in prompts[:count]]
+    """Profiles every method that has a drafter on the first `count` prompts of each benchmark, prints it and writes `step_time.json`."""
+    by_benchmark: dict[str, list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        by_benchmark[prompt.benchmark].append(prompt)
+    chosen = [prompt for found in by_benchmark.values() for prompt in found[:count]]
+    ids = [encode_context(tokenizer, prompt.turns[:1]) for prompt in chosen]
     methods = [method for method in methods if method.is_coral and not method.settings.get("draft_stock_loop")]
     record: dict[str, Any] = {"environment": describe_environment(target.device, target.dtype)}
-    record |= {**describe_methods(methods), "methods": {}}
+    record |= {
+        **describe_methods(methods),
+        **describe_prompts(chosen),
+        "max_new_tokens": max_new_tokens,
+        "methods": {},
+    }
     for method in methods:
         parts = profile_step(target, method.drafter, ids, max_new_tokens, **method.settings)
         record["methods"][method.name] = {"settings": method.settings, "milliseconds": parts}

@@ -15,7 +15,7 @@ from .draft_traces import DraftTrace, fit_calibration, record_traces, replay_all
 from .environment import describe_environment
 from .methods import Method, check_drafter, describe_drafter, describe_target
 from .prediction import predict_speedup
-from .prompts import Prompt
+from .prompts import Prompt, describe_prompts
 
 
 TOTALS = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 60)
@@ -55,6 +55,7 @@ def tune(
         **describe_target(target),
         **describe_drafter(drafter),
         "n_prompts": len(prompts),
+        **describe_prompts(prompts),
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "drafting": [],

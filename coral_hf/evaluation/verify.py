@@ -25,7 +25,7 @@ from .methods import (
     first_difference,
     measure,
 )
-from .prompts import Prompt, answer_turns
+from .prompts import Prompt, answer_turns, describe_prompts
 
 
 _CONTEXT = 8  # tokens shown on either side of a difference
@@ -183,6 +183,7 @@ def verify(
             "environment": describe_environment(target.device, target.dtype),
             **describe_target(target),
             **describe_drafter(method.drafter),
+            **describe_prompts(prompts),
         }
         for method in methods
     }

@@ -86,14 +86,29 @@ def _benchmark(name: str, record: dict[str, Any], config: CoralDraftConfig) -> l
     if name != "benchmark.json" and len(methods) > 1:  # settings side by side: the sum is enough
         rows = [row for row in rows if row["benchmark"] == "all"]
     measured = (
-        f"{_where(name, record)} By `coral-hf benchmark`, greedy unless stated, {record['max_new_tokens']} new tokens a "
-        "prompt.\n\n"
+        f"{_where(name, record)} By `coral-hf benchmark`, greedy unless stated, {record['max_new_tokens']} new tokens an "
+        f"answer; prompts {_prompts(record)}.\n\n"
         + table(
-            ["method", "prompts", "tau", "accepted per depth", "speedup (quartiles)", "same tokens as plain"],
+            [
+                "method",
+                "prompts of (answers)",
+                "tau",
+                "accepted per depth",
+                "speedup (quartiles)",
+                "same tokens as plain",
+            ],
             [_benchmark_row(row) for row in rows],
         )
     )
     return [measured, "\n".join(f"- `{method}`: {_draft(record, method, config)}" for method in methods)]
+
+
+def _prompts(record: dict[str, Any]) -> str:
+    """Which prompts were measured, by their ids."""
+    spans = []
+    for ids in record["prompts"].values():
+        spans.append(ids[0] if len(ids) == 1 else f"{ids[0]} to {ids[-1]} ({len(ids)})")
+    return ", ".join(spans)
 
 
 def _where(name: str, record: dict[str, Any]) -> str:
@@ -112,11 +127,11 @@ def _benchmark_row(row: dict[str, Any]) -> list[str]:
     spread = f" ({quartiles[0]:.2f} to {quartiles[1]:.2f})" if quartiles else ""
     return [
         f"`{row['method']}`" + (f", temperature {temperature:g}" if temperature else ""),
-        f"{row['benchmark']} ({row['n_prompts']})",
+        f"{row['benchmark']} ({_answers(row)})",
         _number(row.get("acceptance_length")),
         _shares(row.get("acceptance_per_depth")),
         _number(row.get("speedup"), "x") + spread,
-        NOT_MEASURED if row.get("identical") is None else f"{row['identical']} of {row['n_prompts']}",
+        NOT_MEASURED if row.get("identical") is None else f"{row['identical']} of {_answers(row)}",
     ]
 
 
@@ -155,8 +170,8 @@ def _check(name: str, record: dict[str, Any]) -> str:
 
 
 def _answers(record: dict[str, Any]) -> int:
-    """Answers compared: one to every turn; records of before answered first turns only."""
-    return record.get("n_turns", record["n_prompts"])
+    """Answers measured, one to every turn."""
+    return record["n_turns"]
 
 
 def _heads(name: str, record: dict[str, Any]) -> str:
