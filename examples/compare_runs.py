@@ -37,6 +37,11 @@ def main() -> None:
     if len(script.runs) != 2:
         raise SystemExit(f"--runs takes two folders, got {len(script.runs)}.")
     records = [read_json(Path(folder) / "benchmark.json") for folder in script.runs]
+    for name in ("target", "drafter_sha256"):
+        if records[0].get(name) != records[1].get(name):
+            raise SystemExit(
+                f"--runs: they measured another {name} ({', '.join(str(one.get(name)) for one in records)})."
+            )
     first, second = map(speedups, records)
     if first.keys() != second.keys():
         raise SystemExit(f"--runs: {script.runs[0]} and {script.runs[1]} measured different methods or benchmarks.")
@@ -50,7 +55,8 @@ def main() -> None:
         values = " and ".join(f"{value:.3f}" for value in row["speedups"])
         print(f"{row['method']:>16} {row['benchmark']:>12} {values}: {100 * row['difference']:.1f} %")
     if script.json is not None:
-        record = {"environment": records[0]["environment"], "rows": rows}
+        shared = {name: records[0].get(name) for name in ("environment", "target", "drafter_sha256", "prompts")}
+        record = {**shared, "rows": rows}
         Path(script.json).write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -123,6 +123,9 @@ def test_compare_runs(tmp_path, monkeypatch, capsys):
     assert row["speedups"] == [1.5, 1.6] and row["difference"] == pytest.approx(0.0625)
     with pytest.raises(SystemExit, match="two folders"):
         run(monkeypatch, "compare_runs.py", "--runs", folders[0])
+    (tmp_path / "second" / "benchmark.json").write_text(json.dumps(record | {"drafter_sha256": "ab12"}))
+    with pytest.raises(SystemExit, match=r"another drafter_sha256 \(None, ab12\)"):
+        run(monkeypatch, "compare_runs.py", "--runs", *folders)
 
 
 def test_benchmark_head(tmp_path, monkeypatch, capsys):
