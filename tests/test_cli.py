@@ -64,7 +64,12 @@ def test_help_has_an_example(verb, capsys):
         (["benchmark", "--output", __file__], "is a file; give a folder"),
         (["convert", "in", "out"], "--to ENGINE; neither is given"),
         (["convert", "in", "out", "--from", "eagle", "--to", "vllm"], "--from eagle and --to vllm are given"),
-        (["tune", "--output", "out", "--data", "x", "--max-new-tokens", "1"], "got 1 and 0.0"),
+        (["tune", "--output", "out", "--data", "x", "--max-new-tokens", "1"], "--max-new-tokens 1 must be at least 2"),
+        (["tune", "--output", "out", "--data", "x", "--temperature", "nan"], "temperature=nan must be a finite"),
+        (["verify", "--data", "x", "--temperature", "nan"], "temperature=nan must be a finite"),
+        (["verify", "--data", "x", "--temperature", "1", "-1"], "temperature=-1.0 must be a finite"),
+        (["benchmark", "--output", "out", "--temperature", "0", "inf"], "temperature=inf must be a finite"),
+        (["benchmark", "--output", "out", "--temperature", "-1"], "temperature=-1.0 must be a finite"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):

@@ -181,10 +181,8 @@ def test_tune_refuses(folder, capsys):
         (["--data", "empty.jsonl"], "holds no prompts"),
         (["--data", "prompts.jsonl", "--drafter", "org/name", "--save", "true"], "is none"),
         (["--data", "prompts.jsonl", "--draft-total-tokens", "1"], "draft_total_tokens=1"),
-        (
-            ["--data", "prompts.jsonl", "--max-new-tokens", "1"],
-            "--max-new-tokens must be at least 2 and --temperature at least 0; got 1 and 0.0",
-        ),
+        (["--data", "prompts.jsonl", "--max-new-tokens", "1"], "--max-new-tokens 1 must be at least 2"),
+        (["--data", "prompts.jsonl", "--temperature", "nan"], "temperature=nan must be a finite number"),
     ):
         assert main([*TUNE, *arguments]) == 2
         assert message in capsys.readouterr().err

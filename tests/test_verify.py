@@ -125,6 +125,10 @@ def test_refusals(pair):
             verify(model, tokenizer, methods, PROMPTS, 4)
     with pytest.raises(ValueError, match="at least 0"):
         verify(target, tokenizer, [Method("coral", drafter)], PROMPTS, 4, [-1.0])
+    with pytest.raises(ValueError, match="finite"):
+        verify(target, tokenizer, [Method("coral", drafter)], PROMPTS, 4, [float("nan")])
+    with pytest.raises(ValueError, match="nothing to compare"):
+        verify(target, tokenizer, [Method("coral", drafter)], [], 4)
     named = make_drafter(target, target_vocab_hash="0" * 64)
     with pytest.raises(ValueError, match=r"vocabulary hash .* is not the drafter's"):
         verify(target, tokenizer, [Method("coral", named)], PROMPTS, 4)
@@ -149,6 +153,10 @@ def test_command(tmp_path, capsys, monkeypatch, request):
     assert "holds no prompts" in capsys.readouterr().err
     assert main([*good, "--method", "fly"]) == 2
     assert "'fly' is unknown; choose coral, chain" in capsys.readouterr().err
+    with monkeypatch.context() as nothing:  # whatever the reason: what was not compared is not equal
+        nothing.setattr("coral_hf.evaluation.verify.answer_turns", lambda *args: None)
+        assert main(good) == 1
+        assert "error: method coral at temperature 1 was compared with nothing." in capsys.readouterr().out
     request.getfixturevalue("wrong_choice")
     assert main(good) == 1
     printed = capsys.readouterr().out

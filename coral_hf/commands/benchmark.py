@@ -61,12 +61,13 @@ class BenchmarkCommand(PlacedTargetOptions):
 
     def run(self) -> int:
         from ..evaluation.benchmark import differences, print_table, run_benchmark
-        from ..evaluation.methods import parse_methods
+        from ..evaluation.methods import check_temperatures, parse_methods
         from ..evaluation.plots import plot_benchmark
         from ..evaluation.step_profile import profile_methods
 
         require("rich", "matplotlib")
         check_output_folder(self.output)
+        check_temperatures(self.temperature)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         tokens = self.max_new_tokens

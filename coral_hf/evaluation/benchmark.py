@@ -19,6 +19,7 @@ from .methods import (
     Measurement,
     Method,
     check_drafter,
+    check_temperatures,
     describe_methods,
     describe_target,
     draft_settings,
@@ -108,8 +109,8 @@ def run_benchmark(
         of the first unequal token of the others (bf16 has near-ties that fall either way).
 
     Raises:
-        ValueError: if two methods have the same name, there are no prompts, a temperature is negative or repeated, or a
-            drafter is another target's.
+        ValueError: if two methods have the same name, there are no prompts, a temperature is negative, not finite or repeated,
+            or a drafter is another target's.
     """
     methods, prompts, temperatures = [Method(PLAIN), *methods], list(prompts), [float(t) for t in temperatures]
     _check(target, tokenizer, methods, prompts, max_new_tokens, temperatures)
@@ -177,7 +178,8 @@ def _check(target, tokenizer, methods, prompts, max_new_tokens, temperatures) ->
         raise ValueError("There are no prompts: read some with read_prompts([path, ...]).")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
+    check_temperatures(temperatures)
+    if not temperatures or len(set(temperatures)) < len(temperatures):
         raise ValueError(f"temperatures={temperatures}: give different ones of at least 0 (0 is greedy).")
     for method in methods:
         check_drafter(target, tokenizer, method)
