@@ -25,7 +25,8 @@ class BenchmarkCommand(PlacedTargetOptions):
 
     output: str = field(metadata={"help": "Folder for benchmark.json and the plots."})
     data: list[str] = field(
-        default_factory=list, metadata={"help": "JSONL files of {'id', 'turns'} rows (default: the demo's prompts)."}
+        default_factory=list,
+        metadata={"help": "JSONL files of {'id', 'turns'} rows or of chat messages (default: the demo's prompts)."},
     )
     drafter: list[str] = field(
         default_factory=lambda: [DEMO], metadata={"help": "Paths or Hub ids of drafters, or 'demo'."}

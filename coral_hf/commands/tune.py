@@ -20,7 +20,9 @@ class TuneCommand(PlacedTargetOptions):
     """
 
     output: str = field(metadata={"help": "Folder for tune.json."})
-    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows; first turns are answered."})
+    data: list[str] = field(
+        metadata={"help": "JSONL files of {'id', 'turns'} rows or of chat messages; first turns are answered."}
+    )
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of the models; auto: bfloat16 where it is computed natively."}

@@ -15,7 +15,7 @@ class VerifyCommand(PlacedTargetOptions):
         --method coral chain_of_5:draft_depth=5,draft_top_k=1 --temperature 1 --output outputs/drafter/training
     """
 
-    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows."})
+    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows or of chat messages."})
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
     method: list[str] = field(
         default_factory=lambda: ["coral"],

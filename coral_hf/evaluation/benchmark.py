@@ -26,7 +26,7 @@ from .methods import (
     first_difference,
     measure,
 )
-from .prompts import Prompt, answer_turns, encode_context
+from .prompts import Prompt, answer_turns, check_prompts, encode_first_turn
 
 
 # (benchmark, temperature) -> method -> measurements, in the order of the prompts
@@ -116,7 +116,7 @@ def run_benchmark(
     _check(target, tokenizer, methods, prompts, max_new_tokens, temperatures)
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1.")
-    warm_up = encode_context(tokenizer, prompts[0].turns[:1])
+    warm_up = encode_first_turn(tokenizer, prompts[0])
     for method in methods:
         for temperature in temperatures:
             how = {"temperature": temperature, **method.settings}
@@ -174,8 +174,7 @@ def _check(target, tokenizer, methods, prompts, max_new_tokens, temperatures) ->
     names = [method.name for method in methods]
     if len(set(names)) < len(names):
         raise ValueError(f"The methods are named {names}: give each a name of its own.")
-    if not prompts:
-        raise ValueError("There are no prompts: read some with read_prompts([path, ...]).")
+    check_prompts(tokenizer, prompts)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     check_temperatures(temperatures)

@@ -17,7 +17,7 @@ from ..hardware import synchronized_clock
 from ..lm_head_router import DraftHead
 from .environment import describe_environment
 from .methods import Method, describe_methods, measure
-from .prompts import Prompt, encode_context
+from .prompts import Prompt, encode_first_turn
 
 
 def profile_step(
@@ -62,7 +62,7 @@ def profile_methods(
     count: int = 3,
 ) -> dict[str, Any]:
     """Profiles every method that has a drafter on the first `count` prompts, prints it and writes `step_time.json`."""
-    ids = [encode_context(tokenizer, prompt.turns[:1]) for prompt in prompts[:count]]
+    ids = [encode_first_turn(tokenizer, prompt) for prompt in prompts[:count]]
     methods = [method for method in methods if method.is_coral and not method.settings.get("draft_stock_loop")]
     record: dict[str, Any] = {"environment": describe_environment(target.device, target.dtype)}
     record |= {**describe_methods(methods), "methods": {}}

@@ -26,7 +26,7 @@ from .methods import (
     first_difference,
     measure,
 )
-from .prompts import Prompt, answer_turns
+from .prompts import Prompt, answer_turns, check_prompts
 
 
 _CONTEXT = 8  # tokens shown on either side of a difference
@@ -167,8 +167,7 @@ def verify(
         if not method.is_coral:
             raise ValueError(f"Method {method.name!r} has no CORAL drafter, and verify checks drafters: leave it out.")
         check_drafter(target, tokenizer, method)
-    if not prompts:
-        raise ValueError("There are no prompts, so nothing to compare: read some with read_prompts([path, ...]).")
+    check_prompts(tokenizer, prompts)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     check_temperatures(temperatures)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..jsonl import read_jsonl
-from .conversations import build_messages
+from ..prompt_rows import build_messages
 from .prompt_queue import Conversation, unanswered
 from .response_files import AnswerWriter, exclusive
 
