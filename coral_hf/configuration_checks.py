@@ -1,5 +1,7 @@
 """What is refused in a drafter's settings: values of another type, out of range, or at odds with each other."""
 
+import dataclasses
+import difflib
 import math
 import types
 import typing
@@ -17,6 +19,23 @@ FEATURE_LAYER_LAST = -1
 FC_NORMS = ("norm_before_fc", "fc_norm")
 # path probabilities at which `draft_calibration` gives the observed acceptance, with straight lines between them
 CALIBRATION_KNOTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+
+
+def check_known(config: Any, unknown: list[str], model_type: Any) -> None:
+    """Raises `ValueError` for settings that a drafter does not have, and for the config of another model."""
+    listed = f"{unknown[:3]}" + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+    if model_type not in (None, type(config).model_type):
+        others = f" with setting(s) {listed} that a drafter does not have" if unknown else ""
+        raise ValueError(
+            f"model_type={str(model_type)[:80]!r}{others}: the config of another model, not of a CORAL drafter "
+            f"({type(config).model_type!r}). Load a model with AutoModelForCausalLM; an EAGLE checkpoint becomes a drafter "
+            "with CoralDraftModel.from_eagle or `coral-hf convert --from eagle`."
+        )
+    if unknown:
+        names = [field.name for field in dataclasses.fields(config)]
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "CoralDraftConfig's documentation lists the settings."
+        raise ValueError(f"Unknown setting(s) {listed} for CoralDraftConfig. {hint}")
 
 
 def check_types(config: Any, declared: dict[str, Any]) -> None:
@@ -174,6 +193,7 @@ __all__ = [
     "FEATURE_LAYER_LAST",
     "check_dtype",
     "check_head",
+    "check_known",
     "check_settings",
     "check_types",
     "group_count",

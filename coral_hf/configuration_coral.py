@@ -1,6 +1,5 @@
 """CoralDraftConfig: every setting of a CORAL drafter, its default and where it comes from."""
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -14,6 +13,7 @@ from .configuration_checks import (
     FEATURE_LAYER_LAST,
     check_dtype,
     check_head,
+    check_known,
     check_settings,
     check_types,
     group_count,
@@ -180,9 +180,7 @@ class CoralDraftConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         unknown = sorted(key for key in kwargs if key not in _BASE_KEYS)
-        if unknown:
-            known = ", ".join(sorted(field.name for field in dataclasses.fields(CoralDraftConfig)))
-            raise ValueError(f"Unknown setting(s) {unknown} for CoralDraftConfig. Known settings: {known}.")
+        check_known(self, unknown, kwargs.get("model_type"))
         check_types(self, CoralDraftConfig.__annotations__)
         for dtype in (self.dtype, kwargs.get("torch_dtype")):
             check_dtype(dtype)

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from coral_hf.evaluation.prediction import (
     WANTED_ERROR,
     check_predictions,
+    drafter_of,
     expected_acceptance_length,
     predict_speedup,
 )
@@ -48,7 +49,14 @@ def check(arguments: Arguments) -> int:
     within = sum(error <= WANTED_ERROR for error in errors)
     print(f"{within} of {len(rows)} within {WANTED_ERROR:.0%}; median error {median(errors):.1%}")
     if arguments.json is not None:
-        record = {"environment": measured["environment"], "rows": rows}
+        origin = {
+            "tune": {key: tuned.get(key) for key in ("target", "drafter_sha256")},
+            "benchmark": {
+                "target": measured.get("target"),
+                "drafter_sha256": {row["method"]: drafter_of(measured, row["method"]) for row in rows},
+            },
+        }
+        record = {"environment": measured["environment"], **origin, "rows": rows}
         Path(arguments.json).write_text(json.dumps(record, indent=2) + "\n")
     return 0 if within == len(rows) else 1
 

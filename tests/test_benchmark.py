@@ -142,6 +142,7 @@ def test_refusals_write_nothing(pair, tmp_path):
         ([coral], [], [0.0], "no prompts"),
         ([coral], PROMPTS, [], "temperatures"),
         ([coral], PROMPTS, [0.0, -1.0], "at least 0"),
+        ([coral], PROMPTS, [float("inf")], "temperature=inf must be a finite"),
         ([Method("router", drafter, {"draft_head": "router"})], PROMPTS, [0.0], "no router"),
         ([Method("coral", make_drafter(make_target("qwen2")))], PROMPTS, [0.0], "trained for this target"),
         ([Method("assistant", small)], PROMPTS, [0.0], "the target's family"),

@@ -8,6 +8,7 @@ import torch
 from conftest import make_drafter, make_target, make_tokenizer
 
 from coral_hf.cli import COMMANDS, main
+from coral_hf.conversion import export_drafter
 from coral_hf.weight_files import file_sha256
 
 
@@ -64,7 +65,12 @@ def test_help_has_an_example(verb, capsys):
         (["benchmark", "--output", __file__], "is a file; give a folder"),
         (["convert", "in", "out"], "--to ENGINE; neither is given"),
         (["convert", "in", "out", "--from", "eagle", "--to", "vllm"], "--from eagle and --to vllm are given"),
-        (["tune", "--output", "out", "--data", "x", "--max-new-tokens", "1"], "got 1 and 0.0"),
+        (["tune", "--output", "out", "--data", "x", "--max-new-tokens", "1"], "--max-new-tokens 1 must be at least 2"),
+        (["tune", "--output", "out", "--data", "x", "--temperature", "nan"], "temperature=nan must be a finite"),
+        (["verify", "--data", "x", "--temperature", "nan"], "temperature=nan must be a finite"),
+        (["verify", "--data", "x", "--temperature", "1", "-1"], "temperature=-1.0 must be a finite"),
+        (["benchmark", "--output", "out", "--temperature", "0", "inf"], "temperature=inf must be a finite"),
+        (["benchmark", "--output", "out", "--temperature", "-1"], "temperature=-1.0 must be a finite"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -81,6 +87,52 @@ def test_missing_target_is_named(folder, capsys):
     assert main(arguments) == 2
     assert "--target gone is no folder here" in capsys.readouterr().err
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("drafter", "target", "messages"),
+    [
+        ("target", "target", ["--drafter target is an ordinary model of type 'llama'", "coral-hf train"]),
+        ("engine", "target", ["--drafter engine is an EAGLE-family", "coral-hf convert --from eagle engine"]),
+        ("eagle1", "target", ["--drafter eagle1 is an EAGLE-family", "(LlamaForCausalLM)"]),
+        ("speculator", "target", ["--drafter speculator is an EAGLE-family", "(Eagle3Speculator)"]),
+        ("drafter", "drafter", ["--target drafter is a CORAL drafter", "name it with --drafter"]),
+        ("target", "drafter", ["is an ordinary model"]),
+    ],
+)
+@pytest.mark.parametrize("verb", ["verify", "benchmark", "tune"])
+def test_the_wrong_model_is_told_by_its_config(verb, drafter, target, messages, folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    small = make_target(dtype=torch.float32)
+    engine = make_drafter(small, shape="eagle3", target_feature_layers=[1, 2])
+    export_drafter(engine, "vllm", "engine")
+    export_drafter(engine, "speculators", "speculator", target_name="target")
+    export_drafter(make_drafter(small, shape="eagle"), "eagle", "eagle1")
+    config = json.loads((folder / "eagle1" / "config.json").read_text())
+    del config["coral_config"]  # as EAGLE's own code writes it
+    (folder / "eagle1" / "config.json").write_text(json.dumps(config))
+    arguments = [verb, "--drafter", drafter, "--target", target, "--data", "prompts.jsonl", "--output", "out"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(message in error for message in messages) and len(error) < 400
+    assert not (folder / "out").exists()
+
+
+def test_a_drafter_is_no_assistant(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    arguments = [
+        "benchmark",
+        "--drafter",
+        "drafter",
+        "--target",
+        "target",
+        "--data",
+        "prompts.jsonl",
+        "--output",
+        "out",
+    ]
+    assert main([*arguments, "--assistant", "drafter"]) == 2
+    assert "--assistant drafter is a CORAL drafter" in capsys.readouterr().err
 
 
 def test_malformed_line_is_named(folder, capsys):

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, T5Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from coral_hf import CoralDraftConfig, demo
+from coral_hf import CoralDraftConfig, CoralDraftModel, demo
 from coral_hf.configuration_coral import FC_NORMS, vocab_hash
 
 
@@ -187,6 +187,22 @@ def test_a_setting_read_from_a_file_names_it(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "head_dim": 7}))
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}: head_dim=7 must be even"):
         CoralDraftConfig.from_pretrained(tmp_path)
+
+
+def test_the_config_of_another_model_is_told_in_a_few_words(tmp_path):
+    make_target("qwen3").config.save_pretrained(tmp_path / "other")
+    for load in (CoralDraftConfig.from_pretrained, CoralDraftModel.from_pretrained):
+        with pytest.raises(
+            ValueError, match=r"model_type='qwen3' with setting\(s\) \[.*\] and \d+ more .*from_eagle"
+        ) as error:
+            load(tmp_path / "other")
+        assert len(str(error.value)) < 500
+    with pytest.raises(ValueError, match="model_type='llama': the config of another model"):
+        CoralDraftConfig(model_type="llama")
+    with pytest.raises(ValueError, match=r"\['draft_dept'\] for CoralDraftConfig. Did you mean 'draft_depth'\?"):
+        CoralDraftConfig(draft_dept=3)
+    with pytest.raises(ValueError, match=r"\['xx0', 'xx1', 'xx2'\] and 1 more .*documentation"):
+        CoralDraftConfig(**{f"xx{index}": 0 for index in range(4)})
 
 
 def test_encoder_decoders_and_models_without_dimensions_are_refused():

@@ -164,6 +164,61 @@ def test_command_line(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "drafter", "target", "vllm"]
 
 
+def test_cost_aware_sizes_are_left_out_with_a_note_and_named_anew(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = {"draft_depth": 8, "draft_top_k": 2, "draft_total_tokens": 12, "draft_cost_aware": True}
+    drafter = make_drafter(make_target(dtype=torch.float32), shape="eagle", target_name_or_path="org/target", **sizes)
+    drafter.save_pretrained("drafter")
+
+    def converted(engine, folder, *options):
+        assert main(["convert", "--to", engine, "drafter", folder, *options]) == 0
+        return capsys.readouterr().out.splitlines(), read(tmp_path / folder)[0]
+
+    lines, _ = converted("vllm", "upper")
+    assert "always drafts the largest of them, draft_depth=8. Name smaller ones with --draft_depth;" in lines[0]
+    assert '"num_speculative_tokens": 8' in lines[-1]
+    lines, _ = converted("sglang", "upper-sglang")
+    assert (
+        "draft_depth=8, draft_top_k=2, draft_total_tokens=12. Name smaller ones with --draft_depth, --dr" in lines[0]
+    )
+    lines, _ = converted("eagle", "upper-eagle")
+    assert lines[0] == "Left out: cost-aware sizes; EAGLE's code drafts a tree of its own."
+    lines, config = converted("vllm", "chain", "--draft-depth", "2")
+    assert len(lines) == 1 and '"num_speculative_tokens": 2' in lines[0]
+    chosen = {"draft_depth": 2, "draft_top_k": 1, "draft_total_tokens": 3, "draft_cost_aware": False}
+    assert {name: config["coral_config"][name] for name in sizes} == chosen
+    lines, config = converted(
+        "sglang", "tree", "--draft-depth", "3", "--draft-top-k", "2", "--draft-total-tokens", "6"
+    )
+    assert len(lines) == 1
+    assert "--speculative-num-steps 3 --speculative-eagle-topk 2 --speculative-num-draft-tokens 6" in lines[0]
+    assert config["coral_config"]["draft_total_tokens"] == 6
+    for engine, wrong, message in (
+        ("sglang", ["--draft-depth", "0"], "draft_depth=0 must be an integer of at least 1"),
+        ("sglang", ["--draft-top-k", "-1"], "draft_top_k=-1 must be"),
+        (
+            "sglang",
+            ["--draft-depth", "2", "--draft-total-tokens", "99"],
+            "draft_total_tokens=99 is more than draft_depth=2",
+        ),
+        ("sglang", ["--draft-top-k", "1", "--draft-total-tokens", "4"], "choose --draft_depth instead"),
+        ("vllm", ["--draft-top-k", "2"], "--draft_top_k 2: vLLM drafts a chain of --draft_depth tokens"),
+        ("speculators", ["--draft-total-tokens", "3"], "--draft_total_tokens 3: vLLM drafts a chain"),
+        ("eagle", ["--draft-depth", "3"], "--draft_depth 3: EAGLE's own code drafts a tree of its own"),
+    ):
+        assert main(["convert", "--to", engine, "drafter", "bad", *wrong]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "bad").exists()
+
+
+def test_speculators_export_names_the_chosen_depth(tmp_path, capsys):
+    settings = {**THREE, "target_feature_layers": [1, 2], "target_name_or_path": "org/target", "draft_depth": 6}
+    make_drafter(make_target(dtype=torch.float32), **settings).save_pretrained(tmp_path / "drafter")
+    arguments = ["convert", "--to", "speculators", str(tmp_path / "drafter"), str(tmp_path / "out")]
+    assert main([*arguments, "--draft_depth", "4"]) == 0
+    (proposal,) = read(tmp_path / "out")[0]["speculators_config"]["proposal_methods"]
+    assert proposal["speculative_tokens"] == 4
+
+
 @pytest.fixture(scope="module")
 def shipped():
     return CoralDraftModel.from_pretrained(demo.drafter_path(), dtype="auto").eval()

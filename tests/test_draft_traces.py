@@ -121,6 +121,16 @@ def test_check_predictions():
     other = {"environment": {**environment, "threads": 1}, "draft_settings": settings, "runs": runs}
     with pytest.raises(ValueError, match="threads=2"):
         check_predictions(tuned, other)
+    measured = {"environment": environment, "draft_settings": settings, "runs": runs}
+    with pytest.raises(ValueError, match="of target 'a', the benchmark is of 'b'"):
+        check_predictions(tuned | {"target": "a"}, measured | {"target": "b"})
+    tuned |= {"target": "a", "drafter_sha256": "1" * 64}
+    with pytest.raises(ValueError, match=r"drafter_sha256 1{12}\.\.\., the benchmark is of 2{12}\.\.\.: tune again"):
+        check_predictions(tuned, measured | {"target": "a", "drafter_sha256": "2" * 64})
+    # of a benchmark of two drafters, the rows of the one that was tuned
+    drafters = {name: {"drafter_sha256": str(index) * 64} for index, name in enumerate(settings, start=1)}
+    rows = check_predictions(tuned, measured | {"drafter_sha256": None, "drafters": drafters})
+    assert [row["method"] for row in rows] == ["tree"]
 
 
 @pytest.fixture
@@ -181,10 +191,8 @@ def test_tune_refuses(folder, capsys):
         (["--data", "empty.jsonl"], "holds no prompts"),
         (["--data", "prompts.jsonl", "--drafter", "org/name", "--save", "true"], "is none"),
         (["--data", "prompts.jsonl", "--draft-total-tokens", "1"], "draft_total_tokens=1"),
-        (
-            ["--data", "prompts.jsonl", "--max-new-tokens", "1"],
-            "--max-new-tokens must be at least 2 and --temperature at least 0; got 1 and 0.0",
-        ),
+        (["--data", "prompts.jsonl", "--max-new-tokens", "1"], "--max-new-tokens 1 must be at least 2"),
+        (["--data", "prompts.jsonl", "--temperature", "nan"], "temperature=nan must be a finite number"),
     ):
         assert main([*TUNE, *arguments]) == 2
         assert message in capsys.readouterr().err

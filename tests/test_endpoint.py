@@ -127,7 +127,7 @@ def test_what_cannot_be_mended_by_asking_again(server, tmp_path):
     for wrong, message in (
         ({"attempts": 0}, "attempts must be at least 1, got 0"),
         ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
-        ({"temperature": -0.5}, r"temperature must be 0 .greedy. or positive, got -0\.5"),
+        ({"temperature": -0.5}, r"temperature must be 0 .greedy. or positive and finite, got -0\.5"),
     ):
         with pytest.raises(ValueError, match=message):
             ask(server, PROMPTS, tmp_path / "never.jsonl", **wrong)

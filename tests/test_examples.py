@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from coral_hf import CoralDraftModel, demo
 from coral_hf.cli import main
 from coral_hf.generation import cost_measurement
+from coral_hf.weight_files import file_sha256
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -264,7 +265,11 @@ def test_compare_tree_sizes_and_check_the_prediction(tiny_demo, prompt_file, tmp
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "predict_speedup.py", *arguments)
     assert stop.value.code in (0, 1)  # a tiny model's times are all overhead
-    assert "tuned" in {row["method"] for row in json.loads(checked.read_text())["rows"]}
+    found = json.loads(checked.read_text())
+    assert "tuned" in {row["method"] for row in found["rows"]}
+    sha256 = file_sha256(tiny_demo / "model.safetensors")
+    assert found["tune"] == {"target": "", "drafter_sha256": sha256}
+    assert set(found["benchmark"]["drafter_sha256"].values()) == {sha256}
 
 
 def test_predict_speedup_from_numbers(monkeypatch, capsys):

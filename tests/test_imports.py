@@ -29,6 +29,7 @@ ALLOWED = {
     "few_rows": set(),
     "hardware": set(),
     "jsonl": set(),
+    "prompt_rows": set(),
     "user_cache": set(),
     "target_adapter": set(),
     "draft_initialization": {"configuration_coral", "target_adapter"},
@@ -59,6 +60,7 @@ ALLOWED = {
         "target_adapter",
         "weight_files",
         "jsonl",
+        "prompt_rows",
         "hub",
     },
     "evaluation": {
@@ -71,6 +73,7 @@ ALLOWED = {
         "generation",
         "demo",
         "jsonl",
+        "prompt_rows",
         "weight_files",
     },
     "hub": {"configuration_coral", "modeling_coral", "weight_files", "jsonl"},

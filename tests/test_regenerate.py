@@ -193,6 +193,7 @@ def test_sampler_follows_the_softmax():
         ({"max_turns": 0}, "max_turns must be at least 1"),
         ({"max_new_tokens": 512}, "go past the 512 positions"),
         ({"temperature": -0.5}, r"temperature must be 0 .* got -0\.5"),
+        ({"temperature": float("nan")}, r"positive and finite, got nan"),
         ({"max_prompt_tokens": 600}, "go past the 512 positions"),
     ],
 )

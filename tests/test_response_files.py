@@ -13,7 +13,7 @@ from coral_hf.training.sources import iter_source
     [
         ('{"id": "b", "turns": ["x"]', "line 2: not valid JSON"),
         ("[1]", "line 2: expected"),
-        ('{"id": "b"}', "line 2: \"turns\" must be a non-empty list of strings, got 'None'"),
+        ('{"id": "b"}', "line 2: .turns. must be a non-empty list .*, or .messages. hold .*; got 'None'"),
         ('{"id": "b", "turns": []}', 'line 2: "turns" must be'),
         ('{"id": "b", "turns": [3]}', 'line 2: "turns" must be'),
         ('{"id": 7, "turns": ["x"]}', 'line 2: "id" must be a non-empty string, got 7'),

@@ -7,11 +7,15 @@ import torch
 from conftest import make_drafter, make_target, make_tokenizer
 
 from coral_hf.cli import main
+from coral_hf.evaluation.benchmark import run_benchmark
+from coral_hf.evaluation.draft_traces import record_traces
 from coral_hf.evaluation.methods import Method, first_difference, measure
-from coral_hf.evaluation.prompts import Prompt, encode_context
+from coral_hf.evaluation.prompts import Prompt, encode_context, read_prompts
 from coral_hf.evaluation.verify import verify
 from coral_hf.generation.decoding import _Selector
+from coral_hf.generation.settings import DraftSettings
 from coral_hf.hub.card_tables import _check
+from coral_hf.training.regenerate import iter_prompts, regenerate
 
 
 PROMPTS = [Prompt(f"p{i}", "abc" if i < 2 else "xyz", (f"w{i} w{i + 1}", "more")) for i in range(3)]
@@ -104,6 +108,50 @@ def test_later_turns_follow_on_plain_answers(pair, wrong_choice, monkeypatch):
     assert check.different == ["p0", "p0, turn 2"] and (check.n_prompts, check.n_turns) == (1, 2)
 
 
+def test_system_texts_and_chat_messages_are_measured_as_regenerate_answers_them(pair, tmp_path, monkeypatch):
+    """By benchmark, verify and tune alike: what a drafter is trained on is what it is measured on."""
+    target, tokenizer, drafter = pair
+    chat = [("system", "be kind"), ("user", "hello"), ("assistant", "not to be said"), ("user", "and?")]
+    rows = [
+        {"messages": [{"role": role, "content": content} for role, content in chat]},
+        {"id": "b", "turns": ["hello", "and?"], "system": "be kind"},
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = read_prompts([tmp_path / "chats.jsonl"])
+    assert [(prompt.id, prompt.turns, prompt.system) for prompt in prompts] == [
+        ("1", ("hello", "and?"), "be kind"),
+        ("b", ("hello", "and?"), "be kind"),
+    ]
+    regenerate(target, tokenizer, iter_prompts(tmp_path / "chats.jsonl"), tmp_path / "out", max_new_tokens=6, slots=1)
+    wanted = sorted(json.loads(line)["prompt_ids"] for line in (tmp_path / "out").read_text().splitlines())
+    assert tokenizer("[s]be kind[u]hello[a]")["input_ids"] == wanted[0]
+    asked: list[list[int]] = []
+
+    def spy(target, ids, *args, **kwargs):
+        asked.append(ids[0].tolist())
+        return measure(target, ids, *args, **kwargs)
+
+    for name in ("verify", "benchmark", "draft_traces"):
+        monkeypatch.setattr(f"coral_hf.evaluation.{name}.measure", spy)
+    methods = [Method("coral", drafter)]
+    (check,) = verify(target, tokenizer, methods, prompts, 6)
+    assert check.n_turns == 4 and sorted(asked) == sorted(2 * wanted)
+    asked.clear()
+    run_benchmark(target, tokenizer, methods, prompts, tmp_path / "bench", 6)
+    assert sorted(asked) == sorted([wanted[0]] * 2 + 2 * wanted)  # plain and the drafter, each warmed up once
+    asked.clear()
+    record_traces(target, tokenizer, drafter, prompts, DraftSettings(draft_depth=2), 6)
+    assert asked == [wanted[0]] * 4
+    without = make_tokenizer("{{ raise_exception('no system') if messages[0]['role'] == 'system' }}")
+    for measuring in (
+        lambda: verify(target, without, methods, prompts, 6),
+        lambda: run_benchmark(target, without, methods, prompts, tmp_path / "none", 6),
+    ):
+        with pytest.raises(ValueError, match="prompt '1': the target's chat template refuses the roles system, user"):
+            measuring()
+    assert not (tmp_path / "none").exists()
+
+
 def test_an_answer_that_ends_early_differs_at_its_end():
     assert first_difference([1, 2, 3], [1, 2, 3]) is None
     assert first_difference([1, 2, 3], [1, 2]) == first_difference([1, 2], [1, 2, 3]) == 2
@@ -125,6 +173,10 @@ def test_refusals(pair):
             verify(model, tokenizer, methods, PROMPTS, 4)
     with pytest.raises(ValueError, match="at least 0"):
         verify(target, tokenizer, [Method("coral", drafter)], PROMPTS, 4, [-1.0])
+    with pytest.raises(ValueError, match="finite"):
+        verify(target, tokenizer, [Method("coral", drafter)], PROMPTS, 4, [float("nan")])
+    with pytest.raises(ValueError, match="nothing to measure"):
+        verify(target, tokenizer, [Method("coral", drafter)], [], 4)
     named = make_drafter(target, target_vocab_hash="0" * 64)
     with pytest.raises(ValueError, match=r"vocabulary hash .* is not the drafter's"):
         verify(target, tokenizer, [Method("coral", named)], PROMPTS, 4)
@@ -149,6 +201,10 @@ def test_command(tmp_path, capsys, monkeypatch, request):
     assert "holds no prompts" in capsys.readouterr().err
     assert main([*good, "--method", "fly"]) == 2
     assert "'fly' is unknown; choose coral, chain" in capsys.readouterr().err
+    with monkeypatch.context() as nothing:  # whatever the reason: what was not compared is not equal
+        nothing.setattr("coral_hf.evaluation.verify.answer_turns", lambda *args: None)
+        assert main(good) == 1
+        assert "error: method coral at temperature 1 was compared with nothing." in capsys.readouterr().out
     request.getfixturevalue("wrong_choice")
     assert main(good) == 1
     printed = capsys.readouterr().out

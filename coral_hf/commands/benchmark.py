@@ -25,7 +25,8 @@ class BenchmarkCommand(PlacedTargetOptions):
 
     output: str = field(metadata={"help": "Folder for benchmark.json and the plots."})
     data: list[str] = field(
-        default_factory=list, metadata={"help": "JSONL files of {'id', 'turns'} rows (default: the demo's prompts)."}
+        default_factory=list,
+        metadata={"help": "JSONL files of {'id', 'turns'} rows or of chat messages (default: the demo's prompts)."},
     )
     drafter: list[str] = field(
         default_factory=lambda: [DEMO], metadata={"help": "Paths or Hub ids of drafters, or 'demo'."}
@@ -63,12 +64,13 @@ class BenchmarkCommand(PlacedTargetOptions):
 
     def run(self) -> int:
         from ..evaluation.benchmark import differences, print_table, run_benchmark
-        from ..evaluation.methods import parse_methods
+        from ..evaluation.methods import check_temperatures, parse_methods
         from ..evaluation.plots import plot_benchmark
         from ..evaluation.step_profile import profile_methods
 
         require("rich", "matplotlib")
         check_output_folder(self.output)
+        check_temperatures(self.temperature)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         tokens = self.max_new_tokens

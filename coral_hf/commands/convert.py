@@ -2,7 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .loading import DEMO, TargetOptions, load_drafter, load_target_config, load_target_ends
 
@@ -12,7 +12,7 @@ class ConvertCommand(TargetOptions):
     """Turn an EAGLE, HASS or EAGLE-3 checkpoint into a drafter, or a drafter into a serving engine's checkpoint.
 
     Example: coral-hf convert --from eagle org/EAGLE3-model outputs/drafter --target org/model
-        coral-hf convert --to vllm outputs/drafter outputs/for-vllm
+        coral-hf convert --to vllm outputs/drafter outputs/for-vllm --draft_depth 3
     """
 
     POSITIONAL: ClassVar[dict[str, str]] = {
@@ -36,6 +36,16 @@ class ConvertCommand(TargetOptions):
         },
     )
 
+    draft_depth: int | None = field(
+        default=None, metadata={"help": "With --to: levels that the engine drafts, instead of the drafter's own."}
+    )
+    draft_top_k: int | None = field(
+        default=None, metadata={"help": "With --to sglang: branches per node, instead of the drafter's own."}
+    )
+    draft_total_tokens: int | None = field(
+        default=None, metadata={"help": "With --to sglang: nodes verified, the root included; see --draft_depth."}
+    )
+
     def run(self, positional) -> int:
         from ..conversion.commands import convert_from, convert_to
         from ..conversion.engine_export import meta_target
@@ -56,7 +66,9 @@ class ConvertCommand(TargetOptions):
             raise ValueError(
                 f"--revision {self.revision} is of the checkpoint that --from reads; leave it out with --to."
             )
+        self._check_sizes()
         drafter = load_drafter(positional.input)
+        self._resize(drafter.config)
         target = None
         stated = self.target_revision is not None or self.trust_remote_code
         eagle3 = drafter.config.shape == "eagle3"
@@ -75,3 +87,43 @@ class ConvertCommand(TargetOptions):
             )
         convert_to(self.to, drafter, positional.output, target, None if self.target == DEMO else self.target)
         return 0
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        """The sizes of a draft that are given."""
+        sizes = {name: getattr(self, name) for name in ("draft_depth", "draft_top_k", "draft_total_tokens")}
+        return {name: value for name, value in sizes.items() if value is not None}
+
+    def _check_sizes(self) -> None:
+        """Refuses sizes that an engine would not draft."""
+        sizes = self._sizes
+        if self.to == "eagle" and sizes:
+            name, value = next(iter(sizes.items()))
+            raise ValueError(
+                f"--{name} {value}: EAGLE's own code drafts a tree of its own; leave it out with --to eagle."
+            )
+        if self.to in ("vllm", "speculators"):
+            for name in ("draft_top_k", "draft_total_tokens"):
+                if name in sizes:
+                    raise ValueError(
+                        f"--{name} {sizes[name]}: vLLM drafts a chain of --draft_depth tokens; leave it out with --to "
+                        f"{self.to}."
+                    )
+
+    def _resize(self, config: Any) -> None:
+        """The sizes that are given, in the place of a drafter's own."""
+        from ..generation.settings import DraftSettings
+
+        if not (sizes := self._sizes):
+            return
+        if self.to != "sglang":  # a chain, whatever the drafter's own tree is
+            sizes["draft_top_k"] = 1
+        settings = DraftSettings.resolve(config, None, sizes)
+        total = sizes.get("draft_total_tokens")
+        if settings.is_chain and total not in (None, settings.max_total_tokens):
+            raise ValueError(
+                f"--draft_total_tokens {total}: {self.to} verifies the whole of a chain, "
+                f"draft_depth={settings.draft_depth} tokens and the root; choose --draft_depth instead."
+            )
+        for name in ("draft_depth", "draft_top_k", "draft_total_tokens", "draft_cost_aware"):
+            setattr(config, name, getattr(settings, name))

@@ -18,6 +18,7 @@ from ..hardware import default_device, native_bfloat16
 from ..jsonl import read_json
 from ..modeling_coral import CoralDraftModel
 from ..weight_files import WEIGHTS_FILE, check_index
+from .wrong_models import check_is_drafter, check_is_target
 
 
 DEMO = "demo"
@@ -124,6 +125,7 @@ def load_target(
     else:
         how = {} if places is None else {"device_map": places}
         with _named(role, name, revision):
+            check_is_target(name, role, revision)
             commit, at = _pin(name, revision)
             model, tokenizer = (
                 AutoModelForCausalLM.from_pretrained(
@@ -142,6 +144,7 @@ def load_target(
 def load_target_config(name: str, revision: str | None = None):
     """A target's config by path or Hub id, without its weights."""
     with _named("target", name, revision):
+        check_is_target(name, revision=revision)
         commit, at = _pin(name, revision)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **at)
     config._commit_hash = commit
@@ -270,6 +273,7 @@ def load_drafter(name: str):
     if name == DEMO:
         return demo.load_drafter()
     with _named("drafter", name):
+        check_is_drafter(name)
         return CoralDraftModel.from_pretrained(name, dtype="auto").eval()
 
 

@@ -20,7 +20,9 @@ class TuneCommand(PlacedTargetOptions):
     """
 
     output: str = field(metadata={"help": "Folder for tune.json."})
-    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows; first turns are answered."})
+    data: list[str] = field(
+        metadata={"help": "JSONL files of {'id', 'turns'} rows or of chat messages; first turns are answered."}
+    )
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of the models; auto: bfloat16 where it is computed natively."}
@@ -36,6 +38,7 @@ class TuneCommand(PlacedTargetOptions):
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
+        from ..evaluation.methods import check_temperatures
         from ..evaluation.prompts import read_prompts
         from ..evaluation.tune import chosen_settings, print_record, save_settings, tune, write_record
         from ..generation.cost_measurement import draft_costs
@@ -45,11 +48,9 @@ class TuneCommand(PlacedTargetOptions):
         box = DraftSettings(
             draft_depth=self.draft_depth, draft_top_k=self.draft_top_k, draft_total_tokens=self.draft_total_tokens
         )
-        if self.max_new_tokens < 2 or self.temperature < 0:
-            raise ValueError(
-                f"--max-new-tokens must be at least 2 and --temperature at least 0; got {self.max_new_tokens} and "
-                f"{self.temperature}."
-            )
+        if self.max_new_tokens < 2:
+            raise ValueError(f"--max-new-tokens {self.max_new_tokens} must be at least 2.")
+        check_temperatures([self.temperature])
         folder = demo.drafter_path() if self.drafter == DEMO else Path(self.drafter)
         if self.save and not folder.is_dir():
             raise ValueError(

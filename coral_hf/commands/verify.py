@@ -15,7 +15,7 @@ class VerifyCommand(PlacedTargetOptions):
         --method coral chain_of_5:draft_depth=5,draft_top_k=1 --temperature 1 --output outputs/drafter/training
     """
 
-    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows."})
+    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows or of chat messages."})
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
     method: list[str] = field(
         default_factory=lambda: ["coral"],
@@ -33,13 +33,14 @@ class VerifyCommand(PlacedTargetOptions):
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
-        from ..evaluation.methods import parse_methods
+        from ..evaluation.methods import check_temperatures, parse_methods
         from ..evaluation.prompts import read_prompts
         from ..evaluation.verify import print_checks, verify
 
         require("rich")
         if self.output is not None:
             check_output_folder(self.output)
+        check_temperatures(self.temperature)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         prompts = read_prompts(self.data, self.limit)
@@ -53,4 +54,4 @@ class VerifyCommand(PlacedTargetOptions):
             target, tokenizer, methods, prompts, self.max_new_tokens, self.temperature, self.seed, self.output
         )
         print_checks(checks, str(target.dtype).removeprefix("torch."))
-        return 1 if any(check.different for check in checks) else 0
+        return 1 if any(check.different or not check.n_turns for check in checks) else 0

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..configuration_coral import FC_NORMS, FEATURE_LAYER_LAST, CoralDraftConfig, most_draft_tokens
+from ..configuration_coral import FC_NORMS, FEATURE_LAYER_LAST, CoralDraftConfig
 from ..target_adapter import TargetAdapter
 from .checkpoint_files import CONFIG_FILE, HOT_TOKENS_FILE, check_output_folder, staged_folder
 from .eagle_config import CORAL_KEY, CORAL_SETTINGS, default_feature_layers, write_rope
 from .schema import LAYER, check_export, load_schemas
+from .serving import export_notes, serve_command
 
 
 ENGINES = ("vllm", "sglang", "speculators", "eagle")
@@ -88,7 +88,7 @@ def export_drafter(
             torch.save(hot_tokens, scratch / HOT_TOKENS_FILE)
     folder = Path(folder)
     command = serve_command(config, engine, folder, target_name or "TARGET", hot_tokens is not None)
-    return EngineExport(folder, command, _notes(config, engine, hot_tokens is not None))
+    return EngineExport(folder, command, export_notes(config, engine, hot_tokens is not None))
 
 
 def _obstacles(config: CoralDraftConfig, engine: str, target: Any) -> list[str]:
@@ -300,47 +300,4 @@ def _speculators_config(config: CoralDraftConfig, target_name: str | None) -> di
     }
 
 
-def serve_command(config: CoralDraftConfig, engine: str, folder: Path, target_name: str, hot_tokens: bool) -> str:
-    """The shell command that serves the target with an exported drafter."""
-    quoted, target, eagle3 = shlex.quote(str(folder)), shlex.quote(target_name), config.shape == "eagle3"
-    if engine == "speculators":
-        return f"vllm serve {quoted}"
-    if engine == "vllm":
-        method = {
-            "method": config.shape,
-            "model": str(folder),
-            "num_speculative_tokens": config.draft_depth,
-        }
-        return f"vllm serve {target} --speculative-config {shlex.quote(json.dumps(method))}"
-    if engine == "eagle":
-        return (
-            f"python -m eagle.application.webui --base-model-path {target} --ea-model-path {quoted}"
-            f"{'' if eagle3 else ' --no-eagle3'}"
-        )
-    top_k = config.draft_top_k
-    # by default the whole draft, root included; a chain has no other size
-    total = (top_k > 1 and config.draft_total_tokens) or most_draft_tokens(config.draft_depth, top_k)
-    token_map = f" --speculative-token-map {shlex.quote(str(folder / HOT_TOKENS_FILE))}" if hot_tokens else ""
-    return (
-        f"python -m sglang.launch_server --model-path {target} --speculative-algorithm {'EAGLE3' if eagle3 else 'EAGLE'} "
-        f"--speculative-draft-model-path {quoted} --speculative-num-steps {config.draft_depth} "
-        f"--speculative-eagle-topk {top_k} --speculative-num-draft-tokens {total}{token_map}"
-    )
-
-
-def _notes(config: CoralDraftConfig, engine: str, hot_tokens: bool) -> list[str]:
-    notes = []
-    if config.router_groups:
-        notes.append(f"Left out: the LM-head router; {engine} computes the head without it.")
-    if config.shortlist_size and hot_tokens:
-        notes.append(f"The shortlist of {config.shortlist_size} ids is SGLang's token map, {HOT_TOKENS_FILE}.")
-    elif config.shortlist_size:
-        notes.append(f"Left out: the shortlist of {config.shortlist_size} ids; {engine} computes the full head.")
-    if engine in ("vllm", "speculators") and config.draft_top_k > 1:
-        notes.append(f"vLLM drafts a chain of {config.draft_depth}, not a tree (draft_top_k={config.draft_top_k}).")
-    if config.target_revision:
-        notes.append(f"The drafter was trained for {config.target_name_or_path} at {config.target_revision}.")
-    return notes
-
-
-__all__ = ["ENGINES", "EngineExport", "export_drafter", "meta_target", "serve_command"]
+__all__ = ["ENGINES", "EngineExport", "export_drafter", "meta_target"]

@@ -20,13 +20,14 @@ from .methods import (
     Measurement,
     Method,
     check_drafter,
+    check_temperatures,
     describe_methods,
     describe_target,
     draft_settings,
     first_difference,
     measure,
 )
-from .prompts import Prompt, answer_turns, describe_prompts, encode_context
+from .prompts import Prompt, answer_turns, check_prompts, describe_prompts, encode_first_turn
 
 
 # (benchmark, temperature) -> method -> measurements, in the order of the prompts
@@ -110,14 +111,14 @@ def run_benchmark(
         of the first unequal token of the others (bf16 has near-ties that fall either way).
 
     Raises:
-        ValueError: if two methods have the same name, there are no prompts, a temperature is negative or repeated, or a
-            drafter is another target's.
+        ValueError: if two methods have the same name, there are no prompts, a temperature is negative, not finite or repeated,
+            or a drafter is another target's.
     """
     methods, prompts, temperatures = [Method(PLAIN), *methods], list(prompts), [float(t) for t in temperatures]
     _check(target, tokenizer, methods, prompts, max_new_tokens, temperatures)
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1.")
-    warm_up = encode_context(tokenizer, prompts[0].turns[:1])
+    warm_up = encode_first_turn(tokenizer, prompts[0])
     for method in methods:
         for temperature in temperatures:
             how = {"temperature": temperature, **method.settings}
@@ -178,11 +179,11 @@ def _check(target, tokenizer, methods, prompts, max_new_tokens, temperatures) ->
     names = [method.name for method in methods]
     if len(set(names)) < len(names):
         raise ValueError(f"The methods are named {names}: give each a name of its own.")
-    if not prompts:
-        raise ValueError("There are no prompts: read some with read_prompts([path, ...]).")
+    check_prompts(tokenizer, prompts)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
+    check_temperatures(temperatures)
+    if not temperatures or len(set(temperatures)) < len(temperatures):
         raise ValueError(f"temperatures={temperatures}: give different ones of at least 0 (0 is greedy).")
     for method in methods:
         check_drafter(target, tokenizer, method)

@@ -18,7 +18,7 @@ from ..generation.settings import DraftSettings
 from ..generation.statistics import DraftStats
 from ..generation.tuning import Calibration, TreeSizeRule
 from .methods import measure
-from .prompts import Prompt, encode_context
+from .prompts import Prompt, encode_first_turn
 
 
 @dataclass
@@ -96,7 +96,7 @@ def record_traces(
     traces = []
     settings = replace(settings, draft_cost_aware=False, draft_total_tokens=DERIVED, draft_stock_loop=False)
     for index, prompt in enumerate(tqdm(prompts, desc="draft at every token", unit="prompt")):
-        ids = encode_context(tokenizer, prompt.turns[:1]).to(target.device)
+        ids = encode_first_turn(tokenizer, prompt).to(target.device)
         how: dict[str, Any] = {"temperature": temperature, "seed": seed + index}
         prefill = measure(target, ids, 1, **how)
         answer = measure(target, ids, max_new_tokens, **how)

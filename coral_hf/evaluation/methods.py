@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -211,6 +212,13 @@ def first_difference(one: list[int], other: list[int]) -> int | None:
     )
 
 
+def check_temperatures(temperatures: Sequence[float]) -> None:
+    """Raises `ValueError` for a temperature that nothing can be sampled at."""
+    for temperature in temperatures:
+        if not math.isfinite(temperature) or temperature < 0:
+            raise ValueError(f"temperature={temperature} must be a finite number of at least 0 (0 is greedy).")
+
+
 def check_drafter(target: Any, tokenizer: Any, method: Method) -> None:
     """Raises `ValueError` for a drafter or an assistant of another target, and for settings that it cannot draft with."""
     if method.is_coral:
@@ -278,6 +286,7 @@ __all__ = [
     "Measurement",
     "Method",
     "check_drafter",
+    "check_temperatures",
     "describe_drafter",
     "describe_methods",
     "describe_target",

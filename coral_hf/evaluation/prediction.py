@@ -67,17 +67,30 @@ def check_predictions(tuned: dict[str, Any], measured: dict[str, Any]) -> list[d
     Returns:
         `list[dict]`: `method`, `benchmark`, `temperature`, `predicted`, `measured`, `error` (share of the measured) of
         every row whose settings the costs cover: fixed sizes, the box of a cost-aware tree at its replayed mean sizes.
+        Of a benchmark of several drafters, the rows of the one that was tuned.
 
     Raises:
-        ValueError: if the two were taken in different dtypes, threads or devices.
+        ValueError: if the two were taken in different dtypes, threads or devices, or of another target or drafter.
     """
     for name in ("device", "dtype", "threads"):
         one, other = tuned["environment"][name], measured["environment"][name]
         if one != other:
             raise ValueError(f"The costs were measured with {name}={one!r}, the benchmark with {other!r}: tune again.")
+    targets = tuned.get("target"), measured.get("target")
+    if all(targets) and targets[0] != targets[1]:
+        raise ValueError(f"The costs are of target {targets[0]!r}, the benchmark is of {targets[1]!r}: tune again.")
+    own = tuned.get("drafter_sha256")
+    hashes = {method: sha256 for method in measured["draft_settings"] if (sha256 := drafter_of(measured, method))}
+    if own and hashes and own not in hashes.values():
+        found = ", ".join(sorted({sha256[:12] for sha256 in hashes.values()}))
+        raise ValueError(
+            f"The costs are of a drafter with drafter_sha256 {own[:12]}..., the benchmark is of {found}...: tune again."
+        )
     rows = []
     for row in measured["runs"]:
         settings = measured["draft_settings"].get(row["method"])
+        if own and hashes.get(row["method"], own) != own:
+            continue
         step_ms = None if settings is None else _step_ms(tuned, settings)
         if step_ms is None or not row.get("steps"):
             continue
@@ -93,6 +106,12 @@ def check_predictions(tuned: dict[str, Any], measured: dict[str, Any]) -> list[d
     return rows
 
 
+def drafter_of(measured: dict[str, Any], method: str) -> str | None:
+    """The hash of the weights that a method of a benchmark drafted with; None where the record does not say."""
+    drafter = measured.get("drafters", {}).get(method, measured)
+    return drafter.get("drafter_sha256")
+
+
 def _step_ms(tuned: dict[str, Any], settings: dict[str, Any]) -> float | None:
     if settings.get("draft_cost_aware"):
         names = ("draft_depth", "draft_top_k", "draft_total_tokens")
@@ -104,4 +123,11 @@ def _step_ms(tuned: dict[str, Any], settings: dict[str, Any]) -> float | None:
     return costs.step_ms(settings["draft_depth"], settings["draft_total_tokens"])
 
 
-__all__ = ["WANTED_ERROR", "check_predictions", "costs_of", "expected_acceptance_length", "predict_speedup"]
+__all__ = [
+    "WANTED_ERROR",
+    "check_predictions",
+    "costs_of",
+    "drafter_of",
+    "expected_acceptance_length",
+    "predict_speedup",
+]

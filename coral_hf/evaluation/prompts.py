@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..jsonl import read_jsonl
+from ..prompt_rows import build_messages, encode_messages, read_prompt_row
 
 
 @dataclass(frozen=True)
@@ -17,15 +18,19 @@ class Prompt:
     Args:
         id (`str`), benchmark (`str`)
         turns (`tuple[str, ...]`): user turns.
+        system (`str`, *optional*): the text that stands before them.
     """
 
     id: str
     benchmark: str
     turns: tuple[str, ...]
+    system: str | None = None
 
 
 def read_prompts(paths: Sequence[str | Path], limit: int | None = None) -> list[Prompt]:
     """Reads JSONL files of `{"id", "turns", "benchmark"}` rows, the first `limit` of each.
+
+    Rows may have a `system` text, and chat `messages` in the place of turns, as those of `coral-hf regenerate`.
 
     Raises:
         ValueError: on a missing or empty file, or a malformed line (with its number).
@@ -36,11 +41,13 @@ def read_prompts(paths: Sequence[str | Path], limit: int | None = None) -> list[
     for path in paths:
         count = 0
         for number, row in read_jsonl(path):
-            turns = row.get("turns")
-            if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-                raise ValueError(f'{path}, line {number}: "turns" must be a non-empty list of strings.')
+            row = read_prompt_row(row, f"{path}, line {number}")
             name = str(row.get("benchmark") or Path(path).name.split(".")[0])
-            prompts.append(Prompt(str(row.get("id", number)), name, tuple(turns)))
+            prompts.append(
+                Prompt(
+                    str(number if row.get("id") is None else row["id"]), name, tuple(row["turns"]), row.get("system")
+                )
+            )
             count += 1
             if count == limit:
                 break
@@ -51,18 +58,28 @@ def read_prompts(paths: Sequence[str | Path], limit: int | None = None) -> list[
     return prompts
 
 
-def encode_context(tokenizer: Any, turns: Sequence[str], responses: Sequence[str] = ()) -> torch.Tensor:
+def encode_context(
+    tokenizer: Any,
+    turns: Sequence[str],
+    responses: Sequence[str] = (),
+    system: str | None = None,
+    where: str = "prompt",
+) -> torch.Tensor:
     """Ids `[1, L]` of a conversation whose last user turn is to be answered."""
-    if getattr(tokenizer, "chat_template", None):
-        messages = []
-        for index, turn in enumerate(turns):
-            messages.append({"role": "user", "content": turn})
-            if index < len(responses):
-                messages.append({"role": "assistant", "content": responses[index]})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    pairs = [piece for pair in zip(turns, [*responses, ""], strict=False) for piece in pair if piece]
-    return tokenizer("\n\n".join(pairs), return_tensors="pt").input_ids
+    return torch.tensor([encode_messages(tokenizer, build_messages(turns, responses, system), where)])
+
+
+def encode_first_turn(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
+    """Ids `[1, L]` of a prompt's first turn, which is to be answered."""
+    return encode_context(tokenizer, prompt.turns[:1], (), prompt.system, f"prompt {prompt.id!r}")
+
+
+def check_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> None:
+    """Raises `ValueError` if there are no prompts, or the chat template refuses one: before any is answered."""
+    if not prompts:
+        raise ValueError("There are no prompts, so nothing to measure: read some with read_prompts([path, ...]).")
+    for prompt in prompts:
+        encode_first_turn(tokenizer, prompt)
 
 
 def answer_turns(tokenizer: Any, prompt: Prompt, answer: Callable[[torch.Tensor], Sequence[int]]) -> None:
@@ -76,7 +93,9 @@ def answer_turns(tokenizer: Any, prompt: Prompt, answer: Callable[[torch.Tensor]
     """
     responses: list[str] = []
     for turn in range(len(prompt.turns)):
-        ids = encode_context(tokenizer, prompt.turns[: turn + 1], responses)
+        ids = encode_context(
+            tokenizer, prompt.turns[: turn + 1], responses, prompt.system, f"prompt {prompt.id!r}, turn {turn + 1}"
+        )
         responses.append(tokenizer.decode(answer(ids), skip_special_tokens=True))
 
 
@@ -88,4 +107,12 @@ def describe_prompts(prompts: Sequence[Prompt]) -> dict[str, Any]:
     return {"prompts": ids}
 
 
-__all__ = ["Prompt", "answer_turns", "describe_prompts", "encode_context", "read_prompts"]
+__all__ = [
+    "Prompt",
+    "answer_turns",
+    "check_prompts",
+    "describe_prompts",
+    "encode_context",
+    "encode_first_turn",
+    "read_prompts",
+]

@@ -17,7 +17,7 @@ from ..hardware import synchronized_clock
 from ..lm_head_router import DraftHead
 from .environment import describe_environment
 from .methods import Method, describe_methods, measure
-from .prompts import Prompt, describe_prompts, encode_context
+from .prompts import Prompt, describe_prompts, encode_first_turn
 
 
 def profile_step(
@@ -66,7 +66,7 @@ def profile_methods(
     for prompt in prompts:
         by_benchmark[prompt.benchmark].append(prompt)
     chosen = [prompt for found in by_benchmark.values() for prompt in found[:count]]
-    ids = [encode_context(tokenizer, prompt.turns[:1]) for prompt in chosen]
+    ids = [encode_first_turn(tokenizer, prompt) for prompt in chosen]
     methods = [method for method in methods if method.is_coral and not method.settings.get("draft_stock_loop")]
     record: dict[str, Any] = {"environment": describe_environment(target.device, target.dtype)}
     record |= {

@@ -15,7 +15,7 @@ from .draft_traces import DraftTrace, fit_calibration, record_traces, replay_all
 from .environment import describe_environment
 from .methods import Method, check_drafter, describe_drafter, describe_target
 from .prediction import predict_speedup
-from .prompts import Prompt, describe_prompts
+from .prompts import Prompt, check_prompts, describe_prompts
 
 
 TOTALS = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 60)
@@ -47,8 +47,7 @@ def tune(
     Raises:
         ValueError: if there are no prompts, or the drafter is another target's.
     """
-    if not prompts:
-        raise ValueError("There are no prompts: read some with read_prompts([path, ...]).")
+    check_prompts(tokenizer, prompts)
     check_drafter(target, tokenizer, Method("tune", drafter))
     record: dict[str, Any] = {
         "environment": describe_environment(target.device, target.dtype),

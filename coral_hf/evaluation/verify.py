@@ -19,13 +19,14 @@ from .methods import (
     Measurement,
     Method,
     check_drafter,
+    check_temperatures,
     describe_drafter,
     describe_target,
     draft_settings,
     first_difference,
     measure,
 )
-from .prompts import Prompt, answer_turns, describe_prompts
+from .prompts import Prompt, answer_turns, check_prompts, describe_prompts
 
 
 _CONTEXT = 8  # tokens shown on either side of a difference
@@ -155,7 +156,8 @@ def verify(
         `list[Check]`: one per method and temperature.
 
     Raises:
-        ValueError: for a drafter of another target, a method without a drafter, or a negative temperature.
+        ValueError: for a drafter of another target, a method without a drafter, a temperature that is negative or not
+            finite, or no prompts.
     """
     methods, prompts = list(methods), list(prompts)
     names = [method.name for method in methods]
@@ -165,10 +167,10 @@ def verify(
         if not method.is_coral:
             raise ValueError(f"Method {method.name!r} has no CORAL drafter, and verify checks drafters: leave it out.")
         check_drafter(target, tokenizer, method)
-    if max_new_tokens < 1 or any(temperature < 0 for temperature in temperatures):
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} must be at least 1, temperatures={temperatures} at least 0."
-        )
+    check_prompts(tokenizer, prompts)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    check_temperatures(temperatures)
     temperatures = list(dict.fromkeys([0.0, *temperatures]))
     checks = [
         Check(method, temperature)
@@ -247,6 +249,8 @@ def print_checks(checks: Sequence[Check], dtype: str) -> None:
     for check in checks:
         if check.first is not None:
             print(check.first)
+        if not check.n_turns:
+            print(f"error: method {check.method.name} at temperature {check.temperature:g} was compared with nothing.")
     different = sum(len(check.different) for check in checks)
     if different:
         answers = f"{different} of {sum(check.n_turns for check in checks)} answers differ from plain generate's"

@@ -1,7 +1,9 @@
 """Schemas of training rows, and one row -> token ids and response mask."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from ..prompt_rows import ASSISTANT, build_messages, check_messages, check_system, render
 
 
 # The columns by which a row's schema is recognised, in this order.
@@ -12,7 +14,6 @@ SCHEMAS = {
     "messages": ("messages",),
     "plain": ("text",),
 }
-ASSISTANT = "assistant"
 
 
 def schema_of(row: dict[str, Any], where: str) -> str:
@@ -69,34 +70,6 @@ def encode_row(row: dict[str, Any], tokenizer: Any = None, where: str = "row") -
 
 
 # Messages ------------------------------------------------------------------------------------------------------
-
-
-def build_messages(turns: Sequence[str], responses: Sequence[str], system: str | None = None) -> list[dict[str, str]]:
-    """User turns and the responses so far (at most one a turn) as the messages of a chat template."""
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    for index, turn in enumerate(turns):
-        messages.append({"role": "user", "content": turn})
-        if index < len(responses):
-            messages.append({"role": ASSISTANT, "content": responses[index]})
-    return messages
-
-
-def check_messages(messages: Any, where: str) -> list[dict[str, str]]:
-    """Raises `ValueError` unless every message has a role and a text."""
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(
-                f"{where}: message {number} must be an object with the strings role and content; got {str(message)[:80]}."
-            )
-    return messages
-
-
-def check_system(row: dict[str, Any], where: str) -> str | None:
-    """A row's `system` text; `ValueError` if it is no text."""
-    system = row.get("system")
-    if system is not None and not isinstance(system, str):
-        raise ValueError(f"{where}: system must be a string; got {system!r}.")
-    return system
 
 
 def messages_of(row: dict[str, Any], schema: str, where: str) -> tuple[list[dict[str, str]], list[bool]]:
@@ -161,20 +134,6 @@ def _encode_messages(messages: list[dict[str, str]], cut: list[bool], tokenizer:
     return ids[:last], mask[:last]
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], where: str, **kwargs: Any) -> str:
-    """Messages as text by the chat template; `ValueError` naming `where` if it refuses them."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"{where}: the target's chat template refuses the roles {roles} ({error}). Put a system text in front of the "
-            "first user turn, and let user and assistant take turns."
-        ) from error
-
-
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -206,13 +165,4 @@ def _encode_plain(messages: list[dict[str, str]], cut: list[bool], tokenizer: An
     return ids[:last], mask[:last]
 
 
-__all__ = [
-    "SCHEMAS",
-    "build_messages",
-    "check_messages",
-    "check_system",
-    "encode_row",
-    "messages_of",
-    "render",
-    "schema_of",
-]
+__all__ = ["SCHEMAS", "encode_row", "messages_of", "schema_of"]

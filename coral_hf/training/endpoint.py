@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..jsonl import read_jsonl
-from .conversations import build_messages
+from ..prompt_rows import build_messages
 from .prompt_queue import Conversation, unanswered
 from .response_files import AnswerWriter, exclusive
 
@@ -192,8 +192,8 @@ def regenerate_from_endpoint(
     for name, value in {"max_new_tokens": max_new_tokens, "concurrency": concurrency}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}.")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 (greedy) or positive and finite, got {temperature}.")
     endpoint, output = ChatEndpoint(url, model, token_ids, attempts, pause), Path(output)
     settings = {"max_tokens": max_new_tokens, "temperature": temperature}
     if temperature > 0:

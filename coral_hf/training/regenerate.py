@@ -140,8 +140,8 @@ def regenerate(
             f"max_prompt_tokens={max_prompt_tokens} and max_new_tokens={max_new_tokens} go past the {positions} "
             "positions of the target; lower one of them."
         )
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}.")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 (greedy) or positive and finite, got {temperature}.")
     if target.training:
         raise ValueError("the target is in training mode, where dropout changes its answers; call target.eval().")
 

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..jsonl import read_jsonl
-from .conversations import check_messages, check_system
+from ..prompt_rows import read_prompt_row
 from .prompt_queue import Conversation
 from .sources import iter_source
 
@@ -37,37 +37,16 @@ def iter_prompts(path: str | os.PathLike, split: str = "train") -> Iterator[dict
     """
     seen: dict[str, str] = {}
     for number, (where, row) in enumerate(iter_source(path, split)):
-        if isinstance(row.get("messages"), list) and not isinstance(row.get("turns"), list):
-            row = _user_turns(row, where)
-            if row.get("id") is None:
-                row["id"] = f"row{number}"
+        if row.get("id") is None and isinstance(row.get("messages"), list):
+            row = {**row, "id": f"row{number}"}
         if not isinstance(row.get("id"), str) or not row["id"]:
             raise ValueError(f'{where}: "id" must be a non-empty string, got {row.get("id")!r}.')
-        turns = row.get("turns")
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-            raise ValueError(f'{where}: "turns" must be a non-empty list of strings, got {str(turns)[:60]!r}.')
-        check_system(row, where)
+        row = read_prompt_row(row, where)
         place = where.removeprefix(f"{path}, ")
         if row["id"] in seen:
             raise ValueError(f"{where}: id {row['id']!r} already stands on {seen[row['id']]}; ids must be unique.")
         seen[row["id"]] = place
         yield row
-
-
-def _user_turns(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """A row of messages as a row of turns: what the assistant said is left for the target to say."""
-    messages = check_messages(row["messages"], where)
-    known = {"system", "user", "assistant"}
-    if unknown := sorted({message["role"] for message in messages} - known):
-        raise ValueError(
-            f"{where}: messages of role {', '.join(unknown)} cannot be answered again; leave the row out."
-        )
-    row = {key: value for key, value in row.items() if key != "messages"}
-    row["turns"] = [message["content"] for message in messages if message["role"] == "user"]
-    systems = [message["content"] for message in messages if message["role"] == "system"]
-    if systems and row.get("system") is None:
-        row["system"] = "\n\n".join(systems)
-    return row
 
 
 def iter_responses(path: str | os.PathLike) -> Iterator[dict[str, Any]]:

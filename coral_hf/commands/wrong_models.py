@@ -1,0 +1,74 @@
+"""The commonest slips in naming a model, told by its config.json before anything is loaded."""
+
+import contextlib
+from typing import Any
+
+from transformers.utils import cached_file
+
+from ..configuration_coral import CoralDraftConfig
+from ..jsonl import read_json
+
+
+# what configs of EAGLE's drafters have, as EAGLE, vLLM, SGLang and speculators write them, and ordinary models have not
+_EAGLE_KEYS = (
+    "speculators_model_type",
+    "eagle_config",
+    "eagle_aux_hidden_state_layer_ids",
+    "draft_vocab_size",
+    "num_aux_hidden_states",
+    "coral_config",
+)
+
+
+def check_is_drafter(name: str) -> None:
+    """Raises `ValueError` if the model that `--drafter` names is an ordinary one or another project's drafter.
+
+    Args:
+        name (`str`): a folder or Hub id.
+    """
+    config = _config(name, None)
+    kind, classes = config.get("model_type"), config.get("architectures")
+    if kind == CoralDraftConfig.model_type:
+        return
+    listed = ", ".join(map(str, classes)) if isinstance(classes, list) else ""
+    # the first EAGLE checkpoints say LlamaForCausalLM, and have one layer
+    if "eagle" in listed.lower() or any(key in config for key in _EAGLE_KEYS) or config.get("num_hidden_layers") == 1:
+        raise ValueError(
+            f"--drafter {name} is an EAGLE-family checkpoint ({listed or kind}), as EAGLE, vLLM, SGLang and speculators "
+            f"have them, not a CORAL drafter: make it one with `coral-hf convert --from eagle {name} FOLDER --target "
+            "TARGET`, and give that folder."
+        )
+    if kind is not None:
+        raise ValueError(
+            f"--drafter {name} is an ordinary model of type {kind!r}, not a CORAL drafter: give the folder of a drafter "
+            "that was trained for the target (`coral-hf train`), and a target with --target. An ordinary small model "
+            "that drafts is `coral-hf benchmark --assistant`."
+        )
+
+
+def check_is_target(name: str, role: str = "target", revision: str | None = None) -> None:
+    """Raises `ValueError` if the model that `--target` (or another `role`) names is a CORAL drafter.
+
+    Args:
+        name (`str`), revision (`str`, *optional*): a folder or Hub id.
+        role (`str`): the option.
+    """
+    config = _config(name, revision)
+    if config.get("model_type") != CoralDraftConfig.model_type:
+        return
+    target = config.get("target_name_or_path")
+    trained_for = f", trained for {target}" if target else ""
+    raise ValueError(
+        f"--{role} {name} is a CORAL drafter{trained_for}: name it with --drafter, and an ordinary model with --{role}."
+    )
+
+
+def _config(name: str, revision: str | None) -> dict[str, Any]:
+    """What `config.json` says; nothing where it is missing or damaged, which loading reports."""
+    path = cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    with contextlib.suppress(ValueError):
+        return {} if path is None else read_json(path)
+    return {}
+
+
+__all__ = ["check_is_drafter", "check_is_target"]
