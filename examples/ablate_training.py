@@ -29,6 +29,7 @@ from transformers import HfArgumentParser, set_seed
 
 from coral_hf import CoralDraftModel
 from coral_hf.commands.loading import load_target
+from coral_hf.commands.outputs import check_output_folder
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.training import CoralTrainer, CoralTrainingArguments
 from coral_hf.training.data import read_rows
@@ -93,6 +94,7 @@ def pick_rows(script: ScriptArguments) -> list[dict[str, Any]]:
 def main() -> None:
     parser = HfArgumentParser((ScriptArguments, CoralTrainingArguments))
     script, given = parser.parse_args_into_dataclasses()
+    check_output_folder(given.output_dir, "output_dir")
     if script.threads is not None:
         torch.set_num_threads(script.threads)
     defaults = CoralTrainingArguments(given.output_dir)

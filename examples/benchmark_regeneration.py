@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 
 from coral_hf import demo
 from coral_hf.commands.loading import load_target, resolve_device
+from coral_hf.commands.outputs import check_output_file
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.training.regenerate import iter_prompts, iter_responses, regenerate
 
@@ -91,6 +92,7 @@ def pick_prompts(tokenizer: Any, script: ScriptArguments) -> tuple[list[dict], l
 
 def main() -> None:
     script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    check_output_file(script.json)
     torch.set_num_threads(script.threads)
     target, tokenizer = load_target(script.target, script.dtype)
     rows, encoded = pick_prompts(tokenizer, script)

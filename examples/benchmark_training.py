@@ -28,6 +28,7 @@ from reference_training_step import ReferenceStep
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from coral_hf import CoralDraftModel, demo
+from coral_hf.commands.outputs import check_output_file
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.hardware import native_bfloat16
 from coral_hf.training import CoralTrainer, CoralTrainingArguments
@@ -176,6 +177,7 @@ def memory(precision: str, has_reference: bool) -> dict[str, Any]:
 
 def main() -> None:
     script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    check_output_file(script.json)
     torch.set_num_threads(script.threads)
     if script.only_memory_of is not None:
         print(json.dumps(memory_of(script)))

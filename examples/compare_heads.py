@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 
 from coral_hf import TargetAdapter
 from coral_hf.commands.loading import DEMO, load_drafter, load_target
+from coral_hf.commands.outputs import check_output_file
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.evaluation.methods import describe_drafter
 from coral_hf.training.data import ConversationDataset, read_rows
@@ -56,6 +57,7 @@ def collect(drafter, adapter, dataset, steps: int):
 @torch.no_grad()
 def main() -> None:
     script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    check_output_file(script.json)
     torch.set_num_threads(script.threads)
     target, _ = load_target(script.target, script.dtype, script.device)
     drafter = load_drafter(script.drafter).float().to(target.device)

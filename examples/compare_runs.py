@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from coral_hf.commands.outputs import check_output_file
 from coral_hf.jsonl import read_json
 
 
@@ -34,6 +35,7 @@ def speedups(record: dict) -> dict[tuple, float]:
 
 def main() -> None:
     script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    check_output_file(script.json)
     if len(script.runs) != 2:
         raise SystemExit(f"--runs takes two folders, got {len(script.runs)}.")
     records = [read_json(Path(folder) / "benchmark.json") for folder in script.runs]

@@ -14,6 +14,7 @@ import torch
 from transformers import HfArgumentParser
 
 from coral_hf.commands.loading import DEMO, load_drafter, load_target
+from coral_hf.commands.outputs import check_output_folder
 from coral_hf.evaluation.benchmark import print_table, run_benchmark
 from coral_hf.evaluation.methods import PRESETS, Method
 from coral_hf.evaluation.prompts import read_prompts
@@ -59,6 +60,7 @@ def summary(record: dict, eagle2: str, tuned: str) -> list[dict]:
 
 def main():
     arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    check_output_folder(arguments.output)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     prompts = read_prompts(arguments.data, arguments.limit)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 from transformers import AutoConfig, HfArgumentParser
 
+from coral_hf.commands.outputs import check_output_file
 from coral_hf.training.estimate import estimate_on_paper
 
 
@@ -29,6 +30,7 @@ class ScriptArguments:
 
 if __name__ == "__main__":
     (script,) = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()
+    check_output_file(script.json)
     estimate = estimate_on_paper(
         AutoConfig.from_pretrained(script.target),
         batch_size=script.batch_size,

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from coral_hf import CoralDraftModel, demo
+from coral_hf.commands.outputs import check_output_folder
 from coral_hf.hardware import native_bfloat16
 from coral_hf.training import CoralTrainer, CoralTrainingArguments, read_rows
 
@@ -25,6 +26,7 @@ class ScriptArguments:
 
 if __name__ == "__main__":
     script, args = HfArgumentParser((ScriptArguments, CoralTrainingArguments)).parse_args_into_dataclasses()
+    check_output_folder(args.output_dir, "output_dir")
     dtype = "bfloat16" if native_bfloat16() else "float32"
     if script.target == "demo":
         target, tokenizer = demo.load_target(dtype)

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, HfArgu
 
 from coral_hf import CoralDraftModel
 from coral_hf.commands.loading import resolve_device, resolve_dtype
+from coral_hf.commands.outputs import check_output_folder
 from coral_hf.evaluation.benchmark import print_table, run_benchmark
 from coral_hf.evaluation.methods import Method
 from coral_hf.evaluation.prompts import read_prompts
@@ -81,6 +82,7 @@ def arguments(folder: Path, steps: int, **settings) -> CoralTrainingArguments:
 
 def main() -> None:
     script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    check_output_folder(script.output)
     torch.set_num_threads(script.threads)
     output = Path(script.output)
     fetch_target(output / "target")

@@ -13,6 +13,7 @@ from statistics import median
 
 from transformers import HfArgumentParser
 
+from coral_hf.commands.outputs import check_output_file
 from coral_hf.evaluation.prediction import (
     WANTED_ERROR,
     check_predictions,
@@ -63,6 +64,7 @@ def check(arguments: Arguments) -> int:
 
 def main() -> int:
     arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    check_output_file(arguments.json)
     if arguments.tune and arguments.benchmark:
         return check(arguments)
     times = (arguments.plain_ms, arguments.verify_ms, arguments.draft_ms)

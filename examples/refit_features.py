@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 
 from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.commands.loading import DEMO, load_drafter, load_target
+from coral_hf.commands.outputs import check_output_folder
 from coral_hf.training.data import ConversationDataset, read_rows
 
 
@@ -94,6 +95,7 @@ def main() -> None:
         torch.set_num_threads(script.threads)
     if Path(script.output).exists():
         raise ValueError(f"{script.output} exists; name another folder.")
+    check_output_folder(script.output)
     target, tokenizer = load_target(script.target, script.dtype, script.device)
     drafter = load_drafter(script.drafter)
     dtype = drafter.dtype

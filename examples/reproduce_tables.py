@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from coral_hf.cli import main as coral_hf
 from coral_hf.commands.loading import DEMO, load_drafter, load_target, resolve_device, resolve_dtype
+from coral_hf.commands.outputs import check_output_folder
 from coral_hf.evaluation.benchmark import run_benchmark
 from coral_hf.evaluation.methods import parse_methods
 from coral_hf.evaluation.prompts import read_prompts
@@ -80,6 +81,7 @@ def train(arguments: Arguments, name: str, folder: Path, base: str | None) -> No
 
 def main() -> None:
     arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    check_output_folder(arguments.output)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     prompts = read_prompts(arguments.data, arguments.limit)

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 
 from coral_hf import CoralDraftModel
 from coral_hf.commands.loading import TargetOptions, resolve_dtype
+from coral_hf.commands.outputs import check_output_folder
 from coral_hf.training.arguments import CoralTrainingArguments
 from coral_hf.training.data import read_rows
 from coral_hf.training.trainer import CoralTrainer
@@ -24,6 +25,7 @@ class ScriptArguments(TargetOptions):
 
 if __name__ == "__main__":
     script, args = HfArgumentParser((ScriptArguments, CoralTrainingArguments)).parse_args_into_dataclasses()
+    check_output_folder(args.output_dir, "output_dir")
     # on the CPU: the trainer moves it to each process's device
     target, tokenizer = script.load_target(resolve_dtype("auto", args.device), "cpu")
     rows = read_rows(script.data)

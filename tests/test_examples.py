@@ -299,6 +299,37 @@ def test_predict_from_bandwidth(tmp_path, monkeypatch, capsys):
         run(monkeypatch, "predict_from_bandwidth.py", "--achievable", "0")
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "others"),
+    [
+        ("ablate_training.py", "--output_dir", ["--data", "x", "--eval_data", "x"]),
+        ("benchmark_head.py", "--json", []),
+        ("benchmark_regeneration.py", "--json", ["--prompts", "x"]),
+        ("benchmark_training.py", "--json", []),
+        ("compare_heads.py", "--json", ["--drafter", "x", "--responses", "x", "--counts", "x"]),
+        ("compare_runs.py", "--json", ["--runs", "x", "y"]),
+        ("compare_tree_sizes.py", "--output", ["--data", "x"]),
+        ("estimate_training.py", "--json", ["--target", "x", "--tokens", "1"]),
+        ("finetune_for_my_model.py", "--output_dir", ["--data", "x"]),
+        ("large_vocabulary.py", "--output", ["--data", "x", "--eval", "x"]),
+        ("predict_from_bandwidth.py", "--json", []),
+        ("predict_speedup.py", "--json", ["--tune", "x", "--benchmark", "x"]),
+        ("refit_features.py", "--output", ["--layers", "1", "2", "--data", "x", "--drafter", "x"]),
+        ("reproduce_tables.py", "--output", ["--data", "x"]),
+        ("train_drafter.py", "--output_dir", ["--data", "x"]),
+    ],
+)
+def test_where_nothing_can_be_written_is_told_first(name, option, others, tmp_path, monkeypatch):
+    """Before anything is loaded: none of the files named beside it exists."""
+    if name == "finetune_for_my_model.py":
+        pytest.importorskip("peft")
+    (tmp_path / "file").touch()
+    monkeypatch.syspath_prepend(EXAMPLES)
+    wrong = str(tmp_path if option == "--json" else tmp_path / "file" / "out")
+    with pytest.raises((ValueError, SystemExit), match=f"{option} {wrong}.* is a (file|folder); give"):
+        run(monkeypatch, name, option, wrong, *others)
+
+
 def test_reproduce_tables(tiny_demo, prompt_file, tmp_path, monkeypatch, capsys):
     data, output = tmp_path / "responses.jsonl", tmp_path / "tables"
     data.write_text("".join(json.dumps({"turn": 0, **row}) + "\n" for row in random_rows(80)))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from .loading import DEMO, PlacedTargetOptions, check_output_folder, load_drafter, load_target, require
+from .loading import DEMO, PlacedTargetOptions, load_drafter, load_target, require
+from .outputs import check_output_folder
 
 
 # what --quick sets where nothing else is asked for: a few minutes on two cores with a target of 135 M parameters

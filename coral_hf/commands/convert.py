@@ -47,11 +47,13 @@ class ConvertCommand(TargetOptions):
     )
 
     def run(self, positional) -> int:
+        from ..conversion.checkpoint_files import check_output_folder
         from ..conversion.commands import convert_from, convert_to
         from ..conversion.engine_export import meta_target
         from ..modeling_coral import CoralDraftModel
 
         if self.from_format is not None and self.to is None:
+            check_output_folder(positional.output)
             target = load_target_ends(self.target or DEMO, self.dtype, **self.loading_arguments)
             layers = self.target_feature_layers
             places = (positional.input, positional.output)
@@ -67,6 +69,7 @@ class ConvertCommand(TargetOptions):
                 f"--revision {self.revision} is of the checkpoint that --from reads; leave it out with --to."
             )
         self._check_sizes()
+        check_output_folder(positional.output)
         drafter = load_drafter(positional.input)
         self._resize(drafter.config)
         target = None

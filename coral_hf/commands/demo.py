@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from .loading import resolve_device, resolve_dtype
+from .outputs import check_output_file
 
 
 @dataclass
@@ -36,8 +37,7 @@ class DemoCommand:
 
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {self.max_new_tokens} must be at least 1.")
-        if self.json is not None and not Path(self.json).parent.is_dir():
-            raise ValueError(f"--json {self.json}: its folder does not exist; make it first.")
+        check_output_file(self.json)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = resolve_device(self.device)

@@ -306,12 +306,6 @@ def _named(role: str, name: str, revision: str | None = None):
         ) from error
 
 
-def check_output_folder(path: str) -> None:
-    """Raises `ValueError` where a folder to write is a file, before a run instead of after it."""
-    if Path(path).exists() and not Path(path).is_dir():
-        raise ValueError(f"--output {path} is a file; give a folder, new or existing.")
-
-
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`'bfloat16'` -> `torch.bfloat16`; `'auto'`: bfloat16 where `device` multiplies it natively, else float32.
 
@@ -326,8 +320,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def require(*modules: str) -> None:
-    """Raises `ImportError` for what the eval extra brings, before a run instead of after it."""
+def require(*modules: str, extra: str = "eval") -> None:
+    """Raises `ImportError` for what an extra brings, before a run instead of after it."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"This verb needs {' and '.join(missing)}: pip install 'coral-hf[eval]'.")
+        raise ImportError(f"This verb needs {' and '.join(missing)}: pip install 'coral-hf[{extra}]'.")

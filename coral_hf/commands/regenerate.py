@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .loading import PlacedTargetOptions
+from .loading import PlacedTargetOptions, require
+from .outputs import check_output_file, check_output_folder
 
 
 _PROMPT_TOKENS = 2048  # the buffer of keys and values is as long as the longest prompt for every slot
@@ -86,6 +87,10 @@ class RegenerateCommand(PlacedTargetOptions):
                         f"--{option} {value} is for --target, which --endpoint {self.endpoint} answers instead of: set it where "
                         "the server starts, and leave it out here."
                     )
+        check_output_file(self.output, "output", make_folder=True)
+        if self.shards is not None:
+            check_output_folder(self.shards, "shards")
+            require("pyarrow", extra="train")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         prompts = list(iter_prompts(self.prompts, self.split))

@@ -11,6 +11,7 @@ import torch
 from .. import demo
 from ..modeling_coral import CoralDraftModel
 from .loading import DEMO, TargetOptions, load_drafter, resolve_dtype
+from .outputs import check_output_folder
 
 
 @dataclass
@@ -83,6 +84,7 @@ class TrainCommand(TargetOptions):
         from ..training.router_trainer import CoralRouterTrainer
         from ..training.trainer import CoralTrainer
 
+        check_output_folder(args.output_dir, "output_dir")
         check_devices(args)
         router_stage = args.stage == "router"
         if router_stage and self.drafter is None:

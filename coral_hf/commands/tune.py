@@ -7,6 +7,7 @@ import torch
 
 from .. import demo
 from .loading import DEMO, PlacedTargetOptions, load_drafter, require
+from .outputs import check_output_folder
 
 
 @dataclass
@@ -45,6 +46,7 @@ class TuneCommand(PlacedTargetOptions):
         from ..generation.settings import DraftSettings
 
         require("rich")
+        check_output_folder(self.output)
         box = DraftSettings(
             draft_depth=self.draft_depth, draft_top_k=self.draft_top_k, draft_total_tokens=self.draft_total_tokens
         )

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .loading import DEMO, PlacedTargetOptions, check_output_folder, load_drafter, require
+from .loading import DEMO, PlacedTargetOptions, load_drafter, require
+from .outputs import check_output_folder
 
 
 @dataclass
@@ -38,8 +39,7 @@ class VerifyCommand(PlacedTargetOptions):
         from ..evaluation.verify import print_checks, verify
 
         require("rich")
-        if self.output is not None:
-            check_output_folder(self.output)
+        check_output_folder(self.output)
         check_temperatures(self.temperature)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
