@@ -15,6 +15,7 @@ from ..configuration_coral import check_vocabulary
 from ..generation.hook import is_coral_drafter
 from ..generation.settings import DraftSettings
 from ..hardware import synchronized_clock
+from ..hub_commit import hub_commit
 from ..target_adapter import TargetAdapter
 from ..weight_files import drafter_sha256
 
@@ -230,7 +231,7 @@ def check_drafter(target: Any, tokenizer: Any, method: Method) -> None:
 def describe_target(target: Any) -> dict[str, Any]:
     """Which target a record measured: its name and, if it is of the Hub, its commit."""
     config = target.config
-    return {"target": config._name_or_path, "target_revision": getattr(config, "_commit_hash", None)}
+    return {"target": config._name_or_path, "target_revision": hub_commit(config)}
 
 
 def describe_drafter(drafter: Any) -> dict[str, Any]:

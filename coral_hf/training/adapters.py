@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
 
+from ..hub_commit import hub_commit
 from ..modeling_coral import CoralDraftModel
 from ..target_adapter import TargetAdapter
 
@@ -44,7 +45,7 @@ def add_adapters(drafter: CoralDraftModel, peft_config: Any, adapter: TargetAdap
         peft_config = copy.deepcopy(peft_config)
         peft_config.target_modules = adaptable_modules(drafter)
     drafter.config.target_name_or_path = adapter.text_config._name_or_path or adapter.target.config._name_or_path
-    drafter.config.target_revision = getattr(adapter.target.config, "_commit_hash", None)
+    drafter.config.target_revision = hub_commit(adapter.target.config)
     return get_peft_model(drafter, peft_config)
 
 
