@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .hub_commit import hub_commit
+from .origin import hub_commit
 
 
 def settings_from_target(target_config: PreTrainedConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError, StrictDataclas
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
-from .hub_commit import hub_commit
+from .origin import hub_commit
 
 
 WEIGHTS_FILE = "model.safetensors"

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 from coral_hf.commands.loading import load_target, resolve_device
 from coral_hf.evaluation.environment import describe_environment
-from coral_hf.hub_commit import hub_commit
+from coral_hf.origin import hub_commit
 from coral_hf.training.regenerate import iter_prompts, iter_responses, regenerate
 
 

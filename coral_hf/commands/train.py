@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..hub_commit import hub_commit
 from ..modeling_coral import CoralDraftModel
+from ..origin import hub_commit
 from .loading import TargetOptions, load_drafter, resolve_dtype
 
 

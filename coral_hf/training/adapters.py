@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
 
-from ..hub_commit import hub_commit
+from ..hub.model_card import CARD_FILE
 from ..modeling_coral import CoralDraftModel
+from ..origin import hub_commit
 from ..target_adapter import TargetAdapter
 
 
@@ -74,6 +75,8 @@ def save_merged(model: Any, folder: str | Path) -> CoralDraftModel:
         [`CoralDraftModel`]: the merged drafter.
     """
     model.save_pretrained(Path(folder) / ADAPTER_FOLDER)
+    # PEFT's card of them: an empty form but for the path of the drafter that they were begun on
+    (Path(folder) / ADAPTER_FOLDER / CARD_FILE).unlink(missing_ok=True)
     merged = copy.deepcopy(model).merge_and_unload()
     merged.save_pretrained(folder)
     for name in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME):

@@ -14,8 +14,8 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, has_length, rotate_checkpoints
 
-from ..hub_commit import hub_commit
 from ..jsonl import read_json
+from ..origin import hub_commit
 from ..weight_files import WEIGHTS_FILE
 from .adapters import is_peft
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..hub_commit import hub_commit
+from ..origin import hub_commit
 from .prompt_queue import WINDOW_PER_SLOT, Conversation, Job, PromptQueue, unanswered
 from .response_files import AnswerWriter, exclusive, iter_prompts, iter_responses, write_shards
 from .slot_cache import SlotCache

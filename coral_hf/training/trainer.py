@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, Trainer
 
 from ..configuration_coral import check_vocabulary
 from ..modeling_coral import CoralDraftModel
+from ..origin import public_name
 from ..target_adapter import TargetAdapter
 from .adapters import add_adapters
 from .arguments import CoralTrainingArguments
@@ -137,7 +138,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         return counts.argsort(descending=True, stable=True)[:size]
 
     def _fill_cache(self, directory: str, datasets: Sequence[Any]) -> None:
-        name = self.model.config.target_name_or_path
+        name = public_name(self.model.config.target_name_or_path)  # a folder may move
         cache = FeatureCache(directory, self.adapter, f"{name} {self.target_revision}")
         rows = [dataset[i]["input_ids"] for dataset in datasets if dataset is not None for i in range(len(dataset))]
         wait = self.accelerator.wait_for_everyone

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from coral_hf import CoralDraftConfig, CoralDraftModel, TargetAdapter
 from coral_hf.evaluation.methods import describe_target
 from coral_hf.hub.model_card import render_card
-from coral_hf.hub_commit import hub_commit
+from coral_hf.origin import hub_commit, public_name
 from coral_hf.training.adapters import add_adapters
 from coral_hf.training.feature_cache import FeatureCache
 from coral_hf.training.regenerate import regenerate
@@ -29,6 +29,29 @@ def push(server, folder, model, repo: str = "org/target", branch: str = "main") 
 @pytest.fixture
 def commit(hub, tmp_path):  # noqa: F811
     return push(hub, tmp_path / "pushed", make_target(dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        (None, None),
+        ("", ""),
+        ("gpt2", "gpt2"),
+        ("org/model", "org/model"),
+        ("org/data@refs/convert/parquet:main", "org/data@refs/convert/parquet:main"),
+        ("/home/someone/secret/llama-internal", "llama-internal"),
+        ("/home/someone/llama-internal/", "llama-internal"),
+        ("~/models/llama", "llama"),
+        ("../llama", "llama"),
+        ("work/models/llama", "llama"),
+        ("C:\\Users\\someone\\llama", "llama"),
+        ("here/llama", "llama"),
+    ],
+)
+def test_public_names(name, public, tmp_path, monkeypatch):
+    (tmp_path / "here" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert public_name(name) == public
 
 
 def load(**settings):

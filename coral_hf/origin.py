@@ -1,13 +1,26 @@
-"""Which commit of the Hub a loaded model is of.
+"""Where a loaded model came from: a name that others may read, and its commit on the Hub.
 
 A flat sibling of the model, so that it travels with a published drafter's code.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
+
+
+def public_name(name: str | None) -> str | None:
+    """A Hub id as it is; of what is a path on somebody's machine its last part alone."""
+    if not name:
+        return name
+    if Path(name).exists():
+        return Path(name).resolve().name
+    # a revision behind the id (`org/name@refs/pr/1`) may hold slashes
+    if re.match(r"[./~\\]|[A-Za-z]:\\", name) or re.search(r"/.*/|\\", name.partition("@")[0]):
+        return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return name
 
 
 def hub_commit(config: Any) -> str | None:
@@ -32,4 +45,4 @@ def hub_commit(config: Any) -> str | None:
     return commits[0] if len(commits) == 1 else None
 
 
-__all__ = ["hub_commit"]
+__all__ = ["hub_commit", "public_name"]
