@@ -264,7 +264,8 @@ class CoralDraftConfig(PreTrainedConfig):
 
         Args:
             target_config ([`PreTrainedConfig`]): configuration of a Llama-shaped causal LM (its text part is used).
-            **overrides: any setting of [`CoralDraftConfig`].
+            **overrides: any setting of [`CoralDraftConfig`]; `target_revision` say, where the cache of the Hub holds
+                several commits of the target.
 
         Returns:
             [`CoralDraftConfig`]

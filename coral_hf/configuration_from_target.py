@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .origin import hub_commit
+
 
 def settings_from_target(target_config: PreTrainedConfig) -> dict[str, Any]:
     """The settings of [`CoralDraftConfig`] that a target decides.
@@ -41,8 +43,7 @@ def settings_from_target(target_config: PreTrainedConfig) -> dict[str, Any]:
         "max_position_embeddings": getattr(text, "max_position_embeddings", None) or 4096,
         "rope_parameters": _target_rope_parameters(text),
         "target_name_or_path": getattr(target_config, "_name_or_path", None) or None,
-        # of the Hub alone: a folder has none
-        "target_revision": getattr(target_config, "_commit_hash", None),
+        "target_revision": hub_commit(target_config),
         "target_model_type": text.model_type,
         "target_num_hidden_layers": getattr(text, "num_hidden_layers", None),
         **{name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},

@@ -92,8 +92,10 @@ def load_target(
     record = folder / _RECORD
     if record.is_file():
         # A machine's cache path is no name: what is trained for this target records this one.
-        name = json.loads(record.read_text(encoding="utf-8"))["name"]
-        model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = name
+        known = json.loads(record.read_text(encoding="utf-8"))
+        model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = known["name"]
+        # nor are these the weights of a commit that the Hub's cache may hold under that name
+        model.config._commit_hash = known["revision"]
     return model, tokenizer
 
 

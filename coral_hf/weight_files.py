@@ -17,6 +17,8 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError, StrictDataclas
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
+from .origin import hub_commit
+
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
@@ -50,7 +52,7 @@ def drafter_sha256(drafter: Any) -> str | None:
     path = cached_file(
         name,
         WEIGHTS_FILE,
-        revision=getattr(drafter.config, "_commit_hash", None),
+        revision=hub_commit(drafter.config),
         local_files_only=True,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser
 
-from coral_hf import demo
 from coral_hf.commands.loading import load_target, resolve_device
 from coral_hf.commands.outputs import check_output_file
 from coral_hf.evaluation.environment import describe_environment
+from coral_hf.origin import hub_commit
 from coral_hf.training.regenerate import iter_prompts, iter_responses, regenerate
 
 
@@ -123,7 +123,7 @@ def main() -> None:
         "seconds": times,
         "response_tokens": tokens,
         "identical": identical / len(rows),
-        "target_revision": demo.TARGET_REVISION if script.target == "demo" else None,
+        "target_revision": hub_commit(target.config),
         "environment": describe_environment(resolve_device(None), target.dtype),
     }
     print(json.dumps(record, indent=2))

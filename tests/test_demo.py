@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_drafter, make_target, make_tokenizer
 
-from coral_hf import demo
+from coral_hf import CoralDraftConfig, demo
 
 
 CONTENT = b"GGUF" + bytes(range(256)) * 64
@@ -236,6 +236,8 @@ def test_the_real_target_answers_sensibly_and_float32_holds_the_same_weights():
     target, tokenizer = demo.load_target(torch.bfloat16)
     assert target.dtype == torch.bfloat16 and not target.training
     assert target.config._name_or_path == tokenizer.name_or_path == demo.TARGET_NAME
+    # not a commit of that name that the Hub's cache may hold
+    assert CoralDraftConfig.from_target(target.config).target_revision == demo.TARGET_REVISION
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,

@@ -15,9 +15,10 @@ from hub_server import TOKEN, serve
 from huggingface_hub import constants
 from test_model_card import make_record
 from tiny_trainings import assert_same_weights, make_args, make_trainer, quick_drafter, random_rows, weights
-from transformers import AutoModel, Trainer
+from transformers import AutoModel, AutoModelForCausalLM, Trainer
 
 from coral_hf import CoralDraftModel
+from coral_hf.evaluation.methods import describe_target
 from coral_hf.training.trainer import CoralTrainer
 from coral_hf.weight_files import file_sha256
 
@@ -284,3 +285,64 @@ def test_the_record_travels(hub, drafter, tmp_path):
         loaded.norm.weight.add_(1.0)
     with pytest.raises(ValueError, match="another drafter"):
         loaded.push_to_hub("org/drafter", token=TOKEN)
+
+
+def test_no_path_of_this_machine_is_published(hub, tmp_path):
+    """Neither in the config nor in records, also those that an earlier version wrote with whole paths."""
+    secret = tmp_path / "secret" / "llama-internal"
+    make_target(dtype=torch.float32).save_pretrained(secret)
+    target = AutoModelForCausalLM.from_pretrained(secret)
+    drafter = make_drafter(target)
+    drafter.save_pretrained(tmp_path / "drafter")
+    digest = file_sha256(tmp_path / "drafter" / "model.safetensors")
+    (tmp_path / "drafter" / "training").mkdir()
+    record = {**make_record(digest), **describe_target(target), "data": [str(secret / "prompts.jsonl")]}
+    assert record["target"] == "llama-internal"
+    record["target"] = str(secret)
+    (tmp_path / "drafter" / "training" / "benchmark.json").write_text(json.dumps(record))
+    (tmp_path / "drafter" / "training" / "tune.json").write_text(
+        json.dumps({"target": "work/models/llama-internal", "plain_text": "/ 2 = 3"})
+    )
+    kept = {"target": "Fetched from /some/place; see https://example.org/a/b."}
+    (tmp_path / "drafter" / "training" / "card.json").write_text(json.dumps(kept))
+    loaded = CoralDraftModel.from_pretrained(tmp_path / "drafter")
+    assert loaded.config.target_name_or_path == str(secret)
+    loaded.push_to_hub("org/drafter", token=TOKEN)
+    files = hub.files("org/drafter")
+    assert not [name for name, body in files.items() if b"secret" in body or str(tmp_path).encode() in body]
+    assert json.loads(files["config.json"])["target_name_or_path"] == "llama-internal"
+    published = json.loads(files["training/benchmark.json"])
+    assert (published["target"], published["data"]) == ("llama-internal", ["prompts.jsonl"])
+    assert json.loads(files["training/tune.json"]) == {"target": "llama-internal", "plain_text": "/ 2 = 3"}
+    assert json.loads(files["training/card.json"]) == kept
+    assert json.loads((tmp_path / "drafter" / "training" / "benchmark.json").read_text()) == record  # a copy is sent
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_trainer_publishes_no_path_and_no_pickle(adapted, hub, tmp_path):
+    secret = tmp_path / "secret" / "llama-internal"
+    make_target(dtype=torch.float32).save_pretrained(secret)
+    target = AutoModelForCausalLM.from_pretrained(secret)
+    quick_drafter(target).save_pretrained(tmp_path / "secret" / "start")
+    settings = {"push_to_hub": True, "hub_model_id": "org/drafter", "hub_token": TOKEN, "hub_always_push": True}
+    peft_config = pytest.importorskip("peft").LoraConfig(r=2) if adapted else None
+    trainer = CoralTrainer(
+        model=CoralDraftModel.from_pretrained(tmp_path / "secret" / "start"),
+        target_model=target,
+        args=make_args(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=1, **settings),
+        train_dataset=random_rows(16),
+        peft_config=peft_config,
+    )
+    trainer.train()
+    trainer._finish_current_push()
+    pushed = [hub.files("org/drafter")] if not adapted else []  # with every checkpoint
+    assert adapted or "model.safetensors" in pushed[0]
+    trainer.save_model()
+    trainer.push_to_hub()
+    pushed.append(hub.files("org/drafter"))
+    assert "README.md" in pushed[-1] and ("adapter/adapter_config.json" in pushed[-1]) == adapted
+    for files in pushed:
+        assert not [name for name in files if name.endswith(".bin")]
+        assert not [name for name, body in files.items() if b"secret" in body or str(tmp_path).encode() in body]
+    assert not list((tmp_path / "out").glob("*.bin"))
+    assert (tmp_path / "out" / "checkpoint-2" / "training_args.bin").is_file()  # which resuming reads

@@ -22,12 +22,13 @@ PACKAGE = Path(coral_hf.__file__).parent
 # module or room -> rooms it may import from (see CONTRIBUTING, "Which way imports run")
 ALLOWED = {
     "configuration_checks": set(),
-    "configuration_from_target": set(),
+    "configuration_from_target": {"origin"},
     "configuration_coral": {"configuration_checks", "configuration_from_target", "weight_files"},
     "code_version": set(),
     "compat": set(),
     "few_rows": set(),
     "hardware": set(),
+    "origin": set(),
     "jsonl": set(),
     "prompt_rows": set(),
     "user_cache": set(),
@@ -37,7 +38,7 @@ ALLOWED = {
     "lm_head_router": {"configuration_coral", "few_rows", "grouped_head"},
     "rollout_attention": set(),
     "draft_layer": {"configuration_coral", "rollout_attention"},
-    "weight_files": set(),
+    "weight_files": {"origin"},
     "modeling_coral": {"configuration_coral", "lm_head_router", "draft_layer", "draft_initialization", "weight_files"},
     "generation": {
         "compat",
@@ -55,6 +56,7 @@ ALLOWED = {
         "compat",
         "configuration_coral",
         "hardware",
+        "origin",
         "lm_head_router",
         "modeling_coral",
         "target_adapter",
@@ -67,6 +69,7 @@ ALLOWED = {
         "code_version",
         "configuration_coral",
         "hardware",
+        "origin",
         "lm_head_router",
         "modeling_coral",
         "target_adapter",
@@ -76,7 +79,7 @@ ALLOWED = {
         "prompt_rows",
         "weight_files",
     },
-    "hub": {"configuration_coral", "modeling_coral", "weight_files", "jsonl"},
+    "hub": {"configuration_coral", "modeling_coral", "weight_files", "jsonl", "origin"},
     "demo": {"hardware", "modeling_coral", "user_cache"},
     "conversion": {"configuration_coral", "target_adapter", "jsonl", "weight_files"},
 }

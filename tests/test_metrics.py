@@ -1,5 +1,6 @@
 """The `evaluate` modules: loaded by path without a network, against figures worked out by hand."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,38 @@ def test_acceptance_length_is_pooled(tmp_path):
         metric.add(**vars(stats))
     result = metric.compute()
     assert result["acceptance_length"] == pytest.approx(1 + 6 / 6)  # the mean of 3 and 1.5 would be 2.25
-    assert result["acceptance_per_depth"] == pytest.approx([3 / 6, 2 / 3, 1 / 2])
+    assert result["acceptance_per_depth"] == pytest.approx(
+        [3 / 6, 2 / 3, 1 / 1]
+    )  # depth 3: drafted twice, reached once
     assert result["steps"] == 6
     empty = load("acceptance_length", tmp_path)
     empty.add(**vars(DraftStats()))
     assert empty.compute() == {"acceptance_length": 1.0, "acceptance_per_depth": [], "steps": 0}
+
+
+def test_acceptance_per_depth_of_mixed_depths(tmp_path):
+    """Only steps that drafted to a depth and accepted all before it count there, whatever the others did."""
+    generator = random.Random(0)
+    calls = []
+    for _ in range(4):
+        depths = [generator.randint(0, 6) for _ in range(50)]
+        calls.append([(depth, generator.randint(0, depth)) for depth in depths])
+    calls.append([(1, 1)] * 6 + [(2, 2)] * 4 + [(2, 0)] * 10)
+    steps = [step for call in calls for step in call]
+    expected = []
+    for k in range(1, 7):
+        reached = [accepted for depth, accepted in steps if depth >= k and accepted >= k - 1]
+        expected.append(sum(accepted >= k for accepted in reached) / len(reached))
+    metric, pooled = load("acceptance_length", tmp_path), DraftStats()
+    for call in calls:
+        stats = DraftStats()
+        for depth, accepted in call:
+            stats.add_step(depth, accepted)
+        pooled = pooled.merge(stats)
+        metric.add(**vars(stats))
+    assert stats.acceptance_per_depth == [0.5, 1.0]
+    assert pooled.acceptance_per_depth == pytest.approx(expected)
+    assert metric.compute()["acceptance_per_depth"] == pytest.approx(expected)
 
 
 def test_acceptance_length_of_a_real_answer(tmp_path, target, prompt):
@@ -51,9 +79,11 @@ def test_acceptance_length_of_a_real_answer(tmp_path, target, prompt):
 
 def test_acceptance_length_refuses_what_cannot_be(tmp_path):
     metric = load("acceptance_length", tmp_path)
-    metric.add(steps=2, n_accepted=5, drafted_per_depth=[2], accepted_per_depth=[1])
-    with pytest.raises(ValueError, match=r"drafter\.last_stats"):
-        metric.compute()
+    counts = {"drafted_per_depth": [2], "accepted_per_depth": [1], "reached_per_depth": [2]}
+    for wrong in ({"n_accepted": 5}, {"n_accepted": 1, "reached_per_depth": []}):
+        metric.add(**{"steps": 2, **counts, **wrong})
+        with pytest.raises(ValueError, match=r"drafter\.last_stats"):
+            metric.compute()
 
 
 def test_speculative_speedup_is_the_median_of_pairs(tmp_path):

@@ -194,7 +194,7 @@ def _read_ends(name: str, dtype: torch.dtype, revision: str | None):
 def _pin(name: str, revision: str | None) -> tuple[str | None, dict[str, str]]:
     """The commit that a branch, tag or None stands for now (None for a folder), and `from_pretrained`'s argument for it.
 
-    All files of a load are of one commit then, which is recorded as `config._commit_hash`: Transformers 5.24 no longer does.
+    All files of a load are of one commit then, which is noted in the config for [`hub_commit`].
     """
     path = (
         None

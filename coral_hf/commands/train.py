@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from .. import demo
 from ..modeling_coral import CoralDraftModel
+from ..origin import hub_commit
 from .loading import DEMO, TargetOptions, load_drafter, resolve_dtype
 from .outputs import check_output_folder
 
@@ -108,13 +108,12 @@ class TrainCommand(TargetOptions):
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(f"--{name} {value} is for a new drafter; --drafter {self.drafter} has its own.")
             drafter = load_drafter(self.drafter).float()
-            commit = getattr(target.config, "_commit_hash", None)
+            commit = hub_commit(target.config)
             if commit is not None:  # a target of the Hub: from now on the drafter is trained for this commit
-                drafter.config.target_name_or_path, drafter.config.target_revision = self.target, commit
+                drafter.config.target_name_or_path = target.config._name_or_path
+                drafter.config.target_revision = commit
         else:
             overrides = self._overrides()
-            if self.target == DEMO:
-                overrides["target_revision"] = demo.TARGET_REVISION
             drafter = CoralDraftModel.from_target(target, tokenizer, **overrides)
         if self.router_groups is not None:
             drafter.add_router(self.router_groups, grouping=self.router_grouping or "consecutive")

@@ -16,6 +16,7 @@ from ..configuration_coral import check_vocabulary
 from ..generation.hook import is_coral_drafter
 from ..generation.settings import DraftSettings
 from ..hardware import synchronized_clock
+from ..origin import hub_commit, public_name
 from ..target_adapter import TargetAdapter
 from ..weight_files import drafter_sha256
 
@@ -118,9 +119,12 @@ def parse_methods(texts: Sequence[str], drafters: dict[str, Any], assistant: Any
         drafters (`dict[str, CoralDraftModel]`): by the names they were asked for with.
         assistant (`PreTrainedModel`, *optional*): an ordinary small model.
     """
-    # the folder's name alone where that tells them apart
-    short = {name: Path(name).name for name in drafters}
-    labels = short if len(set(short.values())) == len(short) else {name: name for name in drafters}
+    # the folder's name alone where that tells them apart, else as much of the path as does
+    parts = {name: Path(name).parts for name in drafters}
+    for length in range(1, max(map(len, parts.values())) + 1):
+        labels = {name: "/".join(path[-length:]) for name, path in parts.items()}
+        if len(set(labels.values())) == len(labels):
+            break
     methods: dict[str, Method] = {}
     for text in texts:
         for name, drafter in drafters.items():
@@ -239,13 +243,13 @@ def check_drafter(target: Any, tokenizer: Any, method: Method) -> None:
 def describe_target(target: Any) -> dict[str, Any]:
     """Which target a record measured: its name and, if it is of the Hub, its commit."""
     config = target.config
-    return {"target": config._name_or_path, "target_revision": getattr(config, "_commit_hash", None)}
+    return {"target": public_name(config._name_or_path), "target_revision": hub_commit(config)}
 
 
 def describe_drafter(drafter: Any) -> dict[str, Any]:
     """Which drafter a record measured: its Hub id or folder's name, and the hash of its weights file."""
     return {
-        "drafter": None if drafter is None else public_name(drafter),
+        "drafter": None if drafter is None else public_name(drafter.config._name_or_path or None),
         "drafter_sha256": None if drafter is None else drafter_sha256(drafter),
     }
 
@@ -255,7 +259,9 @@ def describe_methods(methods: Sequence[Method]) -> dict[str, Any]:
     drafters = {id(method.drafter): method.drafter for method in methods if method.is_coral}
     described = {key: describe_drafter(drafter) for key, drafter in drafters.items()}
     assistants = {
-        m.name: {"assistant": public_name(m.drafter)} for m in methods if m.drafter is not None and not m.is_coral
+        m.name: {"assistant": public_name(m.drafter.config._name_or_path)}
+        for m in methods
+        if m.drafter is not None and not m.is_coral
     }
     return {
         # several drafters' figures must not go into the card of one
@@ -263,14 +269,6 @@ def describe_methods(methods: Sequence[Method]) -> dict[str, Any]:
         "drafters": {method.name: described[id(method.drafter)] for method in methods if method.is_coral},
         "methods": {method.name: {**assistants.get(method.name, {}), **method.settings} for method in methods},
     }
-
-
-def public_name(model: Any) -> str | None:
-    """A model's Hub id, or the name of the folder that it was loaded from."""
-    name = model.config._name_or_path or None
-    if name is not None and Path(name).is_dir():
-        name = Path(name).resolve().name
-    return name
 
 
 def draft_settings(method: Method) -> dict[str, Any]:
@@ -294,5 +292,4 @@ __all__ = [
     "first_difference",
     "measure",
     "parse_methods",
-    "public_name",
 ]

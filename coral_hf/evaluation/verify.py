@@ -121,6 +121,7 @@ class Check:
             "steps": {name: stats.steps for name, stats in self.pooled.items()},
             "accepted": {name: stats.n_accepted for name, stats in self.pooled.items()},
             "accepted_per_depth": self.pooled["all"].accepted_per_depth,
+            "reached_per_depth": self.pooled["all"].reached_per_depth,
             "acceptance_length": {name: round(stats.acceptance_length, 4) for name, stats in self.pooled.items()},
             "acceptance_per_depth": [round(rate, 4) for rate in self.pooled["all"].acceptance_per_depth],
         }

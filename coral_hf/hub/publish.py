@@ -4,6 +4,7 @@ A published folder holds, beside config and weights: the card; the records behin
 `auto_map`, so that `AutoModel.from_pretrained(..., trust_remote_code=True)` needs no package; and `custom_generate/`.
 """
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -17,11 +18,16 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import __version__, modeling_coral
+from ..jsonl import parse_json
+from ..origin import public_name
 from .model_card import write_card
 from .records import RECORD_FOLDER
 
 
 AUTO_MAP = {"AutoConfig": "configuration_coral.CoralDraftConfig", "AutoModel": "modeling_coral.CoralDraftModel"}
+
+# keys of what is a Hub id or a path
+_NAMES = ("target", "target_name_or_path", "base_model_name_or_path", "drafter", "assistant", "data")
 
 
 def push_drafter(
@@ -81,12 +87,13 @@ def push_drafter(
 
 
 def prepare_folder(folder: str | Path, repo_id: str | None = None, stated: dict[str, Any] | None = None) -> None:
-    """Adds card, code and `custom_generate/` to a folder that `save_pretrained` wrote.
+    """Adds card, code and `custom_generate/` to a folder that `save_pretrained` wrote, and takes paths out of its files.
 
     Raises:
-        ValueError: for records of another drafter.
+        ValueError: for records of another drafter, or damaged ones.
     """
     folder = Path(folder)
+    strip_paths(folder)
     write_card(folder, repo_id=repo_id, unmeasured=True, stated=stated)
     source = modeling_coral.__file__
     for path in [source, *get_relative_import_files(source)]:
@@ -99,6 +106,25 @@ def prepare_folder(folder: str | Path, repo_id: str | None = None, stated: dict[
     custom.mkdir(exist_ok=True)
     shutil.copyfile(Path(__file__).with_name("custom_generate") / "generate.py", custom / "generate.py")
     (custom / "requirements.txt").write_text(f"coral-hf>={__version__}\n", encoding="utf-8")
+
+
+def strip_paths(folder: str | Path) -> None:
+    """Leaves the last part of the paths of models and data that config, records and adapters name."""
+    patterns = ("config.json", f"{RECORD_FOLDER}/*.json", "adapter/*.json")
+    for path in itertools.chain.from_iterable(map(Path(folder).glob, patterns)):
+        if path.name == "card.json":  # sentences
+            continue
+        held = parse_json(path.read_text(encoding="utf-8"), str(path), "Write it again or delete it.")
+        if (public := _without_paths(held)) != held:
+            path.write_text(json.dumps(public, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_paths(value: Any, key: str | None = None) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_paths(held, name) for name, held in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(held, key) for held in value]
+    return public_name(value) if key in _NAMES and isinstance(value, str) else value
 
 
 def require_token(token: str | bool | None) -> None:
@@ -164,4 +190,4 @@ def _copy_records(drafter: Any, record: str | Path | None, folder: Path) -> None
         )
 
 
-__all__ = ["hub_errors", "prepare_folder", "push_drafter", "require_token"]
+__all__ = ["hub_errors", "prepare_folder", "push_drafter", "require_token", "strip_paths"]

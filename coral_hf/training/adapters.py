@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
 
+from ..hub.model_card import CARD_FILE
 from ..modeling_coral import CoralDraftModel
+from ..origin import hub_commit
 from ..target_adapter import TargetAdapter
 
 
@@ -44,7 +46,7 @@ def add_adapters(drafter: CoralDraftModel, peft_config: Any, adapter: TargetAdap
         peft_config = copy.deepcopy(peft_config)
         peft_config.target_modules = adaptable_modules(drafter)
     drafter.config.target_name_or_path = adapter.text_config._name_or_path or adapter.target.config._name_or_path
-    drafter.config.target_revision = getattr(adapter.target.config, "_commit_hash", None)
+    drafter.config.target_revision = hub_commit(adapter.target.config)
     return get_peft_model(drafter, peft_config)
 
 
@@ -73,6 +75,8 @@ def save_merged(model: Any, folder: str | Path) -> CoralDraftModel:
         [`CoralDraftModel`]: the merged drafter.
     """
     model.save_pretrained(Path(folder) / ADAPTER_FOLDER)
+    # PEFT's card of them: an empty form but for the path of the drafter that they were begun on
+    (Path(folder) / ADAPTER_FOLDER / CARD_FILE).unlink(missing_ok=True)
     merged = copy.deepcopy(model).merge_and_unload()
     merged.save_pretrained(folder)
     for name in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME):

@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, has_length, rotate_checkpoints
 
 from ..jsonl import read_json
+from ..origin import hub_commit
 from ..weight_files import WEIGHTS_FILE
 from .adapters import is_peft
 
@@ -132,9 +133,14 @@ class CheckpointMixin(Trainer):
             "batch": self._global_batch(),
             # the last part only: the same target may lie in another folder
             "target": Path(name).name if (name := self.model.config.target_name_or_path) else None,
-            "target_revision": self.model.config.target_revision,
+            "target_revision": self.target_revision,
             "vocabulary": self.model.config.target_vocab_hash,
         }
+
+    @property
+    def target_revision(self) -> str | None:
+        """The target's own where it is of the Hub: a drafter that goes on may name the commit that it was begun for."""
+        return hub_commit(self.adapter.target.config) or self.model.config.target_revision
 
     def _global_batch(self) -> int:
         """Conversations per optimizer step, over all processes."""

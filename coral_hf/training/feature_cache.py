@@ -28,6 +28,15 @@ def _key(input_ids: torch.Tensor) -> str:
     return hashlib.sha1(input_ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
 
 
+def _same_target(found: Any, target_id: str) -> bool:
+    """Equal, or equal but for a commit that was not known then or is not now (`"NAME None"`): the weights tell."""
+    pairs = ((found, target_id), (target_id, found))
+    return found == target_id or any(
+        isinstance(one, str) and one.endswith(" None") and str(other).startswith(one.removesuffix("None"))
+        for one, other in pairs
+    )
+
+
 class FeatureCache:
     """Features on disk, in bf16 shards that are written once and read through a memory map.
 
@@ -57,9 +66,7 @@ class FeatureCache:
         meta = self.directory / "meta.json"
         if meta.exists():
             found = read_json(meta)
-            # written where the commit was not known; the weights tell then
-            unnamed = {**self._identity, "target": f"{target_id.rpartition(' ')[0]} None"}
-            if found not in (self._identity, unnamed):
+            if not _same_target(found.get("target"), target_id) or {**found, "target": target_id} != self._identity:
                 raise ValueError(
                     f"{self.directory} caches features of {found}, not of {self._identity}. Use another folder, or "
                     "delete this one."

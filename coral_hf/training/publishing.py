@@ -4,20 +4,23 @@ import json
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
-from transformers import Trainer
+from transformers import Trainer, trainer
 from transformers.trainer_utils import has_length
 
 from ..code_version import code_commit
 from ..hardware import device_name
 from ..hub.model_card import write_card
-from ..hub.publish import hub_errors, prepare_folder, require_token
+from ..hub.publish import hub_errors, prepare_folder, require_token, strip_paths
 from ..hub.records import RECORD_FOLDER
+from ..origin import public_name
 from .adapters import is_peft, rebuild, save_merged
 
 
+ARGUMENTS_FILE = "training_args.bin"
 # arguments that say where, not how
 _NOT_RECIPE = {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token", "cache_features"}
 _NOT_RECIPE |= {"report_to", "use_cpu", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "project"}
@@ -69,8 +72,21 @@ class PublishingMixin(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Adapters alone are no drafter, and `Trainer` would push a checkpoint's as one: an adapted drafter goes merged,
         # when it is saved.
-        if not is_peft(self.model):
+        if is_peft(self.model):
+            return
+        if self.args.should_save:
+            strip_paths(checkpoint_folder)
+        self._remove_arguments()
+        # `Trainer` pickles its arguments into the folder, and uploads all of it but for names that begin with `_`.
+        with patch.object(trainer, "TRAINING_ARGS_NAME", f"_{ARGUMENTS_FILE}"):
             super()._push_from_checkpoint(checkpoint_folder)
+        self._remove_arguments()
+
+    def _remove_arguments(self) -> None:
+        """A pickle, which may run code and holds paths of this machine, is no part of a drafter: a checkpoint keeps its own."""
+        if self.args.should_save:
+            for name in (ARGUMENTS_FILE, f"_{ARGUMENTS_FILE}"):
+                (Path(self.args.output_dir) / name).unlink(missing_ok=True)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Pushes as [`~transformers.Trainer.push_to_hub`] does, with the card of `coral-hf card`, made from the records in
@@ -95,6 +111,7 @@ class PublishingMixin(Trainer):
             return
         if model_name is not None:
             stated = {"title": model_name, **stated}
+        self._remove_arguments()
         self.write_training_record(Path(self.args.output_dir))
         prepare_folder(self.args.output_dir, self.hub_model_id, stated)
 
@@ -127,13 +144,6 @@ class PublishingMixin(Trainer):
         (training / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         rows = "".join(json.dumps(row) + "\n" for row in self.state.log_history)
         (training / "log.jsonl").write_text(rows, encoding="utf-8")
-
-
-def public_name(name: str | None) -> str | None:
-    """A Hub id, or the name alone of what is a path on somebody's machine."""
-    if name and (Path(name).exists() or Path(name).is_absolute()):
-        return Path(name).resolve().name
-    return name or None
 
 
 def _stages(folder: str | None) -> list[bytes]:
@@ -170,4 +180,4 @@ def _version() -> str:
     return __version__
 
 
-__all__ = ["PublishingMixin", "public_name", "recipe"]
+__all__ = ["PublishingMixin", "recipe"]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..origin import hub_commit
 from .prompt_queue import WINDOW_PER_SLOT, Conversation, Job, PromptQueue, unanswered
 from .response_files import AnswerWriter, exclusive, iter_prompts, iter_responses, write_shards
 from .slot_cache import SlotCache
@@ -146,7 +147,7 @@ def regenerate(
         raise ValueError("the target is in training mode, where dropout changes its answers; call target.eval().")
 
     output, eos_ids, excluded = Path(output), _eos_ids(target), set(exclude)
-    revision = getattr(target.config, "_commit_hash", None)
+    revision = hub_commit(target.config)
     cache = SlotCache(target, slots, max_prompt_tokens + max_new_tokens)
     with exclusive(output):
         on_file = _read_answers(output, temperature, revision)

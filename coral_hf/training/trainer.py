@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, Trainer
 
 from ..configuration_coral import check_vocabulary
 from ..modeling_coral import CoralDraftModel
+from ..origin import public_name
 from ..target_adapter import TargetAdapter
 from .adapters import add_adapters
 from .arguments import CoralTrainingArguments
@@ -137,10 +138,8 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         return counts.argsort(descending=True, stable=True)[:size]
 
     def _fill_cache(self, directory: str, datasets: Sequence[Any]) -> None:
-        config = self.model.config
-        # the target's own where it is of the Hub: a drafter that goes on may name the commit that it was begun for
-        revision = getattr(self.adapter.target.config, "_commit_hash", None) or config.target_revision
-        cache = FeatureCache(directory, self.adapter, f"{config.target_name_or_path} {revision}")
+        name = public_name(self.model.config.target_name_or_path)  # a folder may move
+        cache = FeatureCache(directory, self.adapter, f"{name} {self.target_revision}")
         rows = [dataset[i]["input_ids"] for dataset in datasets if dataset is not None for i in range(len(dataset))]
         wait = self.accelerator.wait_for_everyone
         cache.fill(rows, rank=self.args.process_index, world_size=self.args.world_size, barrier=wait)

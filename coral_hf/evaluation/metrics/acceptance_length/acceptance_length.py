@@ -22,6 +22,7 @@ Args:
     n_accepted (`list[int]`): drafted tokens that an answer accepted, bonus tokens excluded.
     drafted_per_depth (`list[list[int]]`): steps of an answer that drafted to depth 1, 2, ...
     accepted_per_depth (`list[list[int]]`): steps of an answer that accepted depth 1, 2, ...
+    reached_per_depth (`list[list[int]]`): steps of an answer that drafted to depth 1, 2, ... and accepted those before it.
 Returns:
     acceptance_length (`float`), acceptance_per_depth (`list[float]`), steps (`int`).
 Examples:
@@ -57,6 +58,7 @@ class AcceptanceLength(evaluate.Metric):
                     "n_accepted": count,
                     "drafted_per_depth": per_depth,
                     "accepted_per_depth": per_depth,
+                    "reached_per_depth": per_depth,
                 }
             ),
         )
@@ -66,10 +68,11 @@ class AcceptanceLength(evaluate.Metric):
         pooled = DraftStats()
         for values in zip(*(columns[name] for name in names), strict=True):
             stats = DraftStats(*values)
-            if stats.steps < 0 or not 0 <= stats.n_accepted == sum(stats.accepted_per_depth):
+            lengths = {len(getattr(stats, name)) for name in names if name.endswith("_per_depth")}
+            if stats.steps < 0 or not 0 <= stats.n_accepted == sum(stats.accepted_per_depth) or len(lengths) > 1:
                 raise ValueError(
-                    f"{stats} is no answer's statistics: n_accepted must be the sum of accepted_per_depth, and no count "
-                    "negative. Pass the fields of drafter.last_stats as they are."
+                    f"{stats} is no answer's statistics: n_accepted must be the sum of accepted_per_depth, the counts per "
+                    "depth must go equally far, and none be negative. Pass the fields of drafter.last_stats as they are."
                 )
             pooled = pooled.merge(stats)
         return {
