@@ -5,7 +5,7 @@ import torch
 from conftest import COMMON, FAMILIES, make_drafter, make_target
 from oracle import oracle
 from parity import CHAIN, STOCK, TREES, compare, config_of, prompt_of
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from coral_hf.compat import cache_kwarg
 from coral_hf.generation.statistics import DraftStats
@@ -123,6 +123,25 @@ def test_an_image_is_not_split_into_chunks():
     config = config_of(CHAIN, prefill_chunk_size=ids.shape[1])
     drafted = target.generate(ids, generation_config=config, assistant_model=drafter, **inputs)
     assert torch.equal(drafted, target.generate(ids, generation_config=config_of({}), **inputs))
+
+
+@pytest.mark.parametrize("length", [20, 33, 40])
+def test_prompts_that_phi3_reads_without_its_cache(length):
+    """Behind the reach of its short RoPE factors it drops the cache it is given, filled or not, and begins a new one."""
+    target = build("phi3", {"original_max_position_embeddings": 32}, "sdpa")
+    drafter, ids = make_drafter(target), prompt_of(length)
+    for size in (CHAIN, TREES["tree16"], STOCK):
+        plain, stats = compare(target, drafter, ids, size)
+        assert stats.n_accepted / stats.steps >= 1.5
+        if size is not STOCK:
+            filled = DynamicCache(config=target.config)
+            target(input_ids=ids[:, :9], use_cache=True, **cache_kwarg(filled))
+            with oracle(plain):
+                config = config_of(size)
+                drafted = target.generate(
+                    ids, generation_config=config, assistant_model=drafter, **cache_kwarg(filled)
+                )
+            assert torch.equal(plain, drafted) and drafter.last_stats.n_accepted > drafter.last_stats.steps
 
 
 @pytest.mark.slow
