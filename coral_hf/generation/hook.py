@@ -12,9 +12,10 @@ from transformers.generation import GenerationMode
 from ..compat import CACHE_NAME, cache_of
 from ..few_rows import few_row_linears
 from ..target_adapter import TargetAdapter
+from .call_checks import check_call
 from .candidate_generator import CoralCandidateGenerator
 from .cost_measurement import draft_costs
-from .decoding import check_call, coral_decoding
+from .decoding import coral_decoding
 from .settings import DraftSettings
 
 
