@@ -52,6 +52,31 @@ def test_a_certain_child_never_displaces_its_parent():
     assert tree.tokens.tolist() == [[7, 10]]
 
 
+@pytest.mark.parametrize("calibrate", [None, lambda chances, _: chances.sqrt()])
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_kept_is_a_tree_whatever_the_drafter_says(seed, calibrate):
+    """NaN and infinities of an overflow, and log q above 0: every kept node hangs on its own parent."""
+    generator = torch.Generator().manual_seed(seed)
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-3, 0.0])
+    builder, stored, parents = DraftTreeBuilder(torch.tensor([[0]]), 3, calibrate), None, {}
+    frontier, next_token = [0], 1
+    for _ in range(4):
+        log_q = -torch.rand(1, len(frontier), 3, generator=generator)
+        draws = torch.randint(0, 10, log_q.shape, generator=generator)
+        log_q = torch.where(draws < 5, odd[draws.clamp(max=4)], log_q)
+        tokens = torch.arange(next_token, next_token + log_q.numel()).view_as(log_q)
+        next_token += log_q.numel()
+        parents |= {int(child): token for row, token in zip(tokens[0], frontier, strict=True) for child in row}
+        chosen, stored, _ = builder.add_level(tokens, log_q, parents=stored)
+        frontier = chosen[0].tolist()
+    for total in range(2, 14):
+        tree = builder.build(total)
+        assert not tree.scores.isnan().any() and (tree.scores <= 0).all()
+        for node in range(1, total):
+            parent = int(tree.parents[0, node])
+            assert 0 <= parent < node and int(tree.tokens[0, parent]) == parents[int(tree.tokens[0, node])]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_trees_against_a_slow_reference(seed):
     """Levels are expanded by hand from a table of path -> log q; every kept set is closed under parents."""

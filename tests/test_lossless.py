@@ -12,6 +12,7 @@ from coral_hf.compat import cache_kwarg, cache_of
 from coral_hf.configuration_coral import CALIBRATION_KNOTS
 from coral_hf.generation import hook
 from coral_hf.generation.tuning import DraftCosts
+from coral_hf.lm_head_router import DraftHead
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -217,6 +218,28 @@ def test_float32_and_bfloat16_run():
     target.bfloat16()
     drafted = coral_generate(target, drafter, input_ids=prompt_of(9), max_new_tokens=20, do_sample=False)
     assert drafted.shape[1] == 29
+
+
+@pytest.mark.parametrize("tree", ["chain", "tree8", "tree16"])
+def test_a_drafter_whose_numbers_overflow(target, tree, monkeypatch):
+    """Rows of NaN among right and wrong drafts, as of a float16 overflow: the same text."""
+    drafter, ids = make_drafter(target), prompt_of(9)
+    plain = target.generate(ids, generation_config=config_of({}))
+    generator = torch.Generator().manual_seed(0)
+    with oracle(plain, 0.9):
+        right_or_wrong = DraftHead._active_logits
+
+        def logits(self, hidden, weights):
+            logits, *rest = right_or_wrong(self, hidden, weights)
+            overflow = torch.rand(logits.shape[:2], generator=generator) < 0.3
+            return logits.masked_fill(overflow[..., None], torch.nan), *rest
+
+        monkeypatch.setattr(DraftHead, "_active_logits", logits)
+        for _ in range(5):
+            drafted = target.generate(ids, generation_config=config_of(TREES[tree]), assistant_model=drafter)
+            assert torch.equal(plain, drafted)
+        monkeypatch.undo()
+    assert drafter.last_stats.n_accepted > 10
 
 
 def test_text_streamer_prints_once(target, capsys):

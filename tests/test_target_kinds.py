@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import COMMON, FAMILIES, make_drafter, make_target
+from conftest import COMMON, FAMILIES, make_drafter, make_target, randomize
 from oracle import oracle
 from parity import CHAIN, STOCK, TREES, compare, config_of, prompt_of
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from coral_hf.compat import cache_kwarg
 from coral_hf.generation.statistics import DraftStats
@@ -37,11 +37,37 @@ CHAINS_ONLY = {
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
 }
 
+# Their forwards know no positions of a tree's nodes, or make their own masks.
+GPT = {"vocab_size": 128, "num_attention_heads": 4}
+POSITIONLESS = {
+    "mpt": {"vocab_size": 128, "d_model": 32, "n_heads": 4, "n_layers": 4},
+    "bloom": {**GPT, "hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "falcon": {**GPT, "hidden_size": 32, "num_hidden_layers": 4, "alibi": True},
+    "gpt_neo": {
+        **GPT,
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 2]],
+    }
+    | {"window_size": 8},
+    "bart": {**GPT, "d_model": 32, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+    | {"is_decoder": True, "is_encoder_decoder": False},
+}
+
 
 def build(family: str, settings: dict, attention: str = "eager"):
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](**{**COMMON, **settings})
     return finish(AutoModelForCausalLM.from_config(config, attn_implementation=attention))
+
+
+def build_positionless(family: str, **settings):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**{**POSITIONLESS[family], "tie_word_embeddings": False, **settings})
+    target = finish(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    target.generation_config.use_cache = True
+    return randomize(target)
 
 
 def finish(target):
@@ -125,6 +151,25 @@ def test_an_image_is_not_split_into_chunks():
     assert torch.equal(drafted, target.generate(ids, generation_config=config_of({}), **inputs))
 
 
+@pytest.mark.parametrize("length", [20, 33, 40])
+def test_prompts_that_phi3_reads_without_its_cache(length):
+    """Behind the reach of its short RoPE factors it drops the cache it is given, filled or not, and begins a new one."""
+    target = build("phi3", {"original_max_position_embeddings": 32}, "sdpa")
+    drafter, ids = make_drafter(target), prompt_of(length)
+    for size in (CHAIN, TREES["tree16"], STOCK):
+        plain, stats = compare(target, drafter, ids, size)
+        assert stats.n_accepted / stats.steps >= 1.5
+        if size is not STOCK:
+            filled = DynamicCache(config=target.config)
+            target(input_ids=ids[:, :9], use_cache=True, **cache_kwarg(filled))
+            with oracle(plain):
+                config = config_of(size)
+                drafted = target.generate(
+                    ids, generation_config=config, assistant_model=drafter, **cache_kwarg(filled)
+                )
+            assert torch.equal(plain, drafted) and drafter.last_stats.n_accepted > drafter.last_stats.steps
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", list(CHAINS_ONLY))
@@ -137,6 +182,24 @@ def test_chains_only(family, attention):
             plain, stats = compare(target, drafter, prompt_of(length), size)
             assert stats.n_accepted > stats.steps and plain[0, length:].unique().numel() > 3
     assert_refused(target, drafter, TREES["tree16"], "draft_top_k=1")
+
+
+@pytest.mark.parametrize("family", list(POSITIONLESS))
+def test_targets_that_take_no_tree(family):
+    """Their chains are plain generate's; of trees GPT-Neo's text would be wrong in silence, MPT's and BLOOM's too."""
+    target = build_positionless(family)
+    drafter, ids = make_drafter(target), prompt_of(20)
+    plain, stats = compare(target, drafter, ids, CHAIN, use_cache=True)
+    assert stats.n_accepted > stats.steps and plain[0, 20:].unique().numel() > 1
+    assert_refused(target, drafter, TREES["tree16"], f"{type(target).__name__} .*draft_top_k=1", use_cache=True)
+
+
+def test_windows_that_are_global_take_trees():
+    """GPT-Neo without local layers, Falcon without ALiBi."""
+    for family, settings in (("gpt_neo", {"attention_types": [[["global"], 4]]}), ("falcon", {"alibi": False})):
+        target = build_positionless(family, **settings)
+        _, stats = compare(target, make_drafter(target), prompt_of(20), TREES["tree16"], use_cache=True)
+        assert stats.n_accepted > stats.steps
 
 
 def assert_refused(target, drafter, size: dict, message: str, ids=None, cache=None, **settings) -> None:
@@ -169,6 +232,50 @@ def assert_refused(target, drafter, size: dict, message: str, ids=None, cache=No
 def test_recurrent_targets_are_refused(family, size):
     target = build(family, RECURRENT[family])
     assert_refused(target, make_drafter(make_target(), dtype=torch.float64), size, "without assistant_model")
+
+
+@pytest.fixture(scope="module")
+def cross_attending():
+    """Llama 3.2 Vision: a target whose second layer attends to an image instead of the text, and a prompt with one."""
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_global_layers": 1}
+    vision |= {"attention_heads": 2, "image_size": 8, "patch_size": 4, "max_num_tiles": 1, "vision_output_dim": 32}
+    vision |= {"supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0]}
+    text = {**COMMON, "model_type": "mllama_text_model", "cross_attention_layers": [1]}
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["mllama"](vision_config=vision, text_config=text, image_token_index=127)
+    target = finish(AutoModelForImageTextToText.from_config(config))
+    image = {
+        "pixel_values": torch.randn(1, 1, 1, 3, 8, 8).double(),
+        "aspect_ratio_ids": torch.tensor([[1]]),
+        "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
+        "cross_attention_mask": torch.ones(1, 10, 1, 1, dtype=torch.long),
+    }
+    return target, torch.cat([torch.tensor([[5, 127]]), prompt_of(8).clamp(max=120)], dim=1), image
+
+
+@pytest.mark.parametrize("size", [CHAIN, STOCK, TREES["tree16"]], ids=["chain", "stock", "tree"])
+def test_images_behind_cross_attention_are_refused(cross_attending, size):
+    """Given, or in the cache; the text of a prompt without one is plain generate's."""
+    target, ids, image = cross_attending
+    drafter = make_drafter(target)
+    _, stats = compare(target, drafter, ids, size)
+    assert stats.n_accepted > stats.steps
+    config = config_of(size)
+    with pytest.raises(ValueError, match=r"cross_attention_mask.* by cross-attention.*without assistant_model"):
+        target.generate(ids, generation_config=config, assistant_model=drafter, **image)
+    cache = DynamicCache(config=target.config)
+    target(ids, use_cache=True, **image, **cache_kwarg(cache))
+    longer = torch.cat([ids, prompt_of(3)], dim=1)
+    assert_refused(target, drafter, size, "an image in the cache", longer, cache)
+
+
+@pytest.mark.parametrize("size", [CHAIN, STOCK, TREES["tree16"]], ids=["chain", "stock", "tree"])
+def test_encoders_behind_cross_attention_are_refused(size):
+    target = build("gpt2", {"n_embd": 32, "n_layer": 4, "n_head": 4, "add_cross_attention": True}, "sdpa")
+    drafter, states = make_drafter(target), torch.randn(1, 5, 32).double()
+    with pytest.raises(ValueError, match="encoder_hidden_states by cross-attention"):
+        config = config_of(size)
+        target.generate(prompt_of(9), generation_config=config, assistant_model=drafter, encoder_hidden_states=states)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])

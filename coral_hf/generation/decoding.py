@@ -8,83 +8,15 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..compat import cache_kwarg, cache_of
+from ..compat import cache_kwarg
 from ..modeling_coral import CoralDraftModel
-from .cache import check_cache, compact_cache
-from .candidate_generator import CoralCandidateGenerator
+from .cache import compact_cache
+from .candidate_generator import CoralCandidateGenerator, padding_of
 from .draft_tree import DraftTree
 from .settings import DraftSettings
 from .tuning import DraftCosts
 from .verification import accept_greedy, accept_walk
 from .verifier import Verifier
-
-
-ATTENTION_WITH_TREES = ("sdpa", "eager")
-# Tensors among `generate`'s arguments that a prefill in chunks knows how to split, or does not read.
-_SPLIT_INPUTS = {"attention_mask", "position_ids", "inputs_tensor"}
-
-
-def check_call(
-    target: PreTrainedModel,
-    settings: DraftSettings,
-    input_ids: torch.Tensor,
-    generation_config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-) -> None:
-    """Raises `ValueError` for what the loop does not support, before any forward (measuring draft costs takes many)."""
-    if (
-        generation_config.return_dict_in_generate
-        and generation_config.output_attentions
-        and not settings.draft_stock_loop
-    ):
-        raise ValueError("CORAL verifies trees, whose attentions are not a sequence's: set output_attentions=False.")
-    chunk = generation_config.prefill_chunk_size
-    if chunk is not None and not settings.draft_stock_loop:
-        if not isinstance(chunk, int) or chunk < 1:
-            raise ValueError(f"prefill_chunk_size={chunk!r} must be a positive number of tokens, or None.")
-        others = {name for name, value in model_kwargs.items() if _holds_tensors(value)} - _SPLIT_INPUTS
-        if others and chunk < input_ids.shape[1]:
-            raise ValueError(
-                f"prefill_chunk_size={chunk} splits ids, positions and attention mask of a prompt, but no "
-                f"{', '.join(sorted(others))}. Set prefill_chunk_size=None."
-            )
-    if input_ids.shape[0] != 1:
-        raise ValueError(
-            f"CORAL generates for one sequence at a time; got a batch of {input_ids.shape[0]}. Call generate once per "
-            "prompt (and with num_return_sequences=1)."
-        )
-    if input_ids.shape[1] == 0:
-        raise ValueError(
-            "input_ids is empty, and CORAL drafts from token ids: pass a prompt of at least one token, not inputs_embeds."
-        )
-    if model_kwargs.get("use_cache") is False:
-        raise ValueError("CORAL needs the target's KV cache; use_cache=False leaves it none. Set use_cache=True.")
-    cache = cache_of(model_kwargs)
-    if cache is None:
-        raise ValueError(
-            f"{type(target).__name__} keeps no KV cache that drafts could be dropped from (a recurrent model?); "
-            "generate without assistant_model."
-        )
-    for name, module in (("embedding", target.get_input_embeddings()), ("LM head", target.get_output_embeddings())):
-        if module is not None and module.weight.device.type == "meta":
-            raise ValueError(
-                f"The {name} of {type(target).__name__} is offloaded, but every draft step needs it: give it a device "
-                "in device_map."
-            )
-    attention = target.config.get_text_config()._attn_implementation
-    if not settings.is_chain and attention not in ATTENTION_WITH_TREES:
-        raise ValueError(
-            f"attn_implementation={attention!r} takes no tree mask. Load the target with attn_implementation='sdpa', "
-            "or draft a chain with draft_top_k=1."
-        )
-    kinds = getattr(target.config.get_text_config(), "layer_types", None) or []
-    check_cache(cache, branches=not settings.is_chain, layer_types=kinds)
-
-
-def _holds_tensors(value: Any) -> bool:
-    """Images come as tensors, or encoded in a dict by kind."""
-    values = value.values() if isinstance(value, dict) else [value]
-    return any(isinstance(item, torch.Tensor | dict) for item in values)
 
 
 class _Selector:
@@ -140,12 +72,13 @@ def coral_decoding(
 
     Raises:
         ValueError: if drafter and target, or settings and drafter do not belong together; what else is not supported
-            [`check_call`] has refused.
+            [`call_checks.check_call`] has refused.
     """
     verifier = Verifier(target, model_kwargs)
     selector = _Selector(logits_processor, generation_config)
     max_length = generation_config.max_length
-    generator = CoralCandidateGenerator(drafter, target, settings, max_length, verifier.num_padding, costs)
+    padding = padding_of(model_kwargs.get("attention_mask"), input_ids)
+    generator = CoralCandidateGenerator(drafter, target, settings, max_length, padding, costs)
     keep_states = generation_config.return_dict_in_generate and generation_config.output_hidden_states
     states: list | None = [] if keep_states else None
     # Nothing refuses from here on: a call that was refused leaves the last one's statistics.
@@ -166,31 +99,32 @@ def coral_decoding(
             return next((length for length, end in zip(lengths, ends, strict=True) if end), None)
         return next((length for length in lengths if is_finished(ids[:, :length])), None)
 
-    outputs, features = verifier.prefill(input_ids, generation_config, generator.features_of)
-    if states is not None:
-        states.append(outputs.hidden_states)
-    token = selector.choose(input_ids, outputs.logits[:, -1])
-    del outputs  # the states of every layer of a prompt, of which the drafter reads few
-    input_ids = torch.cat([input_ids, token[:, None]], dim=1)
-    drafter.last_stats = generator.stats  # from here on, so that a streamer can show it
-    if streamer is not None:
-        streamer.put(token.cpu())
-    finished = is_finished(input_ids)
-    while not finished:
-        remaining = max_length - input_ids.shape[1]
-        tree = generator.propose(input_ids, features, max_depth=remaining - 1)
-        outputs = verifier.verify(tree)
-        path, tokens, finished = _accept(tree, outputs.logits, input_ids, selector, is_finished, first_end)
-        compact_cache(verifier.cache, path, tree.num_nodes)
-        features = generator.features_of(outputs.hidden_states, path)
+    with verifier.recording():
+        outputs, features = verifier.prefill(input_ids, generation_config, generator.features_of)
         if states is not None:
-            accepted = [state.index_select(1, path[0].to(state.device)) for state in outputs.hidden_states]
-            states.extend(tuple(state[:, i : i + 1] for state in accepted) for i in range(path.shape[1]))
-        input_ids = torch.cat([input_ids, tokens], dim=1)
+            states.append(outputs.hidden_states)
+        token = selector.choose(input_ids, outputs.logits[:, -1])
+        del outputs  # the states of every layer of a prompt, of which the drafter reads few
+        input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+        drafter.last_stats = generator.stats  # from here on, so that a streamer can show it
         if streamer is not None:
-            for column in tokens.cpu().unbind(dim=1):
-                streamer.put(column)
-        generator.stats.add_step(tree.depth, tokens.shape[1] - 1)
+            streamer.put(token.cpu())
+        finished = is_finished(input_ids)
+        while not finished:
+            remaining = max_length - input_ids.shape[1]
+            tree = generator.propose(input_ids, features, max_depth=remaining - 1)
+            outputs = verifier.verify(tree)
+            path, tokens, finished = _accept(tree, outputs.logits, input_ids, selector, is_finished, first_end)
+            compact_cache(verifier.cache, path, tree.num_nodes)
+            features = generator.features_of(outputs.hidden_states, path)
+            if states is not None:
+                accepted = [state.index_select(1, path[0].to(state.device)) for state in outputs.hidden_states]
+                states.extend(tuple(state[:, i : i + 1] for state in accepted) for i in range(path.shape[1]))
+            input_ids = torch.cat([input_ids, tokens], dim=1)
+            if streamer is not None:
+                for column in tokens.cpu().unbind(dim=1):
+                    streamer.put(column)
+            generator.stats.add_step(tree.depth, tokens.shape[1] - 1)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
@@ -237,4 +171,4 @@ def _accept(
     return path, tokens, finished
 
 
-__all__ = ["check_call", "coral_decoding"]
+__all__ = ["coral_decoding"]

@@ -102,7 +102,9 @@ class DraftTreeBuilder:
         if parents is None:
             parents = torch.zeros(batch, width, dtype=torch.long, device=tokens.device)
         all_scores = torch.cat(self._scores, dim=1)  # [B, stored]
-        scores = all_scores.gather(1, parents)[..., None] + log_probs.float()  # [B, W, top_k]
+        # NaN, of a drafter whose float16 overflows, sorts before everything: a child would be kept without its parent.
+        log_probs = log_probs.float().nan_to_num(nan=-torch.inf, neginf=-torch.inf).clamp(max=0.0)
+        scores = all_scores.gather(1, parents)[..., None] + log_probs  # [B, W, top_k]
         scores, tokens = scores.flatten(1), tokens.flatten(1)  # [B, W * top_k]
         self._level += 1
         self._tokens.append(tokens)

@@ -1,10 +1,11 @@
 """The target's side of the decode loop: the prefill, and one forward per draft tree."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..compat import cache_kwarg, cache_of
 from .cache import tree_attention_mask
@@ -21,10 +22,22 @@ class Verifier:
         mask = model_kwargs.get("attention_mask")
         # True at tokens, False at padding, over everything in the cache and the prompt; None: no padding.
         self.mask = None if mask is None else mask.bool()
-        self.num_padding = 0 if mask is None else int((mask == 0).sum())
+        self.num_padding = 0 if mask is None else int((mask == 0).sum())  # also what lies in the cache already
         # With device_map the layers lie elsewhere, but ids and masks enter where the embedding is.
         self.device = target.get_input_embeddings().weight.device
         self.position_offset = -self.num_padding
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within it sliding layers may keep what their window drops, until drafts are rejected; after it they must not."""
+        kept = {id(layer) for layer in self.cache.layers if getattr(layer, "record_past", False)}
+        try:
+            yield
+        finally:
+            for layer in self.cache.layers:
+                if layer.is_sliding and getattr(layer, "record_past", False) and id(layer) not in kept:
+                    layer.crop(0)  # a call that failed has not
+                    layer.record_past = False
 
     def prefill(
         self,
@@ -50,13 +63,24 @@ class Verifier:
         inputs = self.target.prepare_inputs_for_generation(
             input_ids, next_sequence_length=length, is_first_iteration=True, **self.model_kwargs
         )
-        positions = inputs.get("position_ids")
+        if cache_of(inputs) is None:
+            # Phi-3 and PhiMoE read all of a text longer than their short RoPE factors reach without the cache given.
+            if past:
+                self.cache = DynamicCache(config=self.target.config)
+            inputs.update(cache_kwarg(self.cache))
+        positions, ids = inputs.get("position_ids"), inputs.get("input_ids")
+        expected = None if ids is None else self.cache.get_seq_length() + ids.shape[1]
         self.cache.activate_past_recording()
         features = []
         for chunk in _chunks(inputs, generation_config.prefill_chunk_size):
             outputs = self.target(**{**chunk, "output_hidden_states": True, "return_dict": True})
             self.cache.crop(0)
             features.append(features_of(outputs.hidden_states))
+        if expected is not None and self.cache.get_seq_length() != expected:
+            raise ValueError(
+                f"After {expected} tokens the KV cache of {type(self.target).__name__} holds {self.cache.get_seq_length()}: "
+                "no draft can be verified with it. Generate without assistant_model."
+            )
         if positions is not None:
             # The caller's own positions go on from the last one, as in plain generate.
             self.position_offset = _next_positions(positions) - self.cache.get_seq_length()

@@ -1,0 +1,137 @@
+"""What the decode loop does not support, refused before any forward."""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import Cache, GenerationConfig, PreTrainedModel
+
+from ..compat import cache_of
+from .cache import check_cache
+from .settings import DraftSettings
+
+
+ATTENTION_WITH_TREES = ("sdpa", "eager")
+# Tensors among `generate`'s arguments that a prefill in chunks knows how to split, or does not read.
+_SPLIT_INPUTS = {"attention_mask", "position_ids", "inputs_tensor"}
+_CROSS_ATTENTION_INPUTS = {
+    "cross_attention_states",
+    "cross_attention_mask",
+    "encoder_hidden_states",
+    "encoder_outputs",
+}
+
+
+def check_call(
+    target: PreTrainedModel,
+    settings: DraftSettings,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """Raises `ValueError` for what the loop does not support, before any forward (measuring draft costs takes many)."""
+    if (
+        generation_config.return_dict_in_generate
+        and generation_config.output_attentions
+        and not settings.draft_stock_loop
+    ):
+        raise ValueError("CORAL verifies trees, whose attentions are not a sequence's: set output_attentions=False.")
+    chunk = generation_config.prefill_chunk_size
+    if chunk is not None and not settings.draft_stock_loop:
+        if not isinstance(chunk, int) or chunk < 1:
+            raise ValueError(f"prefill_chunk_size={chunk!r} must be a positive number of tokens, or None.")
+        others = {name for name, value in model_kwargs.items() if _holds_tensors(value)} - _SPLIT_INPUTS
+        if others and chunk < input_ids.shape[1]:
+            raise ValueError(
+                f"prefill_chunk_size={chunk} splits ids, positions and attention mask of a prompt, but no "
+                f"{', '.join(sorted(others))}. Set prefill_chunk_size=None."
+            )
+    if input_ids.shape[0] != 1:
+        raise ValueError(
+            f"CORAL generates for one sequence at a time; got a batch of {input_ids.shape[0]}. Call generate once per "
+            "prompt (and with num_return_sequences=1)."
+        )
+    if input_ids.shape[1] == 0:
+        raise ValueError(
+            "input_ids is empty, and CORAL drafts from token ids: pass a prompt of at least one token, not inputs_embeds."
+        )
+    if model_kwargs.get("use_cache") is False:
+        raise ValueError("CORAL needs the target's KV cache; use_cache=False leaves it none. Set use_cache=True.")
+    cache = cache_of(model_kwargs)
+    if cache is None:
+        raise ValueError(
+            f"{type(target).__name__} keeps no KV cache that drafts could be dropped from (a recurrent model?); "
+            "generate without assistant_model."
+        )
+    for name, module in (("embedding", target.get_input_embeddings()), ("LM head", target.get_output_embeddings())):
+        if module is not None and module.weight.device.type == "meta":
+            raise ValueError(
+                f"The {name} of {type(target).__name__} is offloaded, but every draft step needs it: give it a device "
+                "in device_map."
+            )
+    if not settings.is_chain:
+        _check_branches(target)
+    _check_adapters(target)
+    _check_cross_attention(target, cache, model_kwargs)
+    kinds = getattr(target.config.get_text_config(), "layer_types", None) or []
+    check_cache(cache, branches=not settings.is_chain, layer_types=kinds)
+
+
+def _check_branches(target: PreTrainedModel) -> None:
+    """Raises `ValueError` for a target whose attention a tree's mask and positions do not reach."""
+    config = target.config.get_text_config()
+    attention = config._attn_implementation
+    if attention not in ATTENTION_WITH_TREES:
+        raise ValueError(
+            f"attn_implementation={attention!r} takes no tree mask. Load the target with attn_implementation='sdpa', "
+            "or draft a chain with draft_top_k=1."
+        )
+    obstacle = None
+    if "position_ids" not in inspect.signature(target.forward).parameters:
+        obstacle = "takes no position_ids"
+    elif getattr(config, "alibi", False):
+        obstacle = "counts distances by place, not by position (alibi=True)"
+    elif "local" in (getattr(config, "attention_layers", None) or ()):
+        obstacle = "keeps the windows of its local layers to itself (attention_layers)"
+    if obstacle is not None:
+        raise ValueError(
+            f"{type(target).__name__} {obstacle}, so that it cannot verify a draft tree. Set draft_top_k=1 to verify chains."
+        )
+
+
+def _check_adapters(target: PreTrainedModel) -> None:
+    """Raises `ValueError` for an active aLoRA adapter: it counts from the end of what a forward reads, one token or drafts."""
+    configs = getattr(target, "peft_config", None) or {}
+    names = {name for name, config in configs.items() if getattr(config, "alora_invocation_tokens", None)}
+    if not names:
+        return
+    layers = [module for module in target.modules() if hasattr(module, "base_layer")]  # PEFT's
+    for layer in layers:
+        active = names & set(layer.active_adapters)
+        if active and not layer.disable_adapters:
+            raise ValueError(
+                f"The active adapter {sorted(active)[0]!r} is an aLoRA (alora_invocation_tokens), which PEFT applies to one "
+                "token at a time and not to drafts. Generate without assistant_model, or with another adapter."
+            )
+
+
+def _check_cross_attention(target: PreTrainedModel, cache: Cache, model_kwargs: dict[str, Any]) -> None:
+    """Raises `ValueError` where layers of the target attend to an image or an encoder: their keys are no tokens'."""
+    layers = getattr(target.config.get_text_config(), "cross_attention_layers", None) or []
+    names = _CROSS_ATTENTION_INPUTS | ({"pixel_values"} if layers else set())
+    given = sorted(name for name in names if model_kwargs.get(name) is not None)
+    filled = [index for index in layers if index < len(cache.layers) and cache.layers[index].get_seq_length() > 0]
+    if given or filled:
+        raise ValueError(
+            f"{type(target).__name__} attends to {', '.join(given) or 'an image in the cache'} by cross-attention, which "
+            "drafts cannot be verified with. Generate without assistant_model, or without that input."
+        )
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Images come as tensors, or encoded in a dict by kind."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return any(isinstance(item, torch.Tensor | dict) for item in values)
+
+
+__all__ = ["check_call"]
