@@ -215,7 +215,9 @@ def _bench(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSet
     device = target.get_input_embeddings().weight.device
     vocab_size = target.config.get_text_config().vocab_size
     length = _prefix_length(target, settings)
-    fixed = replace(settings, draft_cost_aware=False)
+    # whatever the total: the levels that are timed are drafted
+    total = max(settings.draft_total_tokens, 1 + _levels(settings))
+    fixed = replace(settings, draft_cost_aware=False, draft_total_tokens=total)
     # before any forward: it refuses what does not fit together
     generator = CoralCandidateGenerator(drafter, target, fixed, length + settings.draft_depth + 1)
     ids = (torch.arange(length, device=device) * 7919 % vocab_size)[None]
