@@ -3,6 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
+from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 
@@ -21,4 +22,10 @@ def cache_of(outputs: Any) -> Any:
     return outputs.get(CACHE_NAME)
 
 
-__all__ = ["CACHE_NAME", "cache_kwarg", "cache_of"]
+def default_generation_settings() -> dict[str, Any]:
+    """What `generate` fills in where neither the call nor the target's generation config says anything."""
+    filled_in = getattr(GenerationConfig, "_get_default_generation_params", None)
+    return GenerationConfig().to_dict() if filled_in is None else filled_in()
+
+
+__all__ = ["CACHE_NAME", "cache_kwarg", "cache_of", "default_generation_settings"]

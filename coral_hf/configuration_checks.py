@@ -68,7 +68,6 @@ def check_settings(config: Any) -> None:
         "num_attention_heads",
         "num_key_value_heads",
         "head_dim",
-        "draft_depth",
     ):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
@@ -120,8 +119,15 @@ def check_settings(config: Any) -> None:
             f"target_feature_layers={layers} does not have: set it to False, or list several layers with shape='eagle3'."
         )
 
+    check_draft_sizes(config.draft_depth, config.draft_top_k, config.draft_total_tokens)
     for row in config.draft_calibration or ():
-        if len(row) != len(CALIBRATION_KNOTS) or list(row) != sorted(row) or row[0] < 0 or row[-1] > 1:
+        if (
+            not (isinstance(row, list | tuple) and all(_is_of(value, float) for value in row))
+            or len(row) != len(CALIBRATION_KNOTS)
+            or list(row) != sorted(row)
+            or row[0] < 0
+            or row[-1] > 1
+        ):
             raise ValueError(
                 f"draft_calibration holds {row}: a row is {len(CALIBRATION_KNOTS)} numbers from 0 to 1 that never "
                 "fall. Fit it with `coral-hf tune --save true`, or set it to null."
@@ -136,6 +142,10 @@ def check_head(config: Any) -> None:
         raise ValueError(
             f"router_active_groups={config.router_active_groups} must be between 1 and "
             f"router_groups={config.router_groups}."
+        )
+    if config.router_groups and config.router_hidden_size < 1:
+        raise ValueError(
+            f"router_hidden_size={config.router_hidden_size} must be at least 1; leave it out for half of hidden_size."
         )
     if not 0 <= config.shortlist_size < config.vocab_size:
         raise ValueError(
@@ -153,6 +163,30 @@ def check_head(config: Any) -> None:
         raise ValueError(
             f"draft_vocab_size={config.draft_vocab_size} gives the drafter a head of its own; router and shortlist "
             "choose rows of the target's: set router_groups and shortlist_size to 0."
+        )
+
+
+def check_draft_sizes(depth: Any, top_k: Any, total: Any) -> None:
+    """Raises `ValueError` for sizes of a draft that are no numbers of at least one, or that cannot be drafted.
+
+    Args:
+        depth, top_k, total: `draft_depth`, `draft_top_k` and `draft_total_tokens` (None: all that the others produce).
+    """
+    for name, value in (("draft_depth", depth), ("draft_top_k", top_k)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+    if total is None:
+        return
+    if not isinstance(total, int) or isinstance(total, bool) or total < 2:
+        raise ValueError(
+            f"draft_total_tokens={total!r} must be an integer of at least 2 (the root and one draft), or None for all "
+            "that draft_depth and draft_top_k produce."
+        )
+    most = most_draft_tokens(depth, top_k)
+    if total > most:
+        raise ValueError(
+            f"draft_total_tokens={total} is more than draft_depth={depth} and draft_top_k={top_k} can produce ({most}, "
+            f"the root included). Lower it to {most} or raise draft_depth or draft_top_k."
         )
 
 
@@ -191,6 +225,7 @@ __all__ = [
     "CALIBRATION_KNOTS",
     "FC_NORMS",
     "FEATURE_LAYER_LAST",
+    "check_draft_sizes",
     "check_dtype",
     "check_head",
     "check_known",

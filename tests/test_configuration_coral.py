@@ -103,7 +103,16 @@ def test_overrides_win_and_unknown_keys_are_refused():
     [
         ({"shape": "eagle2"}, "shape='eagle2' is unknown"),
         ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
-        ({"draft_depth": 0}, "draft_depth=0 must be at least 1"),
+        ({"draft_depth": 0}, "draft_depth=0 must be an integer of at least 1"),
+        ({"draft_top_k": 0}, "draft_top_k=0 must be an integer of at least 1"),
+        ({"draft_total_tokens": 1}, "draft_total_tokens=1 must be an integer of at least 2 .* or None"),
+        (
+            {"draft_depth": 1, "draft_total_tokens": 60},
+            r"draft_total_tokens=60 .* \(2, the root included\)\. Lower it to 2",
+        ),
+        ({"router_groups": 8, "router_hidden_size": -1}, "router_hidden_size=-1 must be at least 1; leave it out"),
+        ({"draft_calibration": [0.1] * 8}, r"draft_calibration holds 0\.1: a row is 8 numbers"),
+        ({"draft_calibration": [["a"] * 8]}, "draft_calibration holds .* a row is 8 numbers"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be at least 1"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "must be a multiple of num_key_value_heads=3"),
         ({"num_hidden_layers": 2}, "exactly 1 layer"),

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,6 +98,33 @@ def test_the_key_tells_machines_apart(pair, monkeypatch):
         keys.append(costs_key(*pair, SETTINGS))
     keys.append(costs_key(pair[0], pair[1].to("meta"), SETTINGS))
     assert len({json.dumps(key) for key in keys}) == 4
+
+
+def test_a_shallow_draft_leaves_no_free_levels(pair, counted, monkeypatch):
+    """A call of depth 1 times no further level: what it keeps would make those of a deeper call cost nothing."""
+    shallow, deep, deeper = (DraftSettings(depth, 4, draft_total_tokens=5) for depth in (1, 4, 9))
+    assert draft_costs(*pair, shallow).level_ms == 0
+    forget(monkeypatch)
+    draft_costs(*pair, deep)
+    assert counted == [shallow, deep]
+    assert draft_costs(*pair, deeper) is draft_costs(*pair, deep) and len(counted) == 2  # timed to the same depth
+
+
+def test_the_key_tells_apart_what_is_computed(pair):
+    """How a router's rows are scored, and adapters beside the target's layers: not merged, not switched off."""
+    peft = pytest.importorskip("peft")
+    target, drafter = pair
+    keys = [costs_key(target, drafter, replace(SETTINGS, draft_scoring=way)) for way in ("active", "router")]
+    adapted = peft.get_peft_model(target, peft.LoraConfig(r=4, target_modules="all-linear"))
+    keys.append(costs_key(target, drafter, SETTINGS))
+    adapted.add_adapter("wide", peft.LoraConfig(r=8, target_modules="all-linear"))
+    adapted.set_adapter("wide")
+    keys.append(costs_key(target, drafter, SETTINGS))
+    assert len({json.dumps(key) for key in keys}) == 4
+    with adapted.disable_adapter():
+        assert costs_key(target, drafter, SETTINGS) == keys[0]
+    adapted.merge_adapter()
+    assert costs_key(target, drafter, SETTINGS) == keys[0]
 
 
 @pytest.mark.parametrize("damage", ["cut off", "no JSON object", "another key", "no times", "too few sizes"])

@@ -1,5 +1,7 @@
 """What router, shortlist and draft head refuse: damaged ids, settings that contradict each other, quantised heads."""
 
+import re
+
 import pytest
 import torch
 from conftest import make_drafter, make_target
@@ -102,6 +104,22 @@ def test_bad_settings_with_a_router():
         CoralDraftConfig(vocab_size=128, router_groups=-1)
     with pytest.raises(ValueError, match="router_groups=0 must be at least 1"):
         drafter.add_router(0)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"draft_scoring": "router"}, {"draft_groups_per_row": True}, {"draft_active_groups": 2}]
+)
+def test_settings_of_a_router_that_is_not_used_are_refused(setting):
+    target = make_target()
+    drafter, adapter = make_drafter(target), TargetAdapter(target)
+    (name, value), *_ = setting.items()
+    message = re.escape(f"{name}={value!r} is about router groups, but no router is used: leave it out")
+    with pytest.raises(ValueError, match=message):
+        DraftSettings(**setting).draft_head_of(drafter, adapter)
+    drafter.add_router(8)
+    with pytest.raises(ValueError, match=message):
+        DraftSettings(draft_head="full", **setting).draft_head_of(drafter, adapter)
+    DraftSettings(**setting).draft_head_of(drafter, adapter)
 
 
 def test_a_router_for_another_partition_is_refused(tmp_path):

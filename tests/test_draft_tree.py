@@ -137,11 +137,20 @@ def test_settings():
     small = DraftSettings.resolve(Config, GenerationConfig(draft_depth=1))
     assert small.draft_total_tokens == 5
     assert DraftSettings.resolve(Config, None, {"draft_depth": 2}).draft_depth == 2
+    # an explicit None lifts the config's total
+    for sizes in ({}, {"draft_top_k": 2}):
+        lifted = DraftSettings.resolve(Config, GenerationConfig(draft_total_tokens=None, **sizes))
+        assert lifted.draft_total_tokens == lifted.max_total_tokens > 20
     Config.draft_cost_aware = True
     assert DraftSettings.resolve(Config).draft_cost_aware
     assert DraftSettings.resolve(Config, GenerationConfig(draft_head="full")).draft_cost_aware
     assert not DraftSettings.resolve(Config, GenerationConfig(draft_total_tokens=4)).draft_cost_aware  # exactly 4
     assert DraftSettings.resolve(Config, None, {"draft_depth": 2, "draft_cost_aware": True}).draft_cost_aware
+    # over a config of chains: a chain as deep as the call says, a tree of no more nodes
+    Config.draft_top_k, Config.draft_total_tokens = 1, 4
+    assert DraftSettings.resolve(Config).max_levels == 3
+    assert DraftSettings.resolve(Config, None, {"draft_depth": 10}).max_levels == 10
+    assert DraftSettings.resolve(Config, None, {"draft_top_k": 4}).draft_total_tokens == 4
     with pytest.raises(ValueError, match="draft_width"):
         DraftSettings.resolve(Config, None, {"draft_width": 2})
     flags = [{name: value} for name in FLAGS for value in ("false", "no", 0, 1, 1.0, [])]

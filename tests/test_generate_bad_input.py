@@ -1,12 +1,16 @@
 """Targets and caches that a drafter cannot be used with: a `ValueError` that names the value (calls: `test_target_kinds.py`)."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_drafter, make_target
 from parity import STOCK, TREES, compare, config_of, prompt_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from coral_hf.compat import cache_kwarg, cache_of
+from coral_hf import coral_generate
+from coral_hf.compat import cache_kwarg, cache_of, default_generation_settings
+from coral_hf.generation import hook
 
 
 def test_wrong_targets():
@@ -74,6 +78,53 @@ def test_an_active_alora_is_refused(target, tree):
 def test_ranks_that_wait_for_each_other_are_refused(target):
     with pytest.raises(ValueError, match=r"synced_gpus=True: .* pass synced_gpus=False"):
         target.generate(prompt_of(5), max_new_tokens=5, assistant_model=make_drafter(target), synced_gpus=True)
+
+
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("num_assistant_tokens", 2, "draft_depth"),
+        ("num_assistant_tokens_schedule", "heuristic", "draft_cost_aware"),
+        ("assistant_confidence_threshold", 0.9, "draft_cost_aware"),
+        ("prompt_lookup_num_tokens", 4, "drop it"),
+        ("max_matching_ngram_size", 3, "drop it"),
+        ("assistant_early_exit", 2, "drop it"),
+        ("speculation_type", "dflash", "drop it"),
+        ("dola_layers", "high", "drop it"),
+    ],
+)
+def test_settings_of_other_assistants_are_refused(target, name, value, remedy, stock):
+    drafter = make_drafter(target)
+    config = config_of(STOCK if stock else {}, max_new_tokens=5, **{name: value})
+    with pytest.raises(ValueError, match=rf"{name}={value!r} has no effect with a CORAL drafter: .*{remedy}"):
+        target.generate(prompt_of(5), generation_config=config, assistant_model=drafter)
+    setattr(target.generation_config, name, value)
+    with pytest.raises(ValueError, match=rf"target\.generation_config\.{name} = None"):
+        target.generate(prompt_of(5), max_new_tokens=5, assistant_model=drafter)
+
+
+def test_defaults_of_other_assistants_are_not_refused(target):
+    """Which `generate` fills in, and some generation configs carry."""
+    drafter, filled_in = make_drafter(target), default_generation_settings()
+    names = set(hook._WITHOUT_EFFECT) & set(filled_in)
+    assert {"num_assistant_tokens", "assistant_confidence_threshold"} <= names
+    for name in names:
+        setattr(target.generation_config, name, filled_in[name])
+    target.generate(prompt_of(5), max_new_tokens=5, assistant_model=drafter)
+
+
+@pytest.mark.parametrize("drafter", [None, "ordinary", "folder", Path("folder")])
+def test_what_is_no_loaded_drafter_is_refused(target, drafter):
+    message = r"assistant_model='folder' is the name .* AutoModel\.from_pretrained\('folder'\)"
+    if isinstance(drafter, str | Path) and drafter != "ordinary":
+        with pytest.raises(ValueError, match=message):
+            target.generate(prompt_of(5), max_new_tokens=5, assistant_model=drafter)
+    else:
+        drafter = drafter and make_target()
+        message = f"was given {type(drafter).__name__}: load one with AutoModel"
+    with pytest.raises(ValueError, match=message):
+        coral_generate(target, drafter, input_ids=prompt_of(5), max_new_tokens=5, draft_depth=3)
 
 
 def test_stock_loop_with_a_filled_cache_is_refused(target):

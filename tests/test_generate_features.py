@@ -42,6 +42,17 @@ def both(model, drafter, draft, ids, probability=0.9, cache=None, **settings):
     return plain, drafted
 
 
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_chain_is_cut_at_its_total(target, stock):
+    drafter, ids = make_drafter(target), prompt_of(9)
+    plain = target.generate(ids, max_new_tokens=20)
+    with oracle(plain, 1.0):
+        sizes = {"draft_depth": 5, "draft_top_k": 1, "draft_total_tokens": 3, "draft_stock_loop": stock}
+        drafted = coral_generate(target, drafter, input_ids=ids, max_new_tokens=20, **sizes)
+    assert torch.equal(drafted, plain)
+    assert len(drafter.last_stats.drafted_per_depth) == 2 < drafter.last_stats.acceptance_length
+
+
 @drafts
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 def test_stop_strings_cut_inside_a_block(target, draft, do_sample):

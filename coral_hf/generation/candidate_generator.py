@@ -90,7 +90,7 @@ class CoralCandidateGenerator(CandidateGenerator):
             [`DraftTree`] on the device of `input_ids`; only the root if `max_depth` is 0.
         """
         hidden, feature = self._extend(input_ids, features)
-        depth = self.settings.draft_depth if max_depth is None else min(self.settings.draft_depth, max_depth)
+        depth = self.settings.max_levels if max_depth is None else min(self.settings.max_levels, max_depth)
         root = input_ids[:, -1:]
         if depth <= 0:
             return DraftTree.chain(root)

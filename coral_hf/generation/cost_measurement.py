@@ -35,8 +35,9 @@ from .verifier import Verifier
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of the cached files; another one is measured again
+FORMAT = 3  # of the cached files; another one is measured again
 PREFIX_LENGTH = 256  # tokens before the root, of an ordinary chat
+MOST_LEVELS = 4  # of a draft that is timed; each level behind the first costs about the same
 _NEW_ROWS = 2  # true rows that the drafter catches up on before it drafts: about what a step accepts
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 12
 _measured: dict[str, DraftCosts] = {}  # of this process, by file name
@@ -73,17 +74,19 @@ def draft_costs(
 
 
 def costs_key(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings) -> dict[str, Any]:
-    """All that the costs depend on, as plain JSON values."""
+    """What is timed and on what machine, as plain JSON values: costs of equal keys are the same."""
     device = target.get_input_embeddings().weight.device
     parameter = next(drafter.parameters())
     architecture = target.config.to_json_string(use_diff=False)
     sizes = ("shape", "hidden_size", "intermediate_size", "target_feature_layers", "draft_vocab_size")
-    heads = ("router_groups", "router_active_groups", "router_hidden_size", "shortlist_size")
+    attention = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    heads = ("router_groups", "router_active_groups", "router_hidden_size", "router_grouping", "shortlist_size")
     names = ("draft_top_k", "draft_total_tokens", "draft_head", "draft_active_groups", "draft_groups_per_row")
     return {
         "format": FORMAT,
         "target": type(target).__name__,
         "target_config": hashlib.sha256(architecture.encode()).hexdigest(),
+        "adapters": _active_adapters(target),
         "attention": target.config.get_text_config()._attn_implementation,
         "dtype": str(target.dtype),
         "device": device_name(device),
@@ -91,16 +94,34 @@ def costs_key(target: PreTrainedModel, drafter: CoralDraftModel, settings: Draft
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "prefix": _prefix_length(target, settings),
         "drafter": {
             "dtype": str(parameter.dtype),
             "device": device_name(parameter.device),
             "beside_target": parameter.device == device,
-            **{name: getattr(drafter.config, name, None) for name in (*sizes, *heads)},
+            **{name: getattr(drafter.config, name, None) for name in (*sizes, *attention, *heads)},
             # named where they are, so that what was measured for other drafters is found again
             **{name: True for name in FC_NORMS if getattr(drafter.config, name, False)},
         },
-        "settings": {name: getattr(settings, name) for name in names},
+        "settings": {
+            "levels": _levels(settings),
+            **{name: getattr(settings, name) for name in (*names, "draft_scoring")},
+        },
     }
+
+
+def _active_adapters(target: PreTrainedModel) -> str | None:
+    """Hash over the shapes of all active PEFT adapters that are computed beside their layers; None without any."""
+    shapes = []
+    for name, module in target.named_modules():
+        # PEFT's layers, around the target's own
+        if not hasattr(module, "base_layer") or getattr(module, "disable_adapters", False):
+            continue
+        active = set() if getattr(module, "merged", False) else set(getattr(module, "active_adapters", ()))
+        for part, parameter in module.named_parameters():
+            if not part.startswith("base_layer.") and active & set(part.split(".")):
+                shapes.append((name, part, list(parameter.shape), str(parameter.dtype)))
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest() if shapes else None
 
 
 def _read(path: Path, key: dict[str, Any]) -> DraftCosts | None:
@@ -138,7 +159,7 @@ def measure_costs(
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
         seconds (`float`): stop after this long, but not before three rounds.
     """
-    depth, total = min(settings.draft_depth, 4), settings.draft_total_tokens
+    depth, total = _levels(settings), settings.draft_total_tokens
     verifier, generator, ids, features = _bench(target, drafter, settings)
     parts: dict[tuple[str, int], Callable[[], Any]] = {}
     for size in measured_sizes(total):
@@ -177,14 +198,26 @@ def measured_sizes(total: int) -> list[int]:
     return [size for size in range(1, total + 1) if size <= 8 or size % 4 <= 1 or size == total]
 
 
+def _levels(settings: DraftSettings) -> int:
+    """The deepest draft that is timed."""
+    return min(settings.draft_depth, MOST_LEVELS)
+
+
+def _prefix_length(target: PreTrainedModel, settings: DraftSettings) -> int:
+    """Tokens before the root: fewer where the target's positions end earlier."""
+    draft = settings.draft_total_tokens + settings.draft_depth
+    limit = getattr(target.config.get_text_config(), "max_position_embeddings", None) or PREFIX_LENGTH + draft
+    return max(1 + _NEW_ROWS, min(PREFIX_LENGTH, limit - draft))
+
+
 def _bench(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings):
     """A prefilled target and a drafter that has seen the same prefix."""
     device = target.get_input_embeddings().weight.device
     vocab_size = target.config.get_text_config().vocab_size
-    longest = PREFIX_LENGTH + settings.draft_total_tokens + settings.draft_depth
-    limit = getattr(target.config.get_text_config(), "max_position_embeddings", None) or longest
-    length = max(1 + _NEW_ROWS, min(PREFIX_LENGTH, limit - settings.draft_total_tokens - settings.draft_depth))
-    fixed = replace(settings, draft_cost_aware=False)
+    length = _prefix_length(target, settings)
+    # whatever the total: the levels that are timed are drafted
+    total = max(settings.draft_total_tokens, 1 + _levels(settings))
+    fixed = replace(settings, draft_cost_aware=False, draft_total_tokens=total)
     # before any forward: it refuses what does not fit together
     generator = CoralCandidateGenerator(drafter, target, fixed, length + settings.draft_depth + 1)
     ids = (torch.arange(length, device=device) * 7919 % vocab_size)[None]

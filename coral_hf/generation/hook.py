@@ -3,13 +3,14 @@
 import copy
 import functools
 import inspect
+import os
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from ..compat import CACHE_NAME, cache_of
+from ..compat import CACHE_NAME, cache_of, default_generation_settings
 from ..few_rows import few_row_linears
 from ..target_adapter import TargetAdapter
 from .call_checks import check_call
@@ -32,6 +33,23 @@ _DECODING_PARAMETERS = {
 }
 _GENERATOR_PARAMETERS = {"self", "generation_config", "input_ids", "model_kwargs", "assistant_model"}
 _VALIDATION_PARAMETERS = {"self", "generation_mode", "generation_config", "generation_mode_kwargs"}
+# Settings of other ways to speculate or to decode, which a CORAL drafter leaves without effect, and what to do instead.
+_SIZES = "set draft_depth, draft_top_k and draft_total_tokens instead"
+_OTHER_DRAFTS = "drop it, or generate without a CORAL drafter"
+_WITHOUT_EFFECT = {
+    "num_assistant_tokens": _SIZES,
+    "num_assistant_tokens_schedule": "set draft_cost_aware=True instead",
+    "assistant_confidence_threshold": "set draft_cost_aware=True instead",
+    "assistant_lookbehind": _OTHER_DRAFTS,
+    "target_lookbehind": _OTHER_DRAFTS,
+    "assistant_ensemble_weight": _OTHER_DRAFTS,
+    "assistant_early_exit": _OTHER_DRAFTS,
+    "prompt_lookup_num_tokens": _OTHER_DRAFTS,
+    "max_matching_ngram_size": _OTHER_DRAFTS,
+    "use_mtp": _OTHER_DRAFTS,
+    "speculation_type": _OTHER_DRAFTS,
+    "dola_layers": _OTHER_DRAFTS,
+}
 _MARK = "_coral_hf_original"
 _problem: str | None = None
 
@@ -39,6 +57,27 @@ _problem: str | None = None
 def is_coral_drafter(model: Any) -> bool:
     """By `model_type`, not by class: a class loaded as remote code is another one."""
     return getattr(getattr(model, "config", None), "model_type", None) == "coral"
+
+
+def _check_settings_of_others(generation_config: GenerationConfig) -> None:
+    """Raises `ValueError` for settings that Transformers would read with another assistant, and that do nothing here."""
+    filled_in = default_generation_settings()
+    for name, remedy in _WITHOUT_EFFECT.items():
+        value = getattr(generation_config, name, None)
+        if value not in (None, False, filled_in.get(name)):
+            raise ValueError(
+                f"{name}={value!r} has no effect with a CORAL drafter: {remedy}. (Where no call sets it, it stands in "
+                f"the target's own settings: target.generation_config.{name} = None.)"
+            )
+
+
+def _check_loaded(drafter: Any) -> None:
+    """Raises `ValueError` for a drafter's name or folder in its place."""
+    if isinstance(drafter, str | os.PathLike):
+        raise ValueError(
+            f"assistant_model={str(drafter)!r} is the name of a drafter: load it first, with "
+            f"AutoModel.from_pretrained({str(drafter)!r})."
+        )
 
 
 def install() -> None:
@@ -109,7 +148,9 @@ def _wrap_validation(original):
     @functools.wraps(original)
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         drafter = generation_mode_kwargs.get("assistant_model")
+        _check_loaded(drafter)
         if is_coral_drafter(drafter):
+            _check_settings_of_others(generation_config)
             if generation_mode != GenerationMode.ASSISTED_GENERATION:
                 raise ValueError(
                     f"CORAL drafts for greedy decoding and sampling, not for {generation_mode.value} "
@@ -164,7 +205,7 @@ def coral_generate(
         What `generate` returns.
 
     Raises:
-        ValueError: for contradictory sizes and for what the loop does not support.
+        ValueError: for anything else than a CORAL drafter, contradictory sizes and what the loop does not support.
         RuntimeError: if this Transformers release is not one the hook knows.
     """
     if _problem is not None:
@@ -173,6 +214,12 @@ def coral_generate(
         raise ValueError(
             f"coral_generate was given a tensor of shape {tuple(drafter.shape)} as its drafter: call "
             "coral_generate(target, drafter, input_ids=...)."
+        )
+    _check_loaded(drafter)
+    if not is_coral_drafter(drafter):
+        raise ValueError(
+            f"coral_generate drafts with a CORAL drafter, and was given {type(drafter).__name__}: load one with "
+            "AutoModel.from_pretrained(name), or call target.generate(...), which takes any assistant_model or none."
         )
     # A copy: the caller's config, or the target's own defaults, stay as they are.
     generation_config = copy.deepcopy(target.generation_config if generation_config is None else generation_config)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..configuration_coral import DERIVED, most_draft_tokens
+from ..configuration_coral import DERIVED, check_draft_sizes, most_draft_tokens
 from ..lm_head_router import DraftHead
 
 
@@ -11,10 +11,14 @@ from ..lm_head_router import DraftHead
 class DraftSettings:
     """How much is drafted per step.
 
+    A call that names `draft_depth` or `draft_top_k` keeps the total of the drafter's config as a limit on its tree, as far as
+    the new sizes reach it (`draft_total_tokens=None` lifts it); a chain it drafts as deep as it says.
+
     Args:
         draft_depth (`int`): levels drafted below the root; a chain's length.
         draft_top_k (`int`): branches per node and nodes expanded per level; 1 drafts a chain.
-        draft_total_tokens (`int`, *optional*): nodes verified, the root included; None: everything a chain drafts.
+        draft_total_tokens (`int`, *optional*): nodes verified, the root included; None: all that depth and top_k can
+            produce. A draft is never deeper than this allows: one level less.
         draft_head (`str`, *optional*): tokens to draft from: "full" vocabulary (or the whole head of the drafter's own),
             "shortlist", "router" (its active groups) or "both"; None: all that the drafter has.
         draft_active_groups (`int`, *optional*): router groups per step; None: the drafter's.
@@ -37,21 +41,9 @@ class DraftSettings:
     draft_cost_aware: bool = False
 
     def __post_init__(self):
-        for name in ("draft_depth", "draft_top_k"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
-        total, most = self.draft_total_tokens, self.max_total_tokens
-        if total is None:
-            object.__setattr__(self, "draft_total_tokens", most)
-        elif not isinstance(total, int) or isinstance(total, bool) or total < 2:
-            raise ValueError(f"draft_total_tokens={total!r} must be an integer of at least 2: the root and one draft.")
-        elif total > most:
-            raise ValueError(
-                f"draft_total_tokens={total} is more than draft_depth={self.draft_depth} and "
-                f"draft_top_k={self.draft_top_k} can produce ({most}, the root included). Lower it to {most} or raise "
-                "draft_depth or draft_top_k."
-            )
+        check_draft_sizes(self.draft_depth, self.draft_top_k, self.draft_total_tokens)
+        if self.draft_total_tokens is None:
+            object.__setattr__(self, "draft_total_tokens", self.max_total_tokens)
         for name in ("draft_groups_per_row", "draft_stock_loop", "draft_cost_aware"):
             if not isinstance(getattr(self, name), bool):  # "false" would count as true
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
@@ -77,6 +69,11 @@ class DraftSettings:
         return most_draft_tokens(self.draft_depth, self.draft_top_k)
 
     @property
+    def max_levels(self) -> int:
+        """Levels below the root that are worth drafting: a node is verified with all its ancestors."""
+        return min(self.draft_depth, self.draft_total_tokens - 1)
+
+    @property
     def is_chain(self) -> bool:
         return self.draft_top_k == 1
 
@@ -84,7 +81,7 @@ class DraftSettings:
         """The head that drafting with these settings uses.
 
         Raises:
-            ValueError: if the drafter has no router or shortlist, or the router fewer groups.
+            ValueError: if the drafter has no router or shortlist that a setting is about, or the router fewer groups.
         """
         router, shortlist = getattr(drafter, "router", None), getattr(drafter, "shortlist", None)
         own_head = getattr(drafter, "draft_head", None)
@@ -104,8 +101,13 @@ class DraftSettings:
             shortlist = None
         active = self.draft_active_groups or drafter.config.router_active_groups or 1
         if router is None:
-            if self.draft_active_groups is not None:
-                raise ValueError(f"draft_active_groups={active} chooses router groups, but no router is used.")
+            about_groups = ("draft_active_groups", None), ("draft_groups_per_row", False), ("draft_scoring", "active")
+            for name, unset in about_groups:
+                if (value := getattr(self, name)) != unset:
+                    raise ValueError(
+                        f"{name}={value!r} is about router groups, but no router is used: leave it out, or draft with a "
+                        "router (draft_head='router', in a drafter that has one)."
+                    )
             return DraftHead(adapter, None, shortlist, own_head=own_head)
         if active > router.num_groups:
             raise ValueError(
@@ -132,7 +134,8 @@ class DraftSettings:
         unknown = sorted(set(given) - set(names))
         if unknown:
             raise ValueError(f"Unknown draft setting(s) {unknown}; the settings are {names}.")
-        given = {key: value for key, value in given.items() if value is not None}
+        # None is unset, but for a total: there it is all that depth and top_k produce
+        given = {key: value for key, value in given.items() if value is not None or key == "draft_total_tokens"}
         defaults = {name: getattr(config, name, None) for name in names}
         defaults = {name: value for name, value in defaults.items() if value is not None}
         if {"draft_depth", "draft_top_k", "draft_total_tokens"} & set(given):
@@ -141,9 +144,9 @@ class DraftSettings:
         if {"draft_depth", "draft_top_k"} & set(given) and "draft_total_tokens" not in given:
             # The config's total belongs to the config's depth and top_k: fit it to the new ones.
             total = defaults.pop("draft_total_tokens", None)
-            most = cls(**{**defaults, **given}).max_total_tokens
-            if total is not None and given.get("draft_top_k") != 1:
-                given["draft_total_tokens"] = min(total, most)
+            whole = cls(**{**defaults, **given})
+            if total is not None and not whole.is_chain:
+                given["draft_total_tokens"] = min(total, whole.max_total_tokens)
         return cls(**{**defaults, **given})
 
 
