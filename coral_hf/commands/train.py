@@ -10,7 +10,7 @@ import torch
 
 from ..modeling_coral import CoralDraftModel
 from ..origin import hub_commit
-from .loading import DEMO, TargetOptions, load_drafter, resolve_dtype
+from .loading import TargetOptions, load_drafter, resolve_dtype
 from .outputs import check_output_folder
 
 
