@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from transformers import set_seed
 
 from .. import demo
 from ..modeling_coral import CoralDraftModel
@@ -101,6 +102,7 @@ class TrainCommand(TargetOptions):
         target, tokenizer = self.load_target(resolve_dtype(self.dtype, args.device), "cpu")
         if (files := [*self.eval_data, *self.check_overlap]) and args.process_index == 0:
             warn_of_overlap(rows, files, tokenizer)
+        set_seed(args.seed)  # `Trainer` seeds after new weights are drawn
         if self.drafter is not None:
             for name in ("shape", "config_overrides"):
                 if (value := getattr(self, name)) is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, set_seed
 
 from ..configuration_coral import check_vocabulary
 from ..modeling_coral import CoralDraftModel
@@ -76,6 +76,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         self._features_read = len(layers) * self.adapter.hidden_size
         check_pair(model, self.adapter, processing_class)
         if peft_config is not None:
+            set_seed(args.seed)  # `Trainer` seeds after the adapters are drawn
             model = add_adapters(model, peft_config, self.adapter)
         if args.packing:
             check_packing(self.adapter)
