@@ -78,6 +78,35 @@ def test_a_drafter_of_other_sizes_is_refused(tmp_path):
             make_trainer(tmp_path, target, drafter)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_half_precision_drafters_are_trained_in_float32(dtype, tmp_path, caplog):
+    target = make_target()
+    drafter = quick_drafter(target, dtype=dtype)
+    drafter.add_router(8)
+    half = dtype in (torch.bfloat16, torch.float16)
+    trainer = make_trainer(tmp_path, target, drafter, max_steps=1)
+    trainer.train()
+    expected = torch.float32 if half else dtype
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {expected}
+    message = f"The drafter's {str(dtype)[6:]} weights were cast to float32"
+    assert [record.getMessage()[: len(message)] for record in caplog.records].count(message) == half
+    trainer.save_model()
+    assert CoralDraftModel.from_pretrained(tmp_path, dtype="auto").dtype == expected
+
+
+def test_a_half_precision_drafter_is_adapted_in_float32(tmp_path):
+    peft = pytest.importorskip("peft")
+    target = make_target(dtype=torch.float32)
+    drafter = quick_drafter(target, dtype=torch.bfloat16)
+    trainer = CoralTrainer(
+        drafter, target, make_args(tmp_path, max_steps=1), random_rows(4), peft_config=peft.LoraConfig(r=2)
+    )
+    trainer.train()
+    trainer.save_model()
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert CoralDraftModel.from_pretrained(tmp_path, dtype="auto").dtype == torch.float32
+
+
 def test_a_drafter_with_a_head_of_its_own_is_refused(tmp_path):
     target = make_target(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"draft_vocab_size=64.*train a drafter that uses the target"):

@@ -107,7 +107,7 @@ class TrainCommand(TargetOptions):
             for name in ("shape", "config_overrides"):
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(f"--{name} {value} is for a new drafter; --drafter {self.drafter} has its own.")
-            drafter = load_drafter(self.drafter).float()
+            drafter = load_drafter(self.drafter)
             commit = getattr(target.config, "_commit_hash", None)
             if commit is not None:  # a target of the Hub: from now on the drafter is trained for this commit
                 drafter.config.target_name_or_path, drafter.config.target_revision = self.target, commit

@@ -23,6 +23,7 @@ from .losses import chunked_classification_loss, csra_loss, default_chunk_size, 
 from .metrics import WeightedMeans, chain_length
 from .placement import check_devices, check_packing, end_processes, place_target, plain_sharding
 from .publishing import PublishingMixin
+from .stages import train_in_float32
 from .training_rows import encode_dataset, encode_training_dataset, first_item
 
 
@@ -31,7 +32,8 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
     CSRA (CORAL section 3).
 
     Args:
-        model ([`CoralDraftModel`]): the drafter.
+        model ([`CoralDraftModel`]): the drafter; one in float16 or bfloat16 is cast to float32, in which it is trained and
+            saved (a finished one: `drafter.to(torch.bfloat16).save_pretrained(folder)`).
         target_model (`PreTrainedModel`): the frozen target; never saved, never trained.
         args ([`CoralTrainingArguments`])
         train_dataset, eval_dataset: [`ConversationDataset`], a `datasets.Dataset`, or a list of training rows (see
@@ -75,6 +77,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         self.adapter = TargetAdapter(target_model, layers if layers[-1] == -1 else [*layers, -1])
         self._features_read = len(layers) * self.adapter.hidden_size
         check_pair(model, self.adapter, processing_class)
+        train_in_float32(model, say=args.process_index == 0)
         if peft_config is not None:
             set_seed(args.seed)  # `Trainer` seeds after the adapters are drawn
             model = add_adapters(model, peft_config, self.adapter)
