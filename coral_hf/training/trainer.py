@@ -1,6 +1,5 @@
 """CoralTrainer: trains a drafter against a frozen target that computes features in the same process."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from .data import IGNORED_LABEL, CoralDataCollator, check_ids, check_lengths, pr
 from .evaluation import ChainTotals, EvaluationMixin
 from .faults import StopOnNonFiniteGradient
 from .feature_cache import FeatureCache
+from .loss_tokens import LossTokens
 from .losses import chunked_classification_loss, csra_loss, default_chunk_size, regression_loss
 from .metrics import WeightedMeans, chain_length
 from .placement import check_devices, check_packing, end_processes, place_target, plain_sharding
@@ -112,7 +112,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             self.add_callback(DrawLearningCurve())
         self._metrics = WeightedMeans()
         self._chunk_size = args.loss_chunk_size or default_chunk_size(args.device.type, self.adapter.vocab_size)
-        self._shortlist = self._frequent_ids()
+        self._loss_tokens = LossTokens(args, self.train_dataset, self.adapter.vocab_size)
         self.tokens_seen = 0
         if args.cache_features is not None:
             self._fill_cache(args.cache_features, [conversations, *eval_sets.values()])
@@ -127,18 +127,6 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         plain_sharding(self.accelerator)
-
-    def _frequent_ids(self) -> torch.Tensor | None:
-        """The `loss_vocab_size` most frequent response ids, or None for the exact loss."""
-        size, vocab_size = self.args.loss_vocab_size, self.adapter.vocab_size
-        if size is None or self.train_dataset is None:
-            return None
-        if not 0 < size < vocab_size:
-            raise ValueError(
-                f"loss_vocab_size={size} must be between 1 and {vocab_size - 1}, or None for the exact loss."
-            )
-        counts = self.train_dataset.response_counts(vocab_size)
-        return counts.argsort(descending=True, stable=True)[:size]
 
     def _fill_cache(self, directory: str, datasets: Sequence[Any]) -> None:
         config = self.model.config
@@ -289,27 +277,6 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         if model.training and self.is_deepspeed_enabled:  # whose backward updates the weights
             self._finite.check_loss(inputs, loss, self.args, self.state)
         return loss
-
-    def _loss_tokens(self, labels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Tokens of this batch's classification loss and their logit offsets, both `[A]`; None, None: all, exactly.
-
-        Shortlist and the batch's own responses always take part. Without the rest of the vocabulary the drafter never
-        learns not to propose it (27 % first-step accuracy with the full head against 43 % among the shortlist, measured
-        on SmolLM2-135M), so a uniform sample of it stands in, each token for all that it was drawn from.
-        """
-        if self._shortlist is None:
-            return None, None
-        kept = torch.zeros(self.adapter.vocab_size, dtype=torch.bool)
-        kept[self._shortlist] = True
-        kept[labels[labels != IGNORED_LABEL].cpu()] = True
-        rest = (~kept).nonzero().squeeze(-1)
-        count = min(self.args.loss_negatives, rest.numel())
-        sampled = rest[torch.randint(rest.numel(), (count,))].unique() if count else rest[:0]
-        token_ids = torch.cat([kept.nonzero().squeeze(-1), sampled])
-        offsets = torch.zeros(token_ids.numel())
-        if sampled.numel():
-            offsets[-sampled.numel() :] = math.log(rest.numel() / sampled.numel())
-        return token_ids.to(labels.device), offsets.to(labels.device)
 
     # Logging and evaluation ------------------------------------------------------------------------------------
 
