@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_drafter, make_target
-from tiny_trainings import make_args, random_rows, weights
+from tiny_trainings import make_args, measured, random_rows, weights
 
 from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.lm_head_router import LMHeadRouter
@@ -107,11 +107,11 @@ def test_rows_that_fill_up_the_processes_count_nothing(tmp_path):
     drafter = make_drafter(target)
     drafter.add_router(8)
     trainer, rows = make_trainer(tmp_path, target, drafter), ConversationDataset(random_rows(5, seed=2))
-    expected = trainer.evaluate(rows)
-    assert trainer.evaluate(even_rows(rows, 12)) == pytest.approx(expected, rel=1e-6)
+    expected = measured(trainer.evaluate(rows))
+    assert measured(trainer.evaluate(even_rows(rows, 12))) == pytest.approx(expected, rel=1e-6)
     # pooled over rows, whatever the batches
     trainer.args.per_device_eval_batch_size = 1
-    assert trainer.evaluate(rows) == pytest.approx(expected, rel=1e-6)
+    assert measured(trainer.evaluate(rows)) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(128, 8), (130, 7), (50, 16)])

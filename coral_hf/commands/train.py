@@ -16,7 +16,7 @@ from .loading import DEMO, TargetOptions, load_drafter, resolve_dtype
 
 @dataclass
 class TrainCommand(TargetOptions):
-    """Train a drafter on the target's own responses. Takes every TrainingArguments flag as well.
+    """Train a drafter on the target's own responses. Takes the flags of TrainingArguments as well.
 
     Example: coral-hf train --target demo --data responses.jsonl --output_dir outputs/drafter --preset coral
     """

@@ -1,10 +1,12 @@
 """The evaluation loop that drafter and router share."""
 
 import copy
+import time
 from typing import Any
 
 import torch
 from transformers import Trainer
+from transformers.trainer_utils import speed_metrics
 
 from .data import ConversationDataset, check_ids
 from .simulation import ChainStatistics
@@ -33,45 +35,71 @@ class EvaluationMixin(Trainer):
         """Simulates the drafter over the evaluation set, over all steps of a chain of `eval_chain_depth`.
 
         Args:
-            eval_dataset (*optional*): as for the trainer, by default its own. Of a `dict` each set is evaluated, its
-                values under `{prefix}_{name}_...`.
+            eval_dataset (*optional*): as for the trainer, by default its own, or the name of one of its sets. Of a `dict`
+                each set is evaluated, its values under `{prefix}_{name}_...`.
             ignore_keys: unused.
             metric_key_prefix (`str`): begins every name.
 
         Returns:
             `dict`: of a drafter, `{prefix}_loss` (cross-entropy of step 1 with the exact head), `{prefix}_acceptance_k`
             (conditional, per depth) and `{prefix}_acceptance_length` (tau, pooled, bonus token included); of a router,
-            loss, recall and uncovered mass, pooled over the rows of all steps.
+            loss, recall and uncovered mass, pooled over the rows of all steps. `{prefix}_runtime` and so on as of `Trainer`.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = self._named_set(rows)
         if isinstance(rows, dict):
             metrics: dict[str, float] = {}
             for name, part in rows.items():
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
+        self._memory_tracker.start()
         dataset = encode_dataset(rows, self.processing_class, self.args)
         if dataset is None:
             raise ValueError("There is nothing to evaluate on: give an eval_dataset.")
         check_ids(dataset, self.adapter.vocab_size)
+        count, batch = len(dataset), self.args.eval_batch_size * self.args.world_size
         if self.args.world_size > 1:
-            dataset = even_rows(dataset, self.args.eval_batch_size * self.args.world_size)
+            dataset = even_rows(dataset, batch)
         model: Any = self._wrap_model(self.model, training=False)
         if self.is_fsdp_enabled and self.model is self.model_wrapped:
             self.model.to(self.args.device)  # not sharded yet: `Trainer` leaves it where it was
         was_training = self.model.training
         model.eval()
         totals = self._start_evaluation()
-        for inputs in self.get_eval_dataloader(dataset):
+        self.callback_handler.eval_dataloader = loader = self.get_eval_dataloader(dataset)
+        start = time.time()
+        for inputs in loader:
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 self._evaluate_batch(totals, model, inputs)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         values = totals.drain(self.accelerator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=count, num_steps=-(-count // batch))
         metrics[f"{metric_key_prefix}_response_tokens_seen"] = self.tokens_seen
         self.model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
+
+    def _named_set(self, name: str) -> Any:
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if name not in sets:
+            raise ValueError(f"There is no evaluation set {name!r}; eval_dataset names {sorted(sets) or 'none'}.")
+        return sets[name]
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for a drafter.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "A drafter predicts features of its target, which nothing reads by themselves: evaluate(rows) measures it on rows, "
+            "`coral-hf benchmark` while its target generates."
+        )
 
 
 def even_rows(dataset: ConversationDataset, multiple: int) -> ConversationDataset:

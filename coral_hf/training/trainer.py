@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import convert_to_fp32
 from torch import nn
 from transformers import PreTrainedModel, Trainer, set_seed
 
@@ -25,6 +26,7 @@ from .placement import check_devices, check_packing, end_processes, place_target
 from .publishing import PublishingMixin
 from .stages import train_in_float32
 from .training_rows import encode_dataset, encode_training_dataset, first_item
+from .unused_settings import check_parameters
 
 
 class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
@@ -42,7 +44,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         processing_class (*optional*): the target's tokenizer; its vocabulary hash must be the drafter's.
         peft_config (`PeftConfig`, *optional*): adapts the drafter to this (fine-tuned) target with adapters instead of
             training it; `save_model` and `push_to_hub` write the merged drafter, and the adapters beside it.
-        **kwargs: as for [`~transformers.Trainer`].
+        **kwargs: as for [`~transformers.Trainer`], but for functions that would not be called (`compute_metrics`, ...).
 
     Raises:
         ValueError: if drafter and target or tokenizer do not belong together, no response token is left, or one process
@@ -64,6 +66,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ):
+        check_parameters(kwargs)
         args = args or CoralTrainingArguments(output_dir="outputs/coral")
         check_devices(args)
         if model.config.draft_vocab_size is not None:
@@ -180,15 +183,17 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             noise = torch.rand_like(read) * 2 - 1
             size = read.square().mean(dim=-1, keepdim=True).sqrt()
             read = read + self.args.feature_noise * size * noise
-        outputs = model(
-            inputs_embeds=embeds.to(dtype),
-            features=read,
-            num_steps=num_steps,
-            position_ids=None if positions is None else positions[:, :-1],
-            # row r joins x_r and x_{r+1}: where another conversation begins between them there is no row
-            document_ids=documents[:, 1:].masked_fill(documents[:, 1:] != documents[:, :-1], -1),
-            output_group_logits=output_group_logits,
-        )
+        with self.accelerator.autocast():  # as in a prepared drafter, for one that is evaluated before its training
+            outputs = model(
+                inputs_embeds=embeds.to(dtype),
+                features=read,
+                num_steps=num_steps,
+                position_ids=None if positions is None else positions[:, :-1],
+                # row r joins x_r and x_{r+1}: where another conversation begins between them there is no row
+                document_ids=documents[:, 1:].masked_fill(documents[:, 1:] != documents[:, :-1], -1),
+                output_group_logits=output_group_logits,
+            )
+        outputs = convert_to_fp32(outputs)
         # Row r predicts x_{r+2} and f_{r+1}, whose last-layer part comes last.
         trained = torch.zeros_like(ids[:, 1:], dtype=torch.bool)
         trained[:, :-1] = inputs["labels"][:, 2:] != IGNORED_LABEL
