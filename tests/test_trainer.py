@@ -349,6 +349,25 @@ def test_several_evaluation_sets_have_values_of_their_own(tmp_path):
         trainer.evaluate("third")
 
 
+def test_persistent_workers_read_the_set_that_is_evaluated(tmp_path):
+    sets = {"first": random_rows(5, seed=2), "second": random_rows(3, seed=9)}
+    found = []
+    for settings in ({}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}):
+        trainer = make_trainer(tmp_path, make_target(), eval_dataset=sets, **settings)
+        results = [
+            trainer.evaluate(),
+            trainer.evaluate("second"),
+            trainer.evaluate(random_rows(4)),
+            trainer.evaluate(),
+        ]
+        found.append([measured(metrics) for metrics in results])
+    assert found[0] == found[1]
+    assert found[0][0] == found[0][3] and found[0][0]["eval_first_loss"] != found[0][0]["eval_second_loss"]
+    kept = dict(trainer._kept_loaders)
+    trainer.evaluate()
+    assert set(kept) == {"first", "second"} and trainer._kept_loaders == kept
+
+
 def test_an_evaluation_computes_as_the_training_does(tmp_path):
     """In autocast also before a training has prepared the drafter for it."""
     settings = {"bf16": True, "learning_rate": 0.0, "max_steps": 1}

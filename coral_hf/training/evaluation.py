@@ -22,6 +22,11 @@ class EvaluationMixin(Trainer):
     adapter: Any
     tokens_seen: int
     control: Any
+    _kept_loaders: dict[str | None, Any]
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._kept_loaders = {}  # by the name of a set
 
     def _start_evaluation(self) -> Any:
         """What sums up: `drain(accelerator)` returns its values over all processes."""
@@ -46,13 +51,15 @@ class EvaluationMixin(Trainer):
             loss, recall and uncovered mass, pooled over the rows of all steps. `{prefix}_runtime` and so on as of `Trainer`.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(rows, str):
-            rows = self._named_set(rows)
         if isinstance(rows, dict):
             metrics: dict[str, float] = {}
             for name, part in rows.items():
-                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+                given = name if eval_dataset is None else part
+                metrics |= self.evaluate(given, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
+        name = "" if eval_dataset is None else None  # of the trainer's own sets
+        if isinstance(rows, str):
+            name, rows = rows, self._named_set(rows)
         self._memory_tracker.start()
         dataset = encode_dataset(rows, self.processing_class, self.args)
         if dataset is None:
@@ -67,7 +74,7 @@ class EvaluationMixin(Trainer):
         was_training = self.model.training
         model.eval()
         totals = self._start_evaluation()
-        self.callback_handler.eval_dataloader = loader = self.get_eval_dataloader(dataset)
+        self.callback_handler.eval_dataloader = loader = self._loader(dataset, name)
         start = time.time()
         for inputs in loader:
             inputs = self._prepare_inputs(inputs)
@@ -89,6 +96,19 @@ class EvaluationMixin(Trainer):
         if name not in sets:
             raise ValueError(f"There is no evaluation set {name!r}; eval_dataset names {sorted(sets) or 'none'}.")
         return sets[name]
+
+    def _loader(self, dataset: ConversationDataset, name: str | None) -> Any:
+        """A loader, of which each own set keeps one with persistent workers.
+
+        `Trainer` keeps one for all sets that it is given as objects.
+        """
+        if name in self._kept_loaders:
+            return self._kept_loaders[name]
+        loader = self.get_eval_dataloader(dataset)
+        self._eval_dataloaders: dict[str, Any] = {}
+        if name is not None and self.args.dataloader_persistent_workers:
+            self._kept_loaders[name] = loader
+        return loader
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Not for a drafter.
