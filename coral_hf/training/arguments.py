@@ -149,13 +149,13 @@ class CoralTrainingArguments(TrainingArguments):
         if self.rollout_schedule is None:
             self.rollout_schedule = schedule
         if self.csra_weight is None:
-            self.csra_weight = csra_weight
+            self.csra_weight = csra_weight if self.stage == "drafter" else 0.0  # a router's loss has no such term
         if self.paper_weights:
             self.regression_loss_weight = PAPER_REGRESSION_WEIGHT
             self.classification_loss_weight = PAPER_CLASSIFICATION_WEIGHT
         self.rollout = parse_schedule(self.rollout_schedule)
         deepest = max(steps for steps, _ in self.rollout)
-        if self.csra_weight and deepest == 1:
+        if self.csra_weight and deepest == 1 and self.stage == "drafter":
             raise ValueError(
                 f"csra_weight={self.csra_weight} with rollout_schedule={self.rollout_schedule!r}: CSRA compares steps, "
                 "and there is only K=1. Use K >= 2 in the schedule, or csra_weight=0 (preset 'eagle')."

@@ -24,7 +24,7 @@ from .losses import chunked_classification_loss, csra_loss, default_chunk_size, 
 from .metrics import WeightedMeans, chain_length
 from .placement import check_devices, check_packing, end_processes, place_target, plain_sharding
 from .publishing import PublishingMixin
-from .stages import train_in_float32
+from .stages import train_in_float32, train_stage
 from .training_rows import encode_dataset, encode_training_dataset, first_item
 from .unused_settings import check_parameters
 
@@ -47,11 +47,12 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         **kwargs: as for [`~transformers.Trainer`], but for functions that would not be called (`compute_metrics`, ...).
 
     Raises:
-        ValueError: if drafter and target or tokenizer do not belong together, no response token is left, or one process
-            would train on several GPUs.
+        ValueError: if drafter and target or tokenizer do not belong together, no response token is left, one process
+            would train on several GPUs, or `args.stage` is another trainer's.
     """
 
     model_accepts_loss_kwargs = True
+    stage = "drafter"
     _signature_columns: list[str] | None
     control: Any
 
@@ -67,7 +68,12 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         **kwargs: Any,
     ):
         check_parameters(kwargs)
-        args = args or CoralTrainingArguments(output_dir="outputs/coral")
+        args = args or CoralTrainingArguments(output_dir="outputs/coral", stage=self.stage)
+        if args.stage != self.stage:
+            raise ValueError(
+                f"stage={args.stage!r}, but {type(self).__name__} trains stage {self.stage!r}: CoralTrainer is for the drafter, "
+                "CoralRouterTrainer for its router."
+            )
         check_devices(args)
         if model.config.draft_vocab_size is not None:
             raise ValueError(
@@ -81,6 +87,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         self._features_read = len(layers) * self.adapter.hidden_size
         check_pair(model, self.adapter, processing_class)
         train_in_float32(model, say=args.process_index == 0)
+        train_stage(model, self.stage, say=args.process_index == 0)
         if peft_config is not None:
             set_seed(args.seed)  # `Trainer` seeds after the adapters are drawn
             model = add_adapters(model, peft_config, self.adapter)
