@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, HfArgumentParser, set_seed
 
 from coral_hf import CoralDraftModel
 from coral_hf.commands.loading import resolve_device, resolve_dtype
@@ -96,6 +96,7 @@ def main() -> None:
     rows = read_rows(responses)
 
     if not (output / "drafter" / "model.safetensors").is_file():
+        set_seed(0)  # the trainer seeds after new weights are drawn
         drafter = CoralDraftModel.from_target(target, tokenizer)
         training = arguments(output / "drafter", script.steps, rollout_schedule="1:0.7,2:0.3")
         trainer = CoralTrainer(drafter, target, training, train_dataset=rows, processing_class=tokenizer)
@@ -104,6 +105,7 @@ def main() -> None:
         trainer.save_model()
     if not (output / "router" / "model.safetensors").is_file():
         drafter = CoralDraftModel.from_pretrained(output / "drafter", dtype=torch.float32)
+        set_seed(0)
         drafter.add_router(script.router_groups)
         training = arguments(output / "router", script.router_steps, rollout_schedule="2", stage="router")
         trainer = CoralRouterTrainer(drafter, target, training, train_dataset=rows, processing_class=tokenizer)

@@ -7,7 +7,7 @@ accelerate launch examples/train_drafter.py --data responses.jsonl --output_dir 
 
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 
 from coral_hf import CoralDraftModel
 from coral_hf.commands.loading import TargetOptions, resolve_dtype
@@ -29,6 +29,7 @@ if __name__ == "__main__":
     # on the CPU: the trainer moves it to each process's device
     target, tokenizer = script.load_target(resolve_dtype("auto", args.device), "cpu")
     rows = read_rows(script.data)
+    set_seed(args.seed)  # the trainer seeds after the new drafter's weights are drawn
     trainer = CoralTrainer(
         model=CoralDraftModel.from_target(target, tokenizer),
         target_model=target,

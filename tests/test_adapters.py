@@ -35,6 +35,16 @@ def peft_target(seed: int = 0):
     return peft.get_peft_model(base, config).eval()
 
 
+def test_the_seed_decides_new_adapters(tmp_path):
+    target = make_target(dtype=torch.float32)
+    drawn = []
+    for seed in (7, 7, 8):
+        torch.rand(3)  # whatever was drawn before
+        drawn.append(weights(adapted_trainer(tmp_path, target, quick_drafter(target), seed=seed).model))
+    assert_same_weights(drawn[0], drawn[1], rtol=0, atol=0)
+    assert any(not torch.equal(value, drawn[2][name]) for name, value in drawn[0].items())
+
+
 @pytest.mark.parametrize("shape", ["eagle", "eagle3"])
 def test_an_adapted_drafter_is_merged_and_drafts(shape, tmp_path):
     drafter = quick_drafter(make_target(dtype=torch.float32), shape)

@@ -174,6 +174,21 @@ def test_settings_and_evaluation_data_of_a_new_drafter(folder, capsys, monkeypat
     assert "has its own" in capsys.readouterr().err
 
 
+def test_the_seed_decides_new_weights(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    rows = [{"id": str(i), "prompt_ids": [5, 6, 7], "response_ids": [9, 8, 7, 6 + i]} for i in range(3)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["train", "--target", "target", "--dtype", "float32", "--data", "rows.jsonl", "--eval_rows", "0"]
+    common += ["--max_steps", "1", "--report_to", "none", "--save_strategy", "no"]
+    router = ["--stage", "router", "--drafter", "first", "--router_groups", "8", "--preset", "hass"]
+    for stage, names in (([], ("first", "second", "other")), (router, ("routed", "routed2", "routed3"))):
+        for name, seed in zip(names, ("7", "7", "8"), strict=True):
+            torch.rand(3)  # whatever was drawn before
+            assert main([*common, *stage, "--output_dir", name, "--seed", seed]) == 0
+        hashes = [file_sha256(folder / name / "model.safetensors") for name in names]
+        assert hashes[0] == hashes[1] != hashes[2]
+
+
 def test_streamed_packed_and_compared_with_evaluation_prompts(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     rows = [{"turns": [f"w{i} w{i + 1} w{i + 2}"], "responses": ["ok so be it"], "system": "be"} for i in range(5, 12)]

@@ -112,6 +112,13 @@ def test_two_processes_are_one_with_the_doubled_batch(kind, tmp_path, one_proces
     assert_same_weights(weights(trained), weights(CoralDraftModel.from_pretrained(resumed)), rtol=0, atol=1e-9)
 
 
+def test_a_routed_drafter_is_trained_on_by_several_processes(tmp_path):
+    """No loss reaches its router, for whose gradients the processes would wait."""
+    options = {"output": str(tmp_path), "settings": {**SETTINGS, "gradient_checkpointing": True}, "router_groups": 8}
+    launch("ddp", PROGRAM, json.dumps(options), port=29650)
+    assert CoralDraftModel.from_pretrained(tmp_path).router.num_groups == 8
+
+
 def test_a_sharded_adapted_drafter_is_saved_merged(tmp_path):
     pytest.importorskip("peft")
     options = {"output": str(tmp_path / "two"), "settings": SETTINGS, "dtype": "float64", "lora_rank": 2}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_drafter, make_target
-from tiny_trainings import make_args, random_rows, weights
+from tiny_trainings import make_args, measured, random_rows, weights
 
 from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.lm_head_router import LMHeadRouter
@@ -13,6 +13,7 @@ from coral_hf.training.evaluation import even_rows
 from coral_hf.training.losses import router_loss, target_group_mass
 from coral_hf.training.router_trainer import CoralRouterTrainer
 from coral_hf.training.token_clusters import cluster_tokens, start_from_centroids
+from coral_hf.training.trainer import CoralTrainer
 
 
 def make_trainer(folder, target, drafter, **kwargs):
@@ -87,7 +88,6 @@ def test_accumulation_gives_the_same_router(schedule, tmp_path):
                 tmp_path,
                 stage="router",
                 rollout_schedule=schedule,
-                csra_weight=0,
                 per_device_train_batch_size=batch,
                 gradient_accumulation_steps=accumulation,
                 max_steps=1,
@@ -107,11 +107,11 @@ def test_rows_that_fill_up_the_processes_count_nothing(tmp_path):
     drafter = make_drafter(target)
     drafter.add_router(8)
     trainer, rows = make_trainer(tmp_path, target, drafter), ConversationDataset(random_rows(5, seed=2))
-    expected = trainer.evaluate(rows)
-    assert trainer.evaluate(even_rows(rows, 12)) == pytest.approx(expected, rel=1e-6)
+    expected = measured(trainer.evaluate(rows))
+    assert measured(trainer.evaluate(even_rows(rows, 12))) == pytest.approx(expected, rel=1e-6)
     # pooled over rows, whatever the batches
     trainer.args.per_device_eval_batch_size = 1
-    assert trainer.evaluate(rows) == pytest.approx(expected, rel=1e-6)
+    assert measured(trainer.evaluate(rows)) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(128, 8), (130, 7), (50, 16)])
@@ -148,3 +148,40 @@ def test_router_stage_needs_a_router(tmp_path):
         make_trainer(tmp_path, target, make_drafter(target))
     with pytest.raises(ValueError, match="stage='head'"):
         CoralTrainingArguments(output_dir=str(tmp_path), stage="head")
+
+
+def test_each_stage_is_of_one_trainer(tmp_path):
+    target = make_target(dtype=torch.float32)
+    drafter = make_drafter(target)
+    drafter.add_router(8)
+    for trainer, name, stage in (
+        (CoralTrainer, "CoralTrainer", "router"),
+        (CoralRouterTrainer, "CoralRouter", "drafter"),
+    ):
+        with pytest.raises(ValueError, match=f"stage='{stage}', but {name}.* CoralRouterTrainer for its router"):
+            trainer(drafter, target, make_args(tmp_path, stage=stage), random_rows(4))
+
+
+def test_the_stages_may_follow_each_other(tmp_path, caplog):
+    """On one object, there and back: each trains its part and leaves the other as it is."""
+    target = make_target(dtype=torch.float32)
+    drafter = make_drafter(target)
+    drafter.add_router(8)
+    for stage in ("router", "drafter", "router"):
+        trainer_class = CoralRouterTrainer if stage == "router" else CoralTrainer
+        before = weights(drafter)
+        trainer = trainer_class(
+            drafter, target, make_args(tmp_path, stage=stage, rollout_schedule="3"), random_rows(8)
+        )
+        trainer.train()
+        moved = {name for name, value in weights(drafter).items() if not torch.equal(value, before[name])}
+        router = {name for name in before if name.startswith("router")}
+        assert moved == (router if stage == "router" else before.keys() - router), stage
+        said = [record for record in caplog.records if "train it again afterwards" in record.getMessage()]
+        assert len(said) == (stage == "drafter")
+        caplog.clear()
+    # what was frozen on purpose stays frozen
+    drafter.requires_grad_(True).norm.requires_grad_(False)
+    CoralTrainer(drafter, target, make_args(tmp_path), random_rows(8))
+    frozen = {name for name, value in drafter.named_parameters() if not value.requires_grad}
+    assert frozen == router | {"norm.weight"}

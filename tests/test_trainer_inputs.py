@@ -1,5 +1,7 @@
 """What a training is given: arguments and their presets, drafters, tokenizers and rows, and what of it is refused."""
 
+import dataclasses
+import inspect
 import re
 
 import pytest
@@ -7,12 +9,12 @@ import torch
 from conftest import make_drafter, make_target
 from tiny_trainings import make_args, make_trainer, quick_drafter, random_rows
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from coral_hf import CoralDraftModel
 from coral_hf.cli import main
 from coral_hf.commands import loading
-from coral_hf.training import arguments
+from coral_hf.training import arguments, unused_settings
 from coral_hf.training.arguments import parse_schedule
 from coral_hf.training.losses import default_chunk_size
 from coral_hf.training.publishing import recipe
@@ -37,11 +39,44 @@ from coral_hf.training.training_rows import encode_dataset
         ({"loss_chunk_size": 0}, "loss_chunk_size=0 must be at least 1"),
         ({"regression_loss_weight": -1.0}, "regression_loss_weight=-1.0 must not be negative"),
         ({"topk_loss_weight": 1.0, "classification_loss_weight": 0.0}, "topk_loss_weight=1.0 is computed with"),
+        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.1 would do nothing: .*whole distribution"),
+        ({"neftune_noise_alpha": 5.0}, r"neftune_noise_alpha=5.0 would do nothing: .*feature_noise"),
+        ({"bf16_full_eval": True}, r"bf16_full_eval=True would do nothing: .*bf16=True"),
+        ({"include_num_input_tokens_seen": "all"}, r"include_num_input_tokens_seen='all' .*response_tokens"),
+        ({"include_num_input_tokens_seen": True}, r"include_num_input_tokens_seen='all' .*response_tokens"),
+        (
+            {"include_for_metrics": ["loss"]},
+            r"include_for_metrics=\['loss'\] would do nothing: .*trainer.evaluate\(\)",
+        ),
+        ({"eval_accumulation_steps": 2}, "eval_accumulation_steps=2 would do nothing"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "Leave use_reentrant out"),
     ],
 )
 def test_contradictory_arguments_are_refused(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **settings)
+
+
+def test_functions_that_would_not_be_called_are_refused(tmp_path):
+    target = make_target(dtype=torch.float32)
+    given = {"target_model": target, "args": make_args(tmp_path), "train_dataset": random_rows(4)}
+    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+        with pytest.raises(ValueError, match=f"{name} would not be called: "):
+            CoralTrainer(model=quick_drafter(target), **given, **{name: len})
+    with pytest.raises(ValueError, match="model_init would not be called: give the drafter itself"):
+        CoralTrainer(model=None, model_init=lambda: quick_drafter(target), **given)
+    with pytest.raises(NotImplementedError, match=r"evaluate\(rows\) measures it"):
+        CoralTrainer(model=quick_drafter(target), **given).predict(random_rows(4))
+
+
+def test_what_a_training_has_no_use_for_is_a_setting_of_transformers():
+    names = {entry.name for entry in dataclasses.fields(TrainingArguments)}
+    assert names >= set(unused_settings.ARGUMENTS)
+    defaults = TrainingArguments(output_dir="none", use_cpu=True)
+    assert {name: getattr(defaults, name) for name in unused_settings.ARGUMENTS} == {
+        name: unused for name, (unused, _) in unused_settings.ARGUMENTS.items()
+    }
+    assert set(inspect.signature(Trainer.__init__).parameters) >= set(unused_settings.PARAMETERS)
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -76,6 +111,35 @@ def test_a_drafter_of_other_sizes_is_refused(tmp_path):
         setattr(drafter.config, name, value)
         with pytest.raises(ValueError, match=rf"made for a target with {name}={value} .* but LlamaForCausalLM has"):
             make_trainer(tmp_path, target, drafter)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_half_precision_drafters_are_trained_in_float32(dtype, tmp_path, caplog):
+    target = make_target()
+    drafter = quick_drafter(target, dtype=dtype)
+    drafter.add_router(8)
+    half = dtype in (torch.bfloat16, torch.float16)
+    trainer = make_trainer(tmp_path, target, drafter, max_steps=1)
+    trainer.train()
+    expected = torch.float32 if half else dtype
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {expected}
+    message = f"The drafter's {str(dtype)[6:]} weights were cast to float32"
+    assert [record.getMessage()[: len(message)] for record in caplog.records].count(message) == half
+    trainer.save_model()
+    assert CoralDraftModel.from_pretrained(tmp_path, dtype="auto").dtype == expected
+
+
+def test_a_half_precision_drafter_is_adapted_in_float32(tmp_path):
+    peft = pytest.importorskip("peft")
+    target = make_target(dtype=torch.float32)
+    drafter = quick_drafter(target, dtype=torch.bfloat16)
+    trainer = CoralTrainer(
+        drafter, target, make_args(tmp_path, max_steps=1), random_rows(4), peft_config=peft.LoraConfig(r=2)
+    )
+    trainer.train()
+    trainer.save_model()
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert CoralDraftModel.from_pretrained(tmp_path, dtype="auto").dtype == torch.float32
 
 
 def test_a_drafter_with_a_head_of_its_own_is_refused(tmp_path):

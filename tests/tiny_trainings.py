@@ -66,3 +66,8 @@ def assert_same_weights(first, second, **tolerance):
 
 def logged(trainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def measured(metrics: dict[str, float]) -> dict[str, float]:
+    """What an evaluation found, without how long it took."""
+    return {name: value for name, value in metrics.items() if not name.endswith(("_runtime", "_per_second"))}

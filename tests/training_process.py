@@ -63,8 +63,11 @@ def main() -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         allow_fsdp_on_cpu()
     target = make_target(dtype=getattr(torch, options.get("dtype", "float32")))
+    drafter = quick_drafter(target, seed=options.get("seed", 1))
+    if options.get("router_groups"):
+        drafter.add_router(options["router_groups"])
     trainer = CoralTrainer(
-        model=quick_drafter(target, seed=options.get("seed", 1)),
+        model=drafter,
         target_model=target,
         args=make_args(output, **options["settings"]),
         train_dataset=random_rows(options.get("rows", 16)),

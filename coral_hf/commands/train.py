@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from transformers import set_seed
 
 from ..modeling_coral import CoralDraftModel
 from ..origin import hub_commit
@@ -16,7 +17,7 @@ from .outputs import check_output_folder
 
 @dataclass
 class TrainCommand(TargetOptions):
-    """Train a drafter on the target's own responses. Takes every TrainingArguments flag as well.
+    """Train a drafter on the target's own responses. Takes the flags of TrainingArguments as well.
 
     Example: coral-hf train --target demo --data responses.jsonl --output_dir outputs/drafter --preset coral
     """
@@ -103,11 +104,12 @@ class TrainCommand(TargetOptions):
         target, tokenizer = self.load_target(resolve_dtype(self.dtype, args.device), "cpu")
         if (files := [*self.eval_data, *self.check_overlap]) and args.process_index == 0:
             warn_of_overlap(rows, files, tokenizer)
+        set_seed(args.seed)  # `Trainer` seeds after new weights are drawn
         if self.drafter is not None:
             for name in ("shape", "config_overrides"):
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(f"--{name} {value} is for a new drafter; --drafter {self.drafter} has its own.")
-            drafter = load_drafter(self.drafter).float()
+            drafter = load_drafter(self.drafter)
             commit = hub_commit(target.config)
             if commit is not None:  # a target of the Hub: from now on the drafter is trained for this commit
                 drafter.config.target_name_or_path = target.config._name_or_path

@@ -6,6 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..hardware import native_bfloat16
+from .unused_settings import check_arguments
 
 
 PRESETS = {
@@ -20,7 +21,10 @@ PAPER_REGRESSION_WEIGHT, PAPER_CLASSIFICATION_WEIGHT = 1.0, 0.1
 
 @dataclass
 class CoralTrainingArguments(TrainingArguments):
-    r"""Arguments of [`CoralTrainer`]: every [`~transformers.TrainingArguments`] field, and the ones below.
+    r"""Arguments of [`CoralTrainer`]: the fields of [`~transformers.TrainingArguments`], and the ones below.
+
+    Fields that would do nothing here (`label_smoothing_factor`, `neftune_noise_alpha`, those of collected predictions, ...)
+    are refused with what to do instead; `unused_settings.ARGUMENTS` lists them.
 
     Defaults that differ from `TrainingArguments`: learning rate, AdamW beta2, clipping, bf16, sampling by length,
     kept columns and logging.
@@ -145,13 +149,13 @@ class CoralTrainingArguments(TrainingArguments):
         if self.rollout_schedule is None:
             self.rollout_schedule = schedule
         if self.csra_weight is None:
-            self.csra_weight = csra_weight
+            self.csra_weight = csra_weight if self.stage == "drafter" else 0.0  # a router's loss has no such term
         if self.paper_weights:
             self.regression_loss_weight = PAPER_REGRESSION_WEIGHT
             self.classification_loss_weight = PAPER_CLASSIFICATION_WEIGHT
         self.rollout = parse_schedule(self.rollout_schedule)
         deepest = max(steps for steps, _ in self.rollout)
-        if self.csra_weight and deepest == 1:
+        if self.csra_weight and deepest == 1 and self.stage == "drafter":
             raise ValueError(
                 f"csra_weight={self.csra_weight} with rollout_schedule={self.rollout_schedule!r}: CSRA compares steps, "
                 "and there is only K=1. Use K >= 2 in the schedule, or csra_weight=0 (preset 'eagle')."
@@ -194,6 +198,7 @@ class CoralTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu: bool = True  # or bf16=True would be refused where there is no GPU
         super().__post_init__()
+        check_arguments(self)
 
     def rollout_steps_at(self, progress: float) -> int:
         """K at a point of training, `progress` in [0, 1]."""

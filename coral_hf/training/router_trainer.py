@@ -23,8 +23,10 @@ class CoralRouterTrainer(CoralTrainer):
         as for [`CoralTrainer`].
 
     Raises:
-        ValueError: if the drafter has no router.
+        ValueError: if the drafter has no router, or `args.stage` is not `"router"`.
     """
+
+    stage = "router"
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any):
         if model.router is None:
@@ -34,8 +36,6 @@ class CoralRouterTrainer(CoralTrainer):
             )
         if kwargs.get("peft_config") is not None:
             raise ValueError("stage='router' trains a small router as it is: leave peft_config out.")
-        model.requires_grad_(False)
-        model.router.requires_grad_(True)
         super().__init__(model, *args, **kwargs)
 
     def start_router(self) -> None:

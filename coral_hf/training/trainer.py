@@ -1,12 +1,12 @@
 """CoralTrainer: trains a drafter against a frozen target that computes features in the same process."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import convert_to_fp32
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, set_seed
 
 from ..configuration_coral import check_vocabulary
 from ..modeling_coral import CoralDraftModel
@@ -20,11 +20,14 @@ from .data import IGNORED_LABEL, CoralDataCollator, check_ids, check_lengths, pr
 from .evaluation import ChainTotals, EvaluationMixin
 from .faults import StopOnNonFiniteGradient
 from .feature_cache import FeatureCache
+from .loss_tokens import LossTokens
 from .losses import chunked_classification_loss, csra_loss, default_chunk_size, regression_loss
 from .metrics import WeightedMeans, chain_length
 from .placement import check_devices, check_packing, end_processes, place_target, plain_sharding
 from .publishing import PublishingMixin
+from .stages import train_in_float32, train_stage
 from .training_rows import encode_dataset, encode_training_dataset, first_item
+from .unused_settings import check_parameters
 
 
 class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
@@ -32,7 +35,8 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
     CSRA (CORAL section 3).
 
     Args:
-        model ([`CoralDraftModel`]): the drafter.
+        model ([`CoralDraftModel`]): the drafter; one in float16 or bfloat16 is cast to float32, in which it is trained and
+            saved (a finished one: `drafter.to(torch.bfloat16).save_pretrained(folder)`).
         target_model (`PreTrainedModel`): the frozen target; never saved, never trained.
         args ([`CoralTrainingArguments`])
         train_dataset, eval_dataset: [`ConversationDataset`], a `datasets.Dataset`, or a list of training rows (see
@@ -41,14 +45,15 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         processing_class (*optional*): the target's tokenizer; its vocabulary hash must be the drafter's.
         peft_config (`PeftConfig`, *optional*): adapts the drafter to this (fine-tuned) target with adapters instead of
             training it; `save_model` and `push_to_hub` write the merged drafter, and the adapters beside it.
-        **kwargs: as for [`~transformers.Trainer`].
+        **kwargs: as for [`~transformers.Trainer`], but for functions that would not be called (`compute_metrics`, ...).
 
     Raises:
-        ValueError: if drafter and target or tokenizer do not belong together, no response token is left, or one process
-            would train on several GPUs.
+        ValueError: if drafter and target or tokenizer do not belong together, no response token is left, one process
+            would train on several GPUs, or `args.stage` is another trainer's.
     """
 
     model_accepts_loss_kwargs = True
+    stage = "drafter"
     _signature_columns: list[str] | None
     control: Any
 
@@ -63,7 +68,13 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ):
-        args = args or CoralTrainingArguments(output_dir="outputs/coral")
+        check_parameters(kwargs)
+        args = args or CoralTrainingArguments(output_dir="outputs/coral", stage=self.stage)
+        if args.stage != self.stage:
+            raise ValueError(
+                f"stage={args.stage!r}, but {type(self).__name__} trains stage {self.stage!r}: CoralTrainer is for the drafter, "
+                "CoralRouterTrainer for its router."
+            )
         check_devices(args)
         if model.config.draft_vocab_size is not None:
             raise ValueError(
@@ -76,7 +87,10 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         self.adapter = TargetAdapter(target_model, layers if layers[-1] == -1 else [*layers, -1])
         self._features_read = len(layers) * self.adapter.hidden_size
         check_pair(model, self.adapter, processing_class)
+        train_in_float32(model, say=args.process_index == 0)
+        train_stage(model, self.stage, say=args.process_index == 0)
         if peft_config is not None:
+            set_seed(args.seed)  # `Trainer` seeds after the adapters are drawn
             model = add_adapters(model, peft_config, self.adapter)
         if args.packing:
             check_packing(self.adapter)
@@ -109,7 +123,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             self.add_callback(DrawLearningCurve())
         self._metrics = WeightedMeans()
         self._chunk_size = args.loss_chunk_size or default_chunk_size(args.device.type, self.adapter.vocab_size)
-        self._shortlist = self._frequent_ids()
+        self._loss_tokens = LossTokens(args, self.train_dataset, self.adapter.vocab_size)
         self.tokens_seen = 0
         if args.cache_features is not None:
             self._fill_cache(args.cache_features, [conversations, *eval_sets.values()])
@@ -124,18 +138,6 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         plain_sharding(self.accelerator)
-
-    def _frequent_ids(self) -> torch.Tensor | None:
-        """The `loss_vocab_size` most frequent response ids, or None for the exact loss."""
-        size, vocab_size = self.args.loss_vocab_size, self.adapter.vocab_size
-        if size is None or self.train_dataset is None:
-            return None
-        if not 0 < size < vocab_size:
-            raise ValueError(
-                f"loss_vocab_size={size} must be between 1 and {vocab_size - 1}, or None for the exact loss."
-            )
-        counts = self.train_dataset.response_counts(vocab_size)
-        return counts.argsort(descending=True, stable=True)[:size]
 
     def _fill_cache(self, directory: str, datasets: Sequence[Any]) -> None:
         name = public_name(self.model.config.target_name_or_path)  # a folder may move
@@ -187,15 +189,17 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             noise = torch.rand_like(read) * 2 - 1
             size = read.square().mean(dim=-1, keepdim=True).sqrt()
             read = read + self.args.feature_noise * size * noise
-        outputs = model(
-            inputs_embeds=embeds.to(dtype),
-            features=read,
-            num_steps=num_steps,
-            position_ids=None if positions is None else positions[:, :-1],
-            # row r joins x_r and x_{r+1}: where another conversation begins between them there is no row
-            document_ids=documents[:, 1:].masked_fill(documents[:, 1:] != documents[:, :-1], -1),
-            output_group_logits=output_group_logits,
-        )
+        with self.accelerator.autocast():  # as in a prepared drafter, for one that is evaluated before its training
+            outputs = model(
+                inputs_embeds=embeds.to(dtype),
+                features=read,
+                num_steps=num_steps,
+                position_ids=None if positions is None else positions[:, :-1],
+                # row r joins x_r and x_{r+1}: where another conversation begins between them there is no row
+                document_ids=documents[:, 1:].masked_fill(documents[:, 1:] != documents[:, :-1], -1),
+                output_group_logits=output_group_logits,
+            )
+        outputs = convert_to_fp32(outputs)
         # Row r predicts x_{r+2} and f_{r+1}, whose last-layer part comes last.
         trained = torch.zeros_like(ids[:, 1:], dtype=torch.bool)
         trained[:, :-1] = inputs["labels"][:, 2:] != IGNORED_LABEL
@@ -284,27 +288,6 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         if model.training and self.is_deepspeed_enabled:  # whose backward updates the weights
             self._finite.check_loss(inputs, loss, self.args, self.state)
         return loss
-
-    def _loss_tokens(self, labels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Tokens of this batch's classification loss and their logit offsets, both `[A]`; None, None: all, exactly.
-
-        Shortlist and the batch's own responses always take part. Without the rest of the vocabulary the drafter never
-        learns not to propose it (27 % first-step accuracy with the full head against 43 % among the shortlist, measured
-        on SmolLM2-135M), so a uniform sample of it stands in, each token for all that it was drawn from.
-        """
-        if self._shortlist is None:
-            return None, None
-        kept = torch.zeros(self.adapter.vocab_size, dtype=torch.bool)
-        kept[self._shortlist] = True
-        kept[labels[labels != IGNORED_LABEL].cpu()] = True
-        rest = (~kept).nonzero().squeeze(-1)
-        count = min(self.args.loss_negatives, rest.numel())
-        sampled = rest[torch.randint(rest.numel(), (count,))].unique() if count else rest[:0]
-        token_ids = torch.cat([kept.nonzero().squeeze(-1), sampled])
-        offsets = torch.zeros(token_ids.numel())
-        if sampled.numel():
-            offsets[-sampled.numel() :] = math.log(rest.numel() / sampled.numel())
-        return token_ids.to(labels.device), offsets.to(labels.device)
 
     # Logging and evaluation ------------------------------------------------------------------------------------
 

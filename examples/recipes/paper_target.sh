@@ -22,7 +22,7 @@ accelerate launch -m coral_hf.cli train --target "$target" --data "$output/respo
 
 accelerate launch -m coral_hf.cli train --target "$target" --data "$output/responses.jsonl" \
     --drafter "$output/drafter" --output_dir "$output/routed" --stage router --router-groups 64 --rollout-schedule 3 \
-    --csra-weight 0 --learning_rate 1e-3 --lr_scheduler_type cosine --num_train_epochs 1 \
+    --learning_rate 1e-3 --lr_scheduler_type cosine --num_train_epochs 1 \
     --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --max_length 2048 --report_to none
 
 coral-hf benchmark --target "$target" --drafter "$output/routed" --data "$eval_prompts" \
