@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -89,6 +89,7 @@ def _timers(target: Any, drafter: Any, spent: dict[str, float]) -> Iterator[None
     proposing = False
 
     def timed(function, name):
+        @wraps(function)  # generation reads the forward's signature
         def run(*args, **kwargs):
             start = clock()
             result = function(*args, **kwargs)
