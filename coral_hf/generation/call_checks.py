@@ -87,7 +87,8 @@ def _check_branches(target: PreTrainedModel) -> None:
             "or draft a chain with draft_top_k=1."
         )
     obstacle = None
-    if "position_ids" not in inspect.signature(target.forward).parameters:
+    # the class's: what wraps an instance's forward (hooks, timers) need not show the signature
+    if "position_ids" not in inspect.signature(type(target).forward).parameters:
         obstacle = "takes no position_ids"
     elif getattr(config, "alibi", False):
         obstacle = "counts distances by place, not by position (alibi=True)"
