@@ -79,6 +79,9 @@ def _parse(verb: str, arguments: list[str]) -> Callable[[], int]:
     threads = getattr(parsed[0], "threads", None)
     if threads is not None and threads < 1:
         raise ValueError(f"--threads {threads} must be at least 1.")
+    limit = getattr(parsed[0], "limit", None)
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit} must be at least 1; leave it out for all prompts.")
     return lambda: parsed[0].run(*parsed[1:])
 
 

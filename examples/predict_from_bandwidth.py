@@ -32,7 +32,7 @@ ROUTED_LENGTH = 4.63 / 4.90  # CORAL reports both for Qwen2.5-7B: acceptance len
 
 @dataclass
 class Arguments:
-    gpu: str = field(default="", metadata={"help": "Name of another GPU, with --bandwidth_gb_s."})
+    gpu: str = field(default="", metadata={"help": f"One of {list(GPUS)} alone, or another with --bandwidth_gb_s."})
     bandwidth_gb_s: float | None = field(default=None, metadata={"help": "Its memory bandwidth."})
     achievable: float = field(default=0.8, metadata={"help": "Assumed share of the bandwidth that is reached."})
     acceptance: list[float] = field(
@@ -85,7 +85,11 @@ def main() -> None:
     given = arguments.bandwidth_gb_s
     if not 0 < arguments.achievable <= 1 or not 0 < arguments.router_active <= 1 or (given is not None and given <= 0):
         raise SystemExit("--achievable and --router_active are shares above 0, --bandwidth_gb_s is positive.")
-    gpus = GPUS if given is None else {arguments.gpu or "GPU": given}
+    gpus = {arguments.gpu or "GPU": given}
+    if given is None:
+        if arguments.gpu not in ("", *GPUS):
+            raise ValueError(f"--gpu {arguments.gpu} is none of {', '.join(GPUS)}: give its --bandwidth_gb_s too.")
+        gpus = {arguments.gpu: GPUS[arguments.gpu]} if arguments.gpu else GPUS
     rows = [row for gpu in gpus for target in TARGETS for row in predict(gpu, gpus[gpu], target, arguments)]
     for row in rows:
         print(

@@ -73,6 +73,23 @@ def test_help_has_an_example(verb, capsys):
         (["benchmark", "--output", "out", "--drafter", "nothere"], "--drafter nothere is no folder here"),
         (["benchmark", "--output", "out", "--drafter", __file__], "is a file; give the folder"),
         (["benchmark", "--output", __file__], "is a file; give a folder"),
+        (["benchmark", "--output", "out", "--limit", "-1"], "--limit -1 must be at least 1"),
+        (
+            ["benchmark", "--output", "out", "--limit", "0"],
+            "--limit 0 must be at least 1; leave it out for all prompts",
+        ),
+        (["verify", "--data", "x", "--limit", "0"], "--limit 0 must be at least 1"),
+        (["tune", "--data", "x", "--output", "out", "--limit", "0"], "--limit 0 must be at least 1"),
+        (["benchmark", "--output", "out", "--drafter", "a", "b", "a"], "--drafter names a more than once"),
+        (["convert", "in", "out", "--to", "vllm", "--revision", "v1"], "--revision v1 is for --from: leave it out"),
+        (
+            ["convert", "in", "out", "--to", "vllm", "--target_feature_layers", "1", "2"],
+            "--target_feature_layers 1 2 is",
+        ),
+        (
+            ["convert", "in", "out", "--from", "eagle", "--draft_depth", "3"],
+            "--draft_depth 3 is for --to: leave it out",
+        ),
         (["convert", "in", "out"], "--to ENGINE; neither is given"),
         (["convert", "in", "out", "--from", "eagle", "--to", "vllm"], "--from eagle and --to vllm are given"),
         (["tune", "--output", "out", "--data", "x", "--max-new-tokens", "1"], "--max-new-tokens 1 must be at least 2"),

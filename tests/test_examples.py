@@ -292,6 +292,12 @@ def test_predict_from_bandwidth(tmp_path, monkeypatch, capsys):
     assert row["predicted_target_ms"] == pytest.approx(2 * (6.738e9 - 0.131e9) / 614.4e6, rel=1e-3)
     step = row["predicted_target_ms"] + row["predicted_draft_ms"]
     assert row["predicted_speedup"] == pytest.approx(row["predicted_target_ms"] * 3.951 / step, abs=0.01)
+    run(monkeypatch, "predict_from_bandwidth.py", "--gpu", "A6000")
+    assert all(", A6000, " in line for line in capsys.readouterr().out.splitlines())
+    run(monkeypatch, "predict_from_bandwidth.py", "--gpu", "A100 80GB", "--bandwidth_gb_s", "2039")
+    assert all(", A100 80GB, " in line for line in capsys.readouterr().out.splitlines())
+    with pytest.raises(ValueError, match="--gpu A100 80GB is none of A6000, H100 SXM: give its --bandwidth_gb_s too"):
+        run(monkeypatch, "predict_from_bandwidth.py", "--gpu", "A100 80GB")
     with pytest.raises(SystemExit, match="shares above 0"):
         run(monkeypatch, "predict_from_bandwidth.py", "--achievable", "0")
 
