@@ -54,6 +54,10 @@ def test_help_has_an_example(verb, capsys):
         (["benchmark", "--data", "missing.jsonl", "--output", "out"], "missing.jsonl"),
         (["benchmark", "--output", "out", "--method", "fly"], "'fly' is unknown; choose coral"),
         (["benchmark", "--output", "out", "--method", "assistant"], "--assistant MODEL"),
+        (
+            ["benchmark", "--output", "out", "--method", "prompt_lookup:prompt_lookup_num_tokens=abc"],
+            "='abc' must be an",
+        ),
         (["verify", "--data", "missing.jsonl"], "missing.jsonl"),
         (["verify", "--data", "."], "is a folder; give"),
         (["demo", "--json", "nowhere/out.json"], "its folder does not exist"),
