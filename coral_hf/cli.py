@@ -15,6 +15,7 @@ from .commands.card import CardCommand
 from .commands.convert import ConvertCommand
 from .commands.demo import DemoCommand
 from .commands.regenerate import RegenerateCommand
+from .commands.scripts import USER_ERRORS, one_line
 from .commands.train import TrainCommand
 from .commands.tune import TuneCommand
 from .commands.verify import VerifyCommand
@@ -112,8 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return _parse(arguments[0], arguments[1:])()
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"coral-hf {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+    except USER_ERRORS as error:
+        print(f"coral-hf {arguments[0]}: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"coral-hf {arguments[0]}: interrupted.", file=sys.stderr)

@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from coral_hf.commands.outputs import check_output_file
+from coral_hf.commands.scripts import run_script
 from coral_hf.evaluation.methods import PRESETS
 from coral_hf.evaluation.prediction import expected_acceptance_length, predict_speedup
 
@@ -84,7 +85,7 @@ def main() -> None:
     check_output_file(arguments.json)
     given = arguments.bandwidth_gb_s
     if not 0 < arguments.achievable <= 1 or not 0 < arguments.router_active <= 1 or (given is not None and given <= 0):
-        raise SystemExit("--achievable and --router_active are shares above 0, --bandwidth_gb_s is positive.")
+        raise ValueError("--achievable and --router_active are shares above 0, --bandwidth_gb_s is positive.")
     gpus = {arguments.gpu or "GPU": given}
     if given is None:
         if arguments.gpu not in ("", *GPUS):
@@ -117,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
