@@ -15,6 +15,7 @@ from .commands.card import CardCommand
 from .commands.convert import ConvertCommand
 from .commands.demo import DemoCommand
 from .commands.regenerate import RegenerateCommand
+from .commands.scripts import USER_ERRORS, one_line
 from .commands.train import TrainCommand
 from .commands.tune import TuneCommand
 from .commands.verify import VerifyCommand
@@ -79,6 +80,9 @@ def _parse(verb: str, arguments: list[str]) -> Callable[[], int]:
     threads = getattr(parsed[0], "threads", None)
     if threads is not None and threads < 1:
         raise ValueError(f"--threads {threads} must be at least 1.")
+    limit = getattr(parsed[0], "limit", None)
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit} must be at least 1; leave it out for all prompts.")
     return lambda: parsed[0].run(*parsed[1:])
 
 
@@ -109,8 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return _parse(arguments[0], arguments[1:])()
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"coral-hf {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+    except USER_ERRORS as error:
+        print(f"coral-hf {arguments[0]}: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"coral-hf {arguments[0]}: interrupted.", file=sys.stderr)

@@ -30,6 +30,7 @@ from transformers import HfArgumentParser, set_seed
 from coral_hf import CoralDraftModel
 from coral_hf.commands.loading import load_target
 from coral_hf.commands.outputs import check_output_folder
+from coral_hf.commands.scripts import run_script
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.training import CoralTrainer, CoralTrainingArguments
 from coral_hf.training.data import read_rows
@@ -64,7 +65,7 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
         elif key in kinds:
             arguments[key] = value if kinds[key] in (str, str | None) else parse_value(value)
         else:
-            raise SystemExit(f"--variants {text!r} sets {key}, which CoralTrainingArguments does not have.")
+            raise ValueError(f"--variants {text!r} sets {key}, which CoralTrainingArguments does not have.")
     return name, arguments, config
 
 
@@ -88,7 +89,7 @@ def pick_rows(script: ScriptArguments) -> list[dict[str, Any]]:
             tokens += size
         if tokens >= script.response_tokens:
             return picked
-    raise SystemExit(f"--response_tokens {script.response_tokens}: the files hold {tokens} in rows that fit.")
+    raise ValueError(f"--response_tokens {script.response_tokens}: the files hold {tokens} in rows that fit.")
 
 
 def main() -> None:
@@ -153,4 +154,4 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

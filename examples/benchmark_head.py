@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from coral_hf import TargetAdapter
 from coral_hf.commands.loading import resolve_device, resolve_dtype
 from coral_hf.commands.outputs import check_output_file
+from coral_hf.commands.scripts import run_script
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.few_rows import few_row_linears
 from coral_hf.lm_head_router import DraftHead, LMHeadRouter
@@ -81,7 +82,7 @@ def compare(full: DraftHead, routed: DraftHead, rows: int, size: int, repeats: i
 def main() -> None:
     script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
     if script.shape not in SHAPES:
-        raise SystemExit(f"--shape {script.shape} is unknown; choose one of {list(SHAPES)}.")
+        raise ValueError(f"--shape {script.shape} is unknown; choose one of {list(SHAPES)}.")
     check_output_file(script.json)
     torch.set_num_threads(script.threads)
     device = resolve_device(None)
@@ -116,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

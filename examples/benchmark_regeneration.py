@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 
 from coral_hf.commands.loading import load_target, resolve_device
 from coral_hf.commands.outputs import check_output_file
+from coral_hf.commands.scripts import run_script
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.origin import hub_commit
 from coral_hf.training.regenerate import iter_prompts, iter_responses, regenerate
@@ -87,7 +88,7 @@ def pick_prompts(tokenizer: Any, script: ScriptArguments) -> tuple[list[dict], l
             encoded.append(list(ids))
         if len(rows) == script.rounds * script.round_prompts:
             return rows, encoded
-    raise SystemExit(f"{script.prompts} holds {len(rows)} prompts of at most {script.max_prompt_tokens} tokens.")
+    raise ValueError(f"{script.prompts} holds {len(rows)} prompts of at most {script.max_prompt_tokens} tokens.")
 
 
 def main() -> None:
@@ -132,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -29,6 +29,7 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from coral_hf import CoralDraftModel, demo
 from coral_hf.commands.outputs import check_output_file
+from coral_hf.commands.scripts import run_script
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.hardware import native_bfloat16
 from coral_hf.training import CoralTrainer, CoralTrainingArguments
@@ -186,7 +187,7 @@ def main() -> None:
     names = [] if script.reference == "none" else script.reference.split(",")
     precisions = list(dict.fromkeys(ours if name == "same" else name for name in names))
     if set(precisions) - {"bf16", "float32"}:
-        raise SystemExit(f"--reference {script.reference!r}: write same, bf16, float32, several with commas, or none.")
+        raise ValueError(f"--reference {script.reference!r}: write same, bf16, float32, several with commas, or none.")
     record: dict[str, Any] = {"B": script.batch, "S": script.length, "K": int(script.steps)}
     record |= {
         "target": "SmolLM2-135M-Instruct" if script.vocab_size is None else "random, 2 layers",
@@ -204,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,16 +9,16 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer
+from transformers import HfArgumentParser, TextStreamer
 
-import coral_hf  # noqa: F401  (lets generate() use CORAL drafters)
-from coral_hf import demo
+from coral_hf.commands.loading import DEMO, load_drafter, load_target
+from coral_hf.commands.scripts import run_script
 
 
 @dataclass
 class ScriptArguments:
-    target: str = field(default="demo", metadata={"help": "Path or Hub id of the target, or 'demo'."})
-    drafter: str = field(default="demo", metadata={"help": "Path or Hub id of its drafter, or 'demo'."})
+    target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
+    drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of its drafter, or 'demo'."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
     temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily."})
 
@@ -48,13 +48,8 @@ class LiveStreamer(TextStreamer):
 
 def main() -> None:
     script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
-    if script.target == "demo":
-        target, tokenizer = demo.load_target()
-    else:
-        target = AutoModelForCausalLM.from_pretrained(script.target, dtype="auto", device_map="auto")
-        tokenizer = AutoTokenizer.from_pretrained(script.target)
-    drafter = demo.load_drafter() if script.drafter == "demo" else AutoModel.from_pretrained(script.drafter)
-    drafter = drafter.to(device=target.device, dtype=target.dtype)
+    target, tokenizer = load_target(script.target, "auto", device_map=None if script.target == DEMO else "auto")
+    drafter = load_drafter(script.drafter).to(device=target.device, dtype=target.dtype)
     sampling = {"do_sample": True, "temperature": script.temperature} if script.temperature else {"do_sample": False}
     messages = []
     if sys.stdout.isatty():  # keep the last line out of the scrolling part
@@ -85,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 from coral_hf import TargetAdapter
 from coral_hf.commands.loading import DEMO, load_drafter, load_target
 from coral_hf.commands.outputs import check_output_file
+from coral_hf.commands.scripts import run_script
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.evaluation.methods import describe_drafter
 from coral_hf.training.data import ConversationDataset, read_rows
@@ -64,7 +65,7 @@ def main() -> None:
     layers = drafter.config.target_feature_layers  # the last layer's feature, which is predicted, comes last
     adapter, router = TargetAdapter(target, layers if layers[-1] == -1 else [*layers, -1]), drafter.router
     if router is None:
-        raise SystemExit(f"--drafter {script.drafter} has no router; train one with coral-hf train --stage router.")
+        raise ValueError(f"--drafter {script.drafter} has no router; train one with coral-hf train --stage router.")
     vocab_size = adapter.vocab_size
     counts = ConversationDataset(read_rows(script.counts), None, 2048).response_counts(vocab_size)
     rank = counts.argsort(descending=True, stable=True).argsort().to(target.device)
@@ -105,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

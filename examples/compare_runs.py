@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from coral_hf.commands.outputs import check_output_file
+from coral_hf.commands.scripts import run_script
 from coral_hf.jsonl import read_json
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
     check_output_file(script.json)
     if len(script.runs) != 2:
-        raise SystemExit(f"--runs takes two folders, got {len(script.runs)}.")
+        raise ValueError(f"--runs takes two folders, got {len(script.runs)}.")
     records = [read_json(Path(folder) / "benchmark.json") for folder in script.runs]
     for name in ("target", "drafter_sha256"):
         if records[0].get(name) != records[1].get(name):
@@ -46,7 +47,7 @@ def main() -> None:
             )
     first, second = map(speedups, records)
     if first.keys() != second.keys():
-        raise SystemExit(f"--runs: {script.runs[0]} and {script.runs[1]} measured different methods or benchmarks.")
+        raise ValueError(f"--runs: {script.runs[0]} and {script.runs[1]} measured different methods or benchmarks.")
     rows = [
         {"method": method, "benchmark": benchmark, "temperature": temperature}
         | {"speedups": [value, second[key]], "difference": abs(value / second[key] - 1)}
@@ -63,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

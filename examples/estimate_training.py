@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from transformers import AutoConfig, HfArgumentParser
 
 from coral_hf.commands.outputs import check_output_file
+from coral_hf.commands.scripts import run_script
 from coral_hf.training.estimate import estimate_on_paper
 
 
@@ -28,7 +29,7 @@ class ScriptArguments:
     json: str | None = field(default=None, metadata={"help": "Write the figures here too."})
 
 
-if __name__ == "__main__":
+def main() -> None:
     (script,) = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()
     check_output_file(script.json)
     estimate = estimate_on_paper(
@@ -47,3 +48,7 @@ if __name__ == "__main__":
         with open(script.json, "w") as file:
             json.dump({**asdict(estimate), "hours": estimate.hours, "settings": asdict(script)}, file, indent=2)
             file.write("\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from coral_hf import CoralDraftModel, demo
 from coral_hf.commands.outputs import check_output_folder
+from coral_hf.commands.scripts import run_script
 from coral_hf.hardware import native_bfloat16
 from coral_hf.training import CoralTrainer, CoralTrainingArguments, read_rows
 
@@ -24,7 +25,7 @@ class ScriptArguments:
     rank: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
 
 
-if __name__ == "__main__":
+def main() -> None:
     script, args = HfArgumentParser((ScriptArguments, CoralTrainingArguments)).parse_args_into_dataclasses()
     check_output_folder(args.output_dir, "output_dir")
     dtype = "bfloat16" if native_bfloat16() else "float32"
@@ -50,3 +51,7 @@ if __name__ == "__main__":
     after = trainer.evaluate()["eval_acceptance_length"]
     trainer.save_model()  # the merged drafter, and the adapters in adapter/
     print(f"held-out acceptance length {before:.2f} -> {after:.2f}; the drafter is in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    run_script(main)

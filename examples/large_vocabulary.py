@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, HfArgu
 from coral_hf import CoralDraftModel
 from coral_hf.commands.loading import resolve_device, resolve_dtype
 from coral_hf.commands.outputs import check_output_folder
+from coral_hf.commands.scripts import run_script
 from coral_hf.evaluation.benchmark import print_table, run_benchmark
 from coral_hf.evaluation.methods import Method
 from coral_hf.evaluation.prompts import read_prompts
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

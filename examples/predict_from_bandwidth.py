@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from coral_hf.commands.outputs import check_output_file
+from coral_hf.commands.scripts import run_script
 from coral_hf.evaluation.methods import PRESETS
 from coral_hf.evaluation.prediction import expected_acceptance_length, predict_speedup
 
@@ -32,7 +33,7 @@ ROUTED_LENGTH = 4.63 / 4.90  # CORAL reports both for Qwen2.5-7B: acceptance len
 
 @dataclass
 class Arguments:
-    gpu: str = field(default="", metadata={"help": "Name of another GPU, with --bandwidth_gb_s."})
+    gpu: str = field(default="", metadata={"help": f"One of {list(GPUS)} alone, or another with --bandwidth_gb_s."})
     bandwidth_gb_s: float | None = field(default=None, metadata={"help": "Its memory bandwidth."})
     achievable: float = field(default=0.8, metadata={"help": "Assumed share of the bandwidth that is reached."})
     acceptance: list[float] = field(
@@ -84,8 +85,12 @@ def main() -> None:
     check_output_file(arguments.json)
     given = arguments.bandwidth_gb_s
     if not 0 < arguments.achievable <= 1 or not 0 < arguments.router_active <= 1 or (given is not None and given <= 0):
-        raise SystemExit("--achievable and --router_active are shares above 0, --bandwidth_gb_s is positive.")
-    gpus = GPUS if given is None else {arguments.gpu or "GPU": given}
+        raise ValueError("--achievable and --router_active are shares above 0, --bandwidth_gb_s is positive.")
+    gpus = {arguments.gpu or "GPU": given}
+    if given is None:
+        if arguments.gpu not in ("", *GPUS):
+            raise ValueError(f"--gpu {arguments.gpu} is none of {', '.join(GPUS)}: give its --bandwidth_gb_s too.")
+        gpus = {arguments.gpu: GPUS[arguments.gpu]} if arguments.gpu else GPUS
     rows = [row for gpu in gpus for target in TARGETS for row in predict(gpu, gpus[gpu], target, arguments)]
     for row in rows:
         print(
@@ -113,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,6 +14,7 @@ from statistics import median
 from transformers import HfArgumentParser
 
 from coral_hf.commands.outputs import check_output_file
+from coral_hf.commands.scripts import run_script
 from coral_hf.evaluation.prediction import (
     WANTED_ERROR,
     check_predictions,
@@ -21,6 +22,7 @@ from coral_hf.evaluation.prediction import (
     expected_acceptance_length,
     predict_speedup,
 )
+from coral_hf.jsonl import read_json
 
 
 @dataclass
@@ -37,10 +39,10 @@ class Arguments:
 
 
 def check(arguments: Arguments) -> int:
-    tuned, measured = (json.loads(Path(path).read_text()) for path in (arguments.tune, arguments.benchmark))
+    tuned, measured = (read_json(path) for path in (arguments.tune, arguments.benchmark))
     rows = check_predictions(tuned, measured)
     if not rows:
-        raise SystemExit("No method of the benchmark has sizes that tune.json covers: tune with a larger box.")
+        raise ValueError("No method of the benchmark has sizes that tune.json covers: tune with a larger box.")
     for row in rows:
         print(
             f"{row['method']} on {row['benchmark']}, temperature {row['temperature']:g}: predicted "
@@ -70,7 +72,7 @@ def main() -> int:
     times = (arguments.plain_ms, arguments.verify_ms, arguments.draft_ms)
     length = arguments.acceptance_length
     if None in times or (length is None) == (not arguments.acceptance):
-        raise SystemExit(
+        raise ValueError(
             "Give --tune and --benchmark, or --plain_ms, --verify_ms, --draft_ms and one of --acceptance and "
             "--acceptance_length."
         )
@@ -81,4 +83,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_script(main)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser
 
 from coral_hf import CoralDraftModel, demo
+from coral_hf.commands.scripts import run_script
 
 
 @dataclass
@@ -21,7 +22,7 @@ class ScriptArguments:
     license: str | None = field(default=None, metadata={"help": "Licence of the weights."})
 
 
-if __name__ == "__main__":
+def main() -> None:
     script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
     # in the dtype it is stored in: the records hold the hash of these very weights
     folder = demo.drafter_path() if script.drafter == "demo" else script.drafter
@@ -29,3 +30,7 @@ if __name__ == "__main__":
     stated = {} if script.license is None else {"license": script.license}
     print(drafter.push_to_hub(script.repo_id, private=script.private, revision=script.revision, **stated))
     print(f'Load it with AutoModel.from_pretrained("{script.repo_id}").')
+
+
+if __name__ == "__main__":
+    run_script(main)

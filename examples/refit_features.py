@@ -10,7 +10,6 @@ variance that is not reproduced on held-out rows (below 1 %, the acceptance leng
 """
 
 import random
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from transformers import HfArgumentParser
 from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.commands.loading import DEMO, load_drafter, load_target
 from coral_hf.commands.outputs import check_output_folder
+from coral_hf.commands.scripts import run_script
 from coral_hf.training.data import ConversationDataset, read_rows
 
 
@@ -108,7 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

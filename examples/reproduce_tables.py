@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 from coral_hf.cli import main as coral_hf
 from coral_hf.commands.loading import DEMO, load_drafter, load_target, resolve_device, resolve_dtype
 from coral_hf.commands.outputs import check_output_folder
+from coral_hf.commands.scripts import run_script
 from coral_hf.evaluation.benchmark import run_benchmark
 from coral_hf.evaluation.methods import parse_methods
 from coral_hf.evaluation.prompts import read_prompts
@@ -66,7 +67,7 @@ def drafter_folders(arguments: Arguments) -> dict[str, str]:
 
 def train(arguments: Arguments, name: str, folder: Path, base: str | None) -> None:
     if not arguments.responses:
-        raise SystemExit(f"{folder} holds no drafter: give --responses to train it, or --drafters NAME=FOLDER.")
+        raise ValueError(f"{folder} holds no drafter: give --responses to train it, or --drafters NAME=FOLDER.")
     command = ["train", "--target", arguments.target, "--data", *arguments.responses, "--report_to", "none"]
     command += ["--output_dir", str(folder)]
     command += ["--max_steps", str(arguments.max_steps), "--learning_rate", str(arguments.learning_rate)]
@@ -76,7 +77,7 @@ def train(arguments: Arguments, name: str, folder: Path, base: str | None) -> No
     else:
         command += ["--preset", name, "--shape", arguments.shape]
     if coral_hf(command) != 0:
-        raise SystemExit(f"{name} was not trained.")
+        raise ValueError(f"{name} was not trained.")
 
 
 def main() -> None:
@@ -112,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,6 +12,7 @@ from transformers import HfArgumentParser, set_seed
 from coral_hf import CoralDraftModel
 from coral_hf.commands.loading import TargetOptions, resolve_dtype
 from coral_hf.commands.outputs import check_output_folder
+from coral_hf.commands.scripts import run_script
 from coral_hf.training.arguments import CoralTrainingArguments
 from coral_hf.training.data import read_rows
 from coral_hf.training.trainer import CoralTrainer
@@ -23,7 +24,7 @@ class ScriptArguments(TargetOptions):
     eval_rows: int = field(default=32, metadata={"help": "Rows held out for evaluation."})
 
 
-if __name__ == "__main__":
+def main() -> None:
     script, args = HfArgumentParser((ScriptArguments, CoralTrainingArguments)).parse_args_into_dataclasses()
     check_output_folder(args.output_dir, "output_dir")
     # on the CPU: the trainer moves it to each process's device
@@ -45,3 +46,7 @@ if __name__ == "__main__":
         print(metrics)
     trainer.save_model()
     trainer.end_training()  # several processes leave together
+
+
+if __name__ == "__main__":
+    run_script(main)

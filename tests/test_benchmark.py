@@ -162,11 +162,38 @@ def test_refusals_write_nothing(pair, tmp_path):
         ("tree:draft_width=3", "draft_top_k"),
         ("assistant", "--assistant MODEL"),
         ("prompt_lookup:draft_depth=3", "prompt_lookup_num_tokens"),
+        (
+            "prompt_lookup:prompt_lookup_num_tokens=abc",
+            "prompt_lookup_num_tokens='abc' must be an integer of at least 1",
+        ),
+        (
+            "x:prompt_lookup_num_tokens=0",
+            "--method 'x:prompt_lookup_num_tokens=0': .*=0 must be an integer of at least 1",
+        ),
+        ("prompt_lookup:max_matching_ngram_size=2.5", "max_matching_ngram_size=2.5 must be an integer"),
+        ("prompt_lookup:max_matching_ngram_size=true", "max_matching_ngram_size=True must be an integer"),
     ],
 )
 def test_methods_that_are_none(text, message):
     with pytest.raises(ValueError, match=message):
         Method.parse(text, object())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("num_assistant_tokens=-3", "num_assistant_tokens=-3 must be an integer of at least 1"),
+        ("num_assistant_tokens_schedule=fast", "'fast' must be one of constant, heuristic, heuristic_transient"),
+        ("num_assistant_tokens_schedule=[]", r"\[\] must be one of"),
+        ("assistant_confidence_threshold=1.5", "assistant_confidence_threshold=1.5 must be a number from 0 to 1"),
+        ("assistant_confidence_threshold=NaN", "assistant_confidence_threshold=nan must be"),
+    ],
+)
+def test_settings_that_an_assistant_cannot_have(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Method.parse(f"assistant:{setting}", object(), object())
+    good = "assistant:num_assistant_tokens=3,num_assistant_tokens_schedule=constant,assistant_confidence_threshold=0.5"
+    assert len(Method.parse(good, object(), object()).settings) == 3
 
 
 def test_presets_and_several_drafters(pair):

@@ -204,6 +204,7 @@ def test_cost_aware_sizes_are_left_out_with_a_note_and_named_anew(tmp_path, caps
         ("sglang", ["--draft-top-k", "1", "--draft-total-tokens", "4"], "choose --draft_depth instead"),
         ("vllm", ["--draft-top-k", "2"], "--draft_top_k 2: vLLM drafts a chain of --draft_depth tokens"),
         ("speculators", ["--draft-total-tokens", "3"], "--draft_total_tokens 3: vLLM drafts a chain"),
+        ("vllm", ["--dtype", "float99"], "--dtype float99 is for a target that is loaded, and this export loads none"),
         ("eagle", ["--draft-depth", "3"], "--draft_depth 3: EAGLE's own code drafts a tree of its own"),
     ):
         assert main(["convert", "--to", engine, "drafter", "bad", *wrong]) == 2

@@ -185,11 +185,27 @@ def test_tune_command(folder, capsys):
     assert all(row["identical"] == row["n_turns"] for row in measured["runs"])
 
 
+def test_tune_says_where_no_size_pays(folder, capsys, monkeypatch):
+    """On a target whose forward costs by the token nothing can be gained; on one of a flat cost, something."""
+    for target_ms, told in ([[1.0, 1e3, 1e6], True], [[1e3] * 3, False]):
+        costs = DraftCosts(tuple(target_ms), first_level_ms=0.1, level_ms=0.1)
+        monkeypatch.setattr("coral_hf.evaluation.tune.measure_costs", lambda *args, costs=costs: costs)
+        sizes = ["--draft-depth", "2", "--draft-top-k", "1", "--draft-total-tokens", "3", "--max-new-tokens", "10"]
+        assert main([*TUNE, "--data", "prompts.jsonl", "--limit", "2", *sizes]) == 0
+        output = capsys.readouterr().out
+        assert "best by prediction" in output
+        assert ("warning: none is predicted to be faster than plain generate here" in output) == told
+
+
 def test_tune_refuses(folder, capsys):
     (folder / "empty.jsonl").write_text("")
     for arguments, message in (
         (["--data", "empty.jsonl"], "holds no prompts"),
         (["--data", "prompts.jsonl", "--drafter", "org/name", "--save", "true"], "is none"),
+        (
+            ["--data", "prompts.jsonl", "--drafter", "demo", "--save", "true"],
+            "--save would change the shipped drafter",
+        ),
         (["--data", "prompts.jsonl", "--draft-total-tokens", "1"], "draft_total_tokens=1"),
         (["--data", "prompts.jsonl", "--max-new-tokens", "1"], "--max-new-tokens 1 must be at least 2"),
         (["--data", "prompts.jsonl", "--temperature", "nan"], "temperature=nan must be a finite number"),

@@ -77,6 +77,11 @@ class BenchmarkCommand(PlacedTargetOptions):
         tokens = self.max_new_tokens
         if tokens is None:
             tokens = QUICK["max_new_tokens"] if self.quick else MAX_NEW_TOKENS
+        if repeated := [name for name in dict.fromkeys(self.drafter) if self.drafter.count(name) > 1]:
+            raise ValueError(
+                f"--drafter names {repeated[0]} more than once, and each is measured once: leave the repetition out, or "
+                "measure it with other settings as a further --method."
+            )
         prompts = self._prompts()
         texts = list(self.method)
         if self.assistant is not None and not any(text.partition(":")[0] == "assistant" for text in texts):

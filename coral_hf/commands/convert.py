@@ -7,6 +7,9 @@ from typing import Any, ClassVar
 from .loading import DEMO, TargetOptions, load_drafter, load_target_config, load_target_ends
 
 
+DTYPE = "bfloat16"
+
+
 @dataclass
 class ConvertCommand(TargetOptions):
     """Turn an EAGLE, HASS or EAGLE-3 checkpoint into a drafter, or a drafter into a serving engine's checkpoint.
@@ -25,7 +28,9 @@ class ConvertCommand(TargetOptions):
     target: str | None = field(  # type: ignore[assignment]  # with --to none is needed
         default=None, metadata={"help": "Path or Hub id of the target, or 'demo' (the default with --from)."}
     )
-    dtype: str = field(default="bfloat16", metadata={"help": "Dtype the target is loaded in, where it is needed."})
+    dtype: str | None = field(
+        default=None, metadata={"help": f"Dtype the target is loaded in, where it is needed ({DTYPE} unless given)."}
+    )
     target_feature_layers: list[int] | None = field(
         default=None, metadata={"help": "With --from: the target layers whose inputs an EAGLE-3 checkpoint reads."}
     )
@@ -53,8 +58,9 @@ class ConvertCommand(TargetOptions):
         from ..modeling_coral import CoralDraftModel
 
         if self.from_format is not None and self.to is None:
+            self._refuse("draft_depth", "draft_top_k", "draft_total_tokens", of="--to")
             check_output_folder(positional.output)
-            target = load_target_ends(self.target or DEMO, self.dtype, **self.loading_arguments)
+            target = load_target_ends(self.target or DEMO, self.dtype or DTYPE, **self.loading_arguments)
             layers = self.target_feature_layers
             places = (positional.input, positional.output)
             convert_from(CoralDraftModel, self.from_format, *places, target, layers, self.revision)
@@ -64,10 +70,7 @@ class ConvertCommand(TargetOptions):
                 "neither is given" if self.to is None else f"--from {self.from_format} and --to {self.to} are given"
             )
             raise ValueError(f"Give one of --from FORMAT and --to ENGINE; {given}.")
-        if self.revision is not None:
-            raise ValueError(
-                f"--revision {self.revision} is of the checkpoint that --from reads; leave it out with --to."
-            )
+        self._refuse("revision", "target_feature_layers", of="--from")
         self._check_sizes()
         check_output_folder(positional.output)
         drafter = load_drafter(positional.input)
@@ -76,10 +79,10 @@ class ConvertCommand(TargetOptions):
         stated = self.target_revision is not None or self.trust_remote_code
         eagle3 = drafter.config.shape == "eagle3"
         if self.to == "eagle" and eagle3 and self.target is not None:
-            target, _ = self.load_target(self.dtype, "cpu")
+            target, _ = self.load_target(self.dtype or DTYPE, "cpu")
         elif not eagle3 and drafter.config.target_embedding_scale is None and self.target not in (None, DEMO):
             if self.trust_remote_code:
-                target, _ = self.load_target(self.dtype, "cpu")
+                target, _ = self.load_target(self.dtype or DTYPE, "cpu")
             # a name that only the engine knows is still one to serve by; the drafter's own config must do then
             with contextlib.nullcontext() if stated else contextlib.suppress(OSError):
                 target = target or meta_target(load_target_config(self.target, self.target_revision))
@@ -88,8 +91,17 @@ class ConvertCommand(TargetOptions):
                 f"--target_revision {self.target_revision} and --trust_remote_code {self.trust_remote_code} are for a target "
                 "that is loaded, and this export needs none: leave them out."
             )
+        if target is None or target.device.type == "meta":
+            self._refuse("dtype", of="a target that is loaded, and this export loads none")
         convert_to(self.to, drafter, positional.output, target, None if self.target == DEMO else self.target)
         return 0
+
+    def _refuse(self, *names: str, of: str) -> None:
+        """Refuses options that would be ignored."""
+        for name in names:
+            if (value := getattr(self, name)) is not None:
+                written = " ".join(map(str, value)) if isinstance(value, list) else value
+                raise ValueError(f"--{name} {written} is for {of}: leave it out.")
 
     @property
     def _sizes(self) -> dict[str, int]:

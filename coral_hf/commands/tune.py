@@ -41,7 +41,14 @@ class TuneCommand(PlacedTargetOptions):
     def run(self) -> int:
         from ..evaluation.methods import check_temperatures
         from ..evaluation.prompts import read_prompts
-        from ..evaluation.tune import chosen_settings, print_record, save_settings, tune, write_record
+        from ..evaluation.tune import (
+            chosen_settings,
+            print_record,
+            save_settings,
+            slower_than_plain,
+            tune,
+            write_record,
+        )
         from ..generation.cost_measurement import draft_costs
         from ..generation.settings import DraftSettings
 
@@ -53,7 +60,12 @@ class TuneCommand(PlacedTargetOptions):
         if self.max_new_tokens < 2:
             raise ValueError(f"--max-new-tokens {self.max_new_tokens} must be at least 2.")
         check_temperatures([self.temperature])
-        folder = demo.drafter_path() if self.drafter == DEMO else Path(self.drafter)
+        folder = Path(self.drafter)
+        if self.save and self.drafter == DEMO:
+            raise ValueError(
+                f"--save would change the shipped drafter of this installation: copy its folder, {demo.drafter_path()}, and "
+                "name the copy with --drafter, or leave --save out."
+            )
         if self.save and not folder.is_dir():
             raise ValueError(
                 f"--save writes into a drafter's folder; {self.drafter!r} is none. Save the drafter first."
@@ -70,6 +82,8 @@ class TuneCommand(PlacedTargetOptions):
         settings = chosen_settings(record)
         shown = ", ".join(f"{name}={value}" for name, value in settings.items() if name != "draft_calibration")
         print(f"best by prediction: {shown}")
+        if (warning := slower_than_plain(record)) is not None:
+            print(warning)
         if self.save:
             save_settings(folder, settings)
             print(f"saved in {folder / 'config.json'}; measure again with `coral-hf benchmark`.")

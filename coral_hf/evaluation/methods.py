@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +32,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "prompt_lookup": {"prompt_lookup_num_tokens": 10},
     "assistant": {},
 }
-LOOKUP_SETTINGS = ("prompt_lookup_num_tokens", "max_matching_ngram_size")
-ASSISTANT_SETTINGS = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
+_COUNT = ("an integer of at least 1", lambda value: type(value) is int and value >= 1)
+_SCHEDULES = ("constant", "heuristic", "heuristic_transient")
+# Transformers' own settings: what each must be, in words and as a test, for what it makes of others is late and nameless
+LOOKUP_SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "prompt_lookup_num_tokens": _COUNT,
+    "max_matching_ngram_size": _COUNT,
+}
+ASSISTANT_SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "num_assistant_tokens": _COUNT,
+    "num_assistant_tokens_schedule": (f"one of {', '.join(_SCHEDULES)}", lambda value: value in _SCHEDULES),
+    "assistant_confidence_threshold": (
+        "a number from 0 to 1",
+        lambda value: type(value) in (int, float) and 0 <= value <= 1,
+    ),
+}
 
 
 @dataclass
@@ -71,7 +84,8 @@ class Method:
         """`'tree:draft_top_k=4,draft_total_tokens=16'` -> [`Method`]; a name of `PRESETS` needs no settings.
 
         Raises:
-            ValueError: if it does not parse, is unknown or needs a model that is not there.
+            ValueError: if it does not parse, is unknown, needs a model that is not there, or sets Transformers' own ways
+                to draft to what they cannot do.
         """
         name, settings = _split(text)
         if not name or name == PLAIN:
@@ -82,7 +96,7 @@ class Method:
                 "NAME:setting=value,setting=value."
             )
         settings = {**PRESETS.get(name, {}), **settings}
-        known: tuple[str, ...]
+        known: Iterable[str]
         if name == "prompt_lookup" or "prompt_lookup_num_tokens" in settings:
             model, known = None, LOOKUP_SETTINGS
         elif name == "assistant" or set(settings) & set(ASSISTANT_SETTINGS):
@@ -90,10 +104,13 @@ class Method:
             if assistant is None:
                 raise ValueError(f"--method {text!r} needs an ordinary small model: name it with --assistant MODEL.")
         else:
-            model, known = drafter, tuple(DraftSettings.__dataclass_fields__)
+            model, known = drafter, DraftSettings.__dataclass_fields__
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ValueError(f"--method {text!r}: {unknown} are no settings of it; those are {', '.join(known)}.")
+        for key, (wanted, fits) in {**LOOKUP_SETTINGS, **ASSISTANT_SETTINGS}.items():
+            if key in settings and not fits(settings[key]):
+                raise ValueError(f"--method {text!r}: {key}={settings[key]!r} must be {wanted}.")
         return cls(name, model, settings)
 
     @property

@@ -172,6 +172,17 @@ def chosen_settings(record: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "draft_cost_aware": aware, "draft_calibration": record["calibration"]}
 
 
+def slower_than_plain(record: dict[str, Any]) -> str | None:
+    """A line that says so where no size is predicted to be faster than plain `generate`."""
+    best = max(rows[0]["predicted_speedup"] for rows in (record["fixed"], record["cost_aware"]))
+    if best > 1:
+        return None
+    return (
+        f"warning: none is predicted to be faster than plain generate here: the best gives {best:.2f}x. Use no drafter for "
+        "this target on this machine, or a better trained one."
+    )
+
+
 def save_settings(folder: str | Path, settings: dict[str, Any]) -> None:
     """Puts settings into the config of a drafter's folder, whose weights stay as they are.
 
@@ -222,4 +233,4 @@ def print_record(record: dict[str, Any], count: int = 5) -> None:
     Console().print(table)
 
 
-__all__ = ["chosen_settings", "print_record", "save_settings", "tune", "write_record"]
+__all__ = ["chosen_settings", "print_record", "save_settings", "slower_than_plain", "tune", "write_record"]
