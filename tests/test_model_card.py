@@ -94,6 +94,20 @@ def test_committed_card_is_the_output_of_the_command(name):
     ModelCard(committed.decode())
 
 
+def test_the_shipped_drafter_published_is_the_repositorys():
+    """Not the package's own copy; and its text cites no file that a push leaves out without saying where it lies."""
+    folder = MODEL_CARDS / "smollm2-135m-instruct-coral"
+    here, there = render_card(folder), render_card(folder, repo_id="org/copy")
+    assert "demo.load_drafter(" in here and "org/copy" not in here
+    assert "demo.load_drafter(" not in there and "$drafter" not in there
+    snippet = there.split("```python\n")[1].split("```")[0]
+    assert 'AutoModel.from_pretrained("org/copy", dtype=target.dtype)' in snippet
+    compile(snippet, "card", "exec")
+    assert "model_cards/smollm2-135m-instruct-coral/responses`" in there
+    stated = json.loads((folder / "training" / "card.json").read_text())
+    assert "`responses/`" not in " ".join([stated["data"], *stated["limits"]])
+
+
 def test_figures_are_the_records(folder, capsys):
     add_record(folder)
     assert main(["card", str(folder)]) == 0

@@ -61,9 +61,10 @@ def render_card(
     folder = Path(folder).resolve()
     title = records.stated.get("title") or (repo_id or folder.name).split("/")[-1]
     target = _public_name(config)
-    load = records.stated.get("load") or _LOAD.format(
-        target=target or "path/to/target", drafter=repo_id or f"path/to/{folder.name}"
-    )
+    stated_load = records.stated.get("load")
+    if repo_id is not None and "load_published" in records.stated:
+        stated_load = records.stated["load_published"].replace("$drafter", repo_id)
+    load = stated_load or _LOAD.format(target=target or "path/to/target", drafter=repo_id or f"path/to/{folder.name}")
     limits = [_LIMITS[0].format(target=f" (`{target}`)" if target else ""), *_LIMITS[1:]]
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=title,
