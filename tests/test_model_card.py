@@ -205,16 +205,20 @@ def test_ablation(folder):
     add_record(folder)
     record = {
         "environment": ENVIRONMENT,
-        "runs": [{"variant": "hass", "seed": seed, "steps": 138} for seed in (0, 1)],
+        "runs": [
+            {"variant": "hass", "seed": seed, "steps": 138, "eval_acceptance_length": tau}
+            for seed, tau in enumerate((1.31047, 1.33446))
+        ],
         "response_tokens": 200_082,
         "chain_depth": 5,
-        "acceptance_length": {"hass": {"mean": 1.3224, "stdev": 0.0123, "values": [1.31, 1.335]}},
+        # rounded already, as the script writes it: once more would give 1.323 and 1.335
+        "acceptance_length": {"hass": {"mean": 1.3225, "stdev": 0.017, "values": [1.3105, 1.3345]}},
     }
     path = folder / "training" / "ablation.json"
     path.write_text(json.dumps(record))
     text = render_card(folder)
-    assert "| `hass` | 1.322 | 0.012 | 1.310, 1.335 |" in text and "200,082 response tokens for 138 steps" in text
-    path.write_text(json.dumps(record | {"acceptance_length": {"hass": {"mean": "high"}}}))
+    assert "| `hass` | 1.322 | 0.017 | 1.310, 1.334 |" in text and "200,082 response tokens for 138 steps" in text
+    path.write_text(json.dumps(record | {"runs": [{**record["runs"][0], "eval_acceptance_length": "high"}]}))
     with pytest.raises(ValueError, match=r"ablation\.json is not as coral_hf writes it"):
         render_card(folder)
 

@@ -1,5 +1,6 @@
 """A card's tables and lists, as Markdown: every figure is read from a record, and what no record holds says so."""
 
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -265,14 +266,18 @@ def _responses(folder: Path) -> list[str]:
 def _ablation(record: dict[str, Any]) -> str:
     environment, runs = record["environment"], record["runs"]
     steps = ", ".join(f"{count:,}" for count in sorted({run["steps"] for run in runs}))
+    # of the runs: the record's summary is rounded already
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        found.setdefault(run["variant"], []).append(run["eval_acceptance_length"])
     rows = [
         [
             f"`{name}`",
-            f"{found['mean']:.3f}",
-            NOT_MEASURED if found["stdev"] is None else f"{found['stdev']:.3f}",
-            ", ".join(f"{value:.3f}" for value in found["values"]),
+            f"{statistics.mean(values):.3f}",
+            f"{statistics.stdev(values):.3f}" if len(values) > 1 else NOT_MEASURED,
+            ", ".join(f"{value:.3f}" for value in values),
         ]
-        for name, found in record["acceptance_length"].items()
+        for name, values in found.items()
     ]
     return (
         f"The recipes side by side (`{RECORD_FOLDER}/ablation.json`, by `examples/ablate_training.py`): small trainings from "
