@@ -130,6 +130,14 @@ def test_figures_are_the_records(folder, capsys):
     assert values[("gsm8k", "acceptance_length")] == 2.35 and values[("all", "speedup")] == 1.5
 
 
+def test_names_with_a_bar_keep_the_table(folder):
+    row = {**make_record(None)["runs"][1], "method": "a|b", "benchmark": "left|right\nbelow"}
+    add_record(folder, runs=[row], draft_settings={"a|b": make_record(None)["draft_settings"]["coral"]}, methods={})
+    text = render_card(folder)
+    assert "| `a\\|b` | left\\|right below (10) | 2.35 |" in text
+    assert ModelCard(text).data.eval_results[0].dataset_type == "left|right\nbelow"
+
+
 def test_metadata_is_of_the_drafter(folder):
     """Whatever was measured beside it, and in whichever order."""
     runs = [row for row in make_record(None)["runs"] if row["method"] != "plain"]

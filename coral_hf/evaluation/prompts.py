@@ -28,7 +28,7 @@ def read_prompts(paths: Sequence[str | Path], limit: int | None = None) -> list[
     """Reads JSONL files of `{"id", "turns", "benchmark"}` rows, the first `limit` of each.
 
     Raises:
-        ValueError: on a missing or empty file, or a malformed line (with its number).
+        ValueError: on a missing or empty file, a malformed line (with its number), or a benchmark named "all".
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1.")
@@ -40,6 +40,11 @@ def read_prompts(paths: Sequence[str | Path], limit: int | None = None) -> list[
             if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
                 raise ValueError(f'{path}, line {number}: "turns" must be a non-empty list of strings.')
             name = str(row.get("benchmark") or Path(path).name.split(".")[0])
+            if name == "all":
+                raise ValueError(
+                    f'{path}, line {number}: "all" is what records call the sum over benchmarks; give the row another '
+                    '"benchmark", or the file another name.'
+                )
             prompts.append(Prompt(str(row.get("id", number)), name, tuple(turns)))
             count += 1
             if count == limit:

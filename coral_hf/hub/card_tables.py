@@ -16,6 +16,8 @@ _CURVE_ROWS = 8
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
+    # a bar ends a cell, in code too, and a line its row
+    rows = [[" ".join(cell.replace("|", "\\|").split("\n")) for cell in row] for row in rows]
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
