@@ -35,7 +35,9 @@ def headline_rows(records: Records) -> list[dict[str, Any]]:
     method = next(iter([*own, *measured]), None)
     rows = [row for row in main["runs"] if row["method"] == method]
     # greedy, or what comes first: one figure a benchmark
-    return [row for row in rows if row.get("temperature", 0.0) == rows[0].get("temperature", 0.0)]
+    temperatures = [row.get("temperature") or 0.0 for row in rows]
+    chosen = 0.0 if 0.0 in temperatures else next(iter(temperatures), None)
+    return [row for row, temperature in zip(rows, temperatures, strict=True) if temperature == chosen]
 
 
 @contextmanager
