@@ -130,45 +130,12 @@ def test_figures_are_the_records(folder, capsys):
     assert values[("gsm8k", "acceptance_length")] == 2.35 and values[("all", "speedup")] == 1.5
 
 
-def test_sampled_figures_say_so(folder):
-    """In the metadata too; where greedy ones were measured, in whichever order, those stand there."""
-    greedy = [row for row in make_record(None)["runs"] if row["method"] == "coral"]
-    sampled = [{**row, "temperature": 0.7, "acceptance_length": 2.0} for row in greedy]
-    add_record(folder, runs=sampled)
-    results = ModelCard(render_card(folder)).data.eval_results
-    assert {result.metric_name for result in results} == {
-        "tau, tokens per target forward, sampled at temperature 0.7",
-        "median speedup, sampled at temperature 0.7",
-    }
-    assert all(result.metric_args == {"temperature": 0.7} for result in results)
-    for runs in ([*greedy, *sampled], [*sampled, *greedy]):
-        add_record(folder, runs=runs)
-        results = ModelCard(render_card(folder)).data.eval_results
-        assert not [result for result in results if "sampled" in result.metric_name or result.metric_args]
-        assert {r.metric_value for r in results if r.metric_type == "acceptance_length"} == {2.35, 2.22}
-
-
 def test_names_with_a_bar_keep_the_table(folder):
     row = {**make_record(None)["runs"][1], "method": "a|b", "benchmark": "left|right\nbelow"}
     add_record(folder, runs=[row], draft_settings={"a|b": make_record(None)["draft_settings"]["coral"]}, methods={})
     text = render_card(folder)
     assert "| `a\\|b` | left\\|right below (10) | 2.35 |" in text
     assert ModelCard(text).data.eval_results[0].dataset_type == "left|right\nbelow"
-
-
-def test_metadata_is_of_the_drafter(folder):
-    """Whatever was measured beside it, and in whichever order."""
-    runs = [row for row in make_record(None)["runs"] if row["method"] != "plain"]
-    runs.sort(key=lambda row: row["method"], reverse=True)
-    methods = {"lookup": {"prompt_lookup_num_tokens": 3}, "coral": {"draft_top_k": 1}}
-    add_record(folder, runs=runs, methods=methods)
-    found = {
-        (row.dataset_type, row.metric_type): row.metric_value
-        for row in ModelCard(render_card(folder)).data.eval_results
-    }
-    assert found[("gsm8k", "speedup")] == 1.62 and found[("all", "acceptance_length")] == 2.22
-    add_record(folder, runs=[row for row in runs if row["method"] == "lookup"], drafters={}, draft_settings={})
-    assert "model-index" not in render_card(folder)
 
 
 def test_a_benchmark_of_several_drafters_gives_each_its_own(folder):
