@@ -15,7 +15,7 @@ from coral_hf import CoralDraftModel
 from coral_hf.cli import main
 from coral_hf.commands import loading
 from coral_hf.training import arguments, unused_settings
-from coral_hf.training.arguments import parse_schedule
+from coral_hf.training.arguments import CoralTrainingArguments, parse_schedule
 from coral_hf.training.losses import default_chunk_size
 from coral_hf.training.publishing import recipe
 from coral_hf.training.slot_cache import SlotCache
@@ -229,6 +229,22 @@ def test_chunks_of_the_loss_by_device(tmp_path):
     trainer = make_trainer(tmp_path, make_target(dtype=torch.float32), loss_chunk_size=None)
     assert trainer._chunk_size == 256
     assert "loss_chunk_size" not in recipe(trainer.args)
+
+
+def test_the_recipe_is_what_was_given(tmp_path):
+    """Not what a default was turned into, by other arguments or by the machine."""
+    where = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    assert recipe(CoralTrainingArguments(**where)) == {"preset": "coral"}
+    given = {"preset": "hass", "learning_rate": 1e-3, "rollout_schedule": "3", "lr_scheduler_type": "constant"}
+    assert recipe(CoralTrainingArguments(**where, **given, packing=False)) == given
+    trainer = make_trainer(tmp_path, make_target(dtype=torch.float32), max_steps=1)
+    before = recipe(trainer.args)
+    assert not {"rollout_schedule", "csra_weight", "accelerator_config", "debug"} & set(before)
+    assert before["max_steps"] == 1 and before["preset"] == "coral"
+    trainer.train()
+    assert recipe(trainer.args) == before
+    trainer.args.weight_decay, trainer.args.deepspeed = 0.1, "/home/someone/zero2.json"
+    assert recipe(trainer.args) == {**before, "weight_decay": 0.1, "deepspeed": "zero2.json"}
 
 
 def test_conversations_past_the_targets_positions_are_refused(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .loading import DEMO, PlacedTargetOptions, load_drafter, load_target, require
+from .loading import DEMO, DrafterOptions, PlacedTargetOptions, load_drafter, load_target, require
 from .outputs import check_output_folder
 
 
@@ -16,7 +16,7 @@ MAX_NEW_TOKENS = 128
 
 
 @dataclass
-class BenchmarkCommand(PlacedTargetOptions):
+class BenchmarkCommand(PlacedTargetOptions, DrafterOptions):
     r"""Time plain decoding and other methods side by side; write benchmark.json and plots.
 
     Example: coral-hf benchmark --target demo --drafter demo --data mt_bench.jsonl --limit 10 \
@@ -88,7 +88,7 @@ class BenchmarkCommand(PlacedTargetOptions):
             texts.append("assistant")
         # by their names, before any model loads, so that a slip of the pen costs nothing
         parse_methods(texts, {name: name for name in self.drafter}, self.assistant)
-        drafters = {name: load_drafter(name) for name in self.drafter}
+        drafters = {name: load_drafter(name, self.drafter_revision) for name in self.drafter}
         target, tokenizer = self.load_target(self.dtype)
         for drafter in drafters.values():
             drafter.to(device=target.device, dtype=target.dtype)

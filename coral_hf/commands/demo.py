@@ -19,7 +19,7 @@ class DemoCommand:
     """
 
     REFUSED: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("--target", "--drafter", "--target_revision", "--trust_remote_code", "--device_map"),
+        ("--target", "--drafter", "--target_revision", "--drafter_revision", "--trust_remote_code", "--device_map"),
         "demo runs the shipped pair alone. For your own use `coral-hf benchmark --quick --target MODEL --drafter DRAFTER`.",
     )
 

@@ -66,6 +66,18 @@ class TargetOptions:
 
 
 @dataclass(kw_only=True)
+class DrafterOptions:
+    """What verbs with a `--drafter` share."""
+
+    drafter_revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Branch, tag or commit of the Hub repository of --drafter, of each where there are several (default: main)."
+        },
+    )
+
+
+@dataclass(kw_only=True)
 class PlacedTargetOptions(TargetOptions):
     """A target that generates: it may lie on one device or be spread over several."""
 
@@ -268,13 +280,20 @@ def resolve_device(name: str | int | None, option: str = "device") -> torch.devi
     return device
 
 
-def load_drafter(name: str):
-    """A drafter by path or Hub id; `demo` is the shipped one."""
+def load_drafter(name: str, revision: str | None = None):
+    """A drafter by path or Hub id, there at a branch, tag or commit; `demo` is the shipped one."""
     if name == DEMO:
+        if revision is not None:
+            raise ValueError(
+                f"--drafter_revision {revision} is for a drafter of the Hub, and 'demo' is always the same: leave it out."
+            )
         return demo.load_drafter()
-    with _named("drafter", name):
-        check_is_drafter(name)
-        return CoralDraftModel.from_pretrained(name, dtype="auto").eval()
+    with _named("drafter", name, revision):
+        check_is_drafter(name, revision)
+        commit, at = _pin(name, revision)
+        drafter = CoralDraftModel.from_pretrained(name, dtype="auto", **at).eval()
+    drafter.config._commit_hash = commit
+    return drafter
 
 
 @contextlib.contextmanager

@@ -11,12 +11,12 @@ from transformers import set_seed
 
 from ..modeling_coral import CoralDraftModel
 from ..origin import hub_commit
-from .loading import TargetOptions, load_drafter, resolve_dtype
+from .loading import DrafterOptions, TargetOptions, load_drafter, resolve_dtype
 from .outputs import check_output_folder
 
 
 @dataclass
-class TrainCommand(TargetOptions):
+class TrainCommand(TargetOptions, DrafterOptions):
     """Train a drafter on the target's own responses. Takes the flags of TrainingArguments as well.
 
     Example: coral-hf train --target demo --data responses.jsonl --output_dir outputs/drafter --preset coral
@@ -90,6 +90,8 @@ class TrainCommand(TargetOptions):
         router_stage = args.stage == "router"
         if router_stage and self.drafter is None:
             raise ValueError("--stage router trains the router of a trained drafter: name it with --drafter.")
+        if self.drafter is None and self.drafter_revision is not None:
+            raise ValueError(f"--drafter_revision {self.drafter_revision} is of a --drafter to go on from: name it.")
         if self.router_groups is not None and not router_stage:
             raise ValueError(f"--router_groups {self.router_groups} adds a router: train it with --stage router.")
         if self.router_grouping is not None and self.router_groups is None:
@@ -109,7 +111,7 @@ class TrainCommand(TargetOptions):
             for name in ("shape", "config_overrides"):
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(f"--{name} {value} is for a new drafter; --drafter {self.drafter} has its own.")
-            drafter = load_drafter(self.drafter)
+            drafter = load_drafter(self.drafter, self.drafter_revision)
             commit = hub_commit(target.config)
             if commit is not None:  # a target of the Hub: from now on the drafter is trained for this commit
                 drafter.config.target_name_or_path = target.config._name_or_path

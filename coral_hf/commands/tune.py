@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 from .. import demo
-from .loading import DEMO, PlacedTargetOptions, load_drafter, require
+from .loading import DEMO, DrafterOptions, PlacedTargetOptions, load_drafter, require
 from .outputs import check_output_folder
 
 
 @dataclass
-class TuneCommand(PlacedTargetOptions):
+class TuneCommand(PlacedTargetOptions, DrafterOptions):
     r"""Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
 
     The costs that generate keeps for cost-aware drafts of the drafter's own sizes are measured anew.
@@ -73,7 +73,7 @@ class TuneCommand(PlacedTargetOptions):
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         prompts = read_prompts(self.data, self.limit)
-        drafter = load_drafter(self.drafter)
+        drafter = load_drafter(self.drafter, self.drafter_revision)
         target, tokenizer = self.load_target(self.dtype)
         drafter.to(device=target.device, dtype=target.dtype)
         record = tune(target, tokenizer, drafter, prompts, box, self.max_new_tokens, self.temperature, self.seed)

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .loading import DEMO, PlacedTargetOptions, load_drafter, require
+from .loading import DEMO, DrafterOptions, PlacedTargetOptions, load_drafter, require
 from .outputs import check_output_folder
 
 
 @dataclass
-class VerifyCommand(PlacedTargetOptions):
+class VerifyCommand(PlacedTargetOptions, DrafterOptions):
     r"""Compare a drafter's answers with plain decoding turn by turn, token by token; exit status 1 if any differs.
 
     Example: coral-hf verify --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 10 \
@@ -46,7 +46,7 @@ class VerifyCommand(PlacedTargetOptions):
         prompts = read_prompts(self.data, self.limit)
         # by its name, before any model loads, so that a slip of the pen costs nothing
         parse_methods(self.method, {self.drafter: self.drafter})
-        drafter = load_drafter(self.drafter)
+        drafter = load_drafter(self.drafter, self.drafter_revision)
         methods = parse_methods(self.method, {self.drafter: drafter})
         target, tokenizer = self.load_target(self.dtype)
         drafter.to(device=target.device, dtype=target.dtype)

@@ -20,13 +20,14 @@ _EAGLE_KEYS = (
 )
 
 
-def check_is_drafter(name: str) -> None:
+def check_is_drafter(name: str, revision: str | None = None) -> None:
     """Raises `ValueError` if the model that `--drafter` names is an ordinary one or another project's drafter.
 
     Args:
         name (`str`): a folder or Hub id.
+        revision (`str`, *optional*): branch, tag or commit.
     """
-    config = _config(name, None)
+    config = _config(name, revision)
     kind, classes = config.get("model_type"), config.get("architectures")
     if kind == CoralDraftConfig.model_type:
         return

@@ -33,7 +33,7 @@ def read_prompts(paths: Sequence[str | Path], limit: int | None = None) -> list[
     Rows may have a `system` text, and chat `messages` in the place of turns, as those of `coral-hf regenerate`.
 
     Raises:
-        ValueError: on a missing or empty file, or a malformed line (with its number).
+        ValueError: on a missing or empty file, a malformed line (with its number), or a benchmark named "all".
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1.")
@@ -43,11 +43,13 @@ def read_prompts(paths: Sequence[str | Path], limit: int | None = None) -> list[
         for number, row in read_jsonl(path):
             row = read_prompt_row(row, f"{path}, line {number}")
             name = str(row.get("benchmark") or Path(path).name.split(".")[0])
-            prompts.append(
-                Prompt(
-                    str(number if row.get("id") is None else row["id"]), name, tuple(row["turns"]), row.get("system")
+            if name == "all":
+                raise ValueError(
+                    f'{path}, line {number}: "all" is what records call the sum over benchmarks; give the row another '
+                    '"benchmark", or the file another name.'
                 )
-            )
+            given = number if row.get("id") is None else row["id"]
+            prompts.append(Prompt(str(given), name, tuple(row["turns"]), row.get("system")))
             count += 1
             if count == limit:
                 break

@@ -1,5 +1,6 @@
 """A card's tables and lists, as Markdown: every figure is read from a record, and what no record holds says so."""
 
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ _CURVE_ROWS = 8
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
+    # a bar ends a cell, in code too, and a line its row
+    rows = [[" ".join(cell.replace("|", "\\|").split("\n")) for cell in row] for row in rows]
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -32,7 +35,9 @@ def headline_rows(records: Records) -> list[dict[str, Any]]:
     method = next(iter([*own, *measured]), None)
     rows = [row for row in main["runs"] if row["method"] == method]
     # greedy, or what comes first: one figure a benchmark
-    return [row for row in rows if row.get("temperature", 0.0) == rows[0].get("temperature", 0.0)]
+    temperatures = [row.get("temperature") or 0.0 for row in rows]
+    chosen = 0.0 if 0.0 in temperatures else next(iter(temperatures), None)
+    return [row for row, temperature in zip(rows, temperatures, strict=True) if temperature == chosen]
 
 
 @contextmanager
@@ -280,14 +285,18 @@ def _responses(folder: Path) -> list[str]:
 def _ablation(record: dict[str, Any]) -> str:
     environment, runs = record["environment"], record["runs"]
     steps = ", ".join(f"{count:,}" for count in sorted({run["steps"] for run in runs}))
+    # of the runs: the record's summary is rounded already
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        found.setdefault(run["variant"], []).append(run["eval_acceptance_length"])
     rows = [
         [
             f"`{name}`",
-            f"{found['mean']:.3f}",
-            NOT_MEASURED if found["stdev"] is None else f"{found['stdev']:.3f}",
-            ", ".join(f"{value:.3f}" for value in found["values"]),
+            f"{statistics.mean(values):.3f}",
+            f"{statistics.stdev(values):.3f}" if len(values) > 1 else NOT_MEASURED,
+            ", ".join(f"{value:.3f}" for value in values),
         ]
-        for name, found in record["acceptance_length"].items()
+        for name, values in found.items()
     ]
     return (
         f"The recipes side by side (`{RECORD_FOLDER}/ablation.json`, by `examples/ablate_training.py`): small trainings from "

@@ -61,9 +61,10 @@ def render_card(
     folder = Path(folder).resolve()
     title = records.stated.get("title") or (repo_id or folder.name).split("/")[-1]
     target = _public_name(config)
-    load = records.stated.get("load") or _LOAD.format(
-        target=target or "path/to/target", drafter=repo_id or f"path/to/{folder.name}"
-    )
+    stated_load = records.stated.get("load")
+    if repo_id is not None and "load_published" in records.stated:
+        stated_load = records.stated["load_published"].replace("$drafter", repo_id)
+    load = stated_load or _LOAD.format(target=target or "path/to/target", drafter=repo_id or f"path/to/{folder.name}")
     limits = [_LIMITS[0].format(target=f" (`{target}`)" if target else ""), *_LIMITS[1:]]
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=title,
@@ -106,20 +107,25 @@ def _metadata(records: Records, title: str, target: str | None) -> ModelCardData
 
 
 def _results(records: Records) -> list[EvalResult]:
-    return [
-        EvalResult(
-            task_type="text-generation",
-            task_name="Speculative decoding",
-            dataset_type=row["benchmark"],
-            dataset_name="all prompts" if row["benchmark"] == "all" else row["benchmark"],
-            metric_type=metric,
-            metric_name=name,
-            metric_value=round(row[metric], 2),
-        )
-        for row in headline_rows(records)
-        for metric, name in (("acceptance_length", "tau, tokens per target forward"), ("speedup", "median speedup"))
-        if row.get(metric) is not None
-    ]
+    results = []
+    for row in headline_rows(records):
+        # a page shows the name of a metric alone: what is not said there passes for greedy decoding
+        temperature = row.get("temperature") or 0.0
+        sampled = f", sampled at temperature {temperature:g}" if temperature else ""
+        for metric, name in (("acceptance_length", "tau, tokens per target forward"), ("speedup", "median speedup")):
+            if row.get(metric) is not None:
+                result = EvalResult(
+                    task_type="text-generation",
+                    task_name="Speculative decoding",
+                    dataset_type=row["benchmark"],
+                    dataset_name="all prompts" if row["benchmark"] == "all" else row["benchmark"],
+                    metric_type=metric,
+                    metric_name=name + sampled,
+                    metric_args={"temperature": temperature} if temperature else None,
+                    metric_value=round(row[metric], 2),
+                )
+                results.append(result)
+    return results
 
 
 def _public_name(config: CoralDraftConfig) -> str | None:

@@ -28,6 +28,7 @@ STATED = {
     "tags": "list of further tags",
     "target": "sentence on where the target's weights come from",
     "load": "Python that loads target, tokenizer and drafter",
+    "load_published": "the same in a repository of the Hub, $drafter for its id",
     "data": "sentences on the training data",
     "limits": "list of sentences",
 }

@@ -1,6 +1,7 @@
 """CoralTrainingArguments: `TrainingArguments` plus what drafter training adds."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -141,6 +142,13 @@ class CoralTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
 
     def __post_init__(self):
+        # before any value is derived from another, or from the machine
+        defaults = {
+            entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
+            for entry in fields(self)
+            if entry.init
+        }
+        self._given = {name for name, default in defaults.items() if getattr(self, name) != default}
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is unknown; choose one of {list(PRESETS)}.")
         if self.stage not in ("drafter", "router"):
@@ -199,6 +207,12 @@ class CoralTrainingArguments(TrainingArguments):
             self.use_cpu: bool = True  # or bf16=True would be refused where there is no GPU
         super().__post_init__()
         check_arguments(self)
+        self._settled = self.to_dict()
+
+    def non_defaults(self) -> dict[str, Any]:
+        """The arguments that were given a value other than their default, and those that were changed since."""
+        now = self.to_dict()
+        return {name: value for name, value in now.items() if name in self._given or value != self._settled.get(name)}
 
     def rollout_steps_at(self, progress: float) -> int:
         """K at a point of training, `progress` in [0, 1]."""

@@ -1,7 +1,6 @@
 """What a trainer writes for a drafter's card, and how it pushes."""
 
 import json
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -155,15 +154,11 @@ def _stages(folder: str | None) -> list[bytes]:
 
 
 def recipe(args: Any) -> dict[str, Any]:
-    """The training arguments that differ from their defaults."""
-    values = args.to_dict()
-    settings = {}
-    for entry in fields(args):
-        default = entry.default if entry.default is not MISSING else None
-        value = values.get(entry.name)
-        if entry.init and entry.name not in _NOT_RECIPE and entry.default_factory is MISSING and value != default:
-            settings[entry.name] = value
-    return settings
+    """The preset, and the training arguments that differ from their defaults."""
+    settings = {name: value for name, value in args.non_defaults().items() if name not in _NOT_RECIPE}
+    # a file of settings, DeepSpeed's say
+    named = {name: public_name(value) for name, value in settings.items() if str(value).startswith("/")}
+    return {"preset": args.preset, **settings, **named}
 
 
 def _conversations(dataset: Any) -> int | None:
