@@ -103,6 +103,7 @@ def coral_decoding(
         outputs, features = verifier.prefill(input_ids, generation_config, generator.features_of)
         if states is not None:
             states.append(outputs.hidden_states)
+        features = generator.resume(verifier.cache, input_ids, features)
         token = selector.choose(input_ids, outputs.logits[:, -1])
         del outputs  # the states of every layer of a prompt, of which the drafter reads few
         input_ids = torch.cat([input_ids, token[:, None]], dim=1)
@@ -111,9 +112,9 @@ def coral_decoding(
             streamer.put(token.cpu())
         finished = is_finished(input_ids)
         while not finished:
-            remaining = max_length - input_ids.shape[1]
-            tree = generator.propose(input_ids, features, max_depth=remaining - 1)
-            outputs = verifier.verify(tree)
+            depth, most = max_length - input_ids.shape[1] - 1, verifier.most_depth()
+            tree = generator.propose(input_ids, features, max_depth=depth if most is None else min(depth, most))
+            outputs = verifier.verify(tree, input_ids)
             path, tokens, finished = _accept(tree, outputs.logits, input_ids, selector, is_finished, first_end)
             compact_cache(verifier.cache, path, tree.num_nodes)
             features = generator.features_of(outputs.hidden_states, path)
@@ -125,6 +126,7 @@ def coral_decoding(
                 for column in tokens.cpu().unbind(dim=1):
                     streamer.put(column)
             generator.stats.add_step(tree.depth, tokens.shape[1] - 1)
+    generator.keep(verifier.cache, input_ids, features)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
