@@ -22,7 +22,7 @@ class TargetAdapter:
         feature_layers (`list[int]`, defaults to `[-1]`): see `CoralDraftConfig.target_feature_layers`.
 
     Raises:
-        ValueError: if the target is an encoder-decoder or has no LM head.
+        ValueError: if the target is an encoder-decoder, has no LM head, or several hidden states for a token.
     """
 
     def __init__(self, target: Any, feature_layers: list[int] | None = None):
@@ -33,6 +33,11 @@ class TargetAdapter:
             raise ValueError(
                 f"target {type(base).__name__} is an encoder-decoder; CORAL drafts for decoder-only causal LMs: load "
                 "one of those."
+            )
+        if (getattr(config.get_text_config(), "altup_num_inputs", None) or 1) > 1:
+            raise ValueError(
+                f"target {type(base).__name__} carries several hidden states for each token (AltUp), where a drafter reads "
+                "one: choose another target (Gemma 3 or 4, say)."
             )
         self.target = base
         self.text_config = config.get_text_config()
@@ -170,7 +175,7 @@ class TargetAdapter:
 
         Mixing pre- and post-norm features is the most common silent bug of the field; a family whose head does
         something this class does not know about would show here as well. Nothing is checked where two tokens cannot be
-        run: weights on the meta device (offloaded ones too) or in shards, FlashAttention on a CPU.
+        run: weights on the meta device (offloaded ones too) or in shards, Flash- or FlexAttention on a CPU.
 
         Args:
             atol (`float`): tolerance, relative to the largest logit above 1; in bfloat16 and float16 their rounding counts.
@@ -197,5 +202,5 @@ class TargetAdapter:
         parameters = list(self.target.parameters())
         whole = all(not parameter.is_meta and parameter.numel() for parameter in parameters)
         sharded = any(hasattr(parameter, "device_mesh") for parameter in parameters)  # a DTensor
-        flash = "flash" in str(self.text_config._attn_implementation)
-        return whole and not sharded and not (flash and self.device.type == "cpu")
+        gpu_only = any(kind in str(self.text_config._attn_implementation) for kind in ("flash", "flex"))
+        return whole and not sharded and not (gpu_only and self.device.type == "cpu")

@@ -211,11 +211,12 @@ def test_rounding_is_no_other_head(family, dtype):
     TargetAdapter(make_target(family, dtype=dtype)).check_identity()
 
 
-def test_identity_is_not_checked_where_nothing_can_run(target):
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_identity_is_not_checked_where_nothing_can_run(target, attention):
     config = copy.deepcopy(target.config)
     with torch.device("meta"):
         CoralDraftModel.from_target(AutoModelForCausalLM.from_config(config), shape="eagle3")
-    target.config._attn_implementation = "flash_attention_2"  # moved to a GPU later, say
+    target.config._attn_implementation = attention  # moved to a GPU later, say
     CoralDraftModel.from_target(target)
 
 
