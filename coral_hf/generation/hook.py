@@ -162,6 +162,9 @@ def _wrap_validation(original):
                 )
             # Transformers would ask for two tokenizers where the vocabularies differ.
             TargetAdapter(self).check_drafter(drafter.config)
+            # There is one vocabulary. `pipeline` asks for a second tokenizer where special ids differ, and Transformers
+            # then refuses it.
+            generation_mode_kwargs.pop("assistant_tokenizer", None)
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
 
     setattr(_validate_generation_mode, _MARK, original)
