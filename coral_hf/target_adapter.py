@@ -22,7 +22,7 @@ class TargetAdapter:
         feature_layers (`list[int]`, defaults to `[-1]`): see `CoralDraftConfig.target_feature_layers`.
 
     Raises:
-        ValueError: if the target is an encoder-decoder, has no LM head, or several hidden states for a token.
+        ValueError: if the target is an encoder-decoder, has several hidden states for a token, or no LM head with a weight.
     """
 
     def __init__(self, target: Any, feature_layers: list[int] | None = None):
@@ -46,6 +46,11 @@ class TargetAdapter:
         self.head = base.get_output_embeddings()
         if self.head is None:
             raise ValueError(f"target {type(base).__name__} has no LM head; load it with AutoModelForCausalLM.")
+        if not isinstance(getattr(self.head, "weight", None), torch.Tensor):
+            raise ValueError(
+                f"The LM head of target {type(base).__name__} is a {type(self.head).__name__} without a weight tensor (of "
+                "torch's quantize_dynamic, say), which a drafter cannot share: leave lm_head out of the quantisation."
+            )
         text = self.text_config
         self._embedding_scale = float(getattr(text, "embedding_multiplier", None) or 1.0)
         # Cohere multiplies by logit_scale, Granite divides by logits_scaling, and HyperCLOVAX multiplies by it
