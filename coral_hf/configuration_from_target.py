@@ -22,7 +22,7 @@ def settings_from_target(target_config: PreTrainedConfig) -> dict[str, Any]:
             f"target model_type={target_config.model_type!r} is an encoder-decoder; CORAL drafts for decoder-only "
             "causal language models: choose one of those."
         )
-    text = target_config.get_text_config()
+    text = _layer_config(target_config.get_text_config())
     missing = [name for name in ("hidden_size", "num_attention_heads", "vocab_size") if not hasattr(text, name)]
     if missing:
         raise ValueError(
@@ -30,10 +30,11 @@ def settings_from_target(target_config: PreTrainedConfig) -> dict[str, Any]:
             "choose a target of Llama's layout, or see CONTRIBUTING, 'Adding a target family'."
         )
     heads = text.num_attention_heads
+    width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return {
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
-        "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        "intermediate_size": width[-1] if isinstance(width, list) else width,  # Gemma 3n lists every layer's
         "num_attention_heads": heads,
         "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
         "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
@@ -48,6 +49,16 @@ def settings_from_target(target_config: PreTrainedConfig) -> dict[str, Any]:
         "target_num_hidden_layers": getattr(text, "num_hidden_layers", None),
         **{name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
+
+
+def _layer_config(text: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the last full-attention layer, which the drafter's is like, where layers differ in sizes (Gemma 4)."""
+    if not getattr(text, "is_heterogeneous", False):
+        return text
+    layers: Any = text.per_layer_config
+    kinds = getattr(text, "layer_types", None) or []
+    full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    return layers[full[-1] if full else len(layers) - 1]
 
 
 def _target_rope_parameters(text: PreTrainedConfig) -> dict:

@@ -26,10 +26,11 @@ def initialize_from_target(model_class: type, target: nn.Module, tokenizer: Any,
     random projections of the others at that share. Features that are normed before `fc` come out of it at size one.
 
     Raises:
-        ValueError: if the target is not a Llama-shaped causal LM.
+        ValueError: if the target is not a Llama-shaped causal LM, or makes its logits in an unknown way.
     """
     config = CoralDraftConfig.from_target(target.config, **overrides)
     adapter = TargetAdapter(target, config.target_feature_layers)
+    adapter.check_identity()
     if config.target_embedding_scale is None:
         config.target_embedding_scale = adapter.embedding_scale
     if tokenizer is not None:

@@ -176,14 +176,17 @@ class CoralDraftModel(PreTrainedModel):
         """Limits drafting to the `size` most frequent ids of `[V]` counts, beside a router's groups if there is one.
 
         Raises:
-            ValueError: if `size` is not between 1 and V - 1, `counts` is not of length V, or the drafter has a head of
-                its own.
+            ValueError: if `size` is no integer between 1 and V - 1, `counts` no tensor of length V, or the drafter has a
+                head of its own.
         """
-        if counts.shape != (self.config.vocab_size,) or not 0 < size < self.config.vocab_size:
-            raise ValueError(
-                f"size={size} with counts of shape {tuple(counts.shape)}: give one count for each of the "
-                f"{self.config.vocab_size} ids and a size below that."
+        vocab_size = self.config.vocab_size
+        if not isinstance(counts, torch.Tensor) or counts.shape != (vocab_size,):
+            found = (
+                f"shape {tuple(counts.shape)}" if isinstance(counts, torch.Tensor) else f"type {type(counts).__name__}"
             )
+            raise ValueError(f"counts of {found} must be a tensor of one count for each of the {vocab_size} ids.")
+        if type(size) is not int or not 0 < size < vocab_size:
+            raise ValueError(f"size={size!r} must be an integer of at least 1 and below the {vocab_size} ids.")
         if self.draft_head is not None:
             own = self.config.draft_vocab_size
             raise ValueError(f"draft_vocab_size={own}: a drafter with a head of its own takes no shortlist.")

@@ -14,7 +14,7 @@ class TargetAdapter:
 
     Scalings that a family applies outside its embedding and LM-head modules (Granite's multipliers, Cohere's logit
     scale, Gemma's soft-capping) are applied here, so that `logits(features(outputs)) == outputs.logits`
-    ([`check_identity`] asserts it on a given target). The adapter holds a reference to the target and no weights of
+    ([`check_identity`] asserts it, whenever a drafter is made for a target or trained). The adapter holds a reference to the target and no weights of
     its own; it is passed to the drafter per call.
 
     Args:
@@ -22,7 +22,7 @@ class TargetAdapter:
         feature_layers (`list[int]`, defaults to `[-1]`): see `CoralDraftConfig.target_feature_layers`.
 
     Raises:
-        ValueError: if the target is an encoder-decoder or has no LM head.
+        ValueError: if the target is an encoder-decoder, has several hidden states for a token, or no LM head with a weight.
     """
 
     def __init__(self, target: Any, feature_layers: list[int] | None = None):
@@ -34,6 +34,11 @@ class TargetAdapter:
                 f"target {type(base).__name__} is an encoder-decoder; CORAL drafts for decoder-only causal LMs: load "
                 "one of those."
             )
+        if (getattr(config.get_text_config(), "altup_num_inputs", None) or 1) > 1:
+            raise ValueError(
+                f"target {type(base).__name__} carries several hidden states for each token (AltUp), where a drafter reads "
+                "one: choose another target (Gemma 3 or 4, say)."
+            )
         self.target = base
         self.text_config = config.get_text_config()
         self.feature_layers = list(feature_layers or [-1])
@@ -41,12 +46,17 @@ class TargetAdapter:
         self.head = base.get_output_embeddings()
         if self.head is None:
             raise ValueError(f"target {type(base).__name__} has no LM head; load it with AutoModelForCausalLM.")
+        if not isinstance(getattr(self.head, "weight", None), torch.Tensor):
+            raise ValueError(
+                f"The LM head of target {type(base).__name__} is a {type(self.head).__name__} without a weight tensor (of "
+                "torch's quantize_dynamic, say), which a drafter cannot share: leave lm_head out of the quantisation."
+            )
         text = self.text_config
         self._embedding_scale = float(getattr(text, "embedding_multiplier", None) or 1.0)
-        # Granite divides by logits_scaling, Cohere multiplies by logit_scale
-        self._logit_scale = float(getattr(text, "logit_scale", None) or 1.0) / float(
-            getattr(text, "logits_scaling", None) or 1.0
-        )
+        # Cohere multiplies by logit_scale, Granite divides by logits_scaling, and HyperCLOVAX multiplies by it
+        scaling = float(getattr(text, "logits_scaling", None) or 1.0)
+        multiplies = str(text.model_type).startswith("hyperclovax")
+        self._logit_scale = float(getattr(text, "logit_scale", None) or 1.0) * (scaling if multiplies else 1 / scaling)
         self._softcap = getattr(text, "final_logit_softcapping", None)
 
     @property
@@ -169,15 +179,33 @@ class TargetAdapter:
         """Raises `ValueError` unless `logits(last feature)` are the target's logits on a two-token input.
 
         Mixing pre- and post-norm features is the most common silent bug of the field; a family whose head does
-        something this class does not know about would show here as well.
+        something this class does not know about would show here as well. Nothing is checked where two tokens cannot be
+        run: weights on the meta device (offloaded ones too) or in shards, Flash- or FlexAttention on a CPU.
+
+        Args:
+            atol (`float`): tolerance, relative to the largest logit above 1; in bfloat16 and float16 their rounding counts.
         """
+        if not self._can_run():
+            return
         ids = torch.tensor([[1, 2]], device=self.embedding.weight.device) % self.vocab_size
         outputs = self.target(input_ids=ids, output_hidden_states=True, use_cache=False)
         expected = outputs.logits.float()
-        gap = (self.logits(outputs.hidden_states[-1]).float() - expected).abs().max().item()
-        if gap > atol * max(1.0, expected.abs().max().item()):
-            raise ValueError(
-                f"lm_head(feature) differs from the logits of {type(self.target).__name__} by {gap:.3g}: this family "
-                "scales its embedding or logits in a way TargetAdapter does not know. See CONTRIBUTING, 'Adding a "
-                "target family'."
-            )
+        found = self.logits(outputs.hidden_states[-1]).float().to(expected.device)
+        problem = f"has the shape {list(found.shape)}, not {list(expected.shape)} as"
+        if found.shape == expected.shape:
+            gap = (found - expected).abs().max().item()
+            if gap <= max(atol, 4 * torch.finfo(outputs.logits.dtype).eps) * max(1.0, expected.abs().max().item()):
+                return
+            problem = f"differs by {gap:.3g} from"
+        raise ValueError(
+            f"lm_head(feature) {problem} the logits of {type(self.target).__name__}: this family makes its logits in a way "
+            "that TargetAdapter does not know, and a drafter for it would learn wrong ones. Choose another target, or see "
+            "CONTRIBUTING, 'Adding a target family'."
+        )
+
+    def _can_run(self) -> bool:
+        parameters = list(self.target.parameters())
+        whole = all(not parameter.is_meta and parameter.numel() for parameter in parameters)
+        sharded = any(hasattr(parameter, "device_mesh") for parameter in parameters)  # a DTensor
+        gpu_only = any(kind in str(self.text_config._attn_implementation) for kind in ("flash", "flex"))
+        return whole and not sharded and not (gpu_only and self.device.type == "cpu")

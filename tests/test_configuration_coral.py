@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import FAMILIES, make_target
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, T5Config
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, T5Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from coral_hf import CoralDraftConfig, CoralDraftModel, demo
@@ -220,6 +220,18 @@ def test_encoder_decoders_and_models_without_dimensions_are_refused():
     config = AutoConfig.for_model("resnet")
     with pytest.raises(ValueError, match=r"has no \[.*\] in its config, .* choose a target of Llama's layout"):
         CoralDraftConfig.from_target(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_dim", "width"),
+    [("gemma4_text", 512, 9216), ("gemma4", 512, 9216), ("gemma3n_text", 256, 16384), ("gemma3n", 256, 16384)],
+)
+def test_sizes_that_differ_from_layer_to_layer(kind, head_dim, width):
+    """The drafter's are those of the last full-attention layer."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this Transformers has no {kind}")
+    config = CoralDraftConfig.from_target(CONFIG_MAPPING[kind]())
+    assert (config.head_dim, config.intermediate_size) == (head_dim, width)
 
 
 def word_tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:

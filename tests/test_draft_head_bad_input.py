@@ -96,6 +96,13 @@ def test_bad_settings_with_a_router():
         DraftSettings(draft_scoring="router").draft_head_of(drafter, adapter)
     with pytest.raises(ValueError, match="size=128"):
         drafter.add_shortlist(torch.arange(128), 128)
+    for size in (12.0, "12", True, 0):
+        with pytest.raises(ValueError, match=re.escape(f"size={size!r} must be an integer")):
+            drafter.add_shortlist(torch.arange(128), size)
+    for counts, found in ((list(range(128)), "type list"), (torch.arange(12), r"shape \(12,\)")):
+        with pytest.raises(ValueError, match=f"counts of {found} must be a tensor .* 128 ids"):
+            drafter.add_shortlist(counts, 8)
+    assert drafter.config.shortlist_size == 8
     with pytest.raises(ValueError, match="router_active_groups=9"):
         drafter.add_router(8, 9)
     with pytest.raises(ValueError, match="router_grouping='frequency' is unknown"):

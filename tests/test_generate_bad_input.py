@@ -75,6 +75,27 @@ def test_an_active_alora_is_refused(target, tree):
     compare(wrapped, drafter, ids, TREES[tree])
 
 
+def test_a_drafter_in_parts_is_refused(target):
+    drafter = make_drafter(target)
+    drafter.norm.to("meta")
+    with pytest.raises(ValueError, match=r"Weights of the drafter are offloaded .* without device_map"):
+        target.generate(prompt_of(5), max_new_tokens=5, assistant_model=drafter)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:Please use quant_min")
+def test_a_head_without_a_weight_is_refused():
+    """Of dynamic quantisation, whose layers below the head are no obstacle."""
+    target = make_target("qwen2", dtype=torch.float32)
+    drafter, ids = make_drafter(target), prompt_of(5)
+    linear = {torch.nn.Linear}
+    target.model = torch.ao.quantization.quantize_dynamic(target.model, linear, dtype=torch.qint8)
+    target.generate(ids, max_new_tokens=5, assistant_model=drafter)
+    assert drafter.last_stats.steps > 0
+    whole = torch.ao.quantization.quantize_dynamic(target, linear, dtype=torch.qint8)
+    with pytest.raises(ValueError, match=r"LM head of target Qwen2ForCausalLM .* leave lm_head out"):
+        whole.generate(ids, max_new_tokens=5, assistant_model=drafter)
+
+
 def test_ranks_that_wait_for_each_other_are_refused(target):
     with pytest.raises(ValueError, match=r"synced_gpus=True: .* pass synced_gpus=False"):
         target.generate(prompt_of(5), max_new_tokens=5, assistant_model=make_drafter(target), synced_gpus=True)

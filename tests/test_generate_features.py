@@ -323,6 +323,18 @@ def test_pipeline(target):
     assert drafted == plain and drafter.last_stats.n_accepted > 0
 
 
+def test_pipeline_after_special_ids_have_changed(target):
+    """It then takes target and drafter for models of two tokenizers."""
+    drafter, tokenizer = make_drafter(target), make_tokenizer()
+    target.config.pad_token_id = target.config.eos_token_id
+    options = {"model": target, "tokenizer": tokenizer}
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    plain = pipeline("text-generation", **options)("hello", **settings)
+    drafting = {"assistant_model": drafter, "assistant_tokenizer": tokenizer}
+    assert pipeline("text-generation", **drafting, **options)("hello", **settings) == plain
+    assert drafter.last_stats.steps > 0
+
+
 @drafts
 def test_peft_target(target, draft):
     """Through the wrapper's `generate`, with adapters that change the text, and without a warning of ours."""

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, make_target, randomize
+from conftest import COMMON, FAMILIES, make_target, randomize
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -182,8 +182,51 @@ def test_check_identity_catches_a_scale_the_adapter_does_not_know(family, attrib
     adapter = TargetAdapter(make_target(family))
     adapter.check_identity()
     setattr(adapter, attribute, value)
-    with pytest.raises(ValueError, match=r"differs from the logits of .*ForCausalLM by .*Adding a target family"):
+    with pytest.raises(ValueError, match=r"differs by .* from the logits of .*ForCausalLM: .*Adding a target family"):
         adapter.check_identity()
+
+
+def test_a_target_with_logits_of_another_kind_gets_no_drafter(target):
+    """One whose head does more than its module, and one whose logits are fewer than its vocabulary."""
+    for harm, message in (
+        (lambda x: x + 1, "differs by 1 from"),
+        (lambda x: x[..., :100], r"\[1, 2, 128\], not .*100\]"),
+    ):
+        wrapped = copy.deepcopy(target)
+        forward = wrapped.forward
+
+        def harmed(*args, forward=forward, harm=harm, **kwargs):
+            outputs = forward(*args, **kwargs)
+            outputs.logits = harm(outputs.logits)
+            return outputs
+
+        wrapped.forward = harmed
+        with pytest.raises(ValueError, match=f"{message}.*wrong ones"):
+            CoralDraftModel.from_target(wrapped)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["granite", "gemma3_text"])
+def test_rounding_is_no_other_head(family, dtype):
+    TargetAdapter(make_target(family, dtype=dtype)).check_identity()
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_identity_is_not_checked_where_nothing_can_run(target, attention):
+    config = copy.deepcopy(target.config)
+    with torch.device("meta"):
+        CoralDraftModel.from_target(AutoModelForCausalLM.from_config(config), shape="eagle3")
+    target.config._attn_implementation = attention  # moved to a GPU later, say
+    CoralDraftModel.from_target(target)
+
+
+@pytest.mark.parametrize("scaling", [0.25, 1.0])
+def test_hyperclovax_multiplies_by_what_granite_divides_by(scaling):
+    if "hyperclovax" not in CONFIG_MAPPING:
+        pytest.skip("this Transformers has no hyperclovax")
+    config = CONFIG_MAPPING["hyperclovax"](**COMMON, logits_scaling=scaling, embedding_multiplier=3.0)
+    target = AutoModelForCausalLM.from_config(config).double().eval()
+    TargetAdapter(target).check_identity()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from oracle import oracle
 from parity import CHAIN, STOCK, TREES, compare, config_of, prompt_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
+from coral_hf import CoralDraftConfig, CoralDraftModel
 from coral_hf.compat import cache_kwarg
 from coral_hf.generation.statistics import DraftStats
 
@@ -54,6 +55,24 @@ POSITIONLESS = {
     "bart": {**GPT, "d_model": 32, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
     | {"is_decoder": True, "is_encoder_decoder": False},
 }
+
+
+# Gemma 4 and 3n as they come: full-attention layers of other head sizes, and last layers that read the keys of earlier ones
+PER_LAYER = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 16,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 8,
+    "head_dim": 16,
+    "tie_word_embeddings": False,
+}
+GEMMA_3N = {"laurel_rank": 4, "intermediate_size": [64] * 4, "activation_sparsity_pattern": [0.0] * 4}
+
+
+def needs(family: str) -> None:
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this Transformers has no {family}")
 
 
 def build(family: str, settings: dict, attention: str = "eager"):
@@ -200,6 +219,30 @@ def test_windows_that_are_global_take_trees():
         target = build_positionless(family, **settings)
         _, stats = compare(target, make_drafter(target), prompt_of(20), TREES["tree16"], use_cache=True)
         assert stats.n_accepted > stats.steps
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_gemma_4(shared, attention):
+    """Sizes that differ from layer to layer, with and without layers that share keys."""
+    needs("gemma4_text")
+    settings = {**PER_LAYER, "global_head_dim": 32, "num_kv_shared_layers": shared}
+    target = build("gemma4_text", settings, attention)
+    drafter = make_drafter(target)
+    assert drafter.config.head_dim == 32
+    for size in (CHAIN, STOCK, TREES["tree16"]):
+        _, stats = compare(target, drafter, prompt_of(20), size)
+        assert stats.n_accepted > stats.steps
+
+
+def test_gemma_3n_is_refused():
+    needs("gemma3n_text")
+    target = build("gemma3n_text", {**PER_LAYER, **GEMMA_3N})
+    message = r"Gemma3nForCausalLM carries several hidden states for each token \(AltUp\).* choose another"
+    with pytest.raises(ValueError, match=message):
+        CoralDraftModel.from_target(target)
+    drafter = CoralDraftModel(CoralDraftConfig.from_target(target.config)).double()
+    assert_refused(target, drafter, CHAIN, message)
 
 
 def assert_refused(target, drafter, size: dict, message: str, ids=None, cache=None, **settings) -> None:

@@ -79,6 +79,14 @@ def test_what_a_training_has_no_use_for_is_a_setting_of_transformers():
     assert set(inspect.signature(Trainer.__init__).parameters) >= set(unused_settings.PARAMETERS)
 
 
+def test_a_target_with_a_head_of_another_kind_is_refused(tmp_path):
+    target = make_target(dtype=torch.float32)
+    drafter = make_drafter(target)
+    target.config.logits_scaling = 2.0  # which Llama does not divide by
+    with pytest.raises(ValueError, match=r"differs by .* from the logits of LlamaForCausalLM: .*wrong ones"):
+        CoralTrainer(drafter, target_model=target, args=make_args(tmp_path), train_dataset=random_rows(4))
+
+
 @pytest.mark.parametrize("native", [False, True])
 def test_bf16_by_default_where_the_hardware_multiplies_it(native, tmp_path, monkeypatch):
     monkeypatch.setattr(arguments, "native_bfloat16", lambda device=None: native)

@@ -80,6 +80,15 @@ def _check_loaded(drafter: Any) -> None:
         )
 
 
+def _check_whole(drafter: Any) -> None:
+    """Raises `ValueError` for a drafter of which a device map left parts on the disk: a draft step calls parts of it."""
+    if any(parameter.is_meta for parameter in drafter.parameters()):
+        raise ValueError(
+            "Weights of the drafter are offloaded (on the meta device), but every draft step needs them all: load it without "
+            'device_map, or with one device in it (device_map={"": 0}).'
+        )
+
+
 def install() -> None:
     """Makes `generate(assistant_model=drafter)` use CORAL for CORAL drafters; idempotent.
 
@@ -151,6 +160,7 @@ def _wrap_validation(original):
         _check_loaded(drafter)
         if is_coral_drafter(drafter):
             _check_settings_of_others(generation_config)
+            _check_whole(drafter)
             if generation_mode != GenerationMode.ASSISTED_GENERATION:
                 raise ValueError(
                     f"CORAL drafts for greedy decoding and sampling, not for {generation_mode.value} "
@@ -163,6 +173,9 @@ def _wrap_validation(original):
                 )
             # Transformers would ask for two tokenizers where the vocabularies differ.
             TargetAdapter(self).check_drafter(drafter.config)
+            # There is one vocabulary. `pipeline` asks for a second tokenizer where special ids differ, and Transformers
+            # then refuses it.
+            generation_mode_kwargs.pop("assistant_tokenizer", None)
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
 
     setattr(_validate_generation_mode, _MARK, original)

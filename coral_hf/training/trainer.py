@@ -117,6 +117,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         # `Trainer` reads this off the model's forward; the loss here is scaled by num_items_in_batch in compute_loss.
         self.model_accepts_loss_kwargs = True
         place_target(self.adapter, self.accelerator, args.shard_target)
+        self.adapter.check_identity()
         self._finite = StopOnNonFiniteGradient()
         self.add_callback(self._finite)
         if args.learning_curve:
