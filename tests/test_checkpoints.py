@@ -221,6 +221,13 @@ def test_a_wrong_checkpoint_is_refused(trained):
     resume("with another data", rows=random_rows(16, seed=8))
     resume(r"with another batch \(4, here 8\)", per_device_train_batch_size=8)
     resume(
+        r"with another seed \(42, here 7\).* Go on with seed=42, or read the rows anew with ignore_data_skip", seed=7
+    )
+    resume(r"with another seed \(42, here 7\)", data_seed=7)
+    resume("with another train_sampling_strategy", train_sampling_strategy="random")
+    resume("with another max_length", max_length=1024)
+    resume("with another data", packing=True)
+    resume(
         r"with another target \('one', here 'other'\)", drafter=quick_drafter(target, target_name_or_path="org/other")
     )
     resume("with another vocabulary", drafter=quick_drafter(target, target_vocab_hash="f" * 64))
@@ -234,6 +241,33 @@ def test_a_wrong_checkpoint_is_refused(trained):
     resume("holds no readable trainer_state.json")
     shutil.rmtree(checkpoint)
     resume(r"resume_from_checkpoint=last: .* holds no checkpoint. Leave it out", "last")
+
+
+def test_other_losses_are_told_of_when_going_on(trained, caplog):
+    target, folder, settings = trained
+    settings = {**settings, "max_steps": 3}
+    message = (
+        r"goes on with other losses: csra_weight=0.5 (0.05 until now), rollout_schedule='3' ('1:0.3,3:0.7' until now)."
+    )
+
+    def go_on(**changed):
+        caplog.clear()
+        trainer = make_trainer(folder, target, rows=random_rows(16), **{**settings, **changed})
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        return [record.getMessage() for record in caplog.records if "other losses" in record.getMessage()]
+
+    assert not go_on()
+    said = go_on(rollout_schedule="3", csra_weight=0.5)
+    assert len(said) == 1 and said[0].endswith(message)
+    # another order is one's own wish with ignore_data_skip
+    assert not go_on(seed=7, train_sampling_strategy="random", max_length=1024, ignore_data_skip=True)
+    # of a version that did not write them down
+    path = folder / "checkpoint-2" / "coral_progress.json"
+    progress = json.loads(path.read_text())
+    for name in ("seed", "train_sampling_strategy", "stream_buffer_size", "packing", "max_length", "recipe"):
+        del progress[name]
+    path.write_text(json.dumps(progress))
+    assert not go_on(seed=7, rollout_schedule="3")
 
 
 def test_a_full_disk_is_said_before_and_while_writing(trained, monkeypatch):
