@@ -28,15 +28,21 @@ PARTIAL_FOLDER = "checkpoint-being-written"  # never taken for a checkpoint: tho
 _FINGERPRINT_ROWS = 64
 # settings that decide which rows follow those that were trained on, and those that say what is learnt of them
 _ORDER = ("seed", "train_sampling_strategy", "stream_buffer_size", "packing", "max_length")
-_RECIPE = (
+_RECIPE: tuple[str, ...] = (
     "rollout_schedule",
     "step_decay",
     "regression_loss_weight",
     "classification_loss_weight",
     "topk_loss_weight",
+    "topk",
+    "csra_weight",
+    "csra_temperature",
+    "csra_include_target",
+    "csra_max_positions",
+    "feature_noise",
+    "loss_vocab_size",
+    "loss_negatives",
 )
-_RECIPE += ("topk", "csra_weight", "csra_temperature", "csra_include_target", "csra_max_positions")
-_RECIPE += ("feature_noise", "loss_vocab_size", "loss_negatives")
 # in the plain RuntimeErrors that `torch.save` makes of a write that failed
 _TORCH_WRITING = ("PytorchStreamWriter", "inline_container", "iostream")
 
@@ -49,6 +55,9 @@ class CheckpointMixin(Trainer):
     """
 
     _staging: Path | None = None
+    _tokens: Any  # CountTokens
+    _train_batch_size: int
+    tokens_seen: Any
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As [`~transformers.Trainer.train`]; `resume_from_checkpoint` may also be `"true"` or `"last"`.
@@ -59,8 +68,12 @@ class CheckpointMixin(Trainer):
             OSError: if a checkpoint cannot be written.
         """
         folder = self._resume_folder(resume_from_checkpoint)
+        self._tokens.start = self.tokens_seen
         if folder is not None:
             self.check_checkpoint(folder)
+            progress = folder / PROGRESS_FILE
+            if progress.exists():
+                self._tokens.start = read_json(progress)["response_tokens"]
         output = Path(self.args.output_dir)
         if self.args.should_save and output.is_dir():
             shutil.rmtree(output / PARTIAL_FOLDER, ignore_errors=True)  # of a run that was killed
@@ -160,7 +173,7 @@ class CheckpointMixin(Trainer):
 
     def _global_batch(self) -> int:
         """Conversations per optimizer step, over all processes."""
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _resume_folder(self, given: str | bool | None) -> Path | None:
         if given is None or given is False:
@@ -183,11 +196,13 @@ class CheckpointMixin(Trainer):
         folder = Path(folder)
         anew = "To start a new training from its weights, give that folder as the drafter (--drafter) instead."
         try:
-            read_json(folder / STATE_FILE)
+            state = read_json(folder / STATE_FILE)
         except ValueError as error:
             raise ValueError(
                 f"{folder} holds no readable {STATE_FILE}: it is no checkpoint of a training. {anew}"
             ) from error
+        if self.args.auto_find_batch_size:  # `Trainer` begins with the one that was found
+            self._train_batch_size = state.get("train_batch_size") or self._train_batch_size
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         weights = ADAPTER_FILE if is_peft(self.model) else WEIGHTS_FILE
         for name in (weights, "optimizer.pt", "scheduler.pt"):
@@ -232,12 +247,6 @@ class CheckpointMixin(Trainer):
         ]
         if changed and self.args.process_index == 0:
             logger.warning("The training of %s goes on with other losses: %s.", folder, ", ".join(sorted(changed)))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        progress = Path(resume_from_checkpoint) / PROGRESS_FILE
-        if progress.exists():
-            self.tokens_seen = read_json(progress)["response_tokens"]
 
     # The order of rows -----------------------------------------------------------------------------------------
 
