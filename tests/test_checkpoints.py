@@ -14,12 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_target
-from tiny_trainings import assert_same_weights, make_trainer, quick_drafter, random_rows, weights
+from tiny_trainings import assert_same_weights, make_args, make_trainer, quick_drafter, random_rows, weights
+from transformers import TrainerCallback
 from transformers.trainer_utils import HPSearchBackend
 
 from coral_hf import CoralDraftModel
 from coral_hf.training import checkpoints
 from coral_hf.training.checkpoints import PARTIAL_FOLDER, LengthGroupedSampler
+from coral_hf.training.trainer import CoralTrainer
 
 
 PROGRAM = Path(__file__).parent / "training_process.py"
@@ -193,6 +195,55 @@ def test_the_order_of_rows_depends_on_seed_and_epoch(tmp_path):
     assert isinstance(trainer._get_train_sampler(), torch.utils.data.RandomSampler)
 
 
+class OutOfMemory(CoralTrainer):
+    """Has room for two rows."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if len(inputs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_a_batch_size_that_was_found_is_written_down(found, tmp_path):
+    """And can be gone on with, whether it is searched again or given."""
+    target = make_target(dtype=torch.float32)
+    settings = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 4, "save_total_limit": None}
+
+    def trainer(**changed):
+        args = make_args(tmp_path, **settings, **changed)
+        return OutOfMemory(quick_drafter(target, seed=3), target, args, random_rows(16))
+
+    whole = trainer(auto_find_batch_size=True)
+    whole.train()
+    assert whole.tokens_seen == whole.train_dataset.num_response_tokens
+    progress = json.loads((tmp_path / "checkpoint-4" / "coral_progress.json").read_text())
+    assert progress["batch"] == 2
+    expected = weights(whole.model)
+    again = trainer(auto_find_batch_size=True) if found else trainer(per_device_train_batch_size=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same_weights(expected, weights(again.model), rtol=0, atol=0)
+    assert again.tokens_seen == whole.tokens_seen
+
+
+def test_a_checkpoint_between_two_updates_counts_no_batch_twice(tmp_path, uninterrupted):
+    """As `enable_jit_checkpoint` writes one, when the next batch is read already."""
+
+    class SaveBetween(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                trainer._save_checkpoint(trainer.model, trial=None)
+
+    target = make_target(dtype=torch.float32)
+    trainer = make_trainer(tmp_path, target, rows=random_rows(16), **{**SETTINGS, "save_total_limit": None})
+    trainer.add_callback(SaveBetween())
+    trainer.train()
+    resumed = make_trainer(tmp_path, target, rows=random_rows(16), **SETTINGS)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert resumed.tokens_seen == trainer.tokens_seen == uninterrupted[1]
+    assert_same_weights(uninterrupted[0], weights(resumed.model), rtol=0, atol=0)
+
+
 # Bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +272,13 @@ def test_a_wrong_checkpoint_is_refused(trained):
     resume("with another data", rows=random_rows(16, seed=8))
     resume(r"with another batch \(4, here 8\)", per_device_train_batch_size=8)
     resume(
+        r"with another seed \(42, here 7\).* Go on with seed=42, or read the rows anew with ignore_data_skip", seed=7
+    )
+    resume(r"with another seed \(42, here 7\)", data_seed=7)
+    resume("with another train_sampling_strategy", train_sampling_strategy="random")
+    resume("with another max_length", max_length=1024)
+    resume("with another data", packing=True)
+    resume(
         r"with another target \('one', here 'other'\)", drafter=quick_drafter(target, target_name_or_path="org/other")
     )
     resume("with another vocabulary", drafter=quick_drafter(target, target_vocab_hash="f" * 64))
@@ -234,6 +292,33 @@ def test_a_wrong_checkpoint_is_refused(trained):
     resume("holds no readable trainer_state.json")
     shutil.rmtree(checkpoint)
     resume(r"resume_from_checkpoint=last: .* holds no checkpoint. Leave it out", "last")
+
+
+def test_other_losses_are_told_of_when_going_on(trained, caplog):
+    target, folder, settings = trained
+    settings = {**settings, "max_steps": 3}
+    message = (
+        r"goes on with other losses: csra_weight=0.5 (0.05 until now), rollout_schedule='3' ('1:0.3,3:0.7' until now)."
+    )
+
+    def go_on(**changed):
+        caplog.clear()
+        trainer = make_trainer(folder, target, rows=random_rows(16), **{**settings, **changed})
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        return [record.getMessage() for record in caplog.records if "other losses" in record.getMessage()]
+
+    assert not go_on()
+    said = go_on(rollout_schedule="3", csra_weight=0.5)
+    assert len(said) == 1 and said[0].endswith(message)
+    # another order is one's own wish with ignore_data_skip
+    assert not go_on(seed=7, train_sampling_strategy="random", max_length=1024, ignore_data_skip=True)
+    # of a version that did not write them down
+    path = folder / "checkpoint-2" / "coral_progress.json"
+    progress = json.loads(path.read_text())
+    for name in ("seed", "train_sampling_strategy", "stream_buffer_size", "packing", "max_length", "recipe"):
+        del progress[name]
+    path.write_text(json.dumps(progress))
+    assert not go_on(seed=7, rollout_schedule="3")
 
 
 def test_a_full_disk_is_said_before_and_while_writing(trained, monkeypatch):

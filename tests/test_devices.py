@@ -14,6 +14,7 @@ from conftest import make_target, make_tokenizer
 from tiny_trainings import assert_same_weights, make_args, make_trainer, quick_drafter, random_rows, weights
 
 from coral_hf import CoralDraftModel, TargetAdapter
+from coral_hf.training.data import ConversationDataset
 from coral_hf.training.placement import decoder_layers, place_target, plain_sharding
 
 
@@ -110,6 +111,15 @@ def test_two_processes_are_one_with_the_doubled_batch(kind, tmp_path, one_proces
     options["internal_save"] = True  # whole as well, whatever the state of a checkpoint
     launch(kind, PROGRAM, json.dumps(options), port=29620)
     assert_same_weights(weights(trained), weights(CoralDraftModel.from_pretrained(resumed)), rtol=0, atol=1e-9)
+
+
+def test_tokens_of_all_processes_are_counted(tmp_path):
+    """Also where each averages its loss over its own."""
+    settings = {**SETTINGS, "average_tokens_across_devices": False, "max_steps": 4}
+    launch("ddp", PROGRAM, json.dumps({"output": str(tmp_path), "settings": settings}), port=29660)
+    history = json.loads((tmp_path / "result.json").read_text())["history"]
+    seen = [entry["response_tokens"] for entry in history if "loss" in entry]
+    assert seen[-1] == 2 * ConversationDataset(random_rows(16)).num_response_tokens
 
 
 def test_a_routed_drafter_is_trained_on_by_several_processes(tmp_path):

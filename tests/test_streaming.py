@@ -100,6 +100,19 @@ def test_a_streamed_training_resumes_exactly(packing, tmp_path):
         trainer(tmp_path / "third", other).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
 
 
+def test_a_streamed_training_goes_on_with_its_buffer(tmp_path):
+    def trainer(size):
+        settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "stream_buffer_size": size}
+        rows = RowStream(write(tmp_path / "rows.jsonl", random_rows(18)))
+        return make_trainer(tmp_path, make_target(), rows=rows, **settings)
+
+    trainer(8).train()
+    with pytest.raises(
+        ValueError, match=r"another stream_buffer_size \(8, here 16\).* Go on with stream_buffer_size=8"
+    ):
+        trainer(16).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_each_worker_would_read_the_whole_stream(monkeypatch):
     monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
     with pytest.raises(ValueError, match=r"dataloader_num_workers=2: .* use 0 or 1"):

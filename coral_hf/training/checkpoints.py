@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -20,11 +21,29 @@ from ..weight_files import WEIGHTS_FILE
 from .adapters import is_peft
 
 
+logger = logging.getLogger(__name__)
 PROGRESS_FILE = "coral_progress.json"  # in a checkpoint: what TrainerState has no field for
 STATE_FILE = "trainer_state.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 PARTIAL_FOLDER = "checkpoint-being-written"  # never taken for a checkpoint: those end in a number
 _FINGERPRINT_ROWS = 64
+# settings that decide which rows follow those that were trained on, and those that say what is learnt of them
+_ORDER = ("seed", "train_sampling_strategy", "stream_buffer_size", "packing", "max_length")
+_RECIPE: tuple[str, ...] = (
+    "rollout_schedule",
+    "step_decay",
+    "regression_loss_weight",
+    "classification_loss_weight",
+    "topk_loss_weight",
+    "topk",
+    "csra_weight",
+    "csra_temperature",
+    "csra_include_target",
+    "csra_max_positions",
+    "feature_noise",
+    "loss_vocab_size",
+    "loss_negatives",
+)
 # in the plain RuntimeErrors that `torch.save` makes of a write that failed
 _TORCH_WRITING = ("PytorchStreamWriter", "inline_container", "iostream")
 
@@ -37,17 +56,25 @@ class CheckpointMixin(Trainer):
     """
 
     _staging: Path | None = None
+    _tokens: Any  # CountTokens
+    _train_batch_size: int
+    tokens_seen: Any
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As [`~transformers.Trainer.train`]; `resume_from_checkpoint` may also be `"true"` or `"last"`.
 
         Raises:
-            ValueError: if the checkpoint is incomplete or belongs to another drafter, target, stage, data or batch size.
+            ValueError: if the checkpoint is incomplete or belongs to another drafter, target, stage, data, order of rows or
+                batch size.
             OSError: if a checkpoint cannot be written.
         """
         folder = self._resume_folder(resume_from_checkpoint)
+        self._tokens.start = self.tokens_seen
         if folder is not None:
             self.check_checkpoint(folder)
+            progress = folder / PROGRESS_FILE
+            if progress.exists():
+                self._tokens.start = read_json(progress)["response_tokens"]
         output = Path(self.args.output_dir)
         if self.args.should_save and output.is_dir():
             shutil.rmtree(output / PARTIAL_FOLDER, ignore_errors=True)  # of a run that was killed
@@ -126,10 +153,18 @@ class CheckpointMixin(Trainer):
     # Resuming --------------------------------------------------------------------------------------------------
 
     def _progress(self) -> dict[str, Any]:
+        args, data = self.args, self.train_dataset
+        streamed = data is not None and not has_length(data)
         return {
             "response_tokens": self.tokens_seen,
-            "stage": self.args.stage,
-            "data": fingerprint(self.train_dataset),
+            "stage": args.stage,
+            "data": fingerprint(data),
+            "seed": args.seed if args.data_seed is None else args.data_seed,  # of the order of rows
+            "train_sampling_strategy": None if streamed else args.train_sampling_strategy,
+            "stream_buffer_size": args.stream_buffer_size if streamed else None,
+            "packing": args.packing,
+            "max_length": args.max_length,
+            "recipe": {name: getattr(args, name) for name in _RECIPE},
             "batch": self._global_batch(),
             # the last part only: the same target may lie in another folder
             "target": Path(name).name if (name := self.model.config.target_name_or_path) else None,
@@ -144,7 +179,7 @@ class CheckpointMixin(Trainer):
 
     def _global_batch(self) -> int:
         """Conversations per optimizer step, over all processes."""
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _resume_folder(self, given: str | bool | None) -> Path | None:
         if given is None or given is False:
@@ -160,15 +195,20 @@ class CheckpointMixin(Trainer):
         return Path(found)
 
     def check_checkpoint(self, folder: str | Path) -> None:
-        """Raises `ValueError` unless a training of this drafter on this data can go on from `folder` exactly."""
+        """Raises `ValueError` unless a training of this drafter on this data can go on from `folder` exactly.
+
+        Another schedule or other weights of the losses are told of only: they change what is learnt, not what was.
+        """
         folder = Path(folder)
         anew = "To start a new training from its weights, give that folder as the drafter (--drafter) instead."
         try:
-            read_json(folder / STATE_FILE)
+            state = read_json(folder / STATE_FILE)
         except ValueError as error:
             raise ValueError(
                 f"{folder} holds no readable {STATE_FILE}: it is no checkpoint of a training. {anew}"
             ) from error
+        if self.args.auto_find_batch_size:  # `Trainer` begins with the one that was found
+            self._train_batch_size = state.get("train_batch_size") or self._train_batch_size
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         weights = ADAPTER_FILE if is_peft(self.model) else WEIGHTS_FILE
         for name in (weights, "optimizer.pt", "scheduler.pt"):
@@ -186,22 +226,33 @@ class CheckpointMixin(Trainer):
                 )
         path = folder / PROGRESS_FILE
         stored = read_json(path) if path.is_file() else {}
-        for name, value in self._progress().items():
-            if name == "response_tokens" or (name == "data" and self.args.ignore_data_skip):
+        progress = self._progress()
+        recipe = progress.pop("recipe")
+        for name, value in progress.items():
+            if name == "response_tokens" or (name in ("data", *_ORDER) and self.args.ignore_data_skip):
                 continue
             if stored.get(name) is not None and value is not None and stored[name] != value:
                 if name == "target_revision":
                     anew = f"Go on with the target of then (--target_revision {stored[name]}). {anew}"
+                if name in _ORDER:
+                    anew = (
+                        f"Go on with {name}={stored[name]}, or read the rows anew with ignore_data_skip=True. {anew}"
+                    )
                 raise ValueError(
                     f"{folder} was written by a training with another {name} ({stored[name]!r}, here {value!r}): its "
                     f"steps would not continue. {anew}"
                 )
+        self._warn_of_recipe(folder, stored.get("recipe") or {}, recipe)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        progress = Path(resume_from_checkpoint) / PROGRESS_FILE
-        if progress.exists():
-            self.tokens_seen = read_json(progress)["response_tokens"]
+    def _warn_of_recipe(self, folder: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
+        """Tells of other losses than until now, which may be meant."""
+        changed = [
+            f"{name}={here[name]!r} ({stored[name]!r} until now)"
+            for name in stored.keys() & here.keys()
+            if stored[name] != here[name]
+        ]
+        if changed and self.args.process_index == 0:
+            logger.warning("The training of %s goes on with other losses: %s.", folder, ", ".join(sorted(changed)))
 
     # The order of rows -----------------------------------------------------------------------------------------
 

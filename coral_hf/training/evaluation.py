@@ -20,7 +20,7 @@ class EvaluationMixin(Trainer):
     """
 
     adapter: Any
-    tokens_seen: int
+    tokens_seen: Any
     control: Any
     _kept_loaders: dict[str | None, Any]
 

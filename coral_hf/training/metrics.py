@@ -1,9 +1,10 @@
-"""What a training logs between two entries: weighted means over batches and processes."""
+"""What a training logs: weighted means over batches and processes between two entries, and how much was trained on."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 
 class WeightedMeans:
@@ -40,6 +41,29 @@ class WeightedMeans:
         return dict(zip(names, means, strict=True))
 
 
+class CountTokens(TrainerCallback):
+    """Counts the response tokens of the updates that were made.
+
+    Not those of a batch that was read: a checkpoint may be written between reading and updating, and with
+    `auto_find_batch_size` a try that ran out of memory begins anew.
+    """
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.start = 0  # where the training under way began
+        self._read = 0
+
+    def read(self, count: int) -> None:
+        """Notes the tokens of the next update, of all processes."""
+        self._read = count
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen, self._read = self.start, 0
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen, self._read = self.seen + self._read, 0
+
+
 def chain_length(values: dict[str, float]) -> float | None:
     """Expected acceptance length (bonus included) of a chain, from conditional rates `acceptance_1`, `acceptance_2`, ...
 
@@ -56,4 +80,4 @@ def chain_length(values: dict[str, float]) -> float | None:
     return length
 
 
-__all__ = ["WeightedMeans", "chain_length"]
+__all__ = ["CountTokens", "WeightedMeans", "chain_length"]

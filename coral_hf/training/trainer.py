@@ -22,7 +22,7 @@ from .faults import StopOnNonFiniteGradient
 from .feature_cache import FeatureCache
 from .loss_tokens import LossTokens
 from .losses import chunked_classification_loss, csra_loss, default_chunk_size, regression_loss
-from .metrics import WeightedMeans, chain_length
+from .metrics import CountTokens, WeightedMeans, chain_length
 from .placement import check_devices, check_packing, end_processes, place_target, plain_sharding
 from .publishing import PublishingMixin
 from .stages import train_in_float32, train_stage
@@ -125,7 +125,8 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         self._metrics = WeightedMeans()
         self._chunk_size = args.loss_chunk_size or default_chunk_size(args.device.type, self.adapter.vocab_size)
         self._loss_tokens = LossTokens(args, self.train_dataset, self.adapter.vocab_size)
-        self.tokens_seen = 0
+        self._tokens = CountTokens()
+        self.add_callback(self._tokens)
         if args.cache_features is not None:
             self._fill_cache(args.cache_features, [conversations, *eval_sets.values()])
         if processing_class is not None and train_dataset is not None and self.is_world_process_zero():
@@ -135,6 +136,11 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
     @staticmethod
     def _pad_token_id(tokenizer: Any) -> int:
         return getattr(tokenizer, "pad_token_id", None) or 0
+
+    @property
+    def tokens_seen(self) -> int:
+        """Response tokens trained on, of all processes."""
+        return self._tokens.seen
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -214,7 +220,8 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
     def get_batch_samples(self, *args, **kwargs):
         samples, num_items = super().get_batch_samples(*args, **kwargs)
         if num_items is not None:
-            self.tokens_seen += int(num_items)  # of all processes
+            alone = self.args.world_size > 1 and not self.args.average_tokens_across_devices
+            self._tokens.read(int(self.accelerator.gather(num_items).sum() if alone else num_items))
         return samples, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
