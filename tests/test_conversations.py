@@ -81,6 +81,25 @@ def test_a_template_without_an_end_token():
     assert trained(ids, mask) == ["good", "day", "\n"]
 
 
+@pytest.mark.parametrize("tail", ["<end>\n", "<end>", "<end><s>", "<end>\n<end>\n"])
+def test_the_targets_eos_ends_a_response_where_its_tokenizers_is_another(tail):
+    """As Gemma's `<end_of_turn>` and a line break, with `<eos>` as the tokenizer's."""
+    template = CHATML.replace("<end>\n", tail)
+    tokenizer = word_tokenizer(template, eos_token="<s>", pad_token="<end>")
+    row = {"turns": ["hi", "you"], "responses": ["good day", "ok"]}
+    ids, mask = encode_row(row, tokenizer, eos_ids={IDS["<end>"], IDS["to"]})
+    assert trained(ids, mask) == ["good", "day", "<end>", "ok", "<end>"]
+    dataset = ConversationDataset([row], tokenizer, eos_ids={IDS["<end>"]})
+    assert dataset.num_response_tokens == 5
+    ids, mask = encode_row({"turns": ["hi"], "responses": ["good <end> day"]}, tokenizer, eos_ids={IDS["<end>"]})
+    assert trained(ids, mask) == ["good", "<end>", "day", "<end>"], "the first behind the content"
+
+
+def test_an_eos_that_the_template_does_not_write_changes_nothing():
+    row = {"turns": ["hi"], "responses": ["good day"]}
+    assert encode_row(row, word_tokenizer(), eos_ids={IDS["to"]}) == encode_row(row, word_tokenizer())
+
+
 def test_the_prompts_own_end_token_is_not_the_responses():
     """An empty response after a prompt that ends with EOS leaves nothing to train on, and says so."""
     template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import make_drafter, make_target
+from conftest import TEMPLATE, make_drafter, make_target, make_tokenizer
 from tiny_trainings import make_args, make_trainer, quick_drafter, random_rows
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -192,3 +192,23 @@ def test_a_target_on_several_devices_is_refused(tmp_path):
         make_trainer(tmp_path, target)
     with pytest.raises(ValueError, match=message):
         SlotCache(target, 2, 16)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_responses_end_as_the_targets_generation_config_says(streamed, tmp_path, capsys):
+    rows, target = [{"turns": ["hi"], "responses": ["yo"]}], make_target()
+    stream = pytest.importorskip("datasets").Dataset.from_list(rows).to_iterable_dataset()
+    tokenizer = make_tokenizer(
+        TEMPLATE.replace("{% endfor %}", "{{ '<2>~' if message.role == 'assistant' }}{% endfor %}")
+    )
+    tokenizer.eos_token = "<1>"
+    target.generation_config.eos_token_id = [2]
+    CoralTrainer(
+        model=quick_drafter(target),
+        target_model=target,
+        args=make_args(tmp_path, max_steps=1),
+        train_dataset=stream if streamed else rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+    )
+    assert "[a]⟦yo<2>⟧\n" in capsys.readouterr().out

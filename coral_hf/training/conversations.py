@@ -1,7 +1,9 @@
 """Schemas of training rows, and one row -> token ids and response mask."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+from .response_masks import ASSISTANT, encode_messages
 
 
 # The columns by which a row's schema is recognised, in this order.
@@ -12,7 +14,6 @@ SCHEMAS = {
     "messages": ("messages",),
     "plain": ("text",),
 }
-ASSISTANT = "assistant"
 
 
 def schema_of(row: dict[str, Any], where: str) -> str:
@@ -32,7 +33,9 @@ def schema_of(row: dict[str, Any], where: str) -> str:
     )
 
 
-def encode_row(row: dict[str, Any], tokenizer: Any = None, where: str = "row") -> tuple[list[int], list[bool]]:
+def encode_row(
+    row: dict[str, Any], tokenizer: Any = None, where: str = "row", eos_ids: Collection[int] = ()
+) -> tuple[list[int], list[bool]]:
     """One training row -> token ids and response mask, both of length S.
 
     Args:
@@ -42,6 +45,8 @@ def encode_row(row: dict[str, Any], tokenizer: Any = None, where: str = "row") -
             all of it trained.
         tokenizer (*optional*): the target's tokenizer, for rows of text.
         where (`str`): the row's place, for errors.
+        eos_ids (`Collection[int]`): the ids with which the target ends an answer, for rows of text; without them the
+            tokenizer's EOS counts.
 
     Raises:
         ValueError: if lengths disagree, or if no token is a response token.
@@ -58,7 +63,7 @@ def encode_row(row: dict[str, Any], tokenizer: Any = None, where: str = "row") -
         ids = list(tokenizer(row["text"])["input_ids"])
         mask = [True] * len(ids)
     else:
-        ids, mask = _encode_messages(*messages_of(row, schema, where), tokenizer, where)
+        ids, mask = encode_messages(*messages_of(row, schema, where), tokenizer, where, eos_ids)
     if len(ids) != len(mask):
         raise ValueError(f"{where}: {len(ids)} input_ids but {len(mask)} response_mask entries; they must align.")
     if not all(isinstance(token, int) and token >= 0 for token in ids):
@@ -125,87 +130,6 @@ def messages_of(row: dict[str, Any], schema: str, where: str) -> tuple[list[dict
     return messages, [reason == "length" for reason in reasons] or [False] * n_responses
 
 
-def _encode_messages(messages: list[dict[str, str]], cut: list[bool], tokenizer: Any, where: str):
-    """Masks by prefix differences of the chat template: what a response adds to the prompt is the response.
-
-    Works for templates without `{% generation %}`.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return _encode_plain(messages, cut, tokenizer)
-    text = ""
-    ids: list[int] = []
-    mask: list[bool] = []
-    places = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
-    for place, is_cut in zip(places, cut, strict=True):
-        prompt_text = render(tokenizer, messages[:place], where, add_generation_prompt=True)
-        full_text = render(tokenizer, messages[: place + 1], where)
-        prompt, full = _ids(tokenizer, prompt_text), _ids(tokenizer, full_text)
-        if prompt[: len(ids)] != ids or full[: len(prompt)] != prompt:
-            if not (prompt_text.startswith(text) and full_text.startswith(prompt_text)):
-                raise ValueError(
-                    f"{where}: this tokenizer's chat template rewrites earlier turns, so responses cannot be located "
-                    "by prefix differences. Use rows of ids (prompt_ids / response_ids) as `coral-hf regenerate` "
-                    "writes them."
-                )
-            # A token spans the border (a response that begins with a newline), which it cannot in generation.
-            prompt = ids + _ids(tokenizer, prompt_text[len(text) :])
-            full = prompt + _ids(tokenizer, full_text[len(prompt_text) :])
-        end = _response_end(full, len(prompt), tokenizer)
-        if is_cut:  # the target did not end here: what the template closes the turn with is not its own
-            content = _ids(tokenizer, messages[place]["content"])
-            end = len(prompt) + _common_prefix(full[len(prompt) : end], content)
-        mask += [False] * (len(prompt) - len(ids)) + [True] * (end - len(prompt)) + [False] * (len(full) - end)
-        ids, text = full, full_text
-    # What the template puts after the last response's end (a newline) is never generated.
-    last = max((index for index, flag in enumerate(mask) if flag), default=-1) + 1
-    return ids[:last], mask[:last]
-
-
-def render(tokenizer: Any, messages: list[dict[str, str]], where: str, **kwargs: Any) -> str:
-    """Messages as text by the chat template; `ValueError` naming `where` if it refuses them."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"{where}: the target's chat template refuses the roles {roles} ({error}). Put a system text in front of the "
-            "first user turn, and let user and assistant take turns."
-        ) from error
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _response_end(ids: list[int], start: int, tokenizer: Any) -> int:
-    """One past the last EOS token if one closes the response that begins at `start`, else the end."""
-    tail = range(len(ids) - 1, max(len(ids) - 4, start - 1), -1)
-    return next((index + 1 for index in tail if ids[index] == tokenizer.eos_token_id), len(ids))
-
-
-def _encode_plain(messages: list[dict[str, str]], cut: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """A target without a chat template: the messages follow each other as plain text."""
-    ids: list[int] = []
-    mask: list[bool] = []
-    answers = iter(cut)
-    for message in messages:
-        is_answer = message["role"] == ASSISTANT
-        piece = list(tokenizer(message["content"], add_special_tokens=not ids and not is_answer)["input_ids"])
-        if is_answer and not next(answers) and tokenizer.eos_token_id is not None:
-            piece.append(tokenizer.eos_token_id)
-        ids += piece
-        mask += [is_answer] * len(piece)
-    last = max((index for index, flag in enumerate(mask) if flag), default=-1) + 1
-    return ids[:last], mask[:last]
-
-
 __all__ = [
     "SCHEMAS",
     "build_messages",
@@ -213,6 +137,5 @@ __all__ = [
     "check_system",
     "encode_row",
     "messages_of",
-    "render",
     "schema_of",
 ]

@@ -3,13 +3,14 @@
 import itertools
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .conversations import build_messages, render
+from .conversations import build_messages
+from .response_masks import render
 
 
 # Prompts are sorted by length inside windows of this many per slot: rows that are live together are of similar length,
@@ -36,7 +37,7 @@ class Job:
     response_ids: list[int] = field(default_factory=list)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, eos_ids: set[int]) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, eos_ids: Collection[int]) -> list[int]:
     """Ids of the conversation so far, up to the point where the next answer begins."""
     texts = []
     for answer in conversation.answers:
@@ -86,7 +87,7 @@ class PromptQueue:
         self,
         conversations: Iterable[Conversation],
         tokenizer: Any,
-        eos_ids: set[int],
+        eos_ids: Collection[int],
         window: int,
         max_prompt_tokens: int,
         rng: random.Random,

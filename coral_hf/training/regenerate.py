@@ -12,7 +12,7 @@ The output is append-only JSONL, one whole line per answered turn, so a killed r
 import json
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .prompt_queue import WINDOW_PER_SLOT, Conversation, Job, PromptQueue, unanswered
 from .response_files import AnswerWriter, exclusive, iter_prompts, iter_responses, write_shards
+from .response_masks import eos_ids_of
 from .slot_cache import SlotCache
 
 
@@ -46,11 +47,6 @@ def _read_answers(output: Path, temperature: float, revision: str | None) -> dic
             )
         answers.setdefault(row["id"], {})[row["turn"]] = row["response_ids"]
     return answers
-
-
-def _eos_ids(target: PreTrainedModel) -> set[int]:
-    eos = target.generation_config.eos_token_id
-    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
 
 class _Sampler:
@@ -145,7 +141,7 @@ def regenerate(
     if target.training:
         raise ValueError("the target is in training mode, where dropout changes its answers; call target.eval().")
 
-    output, eos_ids, excluded = Path(output), _eos_ids(target), set(exclude)
+    output, eos_ids, excluded = Path(output), eos_ids_of(target), set(exclude)
     revision = getattr(target.config, "_commit_hash", None)
     cache = SlotCache(target, slots, max_prompt_tokens + max_new_tokens)
     with exclusive(output):
@@ -202,7 +198,12 @@ class _Writer(AnswerWriter):
 
 @torch.inference_mode()
 def _decode(
-    cache: SlotCache, queue: PromptQueue, sampler: _Sampler, writer: _Writer, eos_ids: set[int], max_new_tokens: int
+    cache: SlotCache,
+    queue: PromptQueue,
+    sampler: _Sampler,
+    writer: _Writer,
+    eos_ids: Collection[int],
+    max_new_tokens: int,
 ) -> None:
     """The loop: fill the free slots, step all, free the finished ones."""
     cache.share_prefix(queue.common_prefix())

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
         seed (`int`), buffer_size (`int`): of the shuffling.
         packing (`bool`): pack the conversations of a buffer into rows of `max_length`.
         positions (`int`, *optional*): that the target has.
+        eos_ids (`Collection[int]`): see [`encode_row`].
 
     Raises:
         ValueError: while iterating, on a malformed row or a pass without a trainable row.
@@ -46,6 +47,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
         buffer_size: int = 1024,
         packing: bool = False,
         positions: int | None = None,
+        eos_ids: Collection[int] = (),
     ):
         if iter(rows) is rows:
             raise ValueError(
@@ -54,7 +56,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
             )
         self.rows, self.tokenizer, self.max_length, self.vocab_size = rows, tokenizer, max_length, vocab_size
         self.seed, self.buffer_size, self.packing = seed, buffer_size, packing
-        self.positions = positions
+        self.positions, self.eos_ids = positions, eos_ids
         self._told = False
 
     @cached_property
@@ -71,7 +73,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
     def conversations_in_order(self) -> Iterator[dict[str, torch.Tensor]]:
         """One pass over the stream as it comes."""
         counts = {"truncated": 0, "dropped": 0}
-        for ids, mask in encode_rows(self.rows, self.tokenizer, self.max_length, counts):
+        for ids, mask in encode_rows(self.rows, self.tokenizer, self.max_length, counts, self.eos_ids):
             if max(ids) >= self.vocab_size:
                 raise unknown_id(max(ids), self.vocab_size)
             if self.positions is not None and len(ids) > self.positions:

@@ -23,6 +23,7 @@ from .losses import chunked_classification_loss, csra_loss, default_chunk_size, 
 from .metrics import WeightedMeans, chain_length
 from .placement import check_devices, check_packing, end_processes, place_target, plain_sharding
 from .publishing import PublishingMixin
+from .response_masks import eos_ids_of
 from .training_rows import encode_dataset, encode_training_dataset, first_item
 
 
@@ -81,10 +82,11 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             check_packing(self.adapter)
         positions = getattr(self.adapter.text_config, "max_position_embeddings", None)
         eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        eval_sets = {name: encode_dataset(rows, processing_class, args) for name, rows in eval_sets.items()}
+        eos_ids = eos_ids_of(target_model)
+        eval_sets = {name: encode_dataset(rows, processing_class, args, eos_ids) for name, rows in eval_sets.items()}
         eval_dataset = eval_sets if isinstance(eval_dataset, dict) else eval_sets[""]
         conversations, train_dataset = encode_training_dataset(
-            train_dataset, processing_class, args, self.adapter.vocab_size, positions
+            train_dataset, processing_class, args, self.adapter.vocab_size, positions, eos_ids
         )
         for dataset in (conversations, *eval_sets.values()):
             check_ids(dataset, self.adapter.vocab_size)

@@ -1,5 +1,6 @@
 """What a trainer is given as data -> the data set it trains on."""
 
+from collections.abc import Collection
 from typing import Any
 
 from transformers.trainer_utils import has_length
@@ -10,11 +11,13 @@ from .packing import PackedConversations
 from .streaming import StreamedConversations
 
 
-def encode_dataset(rows: Any, tokenizer: Any, args: CoralTrainingArguments) -> ConversationDataset | None:
+def encode_dataset(
+    rows: Any, tokenizer: Any, args: CoralTrainingArguments, eos_ids: Collection[int] = ()
+) -> ConversationDataset | None:
     """Rows, or a data set of conversations, as a data set; the first process says how many were cut or left out."""
     if rows is None or isinstance(rows, ConversationDataset):
         return rows
-    encoded = ConversationDataset(rows, tokenizer, args.max_length)
+    encoded = ConversationDataset(rows, tokenizer, args.max_length, eos_ids)
     if (encoded.truncated or encoded.dropped) and args.process_index == 0:
         print(
             f"{encoded.truncated} conversations cut at max_length={args.max_length}; {encoded.dropped} left out, "
@@ -24,7 +27,12 @@ def encode_dataset(rows: Any, tokenizer: Any, args: CoralTrainingArguments) -> C
 
 
 def encode_training_dataset(
-    rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size: int, positions: int | None = None
+    rows: Any,
+    tokenizer: Any,
+    args: CoralTrainingArguments,
+    vocab_size: int,
+    positions: int | None = None,
+    eos_ids: Collection[int] = (),
 ) -> tuple[ConversationDataset | None, Any]:
     """Training rows as conversations (None for a stream) and as what batches are made of, packed or streamed.
 
@@ -32,8 +40,8 @@ def encode_training_dataset(
         ValueError: on settings that a stream cannot serve.
     """
     if rows is not None and not has_length(rows):
-        return None, _stream(rows, tokenizer, args, vocab_size, positions)
-    conversations = encode_dataset(rows, tokenizer, args)
+        return None, _stream(rows, tokenizer, args, vocab_size, positions, eos_ids)
+    conversations = encode_dataset(rows, tokenizer, args, eos_ids)
     if conversations is None or not args.packing:
         return conversations, conversations
     packed = PackedConversations(conversations, args.max_length)
@@ -45,7 +53,12 @@ def encode_training_dataset(
 
 
 def _stream(
-    rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size: int, positions: int | None
+    rows: Any,
+    tokenizer: Any,
+    args: CoralTrainingArguments,
+    vocab_size: int,
+    positions: int | None,
+    eos_ids: Collection[int],
 ) -> StreamedConversations:
     refused = {
         "cache_features": (args.cache_features, "its features are computed once, for rows that are known"),
@@ -67,6 +80,7 @@ def _stream(
         buffer_size=args.stream_buffer_size,
         packing=args.packing,
         positions=positions,
+        eos_ids=eos_ids,
     )
 
 
