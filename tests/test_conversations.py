@@ -191,6 +191,27 @@ def test_a_cut_response_does_not_end():
     assert trained(*encode_row(row, word_tokenizer(None))) == ["good", "day", "<end>", "ok"]
 
 
+@pytest.mark.parametrize("before", ["", " ", "\n", "day\n\n"])
+def test_a_cut_response_is_found_where_the_template_trims_or_prefixes_it(before):
+    template = CHATML.replace("{{ m.content }}", "{{ X if m.role == 'assistant' else '' }}{{ m.content | trim }}")
+    tokenizer = word_tokenizer(template.replace("X", repr(before)))
+    prefix = {"": [], " ": [], "\n": ["\n"], "day\n\n": ["day", "\n\n"]}[before]
+    row = {"turns": ["hi", "you"], "responses": [" good\nto  ", "ok"], "finish_reasons": ["length", "stop"]}
+    assert trained(*encode_row(row, tokenizer)) == [*prefix, "good", "\n", "to", *prefix, "ok", "<end>"]
+    alone = {"turns": ["hi"], "responses": ["\nok"], "finish_reasons": ["length"]}
+    assert trained(*encode_row(alone, tokenizer)) == [*prefix, "ok"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "cut"),
+    [(None, False), ("stop", False), ("eos_token", False), ("STOP", False), ("length", True), ("abort", True),
+     ("content_filter", True)],
+)  # fmt: skip
+def test_every_reason_but_an_end_is_a_cut(reason, cut):
+    row = {"turns": ["hi"], "responses": ["ok"], "finish_reasons": [reason]}
+    assert trained(*encode_row(row, word_tokenizer())) == (["ok"] if cut else ["ok", "<end>"])
+
+
 def test_plain_texts_are_trained_whole():
     ids, mask = encode_row({"text": "hi you good"}, word_tokenizer(None))
     assert words(ids) == ["hi", "you", "good"] and all(mask)

@@ -15,6 +15,9 @@ SCHEMAS = {
     "plain": ("text",),
 }
 
+# Finish reasons of an answer that the target ended, as OpenAI, TGI and others call them.
+_ENDED = {"stop", "eos", "eos_token", "end_turn", "tool_calls", "function_call"}
+
 
 def schema_of(row: dict[str, Any], where: str) -> str:
     """Which of [`SCHEMAS`] a row follows; `ValueError` naming `where` if none."""
@@ -40,8 +43,8 @@ def encode_row(
 
     Args:
         row (`dict`): by schema: `prompt_ids` and `response_ids`; `input_ids` and `response_mask`; `turns` and `responses`
-            (texts, with an optional `system` text, and `finish_reasons`, of which "length" says that a response was cut
-            and does not end there); `messages` of `role` and `content`, of which the assistant's are trained; or `text`,
+            (texts, with an optional `system` text, and `finish_reasons`, of which all but "stop" and its like say that a
+            response was cut and does not end there); `messages` of `role` and `content`, of which the assistant's are trained; or `text`,
             all of it trained.
         tokenizer (*optional*): the target's tokenizer, for rows of text.
         where (`str`): the row's place, for errors.
@@ -127,7 +130,12 @@ def messages_of(row: dict[str, Any], schema: str, where: str) -> tuple[list[dict
     reasons = row.get("finish_reasons") or []
     if reasons and len(reasons) != n_responses:
         raise ValueError(f"{where}: {len(reasons)} finish_reasons but {n_responses} responses; they must align.")
-    return messages, [reason == "length" for reason in reasons] or [False] * n_responses
+    return messages, [was_cut(reason) for reason in reasons] or [False] * n_responses
+
+
+def was_cut(finish_reason: str | None) -> bool:
+    """Whether a response ended by anything else ("length", "abort", "content_filter") than the target's own end."""
+    return finish_reason is not None and str(finish_reason).lower() not in _ENDED
 
 
 __all__ = [
