@@ -44,7 +44,7 @@ def encode_row(
     Args:
         row (`dict`): by schema: `prompt_ids` and `response_ids`; `input_ids` and `response_mask`; `turns` and `responses`
             (texts, with an optional `system` text, and `finish_reasons`, of which all but "stop" and its like say that a
-            response was cut and does not end there); `messages` of `role` and `content`, of which the assistant's are trained; or `text`,
+            response was cut and does not end there, and `first_turn`, before which responses are context only); `messages` of `role` and `content`, of which the assistant's are trained; or `text`,
             all of it trained.
         tokenizer (*optional*): the target's tokenizer, for rows of text.
         where (`str`): the row's place, for errors.
@@ -66,7 +66,8 @@ def encode_row(
         ids = list(tokenizer(row["text"])["input_ids"])
         mask = [True] * len(ids)
     else:
-        ids, mask = encode_messages(*messages_of(row, schema, where), tokenizer, where, eos_ids)
+        messages, cut, first = messages_of(row, schema, where)
+        ids, mask = encode_messages(messages, cut, tokenizer, where, eos_ids, first)
     if len(ids) != len(mask):
         raise ValueError(f"{where}: {len(ids)} input_ids but {len(mask)} response_mask entries; they must align.")
     if not all(isinstance(token, int) and token >= 0 for token in ids):
@@ -107,8 +108,8 @@ def check_system(row: dict[str, Any], where: str) -> str | None:
     return system
 
 
-def messages_of(row: dict[str, Any], schema: str, where: str) -> tuple[list[dict[str, str]], list[bool]]:
-    """Messages of a row of texts, and of each of its responses whether it was cut off."""
+def messages_of(row: dict[str, Any], schema: str, where: str) -> tuple[list[dict[str, str]], list[bool], int]:
+    """Messages of a row of texts, of each of its responses whether it was cut off, and the first that is trained."""
     system = check_system(row, where)
     if schema == "messages":
         messages = check_messages(row["messages"], where)
@@ -130,7 +131,10 @@ def messages_of(row: dict[str, Any], schema: str, where: str) -> tuple[list[dict
     reasons = row.get("finish_reasons") or []
     if reasons and len(reasons) != n_responses:
         raise ValueError(f"{where}: {len(reasons)} finish_reasons but {n_responses} responses; they must align.")
-    return messages, [was_cut(reason) for reason in reasons] or [False] * n_responses
+    first = row.get("first_turn") or 0
+    if type(first) is not int or not 0 <= first <= n_responses:
+        raise ValueError(f"{where}: first_turn must be a number from 0 to its {n_responses} responses; got {first!r}.")
+    return messages, [was_cut(reason) for reason in reasons] or [False] * n_responses, first
 
 
 def was_cut(finish_reason: str | None) -> bool:

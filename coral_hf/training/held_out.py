@@ -72,7 +72,9 @@ def conversation_key(row: dict[str, Any]) -> str:
         else:
             columns = {"ids": "prompt_ids", "masked": "input_ids", "text": "turns", "plain": "text"}
             content = row[columns[schema]]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=lambda value: value.tolist()).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, default=lambda value: value.tolist()).encode()
+    ).hexdigest()
 
 
 def told(train_rows: Any, held_out: list[dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .prompt_queue import WINDOW_PER_SLOT, Conversation, Job, PromptQueue, unanswered
+from .prompt_queue import WINDOW_PER_SLOT, Answered, Conversation, Job, PromptQueue, unanswered
 from .response_files import AnswerWriter, exclusive, iter_prompts, iter_responses, write_shards
 from .response_masks import eos_ids_of
 from .slot_cache import SlotCache
@@ -28,9 +28,9 @@ from .slot_cache import SlotCache
 __all__ = ["iter_prompts", "iter_responses", "regenerate", "write_shards"]
 
 
-def _read_answers(output: Path, temperature: float, revision: str | None) -> dict[str, dict[int, list[int]]]:
+def _read_answers(output: Path, temperature: float, revision: str | None) -> dict[str, dict[int, Answered]]:
     """Answers on file by id and turn; refuses a file that was written at another temperature, or by another revision."""
-    answers: dict[str, dict[int, list[int]]] = {}
+    answers: dict[str, dict[int, Answered]] = {}
     if not output.exists():
         return answers
     for row in iter_responses(output):
@@ -45,7 +45,7 @@ def _read_answers(output: Path, temperature: float, revision: str | None) -> dic
                 f"{output} holds responses of the target at revision {found}, this run has {revision}; give another output "
                 f"file, or go on with --target_revision {found}."
             )
-        answers.setdefault(row["id"], {})[row["turn"]] = row["response_ids"]
+        answers.setdefault(row["id"], {})[row["turn"]] = Answered(row["response_ids"])
     return answers
 
 

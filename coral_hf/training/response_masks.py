@@ -14,7 +14,12 @@ def eos_ids_of(target: Any) -> frozenset[int]:
 
 
 def encode_messages(
-    messages: list[dict[str, str]], cut: list[bool], tokenizer: Any, where: str, eos_ids: Collection[int] = ()
+    messages: list[dict[str, str]],
+    cut: list[bool],
+    tokenizer: Any,
+    where: str,
+    eos_ids: Collection[int] = (),
+    first: int = 0,
 ) -> tuple[list[int], list[bool]]:
     """Masks by prefix differences of the chat template: what a response adds to the prompt is the response.
 
@@ -26,14 +31,15 @@ def encode_messages(
         tokenizer: the target's.
         where (`str`): the row's place, for errors.
         eos_ids (`Collection[int]`): with which the target ends an answer.
+        first (`int`): the first response that is trained.
     """
     if not getattr(tokenizer, "chat_template", None):
-        return _encode_plain(messages, cut, tokenizer)
+        return _encode_plain(messages, cut, tokenizer, first)
     text = ""
     ids: list[int] = []
     mask: list[bool] = []
     places = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
-    for place, is_cut in zip(places, cut, strict=True):
+    for number, (place, is_cut) in enumerate(zip(places, cut, strict=True)):
         prompt_text = render(tokenizer, messages[:place], where, add_generation_prompt=True)
         full_text = render(tokenizer, messages[: place + 1], where)
         prompt, full = _ids(tokenizer, prompt_text), _ids(tokenizer, full_text)
@@ -58,7 +64,9 @@ def encode_messages(
             ends = [end for end in ends if end > spoken]
         # the target did not end a cut response: what the template closes the turn with is not its own
         end = len(prompt) + (spoken if is_cut else ends[0] if ends else _response_end(response, tokenizer))
-        mask += [False] * (len(prompt) - len(ids)) + [True] * (end - len(prompt)) + [False] * (len(full) - end)
+        mask += (
+            [False] * (len(prompt) - len(ids)) + [number >= first] * (end - len(prompt)) + [False] * (len(full) - end)
+        )
         ids, text = full, full_text
     # What the template puts after the last response's end (a newline) is never generated.
     last = max((index for index, flag in enumerate(mask) if flag), default=-1) + 1
@@ -101,18 +109,21 @@ def _response_end(response: list[int], tokenizer: Any) -> int:
     return next((index + 1 for index in tail if response[index] == tokenizer.eos_token_id), len(response))
 
 
-def _encode_plain(messages: list[dict[str, str]], cut: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
+def _encode_plain(
+    messages: list[dict[str, str]], cut: list[bool], tokenizer: Any, first: int
+) -> tuple[list[int], list[bool]]:
     """A target without a chat template: the messages follow each other as plain text."""
     ids: list[int] = []
     mask: list[bool] = []
-    answers = iter(cut)
+    answers = iter(enumerate(cut))
     for message in messages:
         is_answer = message["role"] == ASSISTANT
         piece = list(tokenizer(message["content"], add_special_tokens=not ids and not is_answer)["input_ids"])
-        if is_answer and not next(answers) and tokenizer.eos_token_id is not None:
+        number, is_cut = next(answers) if is_answer else (-1, True)
+        if not is_cut and tokenizer.eos_token_id is not None:
             piece.append(tokenizer.eos_token_id)
         ids += piece
-        mask += [is_answer] * len(piece)
+        mask += [is_answer and number >= first] * len(piece)
     last = max((index for index, flag in enumerate(mask) if flag), default=-1) + 1
     return ids[:last], mask[:last]
 
