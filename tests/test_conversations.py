@@ -1,5 +1,7 @@
 """Conversations -> ids and response masks: schemas, chat templates, where a response begins and ends."""
 
+import json
+
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -134,6 +136,8 @@ def test_a_target_without_a_template_reads_plain_text():
         ({"prompt_ids": [1], "response_ids": ["hi"]}, "here: token ids must be integers from 0 on"),
         ({"prompt_ids": [1], "response_ids": [2.5]}, "here: token ids must be integers"),
         ({"prompt_ids": [-1], "response_ids": [2]}, "here: token ids must be integers"),
+        ({"prompt_ids": [1], "response_ids": [2**31]}, r"here: token ids .* below 2\*\*31; got 2147483648"),
+        ({"input_ids": [1, 2], "response_mask": ["0", "1"]}, "here: response_mask must hold 0 and 1.*; got '0'"),
         ({"turns": ["hi", "you"], "responses": ["ok"]}, "here: 2 turns but 1 responses"),
         ({"turns": ["hi"], "responses": [None]}, "here: turns and responses must be strings; got None"),
         ({"turns": ["hi"]}, r"here has columns \['turns'\].*coral-hf regenerate"),
@@ -212,6 +216,44 @@ def test_every_reason_but_an_end_is_a_cut(reason, cut):
     assert trained(*encode_row(row, word_tokenizer())) == (["ok"] if cut else ["ok", "<end>"])
 
 
+TOOLS = "{% for t in tools or [] %}{{ t.function.name }}\n{% endfor %}"
+CALLS = CHATML.replace(
+    "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.who }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("arguments", ['{"who": "good"}', {"who": "good", "of another call": None}])
+def test_tool_calls_and_tools_reach_the_template(arguments):
+    call = {"id": "1", "type": "function", "function": {"name": "ok", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "hi", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "user", "content": "day", "tool_calls": None},
+        {"role": "assistant", "content": "you"},
+    ]
+    tools = [{"type": "function", "function": {"name": "to", "description": None}}]
+    tokenizer = word_tokenizer(TOOLS + CALLS)
+    for given in (tools, json.dumps(tools)):
+        ids, mask = encode_row({"messages": messages, "tools": given}, tokenizer, eos_ids={IDS["<end>"]})
+        assert trained(ids, mask) == ["good", "<end>", "you", "<end>"] and words(ids[:2]) == ["to", "\n"]
+
+
+def test_content_in_parts_of_text_is_joined():
+    parts = [{"type": "text", "text": "good"}, {"type": "text", "text": "day", "image_url": None}]
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": parts}]}
+    assert trained(*encode_row(row, word_tokenizer())) == ["good", "\n", "day", "<end>"]
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_rows_of_tensors_and_arrays(form):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt_ids": [5, 6], "response_ids": [7, 8]}, {"prompt_ids": [5], "response_ids": [7]}]
+    masked = [{"input_ids": [5, 6, 7, 8], "response_mask": [False, False, True, True]}] * 2
+    for given in (rows, masked):
+        (first, _) = datasets.Dataset.from_list(given).with_format(form)
+        assert encode_row(first) == ([5, 6, 7, 8], [False, False, True, True])
+
+
 def test_plain_texts_are_trained_whole():
     ids, mask = encode_row({"text": "hi you good"}, word_tokenizer(None))
     assert words(ids) == ["hi", "you", "good"] and all(mask)
@@ -221,6 +263,10 @@ def test_plain_texts_are_trained_whole():
     ("row", "message"),
     [
         ({"messages": [{"role": "user"}]}, "here: message 0 must be an object with the strings role and content"),
+        ({"messages": [{"role": "user", "content": None}]}, "here: message 0 must .*tool_calls can stand for"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "here: message 0 .* type 'image_url'"),
+        ({"messages": [], "tools": "{"}, "here: tools is no JSON"),
+        ({"messages": [], "tools": 3}, "here: tools must be a list of tools; got '3'"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "here: empty response mask"),
         ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "here has a system text beside a system"),
         ({"turns": ["hi"], "responses": ["ok"], "system": 3}, "here: system must be a string; got 3"),

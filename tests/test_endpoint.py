@@ -83,6 +83,14 @@ def test_cut_answers_are_marked(server, tmp_path):
     assert (row["responses"], row["finish_reasons"]) == (["echo"], ["length"])
 
 
+def test_reasoning_that_is_left_out_is_told_of_once(server, tmp_path, capsys):
+    server.reasons = True
+    ask(server, PROMPTS, tmp_path / "out.jsonl")
+    assert capsys.readouterr().out.count("reasoning apart (reasoning_content), and it is left out") == 1
+    ask(server, PROMPTS, tmp_path / "ids.jsonl", token_ids=True)
+    assert "reasoning" not in capsys.readouterr().out
+
+
 def test_conversations_that_end_early_are_counted(server, tmp_path):
     prompts = [{"id": "a", "turns": ["ok", "too long", "never"]}, {"id": "b", "turns": ["mute"]}]
     stats = ask(server, prompts, tmp_path / "out.jsonl")

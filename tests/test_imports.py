@@ -24,6 +24,7 @@ ALLOWED = {
     "configuration_checks": set(),
     "configuration_from_target": set(),
     "configuration_coral": {"configuration_checks", "configuration_from_target", "weight_files"},
+    "chat": set(),
     "code_version": set(),
     "compat": set(),
     "few_rows": set(),
@@ -50,6 +51,7 @@ ALLOWED = {
         "user_cache",
     },
     "training": {
+        "chat",
         "code_version",
         "compat",
         "configuration_coral",

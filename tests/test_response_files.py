@@ -1,6 +1,7 @@
 """Files of prompts, responses and shards that are not what they should be: errors that name the line."""
 
 import gzip
+import json
 
 import pytest
 
@@ -28,6 +29,20 @@ def test_malformed_prompts_name_the_line(tmp_path, line, message, suffix):
     with pytest.raises(ValueError, match=message) as error:
         list(iter_prompts(path))
     assert path.name in str(error.value)
+
+
+def test_system_messages_of_prompts_stand_in_front(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    chat = [{"role": role, "content": role} for role in ("system", "system", "user", "assistant", "user")]
+    path.write_text(json.dumps({"messages": chat}))
+    (row,) = iter_prompts(path)
+    assert row == {"id": "row0", "turns": ["user", "user"], "system": "system\n\nsystem"}
+    path.write_text(json.dumps({"messages": [*chat[2:], chat[0]]}))
+    with pytest.raises(ValueError, match="line 1: a system message stands behind others"):
+        list(iter_prompts(path))
+    path.write_text(json.dumps({"messages": chat, "system": "other"}))
+    with pytest.raises(ValueError, match="line 1 has a system text beside a system message"):
+        list(iter_prompts(path))
 
 
 def test_missing_prompts_file(tmp_path):

@@ -1,9 +1,10 @@
 """Schemas of training rows, and one row -> token ids and response mask."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from .response_masks import ASSISTANT, encode_messages
+from ..chat import ASSISTANT, build_messages, check_messages, check_system, check_tools
+from .response_masks import Chat, encode_chat
 
 
 # The columns by which a row's schema is recognised, in this order.
@@ -15,6 +16,7 @@ SCHEMAS = {
     "plain": ("text",),
 }
 
+_MOST_IDS = 2**31  # conversations are kept in int32
 # Finish reasons of an answer that the target ended, as OpenAI, TGI and others call them.
 _ENDED = {"stop", "eos", "eos_token", "end_turn", "tool_calls", "function_call"}
 
@@ -26,6 +28,7 @@ def schema_of(row: dict[str, Any], where: str) -> str:
             f"{where} is {str(row)[:60]!r}, of type {type(row).__name__}: give objects with the columns of one of "
             f"{list(SCHEMAS.values())}; a text is {{'text': ...}}."
         )
+    row = listed(row)
     for name, columns in SCHEMAS.items():
         kind = str if name == "plain" else list
         if all(isinstance(row.get(column), kind) for column in columns):
@@ -36,6 +39,11 @@ def schema_of(row: dict[str, Any], where: str) -> str:
     )
 
 
+def listed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose tensors and arrays (data sets with a format have them) are lists."""
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+
+
 def encode_row(
     row: dict[str, Any], tokenizer: Any = None, where: str = "row", eos_ids: Collection[int] = ()
 ) -> tuple[list[int], list[bool]]:
@@ -43,9 +51,10 @@ def encode_row(
 
     Args:
         row (`dict`): by schema: `prompt_ids` and `response_ids`; `input_ids` and `response_mask`; `turns` and `responses`
-            (texts, with an optional `system` text, and `finish_reasons`, of which all but "stop" and its like say that a
-            response was cut and does not end there, and `first_turn`, before which responses are context only); `messages` of `role` and `content`, of which the assistant's are trained; or `text`,
-            all of it trained.
+            (texts, with an optional `system` text, `finish_reasons`, of which all but "stop" and its like say that a
+            response was cut and does not end there, and `first_turn`, before which responses are context only); `messages`
+            of `role` and `content` (a text or a list of text parts; or `tool_calls`), of which the assistant's are
+            trained; or `text`, all of it trained. A `tools` column goes to the chat template.
         tokenizer (*optional*): the target's tokenizer, for rows of text.
         where (`str`): the row's place, for errors.
         eos_ids (`Collection[int]`): the ids with which the target ends an answer, for rows of text; without them the
@@ -54,24 +63,28 @@ def encode_row(
     Raises:
         ValueError: if lengths disagree, or if no token is a response token.
     """
-    schema = schema_of(row, where)
+    schema, row = schema_of(row, where), listed(row)
     if schema == "ids":
         ids = [*row["prompt_ids"], *row["response_ids"]]
         mask = [False] * len(row["prompt_ids"]) + [True] * len(row["response_ids"])
     elif schema == "masked":
         ids, mask = list(row["input_ids"]), [bool(flag) for flag in row["response_mask"]]
+        if strange := [flag for flag in row["response_mask"] if flag not in (0, 1)]:
+            raise ValueError(f"{where}: response_mask must hold 0 and 1, or false and true; got {strange[0]!r}.")
     elif tokenizer is None:
         raise ValueError(f"{where}: text rows (schema {schema!r}) need the target's tokenizer (processing_class).")
     elif schema == "plain":
         ids = list(tokenizer(row["text"])["input_ids"])
         mask = [True] * len(ids)
     else:
-        messages, cut, first = messages_of(row, schema, where)
-        ids, mask = encode_messages(messages, cut, tokenizer, where, eos_ids, first)
+        ids, mask = encode_chat(chat_of(row, schema, where), tokenizer, where, eos_ids)
     if len(ids) != len(mask):
         raise ValueError(f"{where}: {len(ids)} input_ids but {len(mask)} response_mask entries; they must align.")
-    if not all(isinstance(token, int) and token >= 0 for token in ids):
-        raise ValueError(f"{where}: token ids must be integers from 0 on; got {str(ids)[:60]}.")
+    strange = [token for token in ids if not isinstance(token, int) or not 0 <= token < _MOST_IDS]
+    if strange:
+        raise ValueError(
+            f"{where}: token ids must be integers from 0 on, below 2**31; got {strange[0]!r} in {str(ids)[:60]}."
+        )
     if not any(mask):
         raise ValueError(f"{where}: empty response mask, so there is nothing to train on; check the row's response.")
     return ids, mask
@@ -80,36 +93,8 @@ def encode_row(
 # Messages ------------------------------------------------------------------------------------------------------
 
 
-def build_messages(turns: Sequence[str], responses: Sequence[str], system: str | None = None) -> list[dict[str, str]]:
-    """User turns and the responses so far (at most one a turn) as the messages of a chat template."""
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    for index, turn in enumerate(turns):
-        messages.append({"role": "user", "content": turn})
-        if index < len(responses):
-            messages.append({"role": ASSISTANT, "content": responses[index]})
-    return messages
-
-
-def check_messages(messages: Any, where: str) -> list[dict[str, str]]:
-    """Raises `ValueError` unless every message has a role and a text."""
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(
-                f"{where}: message {number} must be an object with the strings role and content; got {str(message)[:80]}."
-            )
-    return messages
-
-
-def check_system(row: dict[str, Any], where: str) -> str | None:
-    """A row's `system` text; `ValueError` if it is no text."""
-    system = row.get("system")
-    if system is not None and not isinstance(system, str):
-        raise ValueError(f"{where}: system must be a string; got {system!r}.")
-    return system
-
-
-def messages_of(row: dict[str, Any], schema: str, where: str) -> tuple[list[dict[str, str]], list[bool], int]:
-    """Messages of a row of texts, of each of its responses whether it was cut off, and the first that is trained."""
+def chat_of(row: dict[str, Any], schema: str, where: str) -> Chat:
+    """The conversation in a row of texts."""
     system = check_system(row, where)
     if schema == "messages":
         messages = check_messages(row["messages"], where)
@@ -134,7 +119,8 @@ def messages_of(row: dict[str, Any], schema: str, where: str) -> tuple[list[dict
     first = row.get("first_turn") or 0
     if type(first) is not int or not 0 <= first <= n_responses:
         raise ValueError(f"{where}: first_turn must be a number from 0 to its {n_responses} responses; got {first!r}.")
-    return messages, [was_cut(reason) for reason in reasons] or [False] * n_responses, first
+    cut = [was_cut(reason) for reason in reasons] or [False] * n_responses
+    return Chat(messages, cut, first, check_tools(row, where))
 
 
 def was_cut(finish_reason: str | None) -> bool:
@@ -145,9 +131,10 @@ def was_cut(finish_reason: str | None) -> bool:
 __all__ = [
     "SCHEMAS",
     "build_messages",
+    "chat_of",
     "check_messages",
     "check_system",
     "encode_row",
-    "messages_of",
+    "listed",
     "schema_of",
 ]

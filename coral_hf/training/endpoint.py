@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..chat import build_messages
 from ..jsonl import read_jsonl
-from .conversations import build_messages
 from .prompt_queue import Answered, Conversation, prompt_hash, unanswered
 from .response_files import AnswerWriter, exclusive
 
@@ -82,6 +82,7 @@ class ChatEndpoint:
         self.url, self.model, self.token_ids = url.rstrip("/") + "/chat/completions", model, token_ids
         self.attempts, self.pause, self.timeout = attempts, pause, timeout
         self.stopped = threading.Event()
+        self._told_of_reasoning = threading.Lock()  # taken once
 
     def complete(self, messages: list[dict[str, str]], **settings: Any) -> Answer:
         """The answer to messages.
@@ -130,7 +131,8 @@ class ChatEndpoint:
     def _answer(self, body: Any) -> Answer:
         try:
             choice = body["choices"][0]
-            text, count = choice["message"]["content"] or "", (body.get("usage") or {}).get("completion_tokens") or 0
+            message, count = choice["message"], (body.get("usage") or {}).get("completion_tokens") or 0
+            text, reasoning = message["content"] or "", message.get("reasoning_content") or message.get("reasoning")
             finish_reason, ids = choice.get("finish_reason"), choice.get("token_ids")
             prompt_ids = body.get("prompt_token_ids")
         except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -142,6 +144,12 @@ class ChatEndpoint:
             raise ValueError(
                 f"{self.url} returned no token ids (vLLM does, for return_token_ids): leave --endpoint_token_ids out and "
                 "keep texts."
+            )
+        if reasoning and not self.token_ids and self._told_of_reasoning.acquire(blocking=False):
+            print(
+                "warning: the server gives the answers' reasoning apart (reasoning_content), and it is left out of the texts, so a "
+                "drafter will not be trained on it: --endpoint_token_ids true keeps all that the target said.",
+                flush=True,
             )
         return Answer(text, finish_reason, count or len(ids or ()), prompt_ids, ids)
 

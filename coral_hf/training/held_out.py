@@ -5,7 +5,8 @@ import itertools
 import json
 from typing import Any
 
-from .conversations import ASSISTANT, schema_of
+from ..chat import ASSISTANT, check_messages
+from .conversations import schema_of
 from .sources import RowStream
 
 
@@ -68,7 +69,7 @@ def conversation_key(row: dict[str, Any]) -> str:
     else:
         schema = schema_of(row, "a row")
         if schema == "messages":
-            content = [message for message in row["messages"] if message.get("role") != ASSISTANT]
+            content = [message for message in check_messages(row["messages"], "a row") if message["role"] != ASSISTANT]
         else:
             columns = {"ids": "prompt_ids", "masked": "input_ids", "text": "turns", "plain": "text"}
             content = row[columns[schema]]

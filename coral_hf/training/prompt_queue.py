@@ -11,8 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .conversations import build_messages
-from .response_masks import render
+from ..chat import build_messages, render
 
 
 # Prompts are sorted by length inside windows of this many per slot: rows that are live together are of similar length,

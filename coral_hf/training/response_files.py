@@ -1,5 +1,6 @@
 """The files around regeneration: prompts in, response rows out (JSONL while it runs, Parquet shards to keep)."""
 
+import itertools
 import os
 import struct
 import time
@@ -11,8 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from ..chat import check_messages, check_system
 from ..jsonl import read_jsonl
-from .conversations import check_messages, check_system
 from .prompt_queue import Conversation
 from .sources import iter_source
 
@@ -64,9 +65,16 @@ def _user_turns(row: dict[str, Any], where: str) -> dict[str, Any]:
         )
     row = {key: value for key, value in row.items() if key != "messages"}
     row["turns"] = [message["content"] for message in messages if message["role"] == "user"]
-    systems = [message["content"] for message in messages if message["role"] == "system"]
-    if systems and row.get("system") is None:
-        row["system"] = "\n\n".join(systems)
+    leading = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
+    if any(message["role"] == "system" for message in messages[len(leading) :]):
+        raise ValueError(
+            f"{where}: a system message stands behind others, where a row of turns cannot hold it; put it in front, or leave "
+            "the row out."
+        )
+    if leading and row.get("system") is not None:
+        raise ValueError(f"{where} has a system text beside a system message; keep one of them.")
+    if leading:
+        row["system"] = "\n\n".join(message["content"] for message in leading)
     return row
 
 

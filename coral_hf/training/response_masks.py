@@ -1,10 +1,27 @@
 """Messages -> token ids and the mask of what the target itself says in them."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
+from ..chat import ASSISTANT, render
 
-ASSISTANT = "assistant"
+
+@dataclass
+class Chat:
+    """A conversation to train on.
+
+    Args:
+        messages (`list[dict]`): of `role` and `content`.
+        cut (`list[bool]`): of each response whether it was cut off, so that its end is not its own.
+        first (`int`): the first response that is trained.
+        tools (`list`, *optional*): for the chat template.
+    """
+
+    messages: list[dict[str, Any]]
+    cut: list[bool]
+    first: int = 0
+    tools: list[Any] | None = None
 
 
 def eos_ids_of(target: Any) -> frozenset[int]:
@@ -13,35 +30,27 @@ def eos_ids_of(target: Any) -> frozenset[int]:
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
-def encode_messages(
-    messages: list[dict[str, str]],
-    cut: list[bool],
-    tokenizer: Any,
-    where: str,
-    eos_ids: Collection[int] = (),
-    first: int = 0,
-) -> tuple[list[int], list[bool]]:
+def encode_chat(chat: Chat, tokenizer: Any, where: str, eos_ids: Collection[int] = ()) -> tuple[list[int], list[bool]]:
     """Masks by prefix differences of the chat template: what a response adds to the prompt is the response.
 
     Works for templates without `{% generation %}`.
 
     Args:
-        messages (`list[dict]`): of `role` and `content`.
-        cut (`list[bool]`): of each response whether it was cut off, so that its end is not its own.
+        chat ([`Chat`])
         tokenizer: the target's.
         where (`str`): the row's place, for errors.
         eos_ids (`Collection[int]`): with which the target ends an answer.
-        first (`int`): the first response that is trained.
     """
+    messages = chat.messages
     if not getattr(tokenizer, "chat_template", None):
-        return _encode_plain(messages, cut, tokenizer, first)
+        return _encode_plain(chat, tokenizer)
     text = ""
     ids: list[int] = []
     mask: list[bool] = []
     places = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
-    for number, (place, is_cut) in enumerate(zip(places, cut, strict=True)):
-        prompt_text = render(tokenizer, messages[:place], where, add_generation_prompt=True)
-        full_text = render(tokenizer, messages[: place + 1], where)
+    for number, (place, is_cut) in enumerate(zip(places, chat.cut, strict=True)):
+        prompt_text = render(tokenizer, messages[:place], where, tools=chat.tools, add_generation_prompt=True)
+        full_text = render(tokenizer, messages[: place + 1], where, tools=chat.tools)
         prompt, full = _ids(tokenizer, prompt_text), _ids(tokenizer, full_text)
         begin, before = 0, list[int]()  # the text from there on was tokenised as one, behind these ids
         if prompt[: len(ids)] != ids or full[: len(prompt)] != prompt:
@@ -65,26 +74,14 @@ def encode_messages(
         # the target did not end a cut response: what the template closes the turn with is not its own
         end = len(prompt) + (spoken if is_cut else ends[0] if ends else _response_end(response, tokenizer))
         mask += (
-            [False] * (len(prompt) - len(ids)) + [number >= first] * (end - len(prompt)) + [False] * (len(full) - end)
+            [False] * (len(prompt) - len(ids))
+            + [number >= chat.first] * (end - len(prompt))
+            + [False] * (len(full) - end)
         )
         ids, text = full, full_text
     # What the template puts after the last response's end (a newline) is never generated.
     last = max((index for index, flag in enumerate(mask) if flag), default=-1) + 1
     return ids[:last], mask[:last]
-
-
-def render(tokenizer: Any, messages: list[dict[str, str]], where: str, **kwargs: Any) -> str:
-    """Messages as text by the chat template; `ValueError` naming `where` if it refuses them."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"{where}: the target's chat template refuses the roles {roles} ({error}). Put a system text in front of the "
-            "first user turn, and let user and assistant take turns."
-        ) from error
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -109,23 +106,21 @@ def _response_end(response: list[int], tokenizer: Any) -> int:
     return next((index + 1 for index in tail if response[index] == tokenizer.eos_token_id), len(response))
 
 
-def _encode_plain(
-    messages: list[dict[str, str]], cut: list[bool], tokenizer: Any, first: int
-) -> tuple[list[int], list[bool]]:
+def _encode_plain(chat: Chat, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """A target without a chat template: the messages follow each other as plain text."""
     ids: list[int] = []
     mask: list[bool] = []
-    answers = iter(enumerate(cut))
-    for message in messages:
+    answers = iter(enumerate(chat.cut))
+    for message in chat.messages:
         is_answer = message["role"] == ASSISTANT
         piece = list(tokenizer(message["content"], add_special_tokens=not ids and not is_answer)["input_ids"])
         number, is_cut = next(answers) if is_answer else (-1, True)
         if not is_cut and tokenizer.eos_token_id is not None:
             piece.append(tokenizer.eos_token_id)
         ids += piece
-        mask += [is_answer and number >= first] * len(piece)
+        mask += [is_answer and number >= chat.first] * len(piece)
     last = max((index for index, flag in enumerate(mask) if flag), default=-1) + 1
     return ids[:last], mask[:last]
 
 
-__all__ = ["ASSISTANT", "encode_messages", "eos_ids_of", "render"]
+__all__ = ["Chat", "encode_chat", "eos_ids_of"]

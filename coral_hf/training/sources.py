@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..jsonl import read_jsonl
-from .conversations import SCHEMAS, schema_of
+from .conversations import SCHEMAS, chat_of, listed, schema_of
 
 
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
@@ -60,8 +60,10 @@ class RowStream:
         first: tuple[str, str] | None = None
         for path in self.paths:
             for where, row in iter_source(path, self.split, self.streaming):
-                schema = schema_of(row, where)
+                schema, row = schema_of(row, where), listed(row)
                 first = first or (schema, where)
+                if schema in ("messages", "text"):
+                    chat_of(row, schema, where)  # here the line is known
                 if schema != first[0]:
                     raise ValueError(
                         f"{where} has the columns of schema {schema!r}, but {first[1]} has those of {first[0]!r}. "
