@@ -87,3 +87,19 @@ def test_shards_hold_an_answer_once(tmp_path):
     (tmp_path / "responses-00001.parquet").write_text("damaged")
     with pytest.raises(ValueError, match=r"responses-00001.parquet is damaged or no shard .*Remove it"):
         write_shards(rows, tmp_path)
+
+
+def test_shards_keep_whose_answers_they_are(tmp_path):
+    pytest.importorskip("pyarrow.parquet")
+    origin = {"target": "org/name", "target_revision": "aaaa", "target_weights": "0123", "prompt_hash": "4567"}
+    row = {"id": "a", "turn": 0, "prompt_ids": [1], "response_ids": [2]}
+    write_shards([{**row, **origin}], tmp_path / "new")
+    assert [found for _, found in iter_source(tmp_path / "new")] == [{**row, "temperature": 0.0, **origin}]
+    for changed in ({"target_weights": "89ab"}, {"target_revision": "bbbb"}):
+        with pytest.raises(
+            ValueError, match=r"responses-00000.parquet holds answers of org/name at revision aaaa .*pack"
+        ):
+            write_shards([{**row, **origin, **changed}], tmp_path / "new")
+    write_shards([row], tmp_path / "old")  # as earlier versions did: its columns stay those of the folder
+    write_shards([{**row, "id": "b", **origin}], tmp_path / "old")
+    assert len({tuple(found) for _, found in iter_source(tmp_path / "old")}) == 1

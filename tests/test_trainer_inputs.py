@@ -16,6 +16,7 @@ from coral_hf.training import arguments
 from coral_hf.training.arguments import parse_schedule
 from coral_hf.training.losses import default_chunk_size
 from coral_hf.training.publishing import recipe
+from coral_hf.training.response_origin import Origin
 from coral_hf.training.slot_cache import SlotCache
 from coral_hf.training.trainer import CoralTrainer
 from coral_hf.training.training_rows import encode_dataset
@@ -212,3 +213,24 @@ def test_responses_end_as_the_targets_generation_config_says(streamed, tmp_path,
         processing_class=tokenizer,
     )
     assert "[a]⟦yo<2>⟧\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_answers_of_another_target_are_told_of_once(streamed, tmp_path, capsys):
+    target = make_target()
+    target.config._commit_hash, target.config._name_or_path = "bbbb", "org/name"
+    sample = Origin.of(target).target_weights
+    for columns, warned in (
+        ({}, False),
+        ({"target": "an endpoint's"}, False),
+        ({"target": "org/name", "target_revision": "bbbb", "target_weights": sample}, False),
+        ({"target": "org/name", "target_revision": "aaaa"}, True),
+        ({"target": "org/name", "target_weights": "0123"}, True),
+    ):
+        rows = [{**row, **columns} for row in random_rows(8)]
+        stream = pytest.importorskip("datasets").Dataset.from_list(rows).to_iterable_dataset()
+        trainer = make_trainer(tmp_path, target, rows=stream if streamed else rows, max_steps=4)
+        trainer.train()
+        told = capsys.readouterr().out
+        assert told.count("holds an answer of org/name") == warned, columns
+        assert f"the target of this training is org/name at revision bbbb (weights {sample})" in told or not warned

@@ -27,6 +27,7 @@ from ..chat import build_messages
 from ..jsonl import read_jsonl
 from .prompt_queue import Answered, Conversation, prompt_hash, unanswered
 from .response_files import AnswerWriter, exclusive
+from .response_origin import Origin, check_same_run
 
 
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -174,8 +175,8 @@ def regenerate_from_endpoint(
     """
     Lets a server answer every prompt, each turn after the answer to the one before, and appends the answers to a file.
 
-    Texts are kept one conversation a row, `{"id", "turns", "responses", "finish_reasons"}` with `system` and
-    `temperature` where they are set; training tokenises them, and learns no end from a response that was cut
+    Texts are kept one conversation a row, `{"id", "target", "turns", "responses", "finish_reasons"}` with `system` and
+    `temperature` where they are set (`target` is the model); training tokenises them, and learns no end from a response that was cut
     ("length"). With `token_ids` a row is one turn, as [`regenerate`] writes it, and its text. An `output` that exists is
     continued; a row of texts that goes on with a conversation names its `first_turn`, before which the answers stand in
     an earlier row and are context only.
@@ -207,10 +208,12 @@ def regenerate_from_endpoint(
     settings = {"max_tokens": max_new_tokens, "temperature": temperature}
     if temperature > 0:
         settings["seed"] = seed
+    origin = Origin(model)
     with exclusive(output):
-        on_file = _read_answers(output, temperature, token_ids)
+        on_file = _answers_on_file(output, temperature, token_ids, origin)
         conversations, n_excluded = unanswered(prompts, on_file, set(exclude), max_turns)
-        writer = _Writer(output, conversations, temperature, token_ids, progress)
+        common = {**({"temperature": temperature} if temperature else {}), **origin.columns}
+        writer = _EndpointWriter(output, conversations, common, token_ids, progress)
         pool = ThreadPoolExecutor(concurrency)
         futures: list[Future] = []
         try:
@@ -232,7 +235,9 @@ def regenerate_from_endpoint(
     return {**writer.stats(), "n_resumed": sum(map(len, on_file.values())), "n_excluded": n_excluded}
 
 
-def _converse(endpoint: ChatEndpoint, conversation: Conversation, settings: dict[str, Any], writer: "_Writer") -> None:
+def _converse(
+    endpoint: ChatEndpoint, conversation: Conversation, settings: dict[str, Any], writer: "_EndpointWriter"
+) -> None:
     """Answers the turns of one conversation that are not on file."""
     new: list[Answer] = []
     try:
@@ -259,25 +264,27 @@ def _converse(endpoint: ChatEndpoint, conversation: Conversation, settings: dict
             writer.conversation(conversation, new)
 
 
-class _Writer(AnswerWriter):
+class _EndpointWriter(AnswerWriter):
     """Writes answers line by line, from any thread."""
 
     def __init__(
-        self, output: Path, conversations: list[Conversation], temperature: float, token_ids: bool, progress: bool
+        self, output: Path, conversations: list[Conversation], common: dict[str, Any], token_ids: bool, progress: bool
     ):
         super().__init__(output, conversations, progress, ("n_too_long", "n_empty"))
         self.lock = threading.Lock()
-        self.temperature, self.token_ids = temperature, token_ids
+        self.common, self.token_ids = common, token_ids
 
     def turn(self, conversation: Conversation, answer: Answer) -> None:
         """A row of one answer's ids."""
-        row = {"id": conversation.id, "turn": len(conversation.answers), **self._sampling()}
+        turn = len(conversation.answers)
+        row = {"id": conversation.id, "turn": turn, **self.common}
+        row["prompt_hash"] = prompt_hash(conversation.system, conversation.turns[: turn + 1])
         row |= {"prompt_ids": answer.prompt_ids, "response_ids": answer.response_ids, "response": answer.text}
         self._write(row, [answer])
 
     def conversation(self, conversation: Conversation, new: list[Answer]) -> None:
         """A row of texts, of which the `new` answers are the last."""
-        row: dict[str, Any] = {"id": conversation.id, **self._sampling()}
+        row: dict[str, Any] = {"id": conversation.id, **self.common}
         if conversation.system is not None:
             row["system"] = conversation.system
         row |= {"turns": conversation.turns[: len(conversation.answers)], "responses": conversation.answers}
@@ -291,9 +298,6 @@ class _Writer(AnswerWriter):
             self.counts[name] += 1
             self.bar.total -= len(conversation.turns) - len(conversation.answers)
 
-    def _sampling(self) -> dict[str, float]:
-        return {"temperature": self.temperature} if self.temperature > 0 else {}
-
     def _write(self, row: dict[str, Any], answers: list[Answer]) -> None:
         with self.lock:
             self.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
@@ -301,8 +305,10 @@ class _Writer(AnswerWriter):
                 self.count_answer(answer.n_tokens)
 
 
-def _read_answers(output: Path, temperature: float, token_ids: bool) -> dict[str, dict[int, Answered]]:
-    """Answers on file by id and turn; refuses a file of other rows."""
+def _answers_on_file(
+    output: Path, temperature: float, token_ids: bool, origin: Origin
+) -> dict[str, dict[int, Answered]]:
+    """Texts on file by id and turn; refuses a file of other rows, temperatures or models."""
     answers: dict[str, dict[int, Answered]] = {}
     if not output.exists():
         return answers
@@ -311,14 +317,10 @@ def _read_answers(output: Path, temperature: float, token_ids: bool) -> dict[str
         where = f"{output}, line {number}"
         if "id" not in row or any(column not in row for column in columns):
             raise ValueError(f"{where} is no row of such a run ({', '.join(columns)}); give another output file.")
-        if row.get("temperature", 0.0) != temperature:
-            raise ValueError(
-                f"{where} was sampled at temperature {row.get('temperature', 0.0)}, this run has {temperature}; give "
-                "another output file."
-            )
+        check_same_run(row, where, temperature, origin)
         found = answers.setdefault(row["id"], {})
         if token_ids:
-            found[row["turn"]] = Answered(row["response"])
+            found[row["turn"]] = Answered(row["response"], row.get("prompt_hash"))
             continue
         for turn, text in enumerate(row["responses"]):
             found[turn] = Answered(text, prompt_hash(row.get("system"), row["turns"][: turn + 1]))

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..chat import check_messages, check_system
 from ..jsonl import read_jsonl
 from .prompt_queue import Conversation
+from .response_origin import COLUMNS, Origin
 from .sources import iter_source
 
 
@@ -107,6 +108,9 @@ def _checked_response(row: dict[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
             raise ValueError(f'{where}: "{key}" must be a list of token ids, got {str(ids)[:60]!r}.')
     return row
+
+
+_OPTIONAL = (*COLUMNS, "prompt_hash")  # columns of shards whose rows have them
 
 
 @contextmanager
@@ -204,7 +208,8 @@ def write_shards(
         `list[Path]`: the shards written; none where all answers are packed already.
 
     Raises:
-        ValueError: on a malformed row, without any row, or if a shard in the directory is damaged.
+        ValueError: on a malformed row, without any row, or if a shard in the directory is damaged or holds answers of
+            another target.
         ImportError: if pyarrow is missing.
     """
     try:
@@ -223,7 +228,18 @@ def write_shards(
         raise ValueError(f"{source} no rows to write; make some with `coral-hf regenerate`.")
     directory = Path(directory)
     shards = sorted(directory.glob("responses-[0-9]*.parquet"))
-    packed = {key for shard in shards for key in _packed_answers(shard)}
+    packed: set[tuple[str, int, float]] = set()
+    optional = sorted({name for row in rows for name in _OPTIONAL if row.get(name) is not None}, key=_OPTIONAL.index)
+    ours = {Origin.read(row) for row in rows}
+    for shard in shards:
+        keys, columns, origins = _packed_answers(shard)
+        packed.update(keys)
+        if shard == shards[0]:  # the columns of all shards of a folder are the same, or `datasets` reads none of them
+            optional = [name for name in _OPTIONAL if name in columns]
+        for other, one in ((other, one) for other in origins for one in ours if other.contradicts(one)):
+            raise ValueError(
+                f"{shard} holds answers of {other}, and {source} those of {one}: pack them into another folder."
+            )
     rows = [row for row in rows if _answer_key(row) not in packed]
     if not rows:
         return []
@@ -234,6 +250,7 @@ def write_shards(
             ("id", pyarrow.string()),
             ("turn", pyarrow.int32()),
             ("temperature", pyarrow.float32()),  # 0: greedy
+            *((name, pyarrow.string()) for name in optional),
             ("prompt_ids", ids_type),
             ("response_ids", ids_type),
         ]
@@ -249,7 +266,9 @@ def write_shards(
             partial.append((beside, final))
             chunk = [{"temperature": 0.0, **row} for row in rows[start : start + rows_per_shard]]
             table = pyarrow.Table.from_pylist(chunk, schema=schema)
-            pyarrow.parquet.write_table(table, beside, compression="zstd", compression_level=19, use_dictionary=["id"])
+            pyarrow.parquet.write_table(
+                table, beside, compression="zstd", compression_level=19, use_dictionary=["id", *COLUMNS]
+            )
         for beside, final in partial:
             os.replace(beside, final)
     finally:
@@ -264,14 +283,17 @@ def _answer_key(row: dict[str, Any]) -> tuple[str, int, float]:
     return row["id"], row.get("turn") or 0, temperature
 
 
-def _packed_answers(shard: Path) -> list[tuple[str, int, float]]:
+def _packed_answers(shard: Path) -> tuple[list[tuple[str, int, float]], list[str], set[Origin]]:
+    """What a shard answers, its columns, and whose answers they are."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(shard) as file:
-            rows = file.read(columns=["id", "turn", "temperature"]).to_pylist()
-        return [_answer_key(row) for row in rows]
+            columns = file.schema_arrow.names
+            named = [name for name in COLUMNS if name in columns]
+            rows = file.read(columns=["id", "turn", "temperature", *named]).to_pylist()
+        return [_answer_key(row) for row in rows], columns, {Origin.read(row) for row in rows}
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -10,6 +10,7 @@ import torch
 
 from .data import encode_rows, too_long, unknown_id
 from .packing import join, pack_lengths
+from .response_origin import Origin, WatchedRows
 
 
 HEAD = 64
@@ -32,6 +33,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
         packing (`bool`): pack the conversations of a buffer into rows of `max_length`.
         positions (`int`, *optional*): that the target has.
         eos_ids (`Collection[int]`): see [`encode_row`].
+        origin ([`Origin`], *optional*): the target whose answers the rows should hold.
 
     Raises:
         ValueError: while iterating, on a malformed row or a pass without a trainable row.
@@ -48,13 +50,15 @@ class StreamedConversations(torch.utils.data.IterableDataset):
         packing: bool = False,
         positions: int | None = None,
         eos_ids: Collection[int] = (),
+        origin: Origin | None = None,
     ):
         if iter(rows) is rows:
             raise ValueError(
                 "The rows are an iterator, which can be read once only: give what makes one anew for every pass "
                 "(training.sources.RowStream, datasets.IterableDataset, a list)."
             )
-        self.rows, self.tokenizer, self.max_length, self.vocab_size = rows, tokenizer, max_length, vocab_size
+        self.rows = rows if origin is None else WatchedRows(rows, origin)
+        self.tokenizer, self.max_length, self.vocab_size = tokenizer, max_length, vocab_size
         self.seed, self.buffer_size, self.packing = seed, buffer_size, packing
         self.positions, self.eos_ids = positions, eos_ids
         self._told = False

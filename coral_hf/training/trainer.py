@@ -23,7 +23,6 @@ from .losses import chunked_classification_loss, csra_loss, default_chunk_size, 
 from .metrics import WeightedMeans, chain_length
 from .placement import check_devices, check_packing, end_processes, place_target, plain_sharding
 from .publishing import PublishingMixin
-from .response_masks import eos_ids_of
 from .training_rows import encode_dataset, encode_training_dataset, first_item
 
 
@@ -82,11 +81,12 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             check_packing(self.adapter)
         positions = getattr(self.adapter.text_config, "max_position_embeddings", None)
         eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        eos_ids = eos_ids_of(target_model)
-        eval_sets = {name: encode_dataset(rows, processing_class, args, eos_ids) for name, rows in eval_sets.items()}
+        eval_sets = {
+            name: encode_dataset(rows, processing_class, args, target_model) for name, rows in eval_sets.items()
+        }
         eval_dataset = eval_sets if isinstance(eval_dataset, dict) else eval_sets[""]
         conversations, train_dataset = encode_training_dataset(
-            train_dataset, processing_class, args, self.adapter.vocab_size, positions, eos_ids
+            train_dataset, processing_class, args, self.adapter.vocab_size, positions, target_model
         )
         for dataset in (conversations, *eval_sets.values()):
             check_ids(dataset, self.adapter.vocab_size)
