@@ -105,8 +105,20 @@ def check_system(row: dict[str, Any], where: str) -> str | None:
     return system
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], where: str, **kwargs: Any) -> str:
-    """Messages as text by the chat template; `ValueError` naming `where` if it refuses them."""
+def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, **kwargs: Any) -> str:
+    """Messages as text: by the chat template, or for a target without one as paragraphs of plain text.
+
+    Args:
+        tokenizer: the target's.
+        messages (`Sequence[dict]`): see [`check_messages`].
+        where (`str`): their place, for errors.
+        **kwargs: `tools` and `add_generation_prompt` of the chat template.
+
+    Raises:
+        ValueError: naming `where`, if the template refuses them.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n\n".join(message["content"] for message in messages)
     from jinja2 import TemplateError
 
     try:
@@ -119,4 +131,10 @@ def render(tokenizer: Any, messages: list[dict[str, str]], where: str, **kwargs:
         ) from error
 
 
-__all__ = ["ASSISTANT", "build_messages", "check_messages", "check_system", "check_tools", "render"]
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text of [`render`]: a template writes the special tokens itself, before plain text the tokenizer's stand."""
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    return list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
+
+
+__all__ = ["ASSISTANT", "build_messages", "check_messages", "check_system", "check_tools", "render", "tokenize"]

@@ -1,12 +1,16 @@
 """Conversations -> ids and response masks: schemas, chat templates, where a response begins and ends."""
 
 import json
+import random
 
 import pytest
+from conftest import make_tokenizer
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from coral_hf.evaluation.prompts import encode_context
 from coral_hf.training.data import ConversationDataset, encode_row, preview
+from coral_hf.training.prompt_queue import Conversation, PromptQueue
 
 
 WORDS = ["<unk>", "<s>", "<end>", "<start>", "user", "assistant", "\n", "\n\n", "hi", "you", "good", "day", "to", "ok"]
@@ -121,10 +125,24 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
 def test_a_target_without_a_template_reads_plain_text():
     row = {"turns": ["hi you", "good"], "responses": ["day", "ok"]}
     ids, mask = encode_row(row, word_tokenizer(None))
-    assert words(ids) == ["hi", "you", "day", "<end>", "good", "ok", "<end>"]
-    assert trained(ids, mask) == ["day", "<end>", "ok", "<end>"]
+    assert words(ids) == ["hi", "you", "\n\n", "day", "\n\n", "good", "\n\n", "ok", "<end>"]
+    assert trained(ids, mask) == ["\n\n", "day", "\n\n", "ok", "<end>"]
+    assert words(encode_row(row, word_tokenizer(None), eos_ids={IDS["to"]})[0])[-1] == "to", "the target's own end"
     ids, mask = encode_row(row, word_tokenizer(None, eos_token=None))
-    assert trained(ids, mask) == ["day", "ok"]
+    assert trained(ids, mask) == ["\n\n", "day", "\n\n", "ok"]
+
+
+def test_training_and_generation_give_a_target_without_a_template_one_format():
+    tokenizer = make_tokenizer(chat_template=None)  # which has no line breaks: two are one <0>
+    tokenizer.eos_token = "<2>"
+    turns, answer = ["hi", "and"], "yo"
+    conversation = Conversation("a", turns, "be kind", [tokenizer(answer)["input_ids"]])
+    prompt = PromptQueue([conversation], tokenizer, {2}, 1, 99, random.Random(0)).pop().prompt_ids
+    assert tokenizer.decode(prompt) == "be kind<0>hi<0>yo<0>and"
+    ids, _ = encode_row({"system": "be kind", "turns": turns, "responses": [answer, "ok"]}, tokenizer)
+    assert tokenizer.decode(ids) == "be kind<0>hi<0>yo<0>and<0>ok<2>" and ids[: len(prompt)] == prompt
+    without_system = encode_context(tokenizer, turns, [answer])[0].tolist()
+    assert without_system == prompt[len("be kind.") :]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +210,7 @@ def test_a_cut_response_does_not_end():
     assert words(ids).count("<end>") == 4, "it stays in the context"
     row["finish_reasons"] = ["stop", "length"]
     assert trained(*encode_row(row, word_tokenizer())) == ["good", "day", "<end>", "ok"]
-    assert trained(*encode_row(row, word_tokenizer(None))) == ["good", "day", "<end>", "ok"]
+    assert trained(*encode_row(row, word_tokenizer(None))) == ["\n\n", "good", "day", "\n\n", "ok"]
 
 
 @pytest.mark.parametrize("before", ["", " ", "\n", "day\n\n"])

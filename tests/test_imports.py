@@ -64,6 +64,7 @@ ALLOWED = {
         "hub",
     },
     "evaluation": {
+        "chat",
         "code_version",
         "configuration_coral",
         "hardware",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..chat import build_messages, render, tokenize
 from ..jsonl import read_jsonl
 
 
@@ -53,16 +54,8 @@ def read_prompts(paths: Sequence[str | Path], limit: int | None = None) -> list[
 
 def encode_context(tokenizer: Any, turns: Sequence[str], responses: Sequence[str] = ()) -> torch.Tensor:
     """Ids `[1, L]` of a conversation whose last user turn is to be answered."""
-    if getattr(tokenizer, "chat_template", None):
-        messages = []
-        for index, turn in enumerate(turns):
-            messages.append({"role": "user", "content": turn})
-            if index < len(responses):
-                messages.append({"role": "assistant", "content": responses[index]})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    pairs = [piece for pair in zip(turns, [*responses, ""], strict=False) for piece in pair if piece]
-    return tokenizer("\n\n".join(pairs), return_tensors="pt").input_ids
+    text = render(tokenizer, build_messages(turns, responses), "prompt", add_generation_prompt=True)
+    return torch.tensor([tokenize(tokenizer, text)])
 
 
 def answer_turns(tokenizer: Any, prompt: Prompt, answer: Callable[[torch.Tensor], Sequence[int]]) -> None:

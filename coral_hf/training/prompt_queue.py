@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..chat import build_messages, render
+from ..chat import build_messages, render, tokenize
 
 
 # Prompts are sorted by length inside windows of this many per slot: rows that are live together are of similar length,
@@ -58,11 +58,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, eos_
         ids = answer[:-1] if answer and answer[-1] in eos_ids else answer
         texts.append(tokenizer.decode(ids, skip_special_tokens=True))
     messages = build_messages(conversation.turns[: len(texts) + 1], texts, conversation.system)
-    if tokenizer.chat_template is None:
-        # A base model: system text, turns and answers one after the other, as plain text.
-        return list(tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
-    text = render(tokenizer, messages, f"prompt {conversation.id!r}", add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tokenize(tokenizer, render(tokenizer, messages, f"prompt {conversation.id!r}", add_generation_prompt=True))
 
 
 def unanswered(

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from ..chat import ASSISTANT, render
+from ..chat import ASSISTANT, render, tokenize
 
 
 @dataclass
@@ -33,7 +33,8 @@ def eos_ids_of(target: Any) -> frozenset[int]:
 def encode_chat(chat: Chat, tokenizer: Any, where: str, eos_ids: Collection[int] = ()) -> tuple[list[int], list[bool]]:
     """Masks by prefix differences of the chat template: what a response adds to the prompt is the response.
 
-    Works for templates without `{% generation %}`.
+    Works for templates without `{% generation %}`, and for targets without a template, whose plain text is that of
+    generation: answers are followed by the next turn, and only the last one ends with EOS.
 
     Args:
         chat ([`Chat`])
@@ -42,8 +43,6 @@ def encode_chat(chat: Chat, tokenizer: Any, where: str, eos_ids: Collection[int]
         eos_ids (`Collection[int]`): with which the target ends an answer.
     """
     messages = chat.messages
-    if not getattr(tokenizer, "chat_template", None):
-        return _encode_plain(chat, tokenizer)
     text = ""
     ids: list[int] = []
     mask: list[bool] = []
@@ -51,7 +50,7 @@ def encode_chat(chat: Chat, tokenizer: Any, where: str, eos_ids: Collection[int]
     for number, (place, is_cut) in enumerate(zip(places, chat.cut, strict=True)):
         prompt_text = render(tokenizer, messages[:place], where, tools=chat.tools, add_generation_prompt=True)
         full_text = render(tokenizer, messages[: place + 1], where, tools=chat.tools)
-        prompt, full = _ids(tokenizer, prompt_text), _ids(tokenizer, full_text)
+        prompt, full = tokenize(tokenizer, prompt_text), tokenize(tokenizer, full_text)
         begin, before = 0, list[int]()  # the text from there on was tokenised as one, behind these ids
         if prompt[: len(ids)] != ids or full[: len(prompt)] != prompt:
             if not (prompt_text.startswith(text) and full_text.startswith(prompt_text)):
@@ -68,7 +67,9 @@ def encode_chat(chat: Chat, tokenizer: Any, where: str, eos_ids: Collection[int]
         ends = [index + 1 for index, token in enumerate(response) if token in eos_ids]
         if is_cut or len(ends) > 1:  # which of them closes the turn, and what the template writes before it
             found = _content_end(full_text, len(prompt_text), messages[place]["content"])
-            until = [] if found is None else [*before, *_ids(tokenizer, full_text[begin:found])]
+            until = (
+                [] if found is None else [*before, *(_ids if begin else tokenize)(tokenizer, full_text[begin:found])]
+            )
             spoken = max(_common_prefix(full, until) - len(prompt), 0)
             ends = [end for end in ends if end > spoken]
         # the target did not end a cut response: what the template closes the turn with is not its own
@@ -81,7 +82,12 @@ def encode_chat(chat: Chat, tokenizer: Any, where: str, eos_ids: Collection[int]
         ids, text = full, full_text
     # What the template puts after the last response's end (a newline) is never generated.
     last = max((index for index, flag in enumerate(mask) if flag), default=-1) + 1
-    return ids[:last], mask[:last]
+    ids, mask = ids[:last], mask[:last]
+    if ids and not getattr(tokenizer, "chat_template", None) and not chat.cut[-1]:
+        end = tokenizer.eos_token_id if not eos_ids or tokenizer.eos_token_id in eos_ids else min(eos_ids)
+        if end is not None:
+            ids, mask = [*ids, end], [*mask, True]
+    return ids, mask
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -104,23 +110,6 @@ def _response_end(response: list[int], tokenizer: Any) -> int:
     """One past the tokenizer's EOS if it closes the response, else the end."""
     tail = range(len(response) - 1, max(len(response) - 4, -1), -1)
     return next((index + 1 for index in tail if response[index] == tokenizer.eos_token_id), len(response))
-
-
-def _encode_plain(chat: Chat, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """A target without a chat template: the messages follow each other as plain text."""
-    ids: list[int] = []
-    mask: list[bool] = []
-    answers = iter(enumerate(chat.cut))
-    for message in chat.messages:
-        is_answer = message["role"] == ASSISTANT
-        piece = list(tokenizer(message["content"], add_special_tokens=not ids and not is_answer)["input_ids"])
-        number, is_cut = next(answers) if is_answer else (-1, True)
-        if not is_cut and tokenizer.eos_token_id is not None:
-            piece.append(tokenizer.eos_token_id)
-        ids += piece
-        mask += [is_answer and number >= chat.first] * len(piece)
-    last = max((index for index, flag in enumerate(mask) if flag), default=-1) + 1
-    return ids[:last], mask[:last]
 
 
 __all__ = ["Chat", "encode_chat", "eos_ids_of"]
