@@ -1,6 +1,6 @@
 """Encoded conversations and batches of them."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,15 @@ def encode_rows(
     max_length: int | None,
     counts: dict[str, int],
     eos_ids: Collection[int] = (),
+    on_drop: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Rows -> ids and response masks, cut at `max_length`; adds what was cut and left out to `counts`."""
+    """Rows -> ids and response masks, cut at `max_length`; adds what was cut and left out to `counts`.
+
+    `on_drop` gets the name of each row that is left out, having no trainable token within `max_length`.
+    """
     for index, row in enumerate(rows):
-        name = row.get("id", index) if isinstance(row, Mapping) else index
-        ids, mask = encode_row(row, tokenizer, f"row {name!r}", eos_ids)
+        name = f"row {(row.get('id', index) if isinstance(row, Mapping) else index)!r}"
+        ids, mask = encode_row(row, tokenizer, name, eos_ids)
         if max_length is not None and len(ids) > max_length:
             ids, mask = ids[:max_length], mask[:max_length]
             counts["truncated"] += 1
@@ -32,6 +36,8 @@ def encode_rows(
             yield ids, mask
         else:
             counts["dropped"] += 1
+            if on_drop is not None:
+                on_drop(name)
 
 
 class ConversationDataset(torch.utils.data.Dataset):
