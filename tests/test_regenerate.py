@@ -1,12 +1,16 @@
 """Regeneration: the same tokens as plain `generate`, nothing lost or repeated over kills, shards with every row."""
 
 import json
+import os
 import random
 
 import pytest
 import torch
+from chat_server import serve
 from conftest import FAMILIES, make_target, make_tokenizer
 
+from coral_hf.training import response_files
+from coral_hf.training.endpoint import regenerate_from_endpoint
 from coral_hf.training.regenerate import iter_prompts, regenerate, write_shards
 from coral_hf.training.slot_cache import _GROWTH
 
@@ -271,6 +275,24 @@ def test_a_changed_prompt_does_not_go_on_from_the_old_answer(target, tmp_path):
         with pytest.raises(ValueError, match="prompt 'a' has another text than the one whose turn 0 is answered"):
             regenerate(target, make_tokenizer(), [{**prompt, **changed}], output, **arguments)
     assert regenerate(target, make_tokenizer(), [prompt], output, **arguments)["n_responses"] == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that takes nothing")
+@pytest.mark.parametrize("endpoint", [False, True])
+def test_a_full_disk_says_how_to_go_on(target, tmp_path, monkeypatch, endpoint):
+    opened, output = response_files.AnswerWriter.__init__, tmp_path / "out.jsonl"
+
+    def open_full(self, *args):
+        opened(self, *args)
+        self.file = open("/dev/full", "a")  # noqa: SIM115  (the writer closes it)
+
+    monkeypatch.setattr(response_files.AnswerWriter, "__init__", open_full)
+    message = r"out.jsonl could not be written .* No space left on device.*run the same command again"
+    with serve() as server, pytest.raises(OSError, match=message):
+        if endpoint:
+            regenerate_from_endpoint(server.url, "model", make_prompts(3), output, progress=False)
+        else:
+            regenerate(target, make_tokenizer(), make_prompts(3), output, max_new_tokens=4, progress=False)
 
 
 def test_one_writer_at_a_time(target, tmp_path):

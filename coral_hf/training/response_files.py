@@ -1,11 +1,11 @@
 """The files around regeneration: prompts in, response rows out (JSONL while it runs, Parquet shards to keep)."""
 
+import contextlib
 import itertools
 import os
 import struct
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def _checked_response(row: dict[str, Any], where: str) -> dict[str, Any]:
 _OPTIONAL = (*COLUMNS, "prompt_hash")  # columns of shards whose rows have them
 
 
-@contextmanager
+@contextlib.contextmanager
 def exclusive(output: Path) -> Iterator[None]:
     """Holds `output` for this process alone, a last line that a kill cut off removed.
 
@@ -141,15 +141,27 @@ class AnswerWriter:
     """
 
     def __init__(self, output: Path, conversations: list[Conversation], progress: bool, counted: Iterable[str] = ()):
-        self.file = output.open("a", encoding="utf-8")
+        self.output, self.file, self.failed = output, output.open("a", encoding="utf-8"), False
         self.n_turns = sum(len(item.turns) - len(item.answers) for item in conversations)
         self.bar = tqdm(total=self.n_turns, unit="turn", desc="regenerate", disable=not progress, smoothing=0.02)
         self.counts = dict.fromkeys(("n_responses", "n_response_tokens", *counted), 0)
         self.started = time.perf_counter()
 
     def append(self, line: str) -> None:
-        self.file.write(line + "\n")
-        self.file.flush()
+        """Writes a line.
+
+        Raises:
+            OSError: if the disk does not take it; the lines before it are kept.
+        """
+        try:
+            self.file.write(line + "\n")
+            self.file.flush()
+        except OSError as error:
+            self.failed = True
+            raise OSError(
+                f"{self.output} could not be written ({error}). Free the disk and run the same command again: it goes on from the "
+                "answers that are on file."
+            ) from error
 
     def count_answer(self, n_tokens: int) -> None:
         """One more answer, of so many tokens."""
@@ -165,7 +177,9 @@ class AnswerWriter:
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
+        # what a full disk did not take is written, in vain, once more
+        with contextlib.suppress(*([OSError] if self.failed else [])):
+            self.file.close()
 
 
 def drop_incomplete_line(path: Path) -> None:
