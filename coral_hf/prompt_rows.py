@@ -1,10 +1,11 @@
-"""Prompts as everything reads them: a row of turns or of chat messages, and the text of a chat template it stands for."""
+"""A row of prompts, as everything that answers or measures them reads it: turns, or chat messages."""
 
-from collections.abc import Sequence
+import itertools
 from typing import Any
 
+from .chat import ASSISTANT, check_messages, check_system
 
-ASSISTANT = "assistant"
+
 _ANSWERABLE = {"system", "user", ASSISTANT}
 
 
@@ -39,69 +40,17 @@ def _user_turns(row: dict[str, Any], where: str) -> dict[str, Any]:
         )
     row = {key: value for key, value in row.items() if key != "messages"}
     row["turns"] = [message["content"] for message in messages if message["role"] == "user"]
-    systems = [message["content"] for message in messages if message["role"] == "system"]
-    if systems and row.get("system") is None:
-        row["system"] = "\n\n".join(systems)
+    leading = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
+    if any(message["role"] == "system" for message in messages[len(leading) :]):
+        raise ValueError(
+            f"{where}: a system message stands behind others, where a row of turns cannot hold it; put it in front, or leave "
+            "the row out."
+        )
+    if leading and row.get("system") is not None:
+        raise ValueError(f"{where} has a system text beside a system message; keep one of them.")
+    if leading:
+        row["system"] = "\n\n".join(message["content"] for message in leading)
     return row
 
 
-def check_messages(messages: Any, where: str) -> list[dict[str, str]]:
-    """Raises `ValueError` unless every message has a role and a text."""
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(
-                f"{where}: message {number} must be an object with the strings role and content; got {str(message)[:80]}."
-            )
-    return messages
-
-
-def check_system(row: dict[str, Any], where: str) -> str | None:
-    """A row's `system` text; `ValueError` if it is no text."""
-    system = row.get("system")
-    if system is not None and not isinstance(system, str):
-        raise ValueError(f"{where}: system must be a string; got {system!r}.")
-    return system
-
-
-def build_messages(turns: Sequence[str], responses: Sequence[str], system: str | None = None) -> list[dict[str, str]]:
-    """User turns and the responses so far (at most one a turn) as the messages of a chat template."""
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    for index, turn in enumerate(turns):
-        messages.append({"role": "user", "content": turn})
-        if index < len(responses):
-            messages.append({"role": ASSISTANT, "content": responses[index]})
-    return messages
-
-
-def render(tokenizer: Any, messages: list[dict[str, str]], where: str, **kwargs: Any) -> str:
-    """Messages as text by the chat template; `ValueError` naming `where` if it refuses them."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"{where}: the target's chat template refuses the roles {roles} ({error}). Put a system text in front of the "
-            "first user turn, and let user and assistant take turns."
-        ) from error
-
-
-def encode_messages(tokenizer: Any, messages: list[dict[str, str]], where: str) -> list[int]:
-    """Ids of a conversation up to the point where the next answer begins."""
-    if not getattr(tokenizer, "chat_template", None):
-        # A base model: system text, turns and answers one after the other, as plain text.
-        return list(tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
-    text = render(tokenizer, messages, where, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-__all__ = [
-    "ASSISTANT",
-    "build_messages",
-    "check_messages",
-    "check_system",
-    "encode_messages",
-    "read_prompt_row",
-    "render",
-]
+__all__ = ["read_prompt_row"]

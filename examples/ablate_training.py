@@ -11,7 +11,8 @@ and, after `config.`, the drafter's settings; features of other layers need a ca
     --variants eagle "one_layer:preset=eagle,config.target_feature_layers=[-1],cache_features=outputs/last_layer"
 
 The rows are the first in a shuffled order that add up to --response_tokens; `seed` moves a drafter's random weights, the
-order of the rows and all draws. Finished runs stand in ablation.json and are not repeated. tau is that of a simulated greedy chain of
+order of the rows and all draws. Finished runs stand in ablation.json and are not repeated; runs of
+other settings are refused. tau is that of a simulated greedy chain of
 `eval_chain_depth` on the answers in --eval_data, with the full head.
 """
 
@@ -92,6 +93,19 @@ def pick_rows(script: ScriptArguments) -> list[dict[str, Any]]:
     raise ValueError(f"--response_tokens {script.response_tokens}: the files hold {tokens} in rows that fit.")
 
 
+def check_same(record: dict[str, Any], settings: dict[str, Any], file: Path) -> None:
+    """Stops before runs of other settings are pooled with those on file."""
+    apart = ("cache_features", "disable_tqdm", "logging_steps", "report_to")  # of no effect on the result
+    for name, value in settings.items() if record["runs"] else ():
+        found = record.get(name)
+        if name == "training_arguments":
+            found, value = ({key: one[key] for key in one if key not in apart} for one in (found or {}, value))
+        if found != value:
+            raise SystemExit(
+                f"{file} holds runs with {name} {found}, and these are with {value}: give the same, or another --output_dir."
+            )
+
+
 def main() -> None:
     parser = HfArgumentParser((ScriptArguments, CoralTrainingArguments))
     script, given = parser.parse_args_into_dataclasses()
@@ -106,7 +120,7 @@ def main() -> None:
     file = Path(given.output_dir) / "ablation.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     record = json.loads(file.read_text()) if file.exists() else {"runs": []}
-    record |= {
+    settings = {
         "response_tokens": sum(len(row["response_ids"]) for row in rows),
         "rows": len(rows),
         "config": json.loads(script.config),
@@ -114,11 +128,18 @@ def main() -> None:
             name: value for name, value in common.items() if name not in ("output_dir", "logging_dir")
         },
         "chain_depth": given.eval_chain_depth,
-        "environment": describe_environment(given.device, target.dtype),
     }
+    check_same(record, json.loads(json.dumps(settings)), file)
+    record |= {**settings, "environment": describe_environment(given.device, target.dtype)}
     done = {(run["variant"], run["seed"]) for run in record["runs"]}
     for seed in script.seeds:
         for name, changes, config in map(parse_variant, script.variants):
+            changed = {**changes, **({"config": config} if config else {})}
+            before = [run["changes"] for run in record["runs"] if run["variant"] == name]
+            if before and before[0] != changed:
+                raise SystemExit(
+                    f"--variants {name}: {file} holds runs of that name with {before[0]}, not {changed}: give it another name."
+                )
             if (name, seed) in done:
                 continue
             folder = str(file.parent / f"{name}-{seed}")
@@ -129,7 +150,6 @@ def main() -> None:
             trainer.train()
             metrics = trainer.evaluate()
             trainer.save_model()
-            changed = {**changes, **({"config": config} if config else {})}
             record["runs"].append(
                 {"variant": name, "seed": seed, "changes": changed, "steps": trainer.state.global_step, **metrics}
             )

@@ -13,7 +13,7 @@ from coral_hf import CoralDraftModel, demo
 from coral_hf.commands.outputs import check_output_folder
 from coral_hf.commands.scripts import run_script
 from coral_hf.hardware import native_bfloat16
-from coral_hf.training import CoralTrainer, CoralTrainingArguments, read_rows
+from coral_hf.training import CoralTrainer, CoralTrainingArguments, hold_out, read_rows
 
 
 @dataclass
@@ -21,7 +21,9 @@ class ScriptArguments:
     data: list[str] = field(metadata={"help": "Responses of the fine-tuned target."})
     target: str = field(default="demo", metadata={"help": "Path or Hub id of the fine-tuned target, or 'demo'."})
     drafter: str = field(default="demo", metadata={"help": "Drafter of the original target, or 'demo'."})
-    eval_rows: int = field(default=32, metadata={"help": "Rows held out for evaluation."})
+    eval_rows: int | None = field(
+        default=None, metadata={"help": "Rows held out for evaluation (default: 64, at most a tenth)."}
+    )
     rank: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
 
 
@@ -35,13 +37,15 @@ def main() -> None:
         target = AutoModelForCausalLM.from_pretrained(script.target, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(script.target)
     folder = demo.drafter_path() if script.drafter == "demo" else script.drafter
-    rows = read_rows(script.data)
+    rows, held_out = hold_out(read_rows(script.data), script.eval_rows)
+    if not held_out:
+        raise SystemExit(f"{len(rows)} rows are too few to hold some out by default: say how many with --eval_rows.")
     trainer = CoralTrainer(
         model=CoralDraftModel.from_pretrained(folder, dtype="float32"),
         target_model=target,
         args=args,
-        train_dataset=rows[script.eval_rows :],
-        eval_dataset=rows[: script.eval_rows],
+        train_dataset=rows,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         # all linear layers but the router's, which is trained afterwards, by --stage router
         peft_config=LoraConfig(r=script.rank, lora_alpha=2 * script.rank),

@@ -15,13 +15,16 @@ from coral_hf.commands.outputs import check_output_folder
 from coral_hf.commands.scripts import run_script
 from coral_hf.training.arguments import CoralTrainingArguments
 from coral_hf.training.data import read_rows
+from coral_hf.training.held_out import hold_out
 from coral_hf.training.trainer import CoralTrainer
 
 
 @dataclass
 class ScriptArguments(TargetOptions):
     data: list[str] = field(metadata={"help": "Response files."})
-    eval_rows: int = field(default=32, metadata={"help": "Rows held out for evaluation."})
+    eval_rows: int | None = field(
+        default=None, metadata={"help": "Rows held out for evaluation (default: 64, at most a tenth)."}
+    )
 
 
 def main() -> None:
@@ -29,19 +32,19 @@ def main() -> None:
     check_output_folder(args.output_dir, "output_dir")
     # on the CPU: the trainer moves it to each process's device
     target, tokenizer = script.load_target(resolve_dtype("auto", args.device), "cpu")
-    rows = read_rows(script.data)
+    rows, held_out = hold_out(read_rows(script.data), script.eval_rows)
     set_seed(args.seed)  # the trainer seeds after the new drafter's weights are drawn
     trainer = CoralTrainer(
         model=CoralDraftModel.from_target(target, tokenizer),
         target_model=target,
         args=args,
-        train_dataset=rows[script.eval_rows :],
-        eval_dataset=rows[: script.eval_rows],
+        train_dataset=rows,
+        eval_dataset=held_out or None,
         processing_class=tokenizer,
     )
     trainer.data_names = script.data  # for the record behind the drafter's card
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    metrics = trainer.evaluate()
+    metrics = trainer.evaluate() if held_out else {}
     if trainer.is_world_process_zero():
         print(metrics)
     trainer.save_model()

@@ -27,6 +27,7 @@ class ChatServer(ThreadingHTTPServer):
         self.faults: list[int | str] = []
         self.dies_after: int | None = None
         self.token_ids = True
+        self.reasons = False  # answers with reasoning beside them
         self.pause = 0.0  # seconds before each answer
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
@@ -78,6 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
                 "message": {"role": "assistant", "content": text},
                 "finish_reason": "stop" if text == whole else "length",
             }
+            if self.server.reasons:
+                choice["message"]["reasoning_content"] = "let me think"
             answer = {"choices": [choice], "usage": {"completion_tokens": len(text)}}
             if body.get("return_token_ids") and self.server.token_ids:
                 choice["token_ids"] = [ord(letter) for letter in text]

@@ -182,7 +182,10 @@ def test_settings_and_evaluation_data_of_a_new_drafter(folder, capsys, monkeypat
     for name in ("few.jsonl", "dev.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["train", "--target", "target", "--dtype", "float32", "--data", "few.jsonl", "--output_dir", "out"]
-    # fewer rows than eval_rows holds out: with evaluation data none are
+    assert main([*arguments, "--eval_rows", "3"]) == 2  # asked for explicitly, unlike the default
+    assert "there are 3 rows" in capsys.readouterr().err
+    assert main([*arguments, "--max_steps", "1", "--report_to", "none"]) == 0
+    assert "Held out for evaluation: 0 of 3 rows" in capsys.readouterr().out
     arguments += ["--eval_data", "dev.jsonl", "--max_steps", "1", "--report_to", "none", "--shape", "eagle3"]
     for wrong, message in (('{"widht": 3}', "Unknown setting(s) ['widht']"), ("[3]", "JSON object"), ("{", "no JSON")):
         assert main([*arguments, "--config_overrides", wrong]) == 2

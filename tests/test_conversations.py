@@ -1,10 +1,16 @@
 """Conversations -> ids and response masks: schemas, chat templates, where a response begins and ends."""
 
+import json
+import random
+
 import pytest
+from conftest import make_tokenizer
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from coral_hf.evaluation.prompts import encode_context
 from coral_hf.training.data import ConversationDataset, encode_row, preview
+from coral_hf.training.prompt_queue import Conversation, PromptQueue
 
 
 WORDS = ["<unk>", "<s>", "<end>", "<start>", "user", "assistant", "\n", "\n\n", "hi", "you", "good", "day", "to", "ok"]
@@ -81,6 +87,25 @@ def test_a_template_without_an_end_token():
     assert trained(ids, mask) == ["good", "day", "\n"]
 
 
+@pytest.mark.parametrize("tail", ["<end>\n", "<end>", "<end><s>", "<end>\n<end>\n"])
+def test_the_targets_eos_ends_a_response_where_its_tokenizers_is_another(tail):
+    """As Gemma's `<end_of_turn>` and a line break, with `<eos>` as the tokenizer's."""
+    template = CHATML.replace("<end>\n", tail)
+    tokenizer = word_tokenizer(template, eos_token="<s>", pad_token="<end>")
+    row = {"turns": ["hi", "you"], "responses": ["good day", "ok"]}
+    ids, mask = encode_row(row, tokenizer, eos_ids={IDS["<end>"], IDS["to"]})
+    assert trained(ids, mask) == ["good", "day", "<end>", "ok", "<end>"]
+    dataset = ConversationDataset([row], tokenizer, eos_ids={IDS["<end>"]})
+    assert dataset.num_response_tokens == 5
+    ids, mask = encode_row({"turns": ["hi"], "responses": ["good <end> day"]}, tokenizer, eos_ids={IDS["<end>"]})
+    assert trained(ids, mask) == ["good", "<end>", "day", "<end>"], "the first behind the content"
+
+
+def test_an_eos_that_the_template_does_not_write_changes_nothing():
+    row = {"turns": ["hi"], "responses": ["good day"]}
+    assert encode_row(row, word_tokenizer(), eos_ids={IDS["to"]}) == encode_row(row, word_tokenizer())
+
+
 def test_the_prompts_own_end_token_is_not_the_responses():
     """An empty response after a prompt that ends with EOS leaves nothing to train on, and says so."""
     template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
@@ -100,10 +125,24 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
 def test_a_target_without_a_template_reads_plain_text():
     row = {"turns": ["hi you", "good"], "responses": ["day", "ok"]}
     ids, mask = encode_row(row, word_tokenizer(None))
-    assert words(ids) == ["hi", "you", "day", "<end>", "good", "ok", "<end>"]
-    assert trained(ids, mask) == ["day", "<end>", "ok", "<end>"]
+    assert words(ids) == ["hi", "you", "\n\n", "day", "\n\n", "good", "\n\n", "ok", "<end>"]
+    assert trained(ids, mask) == ["\n\n", "day", "\n\n", "ok", "<end>"]
+    assert words(encode_row(row, word_tokenizer(None), eos_ids={IDS["to"]})[0])[-1] == "to", "the target's own end"
     ids, mask = encode_row(row, word_tokenizer(None, eos_token=None))
-    assert trained(ids, mask) == ["day", "ok"]
+    assert trained(ids, mask) == ["\n\n", "day", "\n\n", "ok"]
+
+
+def test_training_and_generation_give_a_target_without_a_template_one_format():
+    tokenizer = make_tokenizer(chat_template=None)  # which has no line breaks: two are one <0>
+    tokenizer.eos_token = "<2>"
+    turns, answer = ["hi", "and"], "yo"
+    conversation = Conversation("a", turns, "be kind", [tokenizer(answer)["input_ids"]])
+    prompt = PromptQueue([conversation], tokenizer, {2}, 1, 99, random.Random(0)).pop().prompt_ids
+    assert tokenizer.decode(prompt) == "be kind<0>hi<0>yo<0>and"
+    ids, _ = encode_row({"system": "be kind", "turns": turns, "responses": [answer, "ok"]}, tokenizer)
+    assert tokenizer.decode(ids) == "be kind<0>hi<0>yo<0>and<0>ok<2>" and ids[: len(prompt)] == prompt
+    without_system = encode_context(tokenizer, turns, [answer])[0].tolist()
+    assert without_system == prompt[len("be kind.") :]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +154,8 @@ def test_a_target_without_a_template_reads_plain_text():
         ({"prompt_ids": [1], "response_ids": ["hi"]}, "here: token ids must be integers from 0 on"),
         ({"prompt_ids": [1], "response_ids": [2.5]}, "here: token ids must be integers"),
         ({"prompt_ids": [-1], "response_ids": [2]}, "here: token ids must be integers"),
+        ({"prompt_ids": [1], "response_ids": [2**31]}, r"here: token ids .* below 2\*\*31; got 2147483648"),
+        ({"input_ids": [1, 2], "response_mask": ["0", "1"]}, "here: response_mask must hold 0 and 1.*; got '0'"),
         ({"turns": ["hi", "you"], "responses": ["ok"]}, "here: 2 turns but 1 responses"),
         ({"turns": ["hi"], "responses": [None]}, "here: turns and responses must be strings; got None"),
         ({"turns": ["hi"]}, r"here has columns \['turns'\].*coral-hf regenerate"),
@@ -169,7 +210,66 @@ def test_a_cut_response_does_not_end():
     assert words(ids).count("<end>") == 4, "it stays in the context"
     row["finish_reasons"] = ["stop", "length"]
     assert trained(*encode_row(row, word_tokenizer())) == ["good", "day", "<end>", "ok"]
-    assert trained(*encode_row(row, word_tokenizer(None))) == ["good", "day", "<end>", "ok"]
+    assert trained(*encode_row(row, word_tokenizer(None))) == ["\n\n", "good", "day", "\n\n", "ok"]
+
+
+@pytest.mark.parametrize("before", ["", " ", "\n", "day\n\n"])
+def test_a_cut_response_is_found_where_the_template_trims_or_prefixes_it(before):
+    template = CHATML.replace("{{ m.content }}", "{{ X if m.role == 'assistant' else '' }}{{ m.content | trim }}")
+    tokenizer = word_tokenizer(template.replace("X", repr(before)))
+    prefix = {"": [], " ": [], "\n": ["\n"], "day\n\n": ["day", "\n\n"]}[before]
+    row = {"turns": ["hi", "you"], "responses": [" good\nto  ", "ok"], "finish_reasons": ["length", "stop"]}
+    assert trained(*encode_row(row, tokenizer)) == [*prefix, "good", "\n", "to", *prefix, "ok", "<end>"]
+    alone = {"turns": ["hi"], "responses": ["\nok"], "finish_reasons": ["length"]}
+    assert trained(*encode_row(alone, tokenizer)) == [*prefix, "ok"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "cut"),
+    [(None, False), ("stop", False), ("eos_token", False), ("STOP", False), ("length", True), ("abort", True),
+     ("content_filter", True)],
+)  # fmt: skip
+def test_every_reason_but_an_end_is_a_cut(reason, cut):
+    row = {"turns": ["hi"], "responses": ["ok"], "finish_reasons": [reason]}
+    assert trained(*encode_row(row, word_tokenizer())) == (["ok"] if cut else ["ok", "<end>"])
+
+
+TOOLS = "{% for t in tools or [] %}{{ t.function.name }}\n{% endfor %}"
+CALLS = CHATML.replace(
+    "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.who }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("arguments", ['{"who": "good"}', {"who": "good", "of another call": None}])
+def test_tool_calls_and_tools_reach_the_template(arguments):
+    call = {"id": "1", "type": "function", "function": {"name": "ok", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "hi", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "user", "content": "day", "tool_calls": None},
+        {"role": "assistant", "content": "you"},
+    ]
+    tools = [{"type": "function", "function": {"name": "to", "description": None}}]
+    tokenizer = word_tokenizer(TOOLS + CALLS)
+    for given in (tools, json.dumps(tools)):
+        ids, mask = encode_row({"messages": messages, "tools": given}, tokenizer, eos_ids={IDS["<end>"]})
+        assert trained(ids, mask) == ["good", "<end>", "you", "<end>"] and words(ids[:2]) == ["to", "\n"]
+
+
+def test_content_in_parts_of_text_is_joined():
+    parts = [{"type": "text", "text": "good"}, {"type": "text", "text": "day", "image_url": None}]
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": parts}]}
+    assert trained(*encode_row(row, word_tokenizer())) == ["good", "\n", "day", "<end>"]
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_rows_of_tensors_and_arrays(form):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt_ids": [5, 6], "response_ids": [7, 8]}, {"prompt_ids": [5], "response_ids": [7]}]
+    masked = [{"input_ids": [5, 6, 7, 8], "response_mask": [False, False, True, True]}] * 2
+    for given in (rows, masked):
+        (first, _) = datasets.Dataset.from_list(given).with_format(form)
+        assert encode_row(first) == ([5, 6, 7, 8], [False, False, True, True])
 
 
 def test_plain_texts_are_trained_whole():
@@ -181,6 +281,10 @@ def test_plain_texts_are_trained_whole():
     ("row", "message"),
     [
         ({"messages": [{"role": "user"}]}, "here: message 0 must be an object with the strings role and content"),
+        ({"messages": [{"role": "user", "content": None}]}, "here: message 0 must .*tool_calls can stand for"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "here: message 0 .* type 'image_url'"),
+        ({"messages": [], "tools": "{"}, "here: tools is no JSON"),
+        ({"messages": [], "tools": 3}, "here: tools must be a list of tools; got '3'"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "here: empty response mask"),
         ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "here has a system text beside a system"),
         ({"turns": ["hi"], "responses": ["ok"], "system": 3}, "here: system must be a string; got 3"),

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import make_target, make_tokenizer
 from test_recipes import EAGLE_PARAMETERS, TARGETS
-from tiny_trainings import quick_drafter, random_rows
+from tiny_trainings import make_trainer, quick_drafter, random_rows
 
 from coral_hf import CoralDraftConfig, CoralDraftModel, cli, demo
 from coral_hf.training import estimate
-from coral_hf.training.estimate import estimate_on_paper, rollout_bytes
+from coral_hf.training.estimate import estimate_on_paper, measure_training, rollout_bytes
 
 
 def test_train_estimate_prints_and_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -39,6 +39,24 @@ def test_train_estimate_prints_and_leaves_nothing(tmp_path, monkeypatch, capsys)
     assert f"for {3 * sum(len(row['response_ids']) for row in random_rows(16)):,} tokens" in output
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length", "sequential"])
+def test_the_longest_rows_are_measured_however_rows_are_sampled(strategy, tmp_path):
+    long = [{"prompt_ids": [5] * 4, "response_ids": [6] * count} for count in (400, 300, 200, 100, 90)]
+    rows = [*random_rows(40), *long, *random_rows(20, seed=1)]
+    trainer = make_trainer(tmp_path, make_target(), rows=rows, max_steps=2, train_sampling_strategy=strategy)
+    shapes, collate = [], trainer.data_collator
+
+    def note(items):
+        batch = collate(items)
+        shapes.append(tuple(batch["input_ids"].shape))
+        return batch
+
+    trainer.data_collator = note
+    measured = measure_training(trainer, 1.0)
+    assert shapes[:2] == [(4, 404), (4, 94)]
+    assert len(trainer.train_dataset) == 65 and measured.tokens == trainer.train_dataset.num_response_tokens
 
 
 def test_peak_memory_without_linux(tmp_path, monkeypatch):

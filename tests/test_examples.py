@@ -120,6 +120,12 @@ def test_ablate_training(tiny_demo, tmp_path, monkeypatch, capsys):
     assert CoralDraftModel.from_pretrained(output / "strong-0").config.target_feature_layers == [0, -1]
     with refused(capsys, "csra_wait"):
         run(monkeypatch, "ablate_training.py", *common, "--variants", "odd:preset=coral,csra_wait=1")
+    stands = (output / "ablation.json").read_text()
+    with pytest.raises(SystemExit, match=r"holds runs with training_arguments .*, and these are with .*0\.05"):
+        run(monkeypatch, "ablate_training.py", *common, "--seeds", "0", "1", *variants, "--learning_rate", "5e-2")
+    with pytest.raises(SystemExit, match=r"holds runs of that name with .*give it another name"):
+        run(monkeypatch, "ablate_training.py", *common, "--variants", "hass:preset=hass,topk_loss_weight=1")
+    assert (output / "ablation.json").read_text() == stands
 
 
 def test_compare_runs(tmp_path, monkeypatch, capsys):

@@ -24,6 +24,7 @@ ALLOWED = {
     "configuration_checks": set(),
     "configuration_from_target": {"origin"},
     "configuration_coral": {"configuration_checks", "configuration_from_target", "weight_files"},
+    "chat": set(),
     "code_version": set(),
     "compat": set(),
     "few_rows": set(),
@@ -53,6 +54,7 @@ ALLOWED = {
         "user_cache",
     },
     "training": {
+        "chat",
         "code_version",
         "compat",
         "configuration_coral",
@@ -67,6 +69,7 @@ ALLOWED = {
         "hub",
     },
     "evaluation": {
+        "chat",
         "code_version",
         "configuration_coral",
         "hardware",

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import make_tokenizer
 
-from coral_hf.prompt_rows import build_messages
+from coral_hf.chat import build_messages
 from coral_hf.training import overlap
 from coral_hf.training.overlap import find_overlap, warn_of_overlap
 from coral_hf.training.sources import RowStream

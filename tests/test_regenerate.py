@@ -1,12 +1,16 @@
 """Regeneration: the same tokens as plain `generate`, nothing lost or repeated over kills, shards with every row."""
 
 import json
+import os
 import random
 
 import pytest
 import torch
+from chat_server import serve
 from conftest import FAMILIES, make_target, make_tokenizer
 
+from coral_hf.training import response_files
+from coral_hf.training.endpoint import regenerate_from_endpoint
 from coral_hf.training.regenerate import iter_prompts, regenerate, write_shards
 from coral_hf.training.slot_cache import _GROWTH
 
@@ -238,6 +242,60 @@ def test_buffers_grow_with_the_longest_row(target, tmp_path):
         assert row["response_ids"] == plain(target, row["prompt_ids"], 20)
 
 
+def test_answers_of_another_target_do_not_mix(target, tmp_path):
+    output, arguments = tmp_path / "out.jsonl", {"slots": 4, "progress": False}
+    target.config._commit_hash, target.config._name_or_path = "aaaa", "org/name"
+    prompts = make_prompts(3, max_turns=1)
+    regenerate(target, make_tokenizer(), prompts[:1], output, max_new_tokens=6, **arguments)
+    (row,) = read(output)
+    assert (row["target"], row["target_revision"], len(row["target_weights"])) == ("org/name", "aaaa", 12)
+    other = make_target(seed=5)
+    named = rf"holds a response of org/name at revision aaaa .weights {row['target_weights']}., this run's target is .*; give"
+    with pytest.raises(ValueError, match=named):
+        regenerate(other, make_tokenizer(), prompts, output, max_new_tokens=9, **arguments)
+    same = make_target(dtype=torch.bfloat16)  # in another dtype, and from a folder
+    same.config._name_or_path = str(tmp_path)
+    regenerate(same, make_tokenizer(), prompts[:2], output, max_new_tokens=6, **arguments)
+    assert [row["target"] for row in read(output)] == ["org/name", tmp_path.name]
+    same.config._commit_hash = "bbbb"
+    with pytest.raises(ValueError, match="or go on with --target_revision aaaa"):
+        regenerate(same, make_tokenizer(), prompts, output, max_new_tokens=6, **arguments)
+    for row in (rows := read(output)):  # as earlier versions wrote them
+        for name in ("target", "target_revision", "target_weights", "prompt_hash"):
+            row.pop(name, None)
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stats = regenerate(other, make_tokenizer(), prompts, output, max_new_tokens=6, **arguments)
+    assert (stats["n_resumed"], stats["n_responses"]) == (2, 1)
+
+
+def test_a_changed_prompt_does_not_go_on_from_the_old_answer(target, tmp_path):
+    arguments = {"max_new_tokens": 4, "slots": 2, "progress": False}
+    prompt, output = {"id": "a", "turns": ["hello", "and"]}, tmp_path / "out.jsonl"
+    regenerate(target, make_tokenizer(), [prompt], output, max_turns=1, **arguments)
+    for changed in ({"turns": ["hullo", "and"]}, {"system": "be kind"}):
+        with pytest.raises(ValueError, match="prompt 'a' has another text than the one whose turn 0 is answered"):
+            regenerate(target, make_tokenizer(), [{**prompt, **changed}], output, **arguments)
+    assert regenerate(target, make_tokenizer(), [prompt], output, **arguments)["n_responses"] == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that takes nothing")
+@pytest.mark.parametrize("endpoint", [False, True])
+def test_a_full_disk_says_how_to_go_on(target, tmp_path, monkeypatch, endpoint):
+    opened, output = response_files.AnswerWriter.__init__, tmp_path / "out.jsonl"
+
+    def open_full(self, *args):
+        opened(self, *args)
+        self.file = open("/dev/full", "a")  # noqa: SIM115  (the writer closes it)
+
+    monkeypatch.setattr(response_files.AnswerWriter, "__init__", open_full)
+    message = r"out.jsonl could not be written .* No space left on device.*run the same command again"
+    with serve() as server, pytest.raises(OSError, match=message):
+        if endpoint:
+            regenerate_from_endpoint(server.url, "model", make_prompts(3), output, progress=False)
+        else:
+            regenerate(target, make_tokenizer(), make_prompts(3), output, max_new_tokens=4, progress=False)
+
+
 def test_one_writer_at_a_time(target, tmp_path):
     from filelock import FileLock
 
@@ -259,5 +317,5 @@ def test_shards_round_trip_and_extend(target, tmp_path):
     large = [{"id": "big", "prompt_ids": [70000], "response_ids": [1], "turn": 0, "temperature": 0.5}]
     (more,) = write_shards(large, shards)
     assert more.name == f"responses-{len(paths):05d}.parquet"
-    assert parquet.read_table(more).to_pylist() == large
+    assert parquet.read_table(more).to_pylist() == [{**large[0], "target_weights": None, "prompt_hash": None}]
     assert sorted(path.name for path in shards.iterdir()) == sorted(path.name for path in [*paths, more])

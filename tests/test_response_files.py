@@ -1,6 +1,7 @@
 """Files of prompts, responses and shards that are not what they should be: errors that name the line."""
 
 import gzip
+import json
 
 import pytest
 
@@ -28,6 +29,20 @@ def test_malformed_prompts_name_the_line(tmp_path, line, message, suffix):
     with pytest.raises(ValueError, match=message) as error:
         list(iter_prompts(path))
     assert path.name in str(error.value)
+
+
+def test_system_messages_of_prompts_stand_in_front(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    chat = [{"role": role, "content": role} for role in ("system", "system", "user", "assistant", "user")]
+    path.write_text(json.dumps({"messages": chat}))
+    (row,) = iter_prompts(path)
+    assert row == {"id": "row0", "turns": ["user", "user"], "system": "system\n\nsystem"}
+    path.write_text(json.dumps({"messages": [*chat[2:], chat[0]]}))
+    with pytest.raises(ValueError, match="line 1: a system message stands behind others"):
+        list(iter_prompts(path))
+    path.write_text(json.dumps({"messages": chat, "system": "other"}))
+    with pytest.raises(ValueError, match="line 1 has a system text beside a system message"):
+        list(iter_prompts(path))
 
 
 def test_missing_prompts_file(tmp_path):
@@ -72,3 +87,19 @@ def test_shards_hold_an_answer_once(tmp_path):
     (tmp_path / "responses-00001.parquet").write_text("damaged")
     with pytest.raises(ValueError, match=r"responses-00001.parquet is damaged or no shard .*Remove it"):
         write_shards(rows, tmp_path)
+
+
+def test_shards_keep_whose_answers_they_are(tmp_path):
+    pytest.importorskip("pyarrow.parquet")
+    origin = {"target": "org/name", "target_revision": "aaaa", "target_weights": "0123", "prompt_hash": "4567"}
+    row = {"id": "a", "turn": 0, "prompt_ids": [1], "response_ids": [2]}
+    write_shards([{**row, **origin}], tmp_path / "new")
+    assert [found for _, found in iter_source(tmp_path / "new")] == [{**row, "temperature": 0.0, **origin}]
+    for changed in ({"target_weights": "89ab"}, {"target_revision": "bbbb"}):
+        with pytest.raises(
+            ValueError, match=r"responses-00000.parquet holds answers of org/name at revision aaaa .*pack"
+        ):
+            write_shards([{**row, **origin, **changed}], tmp_path / "new")
+    write_shards([row], tmp_path / "old")  # as earlier versions did: its columns stay those of the folder
+    write_shards([{**row, "id": "b", **origin}], tmp_path / "old")
+    assert len({tuple(found) for _, found in iter_source(tmp_path / "old")}) == 1

@@ -69,6 +69,24 @@ def test_what_is_cut_and_left_out_is_counted(capsys):
     assert "2 conversations cut at max_length=8, 1 left out" in capsys.readouterr().out
 
 
+def test_what_is_left_out_is_told_before_the_end_of_a_pass(capsys):
+    rows = [{"id": "late", "prompt_ids": [5] * 9, "response_ids": [6]}, *random_rows(400)]
+    rows.insert(5, {**rows[0], "id": "later"})
+    items = iter(stream(rows, max_length=8))
+    next(items)
+    told = capsys.readouterr().out
+    assert told.count("row 'late' is left out, and so are others like it: within max_length=8") == 1
+    assert "'later'" not in told and "pass" not in told
+    items.close()
+    assert ", 2 left out because no response token remained." in capsys.readouterr().out
+
+
+def test_a_training_that_ends_within_a_pass_says_what_was_left_out(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [{"prompt_ids": [5] * 9, "response_ids": [6]}, *random_rows(400)])
+    make_trainer(tmp_path / "out", make_target(), rows=RowStream(path), max_steps=1, max_length=9).train()
+    assert "In the pass over the stream that ends here: " in capsys.readouterr().out
+
+
 def test_streams_that_cannot_be_trained_on():
     with pytest.raises(ValueError, match="an iterator, which can be read once only"):
         stream(iter(random_rows(2)))

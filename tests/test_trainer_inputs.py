@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import make_drafter, make_target
+from conftest import TEMPLATE, make_drafter, make_target, make_tokenizer
 from tiny_trainings import make_args, make_trainer, quick_drafter, random_rows
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -18,6 +18,7 @@ from coral_hf.training import arguments, unused_settings
 from coral_hf.training.arguments import CoralTrainingArguments, parse_schedule
 from coral_hf.training.losses import default_chunk_size
 from coral_hf.training.publishing import recipe
+from coral_hf.training.response_origin import Origin
 from coral_hf.training.slot_cache import SlotCache
 from coral_hf.training.trainer import CoralTrainer
 from coral_hf.training.training_rows import encode_dataset
@@ -280,3 +281,44 @@ def test_a_target_on_several_devices_is_refused(tmp_path):
         make_trainer(tmp_path, target)
     with pytest.raises(ValueError, match=message):
         SlotCache(target, 2, 16)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_responses_end_as_the_targets_generation_config_says(streamed, tmp_path, capsys):
+    rows, target = [{"turns": ["hi"], "responses": ["yo"]}], make_target()
+    stream = pytest.importorskip("datasets").Dataset.from_list(rows).to_iterable_dataset()
+    tokenizer = make_tokenizer(
+        TEMPLATE.replace("{% endfor %}", "{{ '<2>~' if message.role == 'assistant' }}{% endfor %}")
+    )
+    tokenizer.eos_token = "<1>"
+    target.generation_config.eos_token_id = [2]
+    CoralTrainer(
+        model=quick_drafter(target),
+        target_model=target,
+        args=make_args(tmp_path, max_steps=1),
+        train_dataset=stream if streamed else rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+    )
+    assert "[a]⟦yo<2>⟧\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_answers_of_another_target_are_told_of_once(streamed, tmp_path, capsys):
+    target = make_target()
+    target.config._commit_hash, target.config._name_or_path = "bbbb", "org/name"
+    sample = Origin.of(target).target_weights
+    for columns, warned in (
+        ({}, False),
+        ({"target": "an endpoint's"}, False),
+        ({"target": "org/name", "target_revision": "bbbb", "target_weights": sample}, False),
+        ({"target": "org/name", "target_revision": "aaaa"}, True),
+        ({"target": "org/name", "target_weights": "0123"}, True),
+    ):
+        rows = [{**row, **columns} for row in random_rows(8)]
+        stream = pytest.importorskip("datasets").Dataset.from_list(rows).to_iterable_dataset()
+        trainer = make_trainer(tmp_path, target, rows=stream if streamed else rows, max_steps=4)
+        trainer.train()
+        told = capsys.readouterr().out
+        assert told.count("holds an answer of org/name") == warned, columns
+        assert f"the target of this training is org/name at revision bbbb (weights {sample})" in told or not warned

@@ -11,6 +11,7 @@ from .loading import PlacedTargetOptions, require
 from .outputs import check_output_file, check_output_folder
 
 
+_SLOTS = 128
 _PROMPT_TOKENS = 2048  # the buffer of keys and values is as long as the longest prompt for every slot
 
 
@@ -39,7 +40,7 @@ class RegenerateCommand(PlacedTargetOptions):
             "target's positions)."
         },
     )
-    slots: int = field(default=128, metadata={"help": "Conversations decoded at one time."})
+    slots: int | None = field(default=None, metadata={"help": "Conversations decoded at one time (default: 128)."})
     temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampled responses."})
     max_turns: int | None = field(default=None, metadata={"help": "Answer at most this many turns a conversation."})
@@ -80,8 +81,10 @@ class RegenerateCommand(PlacedTargetOptions):
                 f"--shards {self.shards} holds token ids: add --endpoint_token_ids true, or leave it out."
             )
         if self.endpoint is not None:
-            for name, value in self.loading_arguments.items():
-                if value:
+            here: dict[str, Any] = {"dtype": None if self.dtype == "auto" else self.dtype, "device": self.device}
+            here |= {"slots": self.slots, "max_prompt_tokens": self.max_prompt_tokens}
+            for name, value in {**self.loading_arguments, **here}.items():
+                if value is not None and value is not False:
                     option = "target_revision" if name == "revision" else name
                     raise ValueError(
                         f"--{option} {value} is for --target, which --endpoint {self.endpoint} answers instead of: set it where "
@@ -123,7 +126,7 @@ class RegenerateCommand(PlacedTargetOptions):
             prompts,
             self.output,
             max_prompt_tokens=longest,
-            slots=self.slots,
+            slots=_SLOTS if self.slots is None else self.slots,
             **common,
         )
 

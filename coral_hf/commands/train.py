@@ -1,6 +1,5 @@
 """`coral-hf train`: a drafter, or its router."""
 
-import itertools
 import json
 import tempfile
 from dataclasses import dataclass, field
@@ -63,7 +62,13 @@ class TrainCommand(TargetOptions, DrafterOptions):
         default=None,
         metadata={"help": "Settings of a new drafter as JSON, e.g. '{\"target_feature_layers\": [2, 15, -1]}'."},
     )
-    eval_rows: int = field(default=64, metadata={"help": "Rows held out for evaluation (the first ones; 0: none)."})
+    eval_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows held out for evaluation, whole conversations chosen by a hash of their ids (default: 64, at most a "
+            "tenth of the rows; 0: none)."
+        },
+    )
     eval_data: list[str] = field(
         default_factory=list, metadata={"help": "Response files to evaluate on, instead of eval_rows."}
     )
@@ -80,6 +85,7 @@ class TrainCommand(TargetOptions, DrafterOptions):
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self, args) -> int:
+        from ..training.held_out import told
         from ..training.overlap import warn_of_overlap
         from ..training.placement import check_devices
         from ..training.router_trainer import CoralRouterTrainer
@@ -102,6 +108,8 @@ class TrainCommand(TargetOptions, DrafterOptions):
             name = "--estimate" if self.estimate else f"--shortlist_size {self.shortlist_size}"
             raise ValueError(f"{name} goes over all rows first: leave --streaming out.")
         rows, eval_rows = self._read()
+        if not self.eval_data and self.eval_rows != 0 and args.process_index == 0:
+            print(told(rows, eval_rows), flush=True)
         # the trainer places the target, on every rank's own device
         target, tokenizer = self.load_target(resolve_dtype(self.dtype, args.device), "cpu")
         if (files := [*self.eval_data, *self.check_overlap]) and args.process_index == 0:
@@ -151,24 +159,15 @@ class TrainCommand(TargetOptions, DrafterOptions):
     def _read(self) -> tuple[Any, list[dict[str, Any]]]:
         """Rows to train on and to evaluate on."""
         from ..training.data import read_rows
+        from ..training.held_out import hold_out
         from ..training.sources import RowStream
 
-        if self.eval_rows < 0:
+        if self.eval_rows is not None and self.eval_rows < 0:
             raise ValueError(f"--eval_rows {self.eval_rows} must be 0 or more.")
-        held_out = 0 if self.eval_data else self.eval_rows
-        if self.streaming:
-            stream = RowStream(self.data, self.split)
-            eval_rows = list(itertools.islice(stream, held_out))
-            stream.skip = held_out
-            rows: Any = stream
-        else:
-            rows = read_rows(self.data, self.split)
-            if held_out >= len(rows):
-                raise ValueError(
-                    f"--eval_rows {self.eval_rows}: the files hold {len(rows)} rows; leave some to train on."
-                )
-            eval_rows, rows = rows[:held_out], rows[held_out:]
-        return rows, read_rows(self.eval_data, self.split) if self.eval_data else eval_rows
+        rows: Any = RowStream(self.data, self.split) if self.streaming else read_rows(self.data, self.split)
+        if self.eval_data:
+            return rows, read_rows(self.eval_data, self.split)
+        return hold_out(rows, self.eval_rows)
 
     def _overrides(self) -> dict[str, Any]:
         """`--shape` and `--config_overrides` as settings of a new drafter."""

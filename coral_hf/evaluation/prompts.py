@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ..chat import build_messages, encode_messages
 from ..jsonl import read_jsonl
-from ..prompt_rows import build_messages, encode_messages, read_prompt_row
+from ..prompt_rows import read_prompt_row
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,11 @@ class Verifier:
             yield
         finally:
             for layer in self.cache.layers:
-                if getattr(layer, "is_sliding", False) and getattr(layer, "record_past", False) and id(layer) not in kept:
+                if (
+                    getattr(layer, "is_sliding", False)
+                    and getattr(layer, "record_past", False)
+                    and id(layer) not in kept
+                ):
                     layer.crop(0)  # a call that failed has not
                     layer.record_past = False
 

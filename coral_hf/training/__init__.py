@@ -2,8 +2,9 @@
 
 from .arguments import CoralTrainingArguments
 from .data import ConversationDataset, read_rows
+from .held_out import hold_out
 from .regenerate import regenerate
 from .trainer import CoralTrainer
 
 
-__all__ = ["ConversationDataset", "CoralTrainer", "CoralTrainingArguments", "read_rows", "regenerate"]
+__all__ = ["ConversationDataset", "CoralTrainer", "CoralTrainingArguments", "hold_out", "read_rows", "regenerate"]

@@ -1,6 +1,6 @@
 """Encoded conversations and batches of them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +14,20 @@ IGNORED_LABEL = -100
 
 
 def encode_rows(
-    rows: Iterable[dict[str, Any]], tokenizer: Any, max_length: int | None, counts: dict[str, int]
+    rows: Iterable[dict[str, Any]],
+    tokenizer: Any,
+    max_length: int | None,
+    counts: dict[str, int],
+    eos_ids: Collection[int] = (),
+    on_drop: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Rows -> ids and response masks, cut at `max_length`; adds what was cut and left out to `counts`."""
+    """Rows -> ids and response masks, cut at `max_length`; adds what was cut and left out to `counts`.
+
+    `on_drop` gets the name of each row that is left out, having no trainable token within `max_length`.
+    """
     for index, row in enumerate(rows):
-        name = row.get("id", index) if isinstance(row, Mapping) else index
-        ids, mask = encode_row(row, tokenizer, where=f"row {name!r}")
+        name = f"row {(row.get('id', index) if isinstance(row, Mapping) else index)!r}"
+        ids, mask = encode_row(row, tokenizer, name, eos_ids)
         if max_length is not None and len(ids) > max_length:
             ids, mask = ids[:max_length], mask[:max_length]
             counts["truncated"] += 1
@@ -28,6 +36,8 @@ def encode_rows(
             yield ids, mask
         else:
             counts["dropped"] += 1
+            if on_drop is not None:
+                on_drop(name)
 
 
 class ConversationDataset(torch.utils.data.Dataset):
@@ -38,16 +48,23 @@ class ConversationDataset(torch.utils.data.Dataset):
         tokenizer (*optional*): the target's tokenizer, for rows of text.
         max_length (`int`, *optional*): longer rows are cut there and counted in `truncated`; a row whose response
             begins later is left out and counted in `dropped`.
+        eos_ids (`Collection[int]`): see [`encode_row`].
 
     Raises:
         ValueError: on a malformed row, or if no row is left.
     """
 
-    def __init__(self, rows: Iterable[dict[str, Any]], tokenizer: Any = None, max_length: int | None = None):
+    def __init__(
+        self,
+        rows: Iterable[dict[str, Any]],
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        eos_ids: Collection[int] = (),
+    ):
         counts = {"truncated": 0, "dropped": 0}
         self.conversations: list[tuple[torch.Tensor, torch.Tensor]] = [
             (torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool))
-            for ids, mask in encode_rows(rows, tokenizer, max_length, counts)
+            for ids, mask in encode_rows(rows, tokenizer, max_length, counts, eos_ids)
         ]
         self.truncated, self.dropped = counts["truncated"], counts["dropped"]
         if not self.conversations:

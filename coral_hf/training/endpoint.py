@@ -18,15 +18,16 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..chat import build_messages
 from ..jsonl import read_jsonl
-from ..prompt_rows import build_messages
-from .prompt_queue import Conversation, unanswered
+from .prompt_queue import Answered, Conversation, prompt_hash, unanswered
 from .response_files import AnswerWriter, exclusive
+from .response_origin import Origin, check_same_run
 
 
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -82,6 +83,7 @@ class ChatEndpoint:
         self.url, self.model, self.token_ids = url.rstrip("/") + "/chat/completions", model, token_ids
         self.attempts, self.pause, self.timeout = attempts, pause, timeout
         self.stopped = threading.Event()
+        self._told_of_reasoning = threading.Lock()  # taken once
 
     def complete(self, messages: list[dict[str, str]], **settings: Any) -> Answer:
         """The answer to messages.
@@ -130,7 +132,8 @@ class ChatEndpoint:
     def _answer(self, body: Any) -> Answer:
         try:
             choice = body["choices"][0]
-            text, count = choice["message"]["content"] or "", (body.get("usage") or {}).get("completion_tokens") or 0
+            message, count = choice["message"], (body.get("usage") or {}).get("completion_tokens") or 0
+            text, reasoning = message["content"] or "", message.get("reasoning_content") or message.get("reasoning")
             finish_reason, ids = choice.get("finish_reason"), choice.get("token_ids")
             prompt_ids = body.get("prompt_token_ids")
         except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -142,6 +145,12 @@ class ChatEndpoint:
             raise ValueError(
                 f"{self.url} returned no token ids (vLLM does, for return_token_ids): leave --endpoint_token_ids out and "
                 "keep texts."
+            )
+        if reasoning and not self.token_ids and self._told_of_reasoning.acquire(blocking=False):
+            print(
+                "warning: the server gives the answers' reasoning apart (reasoning_content), and it is left out of the texts, so a "
+                "drafter will not be trained on it: --endpoint_token_ids true keeps all that the target said.",
+                flush=True,
             )
         return Answer(text, finish_reason, count or len(ids or ()), prompt_ids, ids)
 
@@ -166,10 +175,11 @@ def regenerate_from_endpoint(
     """
     Lets a server answer every prompt, each turn after the answer to the one before, and appends the answers to a file.
 
-    Texts are kept one conversation a row, `{"id", "turns", "responses", "finish_reasons"}` with `system` and
-    `temperature` where they are set; training tokenises them, and learns no end from a response that was cut
+    Texts are kept one conversation a row, `{"id", "target", "turns", "responses", "finish_reasons"}` with `system` and
+    `temperature` where they are set (`target` is the model); training tokenises them, and learns no end from a response that was cut
     ("length"). With `token_ids` a row is one turn, as [`regenerate`] writes it, and its text. An `output` that exists is
-    continued.
+    continued; a row of texts that goes on with a conversation names its `first_turn`, before which the answers stand in
+    an earlier row and are context only.
 
     Args:
         url (`str`), model (`str`), attempts (`int`), pause (`float`): see [`ChatEndpoint`].
@@ -198,95 +208,108 @@ def regenerate_from_endpoint(
     settings = {"max_tokens": max_new_tokens, "temperature": temperature}
     if temperature > 0:
         settings["seed"] = seed
+    origin = Origin(model)
     with exclusive(output):
-        on_file = _read_answers(output, temperature, token_ids)
+        on_file = _answers_on_file(output, temperature, token_ids, origin)
         conversations, n_excluded = unanswered(prompts, on_file, set(exclude), max_turns)
-        if not token_ids:  # a conversation on file is whole, or ended there
-            conversations = [conversation for conversation in conversations if conversation.id not in on_file]
-        writer = _Writer(output, conversations, temperature, token_ids, progress)
+        common = {**({"temperature": temperature} if temperature else {}), **origin.columns}
+        writer = _EndpointWriter(output, conversations, common, token_ids, progress)
         pool = ThreadPoolExecutor(concurrency)
+        futures: list[Future] = []
         try:
-            futures = [pool.submit(_converse, endpoint, item, settings, writer) for item in conversations]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            errors = [error for future in done if (error := future.exception()) is not None]
-            if errors:
-                raise next((error for error in errors if not isinstance(error, Stopped)), errors[0])
-        except ConnectionError as error:
-            raise ConnectionError(
-                f"{error}. {writer.counts['n_responses']} new answers are in {output}: start the server and run the same "
-                "command again to go on."
-            ) from error
+            futures += [pool.submit(_converse, endpoint, item, settings, writer) for item in conversations]
+            wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             endpoint.stopped.set()
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # waits until conversations under way have written what is answered
             writer.close()
+    errors = [error for item in futures if not item.cancelled() and (error := item.exception()) is not None]
+    if errors:
+        error = next((error for error in errors if not isinstance(error, Stopped)), errors[0])
+        if not isinstance(error, ConnectionError):
+            raise error
+        raise ConnectionError(
+            f"{error}. {writer.counts['n_responses']} new answers are in {output}: start the server and run the same "
+            "command again to go on."
+        ) from error
     return {**writer.stats(), "n_resumed": sum(map(len, on_file.values())), "n_excluded": n_excluded}
 
 
-def _converse(endpoint: ChatEndpoint, conversation: Conversation, settings: dict[str, Any], writer: "_Writer") -> None:
+def _converse(
+    endpoint: ChatEndpoint, conversation: Conversation, settings: dict[str, Any], writer: "_EndpointWriter"
+) -> None:
     """Answers the turns of one conversation that are not on file."""
-    reasons: list[str | None] = []
-    while len(conversation.answers) < len(conversation.turns):
-        if endpoint.stopped.is_set():
-            raise Stopped
-        turns = conversation.turns[: len(conversation.answers) + 1]
-        try:
-            answer = endpoint.complete(build_messages(turns, conversation.answers, conversation.system), **settings)
-        except PromptTooLong:
-            writer.ended("n_too_long", conversation)
-            break
-        if not answer.text:
-            writer.ended("n_empty", conversation)
-            break
-        writer.turn(conversation, answer)
-        conversation.answers.append(answer.text)
-        reasons.append(answer.finish_reason)
-    writer.conversation(conversation, reasons)
+    new: list[Answer] = []
+    try:
+        while len(conversation.answers) < len(conversation.turns):
+            if endpoint.stopped.is_set():
+                raise Stopped
+            turns = conversation.turns[: len(conversation.answers) + 1]
+            try:
+                answer = endpoint.complete(
+                    build_messages(turns, conversation.answers, conversation.system), **settings
+                )
+            except PromptTooLong:
+                writer.ended("n_too_long", conversation)
+                break
+            if not answer.text:
+                writer.ended("n_empty", conversation)
+                break
+            if writer.token_ids:
+                writer.turn(conversation, answer)
+            conversation.answers.append(answer.text)
+            new.append(answer)
+    finally:  # also what a failure, here or of another request, left unfinished
+        if new and not writer.token_ids:
+            writer.conversation(conversation, new)
 
 
-class _Writer(AnswerWriter):
+class _EndpointWriter(AnswerWriter):
     """Writes answers line by line, from any thread."""
 
     def __init__(
-        self, output: Path, conversations: list[Conversation], temperature: float, token_ids: bool, progress: bool
+        self, output: Path, conversations: list[Conversation], common: dict[str, Any], token_ids: bool, progress: bool
     ):
         super().__init__(output, conversations, progress, ("n_too_long", "n_empty"))
         self.lock = threading.Lock()
-        self.temperature, self.token_ids = temperature, token_ids
+        self.common, self.token_ids = common, token_ids
 
     def turn(self, conversation: Conversation, answer: Answer) -> None:
-        with self.lock:
-            if self.token_ids:
-                row = {"id": conversation.id, "turn": len(conversation.answers), **self._sampling()}
-                row |= {"prompt_ids": answer.prompt_ids, "response_ids": answer.response_ids, "response": answer.text}
-                self._write(row)
-            self.count_answer(answer.n_tokens)
+        """A row of one answer's ids."""
+        turn = len(conversation.answers)
+        row = {"id": conversation.id, "turn": turn, **self.common}
+        row["prompt_hash"] = prompt_hash(conversation.system, conversation.turns[: turn + 1])
+        row |= {"prompt_ids": answer.prompt_ids, "response_ids": answer.response_ids, "response": answer.text}
+        self._write(row, [answer])
 
-    def conversation(self, conversation: Conversation, reasons: list[str | None]) -> None:
-        if self.token_ids or not conversation.answers:
-            return
-        row: dict[str, Any] = {"id": conversation.id, **self._sampling()}
+    def conversation(self, conversation: Conversation, new: list[Answer]) -> None:
+        """A row of texts, of which the `new` answers are the last."""
+        row: dict[str, Any] = {"id": conversation.id, **self.common}
         if conversation.system is not None:
             row["system"] = conversation.system
         row |= {"turns": conversation.turns[: len(conversation.answers)], "responses": conversation.answers}
-        with self.lock:
-            self._write({**row, "finish_reasons": reasons})
+        first = len(conversation.answers) - len(new)
+        if first:
+            row["first_turn"] = first
+        self._write({**row, "finish_reasons": [None] * first + [answer.finish_reason for answer in new]}, new)
 
     def ended(self, name: str, conversation: Conversation) -> None:
         with self.lock:
             self.counts[name] += 1
             self.bar.total -= len(conversation.turns) - len(conversation.answers)
 
-    def _sampling(self) -> dict[str, float]:
-        return {"temperature": self.temperature} if self.temperature > 0 else {}
+    def _write(self, row: dict[str, Any], answers: list[Answer]) -> None:
+        with self.lock:
+            self.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
+            for answer in answers:
+                self.count_answer(answer.n_tokens)
 
-    def _write(self, row: dict[str, Any]) -> None:
-        self.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
 
-
-def _read_answers(output: Path, temperature: float, token_ids: bool) -> dict[str, dict[int, str]]:
-    """Answers on file by id and turn; refuses a file of other rows."""
-    answers: dict[str, dict[int, str]] = {}
+def _answers_on_file(
+    output: Path, temperature: float, token_ids: bool, origin: Origin
+) -> dict[str, dict[int, Answered]]:
+    """Texts on file by id and turn; refuses a file of other rows, temperatures or models."""
+    answers: dict[str, dict[int, Answered]] = {}
     if not output.exists():
         return answers
     columns = ("turn", "response_ids", "response") if token_ids else ("turns", "responses")
@@ -294,13 +317,13 @@ def _read_answers(output: Path, temperature: float, token_ids: bool) -> dict[str
         where = f"{output}, line {number}"
         if "id" not in row or any(column not in row for column in columns):
             raise ValueError(f"{where} is no row of such a run ({', '.join(columns)}); give another output file.")
-        if row.get("temperature", 0.0) != temperature:
-            raise ValueError(
-                f"{where} was sampled at temperature {row.get('temperature', 0.0)}, this run has {temperature}; give "
-                "another output file."
-            )
+        check_same_run(row, where, temperature, origin)
         found = answers.setdefault(row["id"], {})
-        found.update({row["turn"]: row["response"]} if token_ids else dict(enumerate(row["responses"])))
+        if token_ids:
+            found[row["turn"]] = Answered(row["response"], row.get("prompt_hash"))
+            continue
+        for turn, text in enumerate(row["responses"]):
+            found[turn] = Answered(text, prompt_hash(row.get("system"), row["turns"][: turn + 1]))
     return answers
 
 

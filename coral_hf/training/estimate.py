@@ -209,19 +209,24 @@ def measure_training(trainer: Any, epochs: float) -> TrainingEstimate:
     """
     clock = _Clock()
     trainer.add_callback(clock)
-    device = trainer.args.device
+    device, dataset = trainer.args.device, trainer.train_dataset
+    lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+    longest = sorted(range(len(dataset)), key=lengths.__getitem__, reverse=True)
+    # in this order, which sampling at random or by length does not keep
+    trainer.train_dataset = torch.utils.data.Subset(dataset, longest[: STEPS * trainer._global_batch()])
+    trainer.args.train_sampling_strategy = "sequential"
     reset_peak(device)
     trainer.train()
-    dataset, model = trainer.train_dataset, trainer.accelerator.unwrap_model(trainer.model)
+    trainer.train_dataset = dataset
+    model = trainer.accelerator.unwrap_model(trainer.model)
     read = trainer.adapter.hidden_size * len(trainer.adapter.feature_layers)
-    lengths = sum(len(dataset[index]["input_ids"]) for index in range(len(dataset)))
     return TrainingEstimate(
         drafter_parameters=count(model),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         target_parameters=count(trainer.target_model),
         memory={"peak": peak_memory(device)},
         checkpoint_bytes=checkpoint_bytes(model),
-        feature_cache_bytes=2 * lengths * read,
+        feature_cache_bytes=2 * sum(lengths) * read,
         tokens=int(dataset.num_response_tokens * epochs),
         tokens_per_second=trainer.tokens_seen / clock.seconds,
         measured=("memory", "speed"),

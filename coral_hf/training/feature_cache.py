@@ -247,13 +247,13 @@ def _sound_index(index: Path) -> dict:
     return found if sound else {}
 
 
-def weight_sample(target: nn.Module) -> str:
-    """A hash of a few values of every weight: tells fine-tuned copies and adapters under one name apart."""
+def weight_sample(target: nn.Module, dtype: torch.dtype = torch.float32) -> str:
+    """A hash of a few values of every weight in `dtype`: tells fine-tuned copies and adapters under one name apart."""
     digest = hashlib.sha1()
     for name, parameter in sorted(target.named_parameters()):
         digest.update(name.encode())
         if parameter.device.type != "meta":  # offloaded
-            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+            digest.update(parameter.detach().flatten()[:64].to(dtype).float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..chat import check_messages
 from .conversations import schema_of
 from .sources import RowStream, iter_source
 
@@ -112,9 +113,9 @@ def user_turns(row: dict[str, Any], tokenizer: Any, between: re.Pattern | None) 
         return
     schema = schema_of(row, f"row {row.get('id', '')!r}")
     if schema == "messages":
-        for message in row["messages"]:
-            if isinstance(message, dict) and message.get("role") == "user":
-                yield str(message.get("content"))
+        for message in check_messages(row["messages"], f"row {row.get('id', '')!r}"):
+            if message["role"] == "user":
+                yield message["content"]
     elif schema == "plain":
         yield row["text"]
     elif tokenizer is not None:

@@ -1,15 +1,17 @@
 """The turns that a target has yet to answer, in an order that batches well."""
 
+import hashlib
 import itertools
+import json
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..prompt_rows import build_messages, encode_messages
+from ..chat import build_messages, encode_messages
 
 
 # Prompts are sorted by length inside windows of this many per slot: rows that are live together are of similar length,
@@ -27,6 +29,19 @@ class Conversation:
     answers: list[Any] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Answered:
+    """An answer on file, ids or text, and which prompt it answers (see [`prompt_hash`]) where that is known."""
+
+    answer: Any
+    prompt: str | None = None
+
+
+def prompt_hash(system: str | None, turns: Sequence[str]) -> str:
+    """What tells the user's part of a conversation up to a turn from one with other texts."""
+    return hashlib.sha256(json.dumps([system, list(turns)]).encode()).hexdigest()[:12]
+
+
 @dataclass
 class Job:
     """One turn that is being answered."""
@@ -36,7 +51,7 @@ class Job:
     response_ids: list[int] = field(default_factory=list)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, eos_ids: set[int]) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, eos_ids: Collection[int]) -> list[int]:
     """Ids of the conversation so far, up to the point where the next answer begins."""
     texts = []
     for answer in conversation.answers:
@@ -48,11 +63,15 @@ def _encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, eos_
 
 def unanswered(
     prompts: Iterable[dict[str, Any]],
-    on_file: dict[str, dict[int, Any]],
+    on_file: dict[str, dict[int, Answered]],
     excluded: set[str],
     max_turns: int | None,
 ) -> tuple[list[Conversation], int]:
-    """The conversations with turns to answer, holding the answers on file, and how many were excluded."""
+    """The conversations with turns to answer, holding the answers on file, and how many were excluded.
+
+    Raises:
+        ValueError: if an id occurs twice, or an answer on file is to another text.
+    """
     conversations: list[Conversation] = []
     seen: set[str] = set()
     n_excluded = 0
@@ -65,8 +84,15 @@ def unanswered(
             continue
         conversation = Conversation(row["id"], list(row["turns"][:max_turns]), row.get("system"))
         answers = on_file.get(row["id"], {})
-        while len(conversation.answers) in answers:
-            conversation.answers.append(answers[len(conversation.answers)])
+        for turn in range(len(conversation.turns)):
+            if (found := answers.get(turn)) is None:
+                break
+            if found.prompt not in (None, prompt_hash(conversation.system, conversation.turns[: turn + 1])):
+                raise ValueError(
+                    f"prompt {conversation.id!r} has another text than the one whose turn {turn} is answered on file: give the "
+                    "changed prompt another id, or give another output file."
+                )
+            conversation.answers.append(found.answer)
         if len(conversation.answers) < len(conversation.turns):
             conversations.append(conversation)
     return conversations, n_excluded
@@ -82,7 +108,7 @@ class PromptQueue:
         self,
         conversations: Iterable[Conversation],
         tokenizer: Any,
-        eos_ids: set[int],
+        eos_ids: Collection[int],
         window: int,
         max_prompt_tokens: int,
         rng: random.Random,
@@ -139,4 +165,4 @@ class PromptQueue:
         return Job(conversation, ids)
 
 
-__all__ = ["WINDOW_PER_SLOT", "Conversation", "Job", "PromptQueue", "unanswered"]
+__all__ = ["WINDOW_PER_SLOT", "Answered", "Conversation", "Job", "PromptQueue", "prompt_hash", "unanswered"]

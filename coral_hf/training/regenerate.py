@@ -12,46 +12,32 @@ The output is append-only JSONL, one whole line per answered turn, so a killed r
 import json
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..origin import hub_commit
-from .prompt_queue import WINDOW_PER_SLOT, Conversation, Job, PromptQueue, unanswered
+from .prompt_queue import WINDOW_PER_SLOT, Answered, Conversation, Job, PromptQueue, prompt_hash, unanswered
 from .response_files import AnswerWriter, exclusive, iter_prompts, iter_responses, write_shards
+from .response_masks import eos_ids_of
+from .response_origin import Origin, check_same_run
 from .slot_cache import SlotCache
 
 
 __all__ = ["iter_prompts", "iter_responses", "regenerate", "write_shards"]
 
 
-def _read_answers(output: Path, temperature: float, revision: str | None) -> dict[str, dict[int, list[int]]]:
-    """Answers on file by id and turn; refuses a file that was written at another temperature, or by another revision."""
-    answers: dict[str, dict[int, list[int]]] = {}
+def _ids_on_file(output: Path, temperature: float, origin: Origin) -> dict[str, dict[int, Answered]]:
+    """Answers on file by id and turn; refuses a file that was written at another temperature, or by another target."""
+    answers: dict[str, dict[int, Answered]] = {}
     if not output.exists():
         return answers
     for row in iter_responses(output):
-        if row.get("temperature", 0.0) != temperature:
-            raise ValueError(
-                f"{output} holds responses at temperature {row.get('temperature', 0.0)}, this run has {temperature}; "
-                "give another output file."
-            )
-        found = row.get("target_revision")
-        if found is not None and revision is not None and found != revision:
-            raise ValueError(
-                f"{output} holds responses of the target at revision {found}, this run has {revision}; give another output "
-                f"file, or go on with --target_revision {found}."
-            )
-        answers.setdefault(row["id"], {})[row["turn"]] = row["response_ids"]
+        check_same_run(row, str(output), temperature, origin)
+        answers.setdefault(row["id"], {})[row["turn"]] = Answered(row["response_ids"], row.get("prompt_hash"))
     return answers
-
-
-def _eos_ids(target: PreTrainedModel) -> set[int]:
-    eos = target.generation_config.eos_token_id
-    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
 
 class _Sampler:
@@ -98,8 +84,9 @@ def regenerate(
         prompts (`Iterable[dict]`):
             Rows `{"id", "turns"}`, with a `system` text or without, as from [`iter_prompts`].
         output (`str` or `os.PathLike`):
-            JSONL file; a row is `{"id", "turn", "prompt_ids", "response_ids"}`, and `"temperature"` if sampled,
-            `"target_revision"` (its commit) if the target is of the Hub.
+            JSONL file; a row is `{"id", "turn", "prompt_ids", "response_ids"}`, `"temperature"` if sampled, a
+            `"prompt_hash"` of the texts, and the target: `"target"` (name), `"target_revision"` (commit, if it is of the
+            Hub) and `"target_weights"` (a hash of a sample).
             `prompt_ids` is the whole context up to the generation prompt, `response_ids` ends with EOS if it came.
         max_new_tokens (`int`, defaults to 512):
             Longest response.
@@ -125,7 +112,7 @@ def regenerate(
 
     Raises:
         ValueError: on settings out of range, duplicate ids, a target with layers that cannot be batched this way, or
-            an `output` that holds other rows or is being written by another process.
+            an `output` that holds other rows, or those of another target, or is being written by another process.
     """
     positions = getattr(target.config.get_text_config(), "max_position_embeddings", None) or 2**20
     if max_prompt_tokens is None:
@@ -146,11 +133,11 @@ def regenerate(
     if target.training:
         raise ValueError("the target is in training mode, where dropout changes its answers; call target.eval().")
 
-    output, eos_ids, excluded = Path(output), _eos_ids(target), set(exclude)
-    revision = hub_commit(target.config)
+    output, eos_ids, excluded = Path(output), eos_ids_of(target), set(exclude)
+    origin = Origin.of(target)
     cache = SlotCache(target, slots, max_prompt_tokens + max_new_tokens)
     with exclusive(output):
-        on_file = _read_answers(output, temperature, revision)
+        on_file = _ids_on_file(output, temperature, origin)
         n_resumed = sum(len(answers) for answers in on_file.values())
         conversations, n_excluded = unanswered(prompts, on_file, excluded, max_turns)
         # The order is the seed's; the draws of a resumed run are not those that are on file already.
@@ -158,8 +145,8 @@ def regenerate(
             conversations, tokenizer, eos_ids, slots * WINDOW_PER_SLOT, max_prompt_tokens, random.Random(seed)
         )
         sampler = _Sampler(temperature, seed + 1_000_003 * n_resumed, target.device)
-        origin = {"temperature": temperature or None, "target_revision": revision}
-        writer = _Writer(output, queue, origin, conversations, progress)
+        common = {**({"temperature": temperature} if temperature else {}), **origin.columns}
+        writer = _TurnWriter(output, queue, common, conversations, progress)
         try:
             _decode(cache, queue, sampler, writer, eos_ids, max_new_tokens)
         finally:
@@ -173,24 +160,26 @@ def regenerate(
     }
 
 
-class _Writer(AnswerWriter):
+class _TurnWriter(AnswerWriter):
     """Writes finished turns line by line and queues the turns that follow them."""
 
     def __init__(
         self,
         output: Path,
         queue: PromptQueue,
-        origin: dict[str, Any],
+        common: dict[str, Any],
         conversations: list[Conversation],
         progress: bool,
     ):
         super().__init__(output, conversations, progress, ("n_prompt_tokens",))
         self.queue = queue
-        self.origin = {name: value for name, value in origin.items() if value is not None}
+        self.common = common
 
     def write(self, job: Job) -> None:
         conversation = job.conversation
-        row: dict[str, Any] = {"id": conversation.id, "turn": len(conversation.answers), **self.origin}
+        turn = len(conversation.answers)
+        row: dict[str, Any] = {"id": conversation.id, "turn": turn, **self.common}
+        row["prompt_hash"] = prompt_hash(conversation.system, conversation.turns[: turn + 1])
         row |= {"prompt_ids": job.prompt_ids, "response_ids": job.response_ids}
         self.append(json.dumps(row, separators=(",", ":")))
         self.counts["n_prompt_tokens"] += len(job.prompt_ids)
@@ -203,7 +192,12 @@ class _Writer(AnswerWriter):
 
 @torch.inference_mode()
 def _decode(
-    cache: SlotCache, queue: PromptQueue, sampler: _Sampler, writer: _Writer, eos_ids: set[int], max_new_tokens: int
+    cache: SlotCache,
+    queue: PromptQueue,
+    sampler: _Sampler,
+    writer: _TurnWriter,
+    eos_ids: Collection[int],
+    max_new_tokens: int,
 ) -> None:
     """The loop: fill the free slots, step all, free the finished ones."""
     cache.share_prefix(queue.common_prefix())

@@ -1,10 +1,10 @@
 """The files around regeneration: prompts in, response rows out (JSONL while it runs, Parquet shards to keep)."""
 
+import contextlib
 import os
 import struct
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..jsonl import read_jsonl
 from ..prompt_rows import read_prompt_row
 from .prompt_queue import Conversation
+from .response_origin import COLUMNS, Origin
 from .sources import iter_source
 
 
@@ -80,7 +81,10 @@ def _checked_response(row: dict[str, Any], where: str) -> dict[str, Any]:
     return row
 
 
-@contextmanager
+_OPTIONAL = (*COLUMNS, "prompt_hash")  # columns of shards whose rows have them
+
+
+@contextlib.contextmanager
 def exclusive(output: Path) -> Iterator[None]:
     """Holds `output` for this process alone, a last line that a kill cut off removed.
 
@@ -108,15 +112,27 @@ class AnswerWriter:
     """
 
     def __init__(self, output: Path, conversations: list[Conversation], progress: bool, counted: Iterable[str] = ()):
-        self.file = output.open("a", encoding="utf-8")
+        self.output, self.file, self.failed = output, output.open("a", encoding="utf-8"), False
         self.n_turns = sum(len(item.turns) - len(item.answers) for item in conversations)
         self.bar = tqdm(total=self.n_turns, unit="turn", desc="regenerate", disable=not progress, smoothing=0.02)
         self.counts = dict.fromkeys(("n_responses", "n_response_tokens", *counted), 0)
         self.started = time.perf_counter()
 
     def append(self, line: str) -> None:
-        self.file.write(line + "\n")
-        self.file.flush()
+        """Writes a line.
+
+        Raises:
+            OSError: if the disk does not take it; the lines before it are kept.
+        """
+        try:
+            self.file.write(line + "\n")
+            self.file.flush()
+        except OSError as error:
+            self.failed = True
+            raise OSError(
+                f"{self.output} could not be written ({error}). Free the disk and run the same command again: it goes on from the "
+                "answers that are on file."
+            ) from error
 
     def count_answer(self, n_tokens: int) -> None:
         """One more answer, of so many tokens."""
@@ -132,7 +148,9 @@ class AnswerWriter:
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
+        # what a full disk did not take is written, in vain, once more
+        with contextlib.suppress(*([OSError] if self.failed else [])):
+            self.file.close()
 
 
 def drop_incomplete_line(path: Path) -> None:
@@ -175,7 +193,8 @@ def write_shards(
         `list[Path]`: the shards written; none where all answers are packed already.
 
     Raises:
-        ValueError: on a malformed row, without any row, or if a shard in the directory is damaged.
+        ValueError: on a malformed row, without any row, or if a shard in the directory is damaged or holds answers of
+            another target.
         ImportError: if pyarrow is missing.
     """
     try:
@@ -194,7 +213,18 @@ def write_shards(
         raise ValueError(f"{source} no rows to write; make some with `coral-hf regenerate`.")
     directory = Path(directory)
     shards = sorted(directory.glob("responses-[0-9]*.parquet"))
-    packed = {key for shard in shards for key in _packed_answers(shard)}
+    packed: set[tuple[str, int, float]] = set()
+    optional = sorted({name for row in rows for name in _OPTIONAL if row.get(name) is not None}, key=_OPTIONAL.index)
+    ours = {Origin.read(row) for row in rows}
+    for shard in shards:
+        keys, columns, origins = _packed_answers(shard)
+        packed.update(keys)
+        if shard == shards[0]:  # the columns of all shards of a folder are the same, or `datasets` reads none of them
+            optional = [name for name in _OPTIONAL if name in columns]
+        for other, one in ((other, one) for other in origins for one in ours if other.contradicts(one)):
+            raise ValueError(
+                f"{shard} holds answers of {other}, and {source} those of {one}: pack them into another folder."
+            )
     rows = [row for row in rows if _answer_key(row) not in packed]
     if not rows:
         return []
@@ -205,6 +235,7 @@ def write_shards(
             ("id", pyarrow.string()),
             ("turn", pyarrow.int32()),
             ("temperature", pyarrow.float32()),  # 0: greedy
+            *((name, pyarrow.string()) for name in optional),
             ("prompt_ids", ids_type),
             ("response_ids", ids_type),
         ]
@@ -220,7 +251,9 @@ def write_shards(
             partial.append((beside, final))
             chunk = [{"temperature": 0.0, **row} for row in rows[start : start + rows_per_shard]]
             table = pyarrow.Table.from_pylist(chunk, schema=schema)
-            pyarrow.parquet.write_table(table, beside, compression="zstd", compression_level=19, use_dictionary=["id"])
+            pyarrow.parquet.write_table(
+                table, beside, compression="zstd", compression_level=19, use_dictionary=["id", *COLUMNS]
+            )
         for beside, final in partial:
             os.replace(beside, final)
     finally:
@@ -235,14 +268,17 @@ def _answer_key(row: dict[str, Any]) -> tuple[str, int, float]:
     return row["id"], row.get("turn") or 0, temperature
 
 
-def _packed_answers(shard: Path) -> list[tuple[str, int, float]]:
+def _packed_answers(shard: Path) -> tuple[list[tuple[str, int, float]], list[str], set[Origin]]:
+    """What a shard answers, its columns, and whose answers they are."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(shard) as file:
-            rows = file.read(columns=["id", "turn", "temperature"]).to_pylist()
-        return [_answer_key(row) for row in rows]
+            columns = file.schema_arrow.names
+            named = [name for name in COLUMNS if name in columns]
+            rows = file.read(columns=["id", "turn", "temperature", *named]).to_pylist()
+        return [_answer_key(row) for row in rows], columns, {Origin.read(row) for row in rows}
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(

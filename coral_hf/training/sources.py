@@ -1,14 +1,14 @@
 """Rows of files, folders and data sets: one reader for all that `datasets` and JSONL hold."""
 
-import itertools
+import copy
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..jsonl import read_jsonl
-from .conversations import SCHEMAS, schema_of
+from .conversations import SCHEMAS, chat_of, listed, schema_of
 
 
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
@@ -37,25 +37,33 @@ class RowStream:
 
     Args:
         paths, split: see [`read_rows`].
-        skip (`int`): rows left out at the start.
         streaming (`bool`): read data sets of the Hub over the network instead of fetching them first.
     """
 
-    def __init__(
-        self, paths: str | Path | Sequence[str | Path], split: str = "train", skip: int = 0, streaming: bool = True
-    ):
+    def __init__(self, paths: str | Path | Sequence[str | Path], split: str = "train", streaming: bool = True):
         self.paths = [paths] if isinstance(paths, str | Path) else list(paths)
-        self.split, self.skip, self.streaming = split, skip, streaming
+        self.split, self.streaming = split, streaming
+        self._left_out: Container[str] = ()
+        self._key_of: Callable[[dict[str, Any]], str] | None = None
+
+    def without(self, keys: Container[str], key_of: Callable[[dict[str, Any]], str]) -> "RowStream":
+        """The same stream without the rows whose key is one of `keys`."""
+        rest = copy.copy(self)
+        rest._left_out, rest._key_of = keys, key_of
+        return rest
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return itertools.islice(self._rows(), self.skip, None)
+        key_of = self._key_of
+        return (row for row in self._rows() if key_of is None or key_of(row) not in self._left_out)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         first: tuple[str, str] | None = None
         for path in self.paths:
             for where, row in iter_source(path, self.split, self.streaming):
-                schema = schema_of(row, where)
+                schema, row = schema_of(row, where), listed(row)
                 first = first or (schema, where)
+                if schema in ("messages", "text"):
+                    chat_of(row, schema, where)  # here the line is known
                 if schema != first[0]:
                     raise ValueError(
                         f"{where} has the columns of schema {schema!r}, but {first[1]} has those of {first[0]!r}. "

@@ -96,10 +96,12 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             check_packing(self.adapter)
         positions = getattr(self.adapter.text_config, "max_position_embeddings", None)
         eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        eval_sets = {name: encode_dataset(rows, processing_class, args) for name, rows in eval_sets.items()}
+        eval_sets = {
+            name: encode_dataset(rows, processing_class, args, target_model) for name, rows in eval_sets.items()
+        }
         eval_dataset = eval_sets if isinstance(eval_dataset, dict) else eval_sets[""]
         conversations, train_dataset = encode_training_dataset(
-            train_dataset, processing_class, args, self.adapter.vocab_size, positions
+            train_dataset, processing_class, args, self.adapter.vocab_size, positions, target_model
         )
         for dataset in (conversations, *eval_sets.values()):
             check_ids(dataset, self.adapter.vocab_size)

@@ -7,14 +7,25 @@ from transformers.trainer_utils import has_length
 from .arguments import CoralTrainingArguments
 from .data import ConversationDataset
 from .packing import PackedConversations
+from .response_masks import eos_ids_of
+from .response_origin import Origin, WatchedRows
 from .streaming import StreamedConversations
 
 
-def encode_dataset(rows: Any, tokenizer: Any, args: CoralTrainingArguments) -> ConversationDataset | None:
-    """Rows, or a data set of conversations, as a data set; the first process says how many were cut or left out."""
+def encode_dataset(
+    rows: Any, tokenizer: Any, args: CoralTrainingArguments, target: Any = None
+) -> ConversationDataset | None:
+    """Rows, or a data set of conversations, as a data set; the first process says what was cut, left out or of another target.
+
+    Args:
+        rows, tokenizer, args: of the trainer.
+        target (`PreTrainedModel`, *optional*): whose answers the rows should hold.
+    """
     if rows is None or isinstance(rows, ConversationDataset):
         return rows
-    encoded = ConversationDataset(rows, tokenizer, args.max_length)
+    if (origin := _origin(target, args)) is not None:
+        rows = WatchedRows(rows, origin)
+    encoded = ConversationDataset(rows, tokenizer, args.max_length, _eos_ids(target))
     if (encoded.truncated or encoded.dropped) and args.process_index == 0:
         print(
             f"{encoded.truncated} conversations cut at max_length={args.max_length}; {encoded.dropped} left out, "
@@ -24,7 +35,12 @@ def encode_dataset(rows: Any, tokenizer: Any, args: CoralTrainingArguments) -> C
 
 
 def encode_training_dataset(
-    rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size: int, positions: int | None = None
+    rows: Any,
+    tokenizer: Any,
+    args: CoralTrainingArguments,
+    vocab_size: int,
+    positions: int | None = None,
+    target: Any = None,
 ) -> tuple[ConversationDataset | None, Any]:
     """Training rows as conversations (None for a stream) and as what batches are made of, packed or streamed.
 
@@ -32,8 +48,8 @@ def encode_training_dataset(
         ValueError: on settings that a stream cannot serve.
     """
     if rows is not None and not has_length(rows):
-        return None, _stream(rows, tokenizer, args, vocab_size, positions)
-    conversations = encode_dataset(rows, tokenizer, args)
+        return None, _stream(rows, tokenizer, args, vocab_size, positions, target)
+    conversations = encode_dataset(rows, tokenizer, args, target)
     if conversations is None or not args.packing:
         return conversations, conversations
     packed = PackedConversations(conversations, args.max_length)
@@ -45,7 +61,12 @@ def encode_training_dataset(
 
 
 def _stream(
-    rows: Any, tokenizer: Any, args: CoralTrainingArguments, vocab_size: int, positions: int | None
+    rows: Any,
+    tokenizer: Any,
+    args: CoralTrainingArguments,
+    vocab_size: int,
+    positions: int | None,
+    target: Any,
 ) -> StreamedConversations:
     refused = {
         "cache_features": (args.cache_features, "its features are computed once, for rows that are known"),
@@ -67,7 +88,18 @@ def _stream(
         buffer_size=args.stream_buffer_size,
         packing=args.packing,
         positions=positions,
+        eos_ids=_eos_ids(target),
+        origin=_origin(target, args),
     )
+
+
+def _eos_ids(target: Any) -> frozenset[int]:
+    return frozenset() if target is None else eos_ids_of(target)
+
+
+def _origin(target: Any, args: CoralTrainingArguments) -> Origin | None:
+    """The target to compare rows with: the first process tells for all."""
+    return None if target is None or args.process_index else Origin.of(target)
 
 
 def first_item(dataset: Any) -> dict[str, Any]:
