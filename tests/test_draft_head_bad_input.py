@@ -84,6 +84,15 @@ def test_bad_settings_without_a_router(settings, message, prompt):
         coral_generate(target, make_drafter(target), input_ids=prompt, max_new_tokens=4, **settings)
 
 
+@pytest.mark.parametrize("head", ["shortlist", "router", "both"])
+def test_a_head_of_the_drafters_own_is_no_choice_of_the_targets_rows(head):
+    target = make_target()
+    drafter = make_drafter(target, draft_vocab_size=20)
+    with pytest.raises(ValueError, match=rf"draft_head='{head}' .* own \(draft_vocab_size=20\): leave draft_head out"):
+        DraftSettings(draft_head=head).draft_head_of(drafter, TargetAdapter(target))
+    DraftSettings(draft_head="full").draft_head_of(drafter, TargetAdapter(target))
+
+
 def test_bad_settings_with_a_router():
     target = make_target()
     drafter = make_drafter(target)

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_drafter, make_target
+from conftest import make_drafter, make_target, make_tokenizer
 from parity import STOCK, TREES, compare, config_of, prompt_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from coral_hf import coral_generate
+from coral_hf import CoralDraftModel, coral_generate
 from coral_hf.compat import cache_kwarg, cache_of, default_generation_settings
+from coral_hf.configuration_coral import check_vocabulary
 from coral_hf.generation import hook
 
 
@@ -73,6 +74,21 @@ def test_an_active_alora_is_refused(target, tree):
         compare(wrapped, drafter, ids, TREES[tree])
     wrapped.set_adapter("ordinary")
     compare(wrapped, drafter, ids, TREES[tree])
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(target, monkeypatch):
+    """Given for stop strings; its vocabulary is hashed once, and again when it has grown."""
+    tokenizer = make_tokenizer()
+    drafter = CoralDraftModel.from_target(target, tokenizer).double()
+    hashed = []
+    monkeypatch.setattr(hook, "check_vocabulary", lambda *args: hashed.append(1) or check_vocabulary(*args))
+    call = {"max_new_tokens": 5, "assistant_model": drafter, "tokenizer": tokenizer, "stop_strings": ["zz"]}
+    for _ in range(3):
+        target.generate(prompt_of(5), **call)
+    assert len(hashed) == 1
+    tokenizer.add_tokens(["another"])
+    with pytest.raises(ValueError, match=r"vocabulary hash .* is not the drafter's"):
+        target.generate(prompt_of(5), **call)
 
 
 def test_a_drafter_in_parts_is_refused(target):

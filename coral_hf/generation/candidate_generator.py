@@ -72,7 +72,8 @@ class CoralCandidateGenerator(CandidateGenerator):
         self._device, self._dtype = parameter.device, parameter.dtype
         scratch = settings.draft_depth * settings.draft_top_k
         self.cache = DraftKeyValues(drafter.config, min(max_length, 4096) + scratch + 1, self._dtype, self._device)
-        self._last_draft_depth: int | None = None
+        # of the stock loop's last draft, which its verification is counted for; None until it has drafted
+        self._unverified_depth: int | None = None
 
     # Drafting --------------------------------------------------------------------------------------------------
 
@@ -227,18 +228,18 @@ class CoralCandidateGenerator(CandidateGenerator):
         if is_first_iteration or model_outputs is None:
             return input_ids, None
         hidden_states = model_outputs.hidden_states
-        # After the prefill every row is new; later the first n_last_matches + 1 are, the others were rejected.
-        after_prefill = self._last_draft_depth is None
-        count = hidden_states[-1].shape[1] if after_prefill else int(n_last_matches) + 1
+        # Of the prefill every row is new; later the first n_last_matches + 1 are, the others were rejected.
+        of_prefill = self._unverified_depth is None
+        count = hidden_states[-1].shape[1] if of_prefill else int(n_last_matches) + 1
         features = self.features_of(tuple(state[:, :count] for state in hidden_states))
         tree = self.propose(input_ids, features, max_depth=self.max_length - input_ids.shape[1] - 1)
-        self._last_draft_depth = tree.num_nodes - 1
+        self._unverified_depth = tree.num_nodes - 1
         return torch.cat([input_ids[:, :-1], tree.tokens.to(input_ids.device)], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """Records what the stock loop's last verification accepted."""
-        if self._last_draft_depth is not None:
-            self.stats.add_step(self._last_draft_depth, int(num_matches))
+        if self._unverified_depth is not None:
+            self.stats.add_step(self._unverified_depth, int(num_matches))
 
 
 def padding_of(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> int:

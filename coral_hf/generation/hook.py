@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import os
+import weakref
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from ..compat import CACHE_NAME, cache_of, default_generation_settings
+from ..configuration_coral import check_vocabulary
 from ..few_rows import few_row_linears
 from ..target_adapter import TargetAdapter
 from .call_checks import check_call
@@ -50,6 +52,8 @@ _WITHOUT_EFFECT = {
     "speculation_type": _OTHER_DRAFTS,
     "dola_layers": _OTHER_DRAFTS,
 }
+# Tokenizers that calls were given, held weakly: their sizes and the drafters' hashes that were found equal.
+_known_vocabularies: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _MARK = "_coral_hf_original"
 _problem: str | None = None
 
@@ -87,6 +91,15 @@ def _check_whole(drafter: Any) -> None:
             "Weights of the drafter are offloaded (on the meta device), but every draft step needs them all: load it without "
             'device_map, or with one device in it (device_map={"": 0}).'
         )
+
+
+def _check_tokenizer(drafter: Any, tokenizer: Any) -> None:
+    """[`check_vocabulary`], once for each: hashing a vocabulary takes as long as several steps."""
+    known = _known_vocabularies.setdefault(tokenizer, set())
+    pair = len(tokenizer), drafter.config.target_vocab_hash
+    if pair not in known:
+        check_vocabulary(drafter.config, tokenizer)
+        known.add(pair)
 
 
 def install() -> None:
@@ -173,6 +186,8 @@ def _wrap_validation(original):
                 )
             # Transformers would ask for two tokenizers where the vocabularies differ.
             TargetAdapter(self).check_drafter(drafter.config)
+            if (tokenizer := generation_mode_kwargs.get("tokenizer")) is not None:  # given for stop strings
+                _check_tokenizer(drafter, tokenizer)
             # There is one vocabulary. `pipeline` asks for a second tokenizer where special ids differ, and Transformers
             # then refuses it.
             generation_mode_kwargs.pop("assistant_tokenizer", None)

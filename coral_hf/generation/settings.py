@@ -85,6 +85,11 @@ class DraftSettings:
         """
         router, shortlist = getattr(drafter, "router", None), getattr(drafter, "shortlist", None)
         own_head = getattr(drafter, "draft_head", None)
+        if own_head is not None and self.draft_head not in (None, "full"):
+            raise ValueError(
+                f"draft_head={self.draft_head!r} chooses rows of the target's LM head, but this drafter has a head of its own "
+                f"(draft_vocab_size={drafter.config.draft_vocab_size}): leave draft_head out."
+            )
         if self.draft_head in ("router", "both") and router is None:
             raise ValueError(
                 f"draft_head={self.draft_head!r}, but this drafter has no router; train one with "
