@@ -20,7 +20,7 @@ from transformers.trainer_utils import HPSearchBackend
 
 from coral_hf import CoralDraftModel
 from coral_hf.training import checkpoints
-from coral_hf.training.checkpoints import PARTIAL_FOLDER, LengthGroupedSampler
+from coral_hf.training.checkpoints import PARTIAL_FOLDER, LengthGroupedSampler, checkpoint_bytes
 from coral_hf.training.trainer import CoralTrainer
 
 
@@ -328,6 +328,30 @@ def test_a_full_disk_is_said_before_and_while_writing(trained, monkeypatch):
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OSError, match=r"has 0 MiB free; a checkpoint needs .* the last checkpoint is .*checkpoint-2"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_only_what_is_saved_needs_space(tmp_path, monkeypatch):
+    settings = {**SETTINGS, "max_steps": 2}
+    usage, target = shutil.disk_usage(tmp_path), make_target(dtype=torch.float32)
+    size = checkpoint_bytes(quick_drafter(target), weights_only=True)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=size))
+    with pytest.raises(OSError, match="a checkpoint needs"):
+        make_trainer(tmp_path, target, rows=random_rows(16), **settings).train()
+    make_trainer(tmp_path, target, rows=random_rows(16), save_only_model=True, **settings).train()
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
+
+
+def test_a_drafter_that_cannot_be_saved_is_not_lost(trained, tmp_path_factory):
+    target, folder, settings = trained
+    trainer = make_trainer(folder, target, rows=random_rows(16), **settings)
+    trainer.train()
+    (folder / "model.safetensors").mkdir()
+    message = r"could not be written into .*; the last checkpoint is .*checkpoint-2\. .*save_model\(another_folder\)"
+    with pytest.raises(OSError, match=message):
+        trainer.save_model()
+    other = tmp_path_factory.mktemp("other")
+    trainer.save_model(str(other))
+    assert_same_weights(weights(trainer.model), weights(CoralDraftModel.from_pretrained(other)), rtol=0, atol=0)
 
 
 def test_a_failure_that_is_no_write_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):

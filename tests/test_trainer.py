@@ -50,6 +50,7 @@ def test_schedule_switches_in_the_middle(tmp_path):
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [("classification_3" in entry) for entry in steps] == [False] * 4 + [True] * 4
     assert [("csra" in entry) for entry in steps] == [False] * 4 + [True] * 4
+    assert [entry["rollout_steps"] for entry in steps] == [1] * 4 + [3] * 4
 
 
 def test_bf16_and_every_option_at_once(tmp_path):
@@ -157,6 +158,27 @@ def test_the_loss_is_the_sum_written_out(tmp_path):
     # as one part of an accumulated batch of 20 tokens
     part = trainer.compute_loss(drafter, batch, num_items_in_batch=torch.tensor(20))
     torch.testing.assert_close(part, expected * count / 20, rtol=1e-7, atol=1e-7)
+
+
+def test_the_logged_loss_is_what_is_optimised(tmp_path):
+    """The top-K term, whose gradient comes with the classification loss's, too."""
+    results = []
+    for weight in (0.0, 50.0):
+        target = make_target()
+        trainer = make_trainer(tmp_path, target, preset="hass", rollout_schedule="3", topk_loss_weight=weight)
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+        loss = trainer.compute_loss(trainer.model.train(), batch)
+        results.append(loss.item())
+    sums = trainer._metrics._sums  # mean times rows, and rows
+    terms = sum(sums[f"topk_{step}"][0] for step in (1, 2, 3)) / sums["topk_1"][1]
+    assert terms > 1 and results[1] == pytest.approx(results[0] + 50 * terms.item(), rel=1e-6)
+
+
+def test_acceptance_among_sampled_tokens_has_another_name(tmp_path):
+    trainer = make_trainer(tmp_path, make_target(), loss_vocab_size=8, loss_negatives=4, max_steps=2)
+    trainer.train()
+    assert logged(trainer, "acceptance_1_sampled")
+    assert not logged(trainer, "acceptance_1") and not logged(trainer, "acceptance_length")
 
 
 @pytest.mark.parametrize("rollout_schedule", ["1", "3"])

@@ -16,6 +16,7 @@ from coral_hf.cli import main
 from coral_hf.commands import loading
 from coral_hf.training import arguments, unused_settings
 from coral_hf.training.arguments import CoralTrainingArguments, parse_schedule
+from coral_hf.training.data import ConversationDataset
 from coral_hf.training.losses import default_chunk_size
 from coral_hf.training.publishing import recipe
 from coral_hf.training.response_origin import Origin
@@ -262,7 +263,9 @@ def test_conversations_past_the_targets_positions_are_refused(tmp_path):
     for given in ({"rows": [long]}, {"eval_dataset": [long]}, {"rows": RowStreamOf([long]), "max_steps": 1}):
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, target, **given).train()
-    make_trainer(tmp_path, target, rows=[long], max_length=512)
+    trainer = make_trainer(tmp_path, target, rows=[long], max_length=512)
+    with pytest.raises(ValueError, match=message):
+        trainer.evaluate(ConversationDataset([long]))
 
 
 class RowStreamOf:

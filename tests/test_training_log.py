@@ -57,6 +57,15 @@ def test_the_log_shows_every_rollout_step_and_reports_it(tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
 
 
+def test_a_picture_that_cannot_be_written_ends_no_training(tmp_path, caplog):
+    pytest.importorskip("matplotlib")
+    trainer = make_trainer(tmp_path, make_target(dtype=torch.float32), max_steps=2, learning_curve=True)
+    (tmp_path / CURVE_FILE).mkdir(parents=True)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert [record for record in caplog.records if "the training goes on" in record.getMessage()]
+
+
 def test_the_curves_points(tmp_path):
     history = [
         {"step": 1, "acceptance_1": 0.5, "acceptance_length": 1.5, "classification_1": 3.0},

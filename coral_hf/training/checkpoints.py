@@ -110,7 +110,7 @@ class CheckpointMixin(Trainer):
             if isinstance(error, RuntimeError) and not any(part in str(error) for part in _TORCH_WRITING):
                 raise
             raise OSError(
-                f"{final} could not be written ({str(error).splitlines()[0]}); {_last(run)}. Free or change the disk "
+                f"{final} could not be written ({str(error).splitlines()[0]}); {last_checkpoint(run)}. Free or change the disk "
                 "(--output_dir), then go on with --resume_from_checkpoint last."
             ) from error
         finally:
@@ -140,14 +140,14 @@ class CheckpointMixin(Trainer):
             self.state.save_to_json(str(staging / name / STATE_FILE))
 
     def _check_space(self, folder: Path) -> None:
-        """Raises `OSError` unless one more checkpoint (weights and AdamW's two moments) fits on the disk."""
-        needed = checkpoint_bytes(self.model)
+        """Raises `OSError` unless one more checkpoint fits on the disk."""
+        needed = checkpoint_bytes(self.model, self.args.save_only_model)
         place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
         free = shutil.disk_usage(place).free
         if needed > free:
             raise OSError(
                 f"{folder} has {free / 2**20:,.0f} MiB free; a checkpoint needs {needed / 2**20:,.0f} MiB; "
-                f"{_last(folder)}. Free or change the disk (--output_dir), or lower --save_total_limit."
+                f"{last_checkpoint(folder)}. Free or change the disk (--output_dir), or lower --save_total_limit."
             )
 
     # Resuming --------------------------------------------------------------------------------------------------
@@ -187,11 +187,11 @@ class CheckpointMixin(Trainer):
         output = Path(self.args.output_dir)
         if given is not True and str(given).lower() not in ("true", "last"):
             if not Path(given).is_dir():
-                raise ValueError(f"resume_from_checkpoint={str(given)!r} is no folder; {_last(output)}.")
+                raise ValueError(f"resume_from_checkpoint={str(given)!r} is no folder; {last_checkpoint(output)}.")
             return Path(given)
         found = get_last_checkpoint(output) if output.is_dir() else None
         if found is None:
-            raise ValueError(f"resume_from_checkpoint={given}: {_last(output)}. Leave it out to start anew.")
+            raise ValueError(f"resume_from_checkpoint={given}: {last_checkpoint(output)}. Leave it out to start anew.")
         return Path(found)
 
     def check_checkpoint(self, folder: str | Path) -> None:
@@ -306,11 +306,12 @@ def fingerprint(dataset: Any) -> str | None:
     return digest.hexdigest()
 
 
-def checkpoint_bytes(model: nn.Module) -> int:
-    """Size of a checkpoint: all weights, and two moments of each trained one."""
+def checkpoint_bytes(model: nn.Module, weights_only: bool = False) -> int:
+    """Size of a checkpoint: all weights and, unless they are saved alone, AdamW's two moments of each trained one."""
     size = 0
     for parameter in model.parameters():
-        size += parameter.numel() * parameter.element_size() * (3 if parameter.requires_grad else 1)
+        copies = 3 if parameter.requires_grad and not weights_only else 1
+        size += parameter.numel() * parameter.element_size() * copies
     return size + (1 << 16)
 
 
@@ -322,9 +323,17 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         raise ValueError(f"{path} is damaged ({error}); resume from an older checkpoint.") from error
 
 
-def _last(folder: Path) -> str:
+def last_checkpoint(folder: Path) -> str:
+    """Says which checkpoint of a folder is the last, for a message."""
     saved = get_last_checkpoint(folder) if folder.is_dir() else None
     return f"{folder} holds no checkpoint" if saved is None else f"the last checkpoint is {saved}"
 
 
-__all__ = ["PROGRESS_FILE", "CheckpointMixin", "LengthGroupedSampler", "checkpoint_bytes", "fingerprint"]
+__all__ = [
+    "PROGRESS_FILE",
+    "CheckpointMixin",
+    "LengthGroupedSampler",
+    "checkpoint_bytes",
+    "fingerprint",
+    "last_checkpoint",
+]

@@ -1,12 +1,14 @@
 """The learning curve of a training, as a picture in its output folder."""
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 
+logger = logging.getLogger(__name__)
 CURVE_FILE = "learning_curve.png"
 
 
@@ -18,7 +20,13 @@ class DrawLearningCurve(TrainerCallback):
 
     def _draw(self, args: Any, state: Any) -> None:
         if self.available and state.is_world_process_zero and Path(args.output_dir).is_dir():
-            draw_learning_curve(state.log_history, Path(args.output_dir) / CURVE_FILE)
+            path = Path(args.output_dir) / CURVE_FILE
+            try:
+                draw_learning_curve(state.log_history, path)
+            except OSError as error:  # a picture is no reason to lose a training
+                logger.warning(
+                    "The learning curve could not be written to %s (%s); the training goes on.", path, error
+                )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._draw(args, state)

@@ -225,7 +225,7 @@ def measure_training(trainer: Any, epochs: float) -> TrainingEstimate:
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         target_parameters=count(trainer.target_model),
         memory={"peak": peak_memory(device)},
-        checkpoint_bytes=checkpoint_bytes(model),
+        checkpoint_bytes=checkpoint_bytes(model, trainer.args.save_only_model),
         feature_cache_bytes=2 * sum(lengths) * read,
         tokens=int(dataset.num_response_tokens * epochs),
         tokens_per_second=trainer.tokens_seen / clock.seconds,

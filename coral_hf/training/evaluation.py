@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import speed_metrics
 
-from .data import ConversationDataset, check_ids
+from .data import ConversationDataset, check_ids, check_lengths
 from .simulation import ChainStatistics
 from .training_rows import encode_dataset
 
@@ -65,6 +65,7 @@ class EvaluationMixin(Trainer):
         if dataset is None:
             raise ValueError("There is nothing to evaluate on: give an eval_dataset.")
         check_ids(dataset, self.adapter.vocab_size)
+        check_lengths(dataset, getattr(self.adapter.text_config, "max_position_embeddings", None))
         count, batch = len(dataset), self.args.eval_batch_size * self.args.world_size
         if self.args.world_size > 1:
             dataset = even_rows(dataset, batch)

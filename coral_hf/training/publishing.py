@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import Trainer, trainer
 from transformers.trainer_utils import has_length
 
@@ -17,6 +18,7 @@ from ..hub.publish import hub_errors, prepare_folder, require_token, strip_paths
 from ..hub.records import RECORD_FOLDER
 from ..origin import public_name
 from .adapters import is_peft, rebuild, save_merged
+from .checkpoints import last_checkpoint
 
 
 ARGUMENTS_FILE = "training_args.bin"
@@ -43,7 +45,14 @@ class PublishingMixin(Trainer):
         if _internal_call and folder != Path(self.args.output_dir):
             super().save_model(str(folder), _internal_call=True)  # of a checkpoint: what resuming needs
             return
-        self._save_drafter(folder)
+        try:
+            self._save_drafter(folder)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"The drafter could not be written into {folder} ({error}); {last_checkpoint(Path(self.args.output_dir))}. "
+                "Nothing of the training is lost while this process runs: free the disk and call save_model() again, or "
+                "save_model(another_folder). Afterwards, go on from a checkpoint (--resume_from_checkpoint last)."
+            ) from error
         if _internal_call:  # of `push_to_hub`, which adds card and record itself
             return
         if self.args.should_save:

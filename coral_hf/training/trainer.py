@@ -257,25 +257,29 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             top_k_weight=args.topk_loss_weight / max(args.classification_loss_weight, 1e-9),
             chunk_size=self._chunk_size,
         )
+        # an argmax among sampled tokens is the target's far more often than one over all
+        among = "" if token_ids is None else "_sampled"
         alive = trained
         for step, (rows, classification) in enumerate(zip(valid, result.loss, strict=True), start=1):
             here = chosen[step - 1]
             regression = regression_loss(hidden[step - 1].index_select(0, here), goals.index_select(0, here))
             step_loss = args.classification_loss_weight * classification + args.regression_loss_weight * regression
             row_count = rows.sum()
-            step_share = share * row_count / count.clamp(min=1)
-            total = total + args.step_decay ** (step - 1) * step_share * step_loss
             metrics[f"classification_{step}"] = classification, row_count
             metrics[f"regression_{step}"] = regression, row_count
             if args.topk_loss_weight:
+                # its gradient comes with that of the classification loss
+                step_loss = step_loss + args.topk_loss_weight * result.topk_loss[step - 1]
                 metrics[f"topk_{step}"] = result.topk_loss[step - 1], row_count
+            step_share = share * row_count / count.clamp(min=1)
+            total = total + args.step_decay ** (step - 1) * step_share * step_loss
             # Conditional acceptance: step k counts where the chain before it was accepted.
             match = torch.zeros_like(trained).flatten()
             match[places] = result.match[step - 1]
             match = match.view_as(trained)
             reached = trained & outputs.valid[step - 1] & (alive if step == 1 else alive.roll(1, dims=1))
             alive = reached & match
-            metrics[f"acceptance_{step}"] = alive.sum() / reached.sum().clamp(min=1), reached.sum()
+            metrics[f"acceptance_{step}{among}"] = alive.sum() / reached.sum().clamp(min=1), reached.sum()
         if args.csra_weight and num_steps > 1:
             contrast = csra_loss(
                 hidden,
@@ -306,7 +310,8 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             means = self._metrics.drain(self.accelerator)
             length = chain_length(means)
             logs = {**logs, **means} if length is None else {**logs, **means, "acceptance_length": length}
-            logs["rollout_steps"] = self.args.rollout_steps_at(self.state.global_step / max(self.state.max_steps, 1))
+            last = max(self.state.global_step - 1, 0)  # the step that was made, not the next
+            logs["rollout_steps"] = self.args.rollout_steps_at(last / max(self.state.max_steps, 1))
             logs["response_tokens"] = self.tokens_seen
         super().log(logs, *args, **kwargs)
 
