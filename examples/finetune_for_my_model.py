@@ -7,19 +7,18 @@ python examples/finetune_for_my_model.py --target my/fine-tune --data responses.
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
 from coral_hf import CoralDraftModel, demo
+from coral_hf.commands.loading import TargetOptions, resolve_dtype
 from coral_hf.commands.outputs import check_output_folder
 from coral_hf.commands.scripts import run_script
-from coral_hf.hardware import native_bfloat16
 from coral_hf.training import CoralTrainer, CoralTrainingArguments, hold_out, read_rows
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(TargetOptions):
     data: list[str] = field(metadata={"help": "Responses of the fine-tuned target."})
-    target: str = field(default="demo", metadata={"help": "Path or Hub id of the fine-tuned target, or 'demo'."})
     drafter: str = field(default="demo", metadata={"help": "Drafter of the original target, or 'demo'."})
     eval_rows: int | None = field(
         default=None, metadata={"help": "Rows held out for evaluation (default: 64, at most a tenth)."}
@@ -30,12 +29,8 @@ class ScriptArguments:
 def main() -> None:
     script, args = HfArgumentParser((ScriptArguments, CoralTrainingArguments)).parse_args_into_dataclasses()
     check_output_folder(args.output_dir, "output_dir")
-    dtype = "bfloat16" if native_bfloat16() else "float32"
-    if script.target == "demo":
-        target, tokenizer = demo.load_target(dtype)
-    else:
-        target = AutoModelForCausalLM.from_pretrained(script.target, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(script.target)
+    # on the CPU: the trainer moves it to each process's device
+    target, tokenizer = script.load_target(resolve_dtype("auto", args.device), "cpu")
     folder = demo.drafter_path() if script.drafter == "demo" else script.drafter
     rows, held_out = hold_out(read_rows(script.data), script.eval_rows)
     if not held_out:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import make_target
+from filelock import FileLock
 from tiny_trainings import assert_same_weights, make_trainer, random_rows, weights
 
 from coral_hf import TargetAdapter
@@ -169,6 +170,19 @@ def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"could not be written .*No space left.* the 4 rows cached so far are kept"):
         FeatureCache(tmp_path, adapter, "name").fill([*rows, *more])
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_two_trainings_do_not_write_into_one_cache(tmp_path):
+    adapter, rows = filled(tmp_path / "cache", 4)
+    more = [torch.tensor(row["prompt_ids"] + row["response_ids"]) for row in random_rows(4, seed=9)]
+    cache = FeatureCache(tmp_path / "cache", adapter, "name")
+    with FileLock(tmp_path / "cache.lock"):
+        cache.fill(rows)  # all there: nothing is written
+        with pytest.raises(ValueError, match=r"another training is writing features into .*cache: wait for it"):
+            cache.fill([*rows, *more])
+        assert not any(row in cache for row in more)
+    cache.fill([*rows, *more])
+    assert all(row in cache for row in more)
 
 
 def fill_together(caches, rows):

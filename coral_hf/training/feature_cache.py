@@ -1,16 +1,18 @@
 """FeatureCache: the target's features of a data set, computed once and memory-mapped afterwards."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -117,7 +119,7 @@ class FeatureCache:
             barrier (*optional*): waits for the other processes, which call it as often.
 
         Raises:
-            ValueError: if the disk cannot hold the features.
+            ValueError: if the disk cannot hold the features, or another training is writing into the folder.
             OSError: if it fills up meanwhile; what was written counts.
         """
         wait = barrier or (lambda: None)
@@ -145,9 +147,31 @@ class FeatureCache:
                 flush=True,
             )
         mine = missing[rank::world_size]
-        with tqdm(total=sum(map(len, mine)), unit="tok", desc="features", disable=rank > 0) as progress:
-            for start in range(0, len(mine), SHARD_ROWS):
-                self._write_shard(mine[start : start + SHARD_ROWS], tokens_per_batch, progress, rank, world_size)
+        with self._alone(rank):
+            wait()  # none writes where the first process was refused
+            self._write(mine, tokens_per_batch, rank, world_size)
+            wait()  # and it holds the folder until all have written
+
+    def _write(self, rows: list[torch.Tensor], tokens_per_batch: int, rank: int, world_size: int) -> None:
+        with tqdm(total=sum(map(len, rows)), unit="tok", desc="features", disable=rank > 0) as progress:
+            for start in range(0, len(rows), SHARD_ROWS):
+                self._write_shard(rows[start : start + SHARD_ROWS], tokens_per_batch, progress, rank, world_size)
+
+    @contextlib.contextmanager
+    def _alone(self, rank: int) -> Iterator[None]:
+        """Holds the folder for this training, by its first process: two would give one number to two shards."""
+        if rank:
+            yield
+            return
+        try:
+            lock = FileLock(f"{self.directory}.lock", timeout=0).acquire()
+        except Timeout as error:
+            raise ValueError(
+                f"another training is writing features into {self.directory}: wait for it, or give another folder "
+                "(cache_features)."
+            ) from error
+        with lock:
+            yield
 
     def _measure(self, rows: list[torch.Tensor], tokens_per_batch: int) -> float:
         """The target's tokens per second on one batch of rows of the usual length, after one to warm up."""
