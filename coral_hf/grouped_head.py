@@ -53,7 +53,9 @@ def kept_copy(owner: Any, ids: torch.Tensor, head: Any, make: Callable[[], T]) -
         make (`Callable`): may hold neither owner nor head in what it returns.
     """
     tensors = (head.weight, getattr(head, "bias", None), ids)
-    state = [None if tensor is None else tensor_state(tensor) for tensor in tensors]
+    state: list[Any] = [None if tensor is None else tensor_state(tensor) for tensor in tensors]
+    # `merge_adapter()` writes to `weight.data`, which moves no version: some rows tell
+    state.append(tuple(head.weight.detach()[:: max(1, len(head.weight) // 16)].float().sum(dim=1).tolist()))
     by_head = _copies.setdefault(owner, weakref.WeakKeyDictionary())
     kept = by_head.get(head)
     if kept is None or kept[0] != state:

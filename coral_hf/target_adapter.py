@@ -9,6 +9,20 @@ from torch.nn import functional as F
 _DTYPES_OF_ROWS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def active_adapters(layer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Weights of the PEFT adapters that are computed beside a layer, by name: none where merged into it or switched off."""
+    # PEFT's layers are around the target's own
+    if (
+        not hasattr(layer, "base_layer")
+        or getattr(layer, "merged", False)
+        or getattr(layer, "disable_adapters", False)
+    ):
+        return {}
+    active = set(getattr(layer, "active_adapters", ()))
+    weights = {name: weight for name, weight in layer.named_parameters() if not name.startswith("base_layer.")}
+    return {name: weight for name, weight in weights.items() if active & set(name.split("."))}
+
+
 class TargetAdapter:
     """The three views of a target model that drafting needs, for every Llama-shaped family, without forking a model.
 
@@ -125,7 +139,13 @@ class TargetAdapter:
         return self.transform_logits(logits)
 
     def check_rows(self) -> None:
-        """Raises `ValueError` if rows of the head cannot be taken: a quantised weight's are codes, or packed together."""
+        """Raises `ValueError` if rows of the head cannot be taken: a quantised weight's are codes, or packed together, and
+        those below an adapter are not what the target computes."""
+        if active_adapters(self.head):
+            raise ValueError(
+                f"The LM head of {type(self.target).__name__} has adapters beside its weight, whose rows alone would be scored "
+                "without them. Merge the adapters (merge_adapter()), or draft from all of it with draft_head='full'."
+            )
         weight = self.head.weight
         if type(weight) not in (torch.Tensor, torch.nn.Parameter) or weight.dtype not in _DTYPES_OF_ROWS:
             raise ValueError(

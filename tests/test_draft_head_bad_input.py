@@ -138,6 +138,38 @@ def test_settings_of_a_router_that_is_not_used_are_refused(setting):
     DraftSettings(**setting).draft_head_of(drafter, adapter)
 
 
+@pytest.mark.parametrize("part", ["shortlist", "router", "clustered"])
+def test_adapters_on_the_head(part, prompt):
+    """Rows alone would be scored without them; merged they count, also in a copy that was made before."""
+    peft = pytest.importorskip("peft")
+    target = make_target("qwen2")
+    drafter = make_drafter(target)
+    if part == "shortlist":
+        drafter.add_shortlist(torch.arange(128), 40)
+    else:
+        drafter.add_router(8, 2, grouping="clustered" if part == "clustered" else "consecutive")
+    adapted = peft.get_peft_model(target, peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    call = {"input_ids": prompt, "max_new_tokens": 6}
+
+    def scores():
+        head = DraftSettings().draft_head_of(drafter, TargetAdapter(target))
+        logits, groups, _ = head._active_logits(hidden, None)
+        ids = head._token_ids(torch.arange(logits.shape[-1]).expand(logits.shape), groups)
+        return logits, TargetAdapter(target).logits(hidden).gather(-1, ids).float()
+
+    hidden = torch.randn(1, 1, 32, dtype=torch.float64)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(*scores())  # and keeps its copy
+    with pytest.raises(ValueError, match=r"LM head of Qwen2ForCausalLM has adapters .* Merge .* draft_head='full'"):
+        adapted.generate(assistant_model=drafter, **call)
+    ours = coral_generate(target, drafter, draft_head="full", **call)
+    assert torch.equal(ours, target.generate(**call))
+    adapted.merge_adapter()
+    torch.testing.assert_close(*scores())
+    target.lm_head.weight.data.mul_(0.5)
+    torch.testing.assert_close(*scores())
+
+
 def test_a_router_for_another_partition_is_refused(tmp_path):
     drafter = make_drafter(make_target())
     drafter.add_router(8)

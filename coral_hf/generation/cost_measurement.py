@@ -23,6 +23,7 @@ from ..configuration_coral import FC_NORMS
 from ..few_rows import few_row_linears
 from ..hardware import cpu_name, device_name, synchronized_clock
 from ..modeling_coral import CoralDraftModel
+from ..target_adapter import active_adapters
 from ..user_cache import cache_dir
 from .cache import compact_cache
 from .candidate_generator import CoralCandidateGenerator
@@ -112,15 +113,11 @@ def costs_key(target: PreTrainedModel, drafter: CoralDraftModel, settings: Draft
 
 def _active_adapters(target: PreTrainedModel) -> str | None:
     """Hash over the shapes of all active PEFT adapters that are computed beside their layers; None without any."""
-    shapes = []
-    for name, module in target.named_modules():
-        # PEFT's layers, around the target's own
-        if not hasattr(module, "base_layer") or getattr(module, "disable_adapters", False):
-            continue
-        active = set() if getattr(module, "merged", False) else set(getattr(module, "active_adapters", ()))
-        for part, parameter in module.named_parameters():
-            if not part.startswith("base_layer.") and active & set(part.split(".")):
-                shapes.append((name, part, list(parameter.shape), str(parameter.dtype)))
+    shapes = [
+        (name, part, list(weight.shape), str(weight.dtype))
+        for name, module in target.named_modules()
+        for part, weight in active_adapters(module).items()
+    ]
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest() if shapes else None
 
 
