@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import COMMON, FAMILIES, make_drafter, make_target
+from conftest import COMMON, FAMILIES, make_drafter, make_target, randomize
 from oracle import oracle
 from parity import CHAIN, STOCK, TREES, compare, config_of, prompt_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
@@ -37,11 +37,37 @@ CHAINS_ONLY = {
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
 }
 
+# Their forwards know no positions of a tree's nodes, or make their own masks.
+GPT = {"vocab_size": 128, "num_attention_heads": 4}
+POSITIONLESS = {
+    "mpt": {"vocab_size": 128, "d_model": 32, "n_heads": 4, "n_layers": 4},
+    "bloom": {**GPT, "hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "falcon": {**GPT, "hidden_size": 32, "num_hidden_layers": 4, "alibi": True},
+    "gpt_neo": {
+        **GPT,
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 2]],
+    }
+    | {"window_size": 8},
+    "bart": {**GPT, "d_model": 32, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+    | {"is_decoder": True, "is_encoder_decoder": False},
+}
+
 
 def build(family: str, settings: dict, attention: str = "eager"):
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](**{**COMMON, **settings})
     return finish(AutoModelForCausalLM.from_config(config, attn_implementation=attention))
+
+
+def build_positionless(family: str, **settings):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**{**POSITIONLESS[family], "tie_word_embeddings": False, **settings})
+    target = finish(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    target.generation_config.use_cache = True
+    return randomize(target)
 
 
 def finish(target):
@@ -156,6 +182,26 @@ def test_chains_only(family, attention):
             plain, stats = compare(target, drafter, prompt_of(length), size)
             assert stats.n_accepted > stats.steps and plain[0, length:].unique().numel() > 3
     assert_refused(target, drafter, TREES["tree16"], "draft_top_k=1")
+
+
+@pytest.mark.parametrize("family", list(POSITIONLESS))
+def test_targets_that_take_no_tree(family):
+    """Their chains are plain generate's; of trees GPT-Neo's text would be wrong in silence, MPT's and BLOOM's too."""
+    target = build_positionless(family)
+    drafter, ids = make_drafter(target), prompt_of(20)
+    plain, stats = compare(target, drafter, ids, CHAIN, use_cache=True)
+    assert stats.n_accepted > stats.steps and plain[0, 20:].unique().numel() > 1
+    assert_refused(target, drafter, TREES["tree16"], f"{type(target).__name__} .*draft_top_k=1", use_cache=True)
+
+
+def test_windows_that_are_global_take_trees():
+    """GPT-Neo without local layers, Falcon without ALiBi."""
+    for family, settings in (("gpt_neo", {"attention_types": [[["global"], 4]]}), ("falcon", {"alibi": False})):
+        target = build_positionless(family, **settings)
+        forward = target.forward
+        target.forward = lambda *args, forward=forward, **kwargs: forward(*args, **kwargs)  # whoever wraps it
+        _, stats = compare(target, make_drafter(target), prompt_of(20), TREES["tree16"], use_cache=True)
+        assert stats.n_accepted > stats.steps
 
 
 def assert_refused(target, drafter, size: dict, message: str, ids=None, cache=None, **settings) -> None:

@@ -1,5 +1,6 @@
 """What the decode loop does not support, refused before any forward."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -62,14 +63,33 @@ def check_call(
                 f"The {name} of {type(target).__name__} is offloaded, but every draft step needs it: give it a device "
                 "in device_map."
             )
-    attention = target.config.get_text_config()._attn_implementation
-    if not settings.is_chain and attention not in ATTENTION_WITH_TREES:
+    if not settings.is_chain:
+        _check_branches(target)
+    kinds = getattr(target.config.get_text_config(), "layer_types", None) or []
+    check_cache(cache, branches=not settings.is_chain, layer_types=kinds)
+
+
+def _check_branches(target: PreTrainedModel) -> None:
+    """Raises `ValueError` for a target whose attention a tree's mask and positions do not reach."""
+    config = target.config.get_text_config()
+    attention = config._attn_implementation
+    if attention not in ATTENTION_WITH_TREES:
         raise ValueError(
             f"attn_implementation={attention!r} takes no tree mask. Load the target with attn_implementation='sdpa', "
             "or draft a chain with draft_top_k=1."
         )
-    kinds = getattr(target.config.get_text_config(), "layer_types", None) or []
-    check_cache(cache, branches=not settings.is_chain, layer_types=kinds)
+    obstacle = None
+    # The class's: a target's own may be wrapped (timed, compiled, hooked) in a function of any arguments.
+    if "position_ids" not in inspect.signature(type(target).forward).parameters:
+        obstacle = "takes no position_ids"
+    elif getattr(config, "alibi", False):
+        obstacle = "counts distances by place, not by position (alibi=True)"
+    elif "local" in (getattr(config, "attention_layers", None) or ()):
+        obstacle = "keeps the windows of its local layers to itself (attention_layers)"
+    if obstacle is not None:
+        raise ValueError(
+            f"{type(target).__name__} {obstacle}, so that it cannot verify a draft tree. Set draft_top_k=1 to verify chains."
+        )
 
 
 def _holds_tensors(value: Any) -> bool:
