@@ -136,6 +136,23 @@ def test_prefilled_cache(draft, family):
 
 
 @drafts
+@pytest.mark.parametrize("new", [1, 3, 12])
+def test_a_padded_conversation_continued_with_its_new_tokens(target, draft, new):
+    """The mask covers what is in the cache, the ids do not: of the padding there the drafter sees nothing."""
+    drafter, mask = make_drafter(target), (torch.arange(15) >= 6).long()[None]
+    padded = torch.cat([torch.zeros(1, 6, dtype=torch.long), prompt_of(9)], dim=1)
+
+    def cache():
+        filled = DynamicCache()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        target(padded, attention_mask=mask, position_ids=positions, use_cache=True, **cache_kwarg(filled))
+        return filled
+
+    whole = torch.cat([mask, mask.new_ones(1, new)], dim=1)
+    both(target, drafter, draft, prompt_of(new, seed=8), cache=cache, attention_mask=whole)
+
+
+@drafts
 def test_left_padding_and_own_positions(target, draft):
     drafter = make_drafter(target)
     ids = torch.cat([torch.zeros(1, 4, dtype=torch.long), prompt_of(9)], dim=1)

@@ -27,7 +27,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         target (`PreTrainedModel`): the model that verifies.
         settings ([`DraftSettings`])
         max_length (`int`): longest sequence this call can reach, for the cache and for shortening the last drafts.
-        num_padding (`int`): left padding of the prompt, which the drafter never sees.
+        num_padding (`int`): left padding of the prompt, which the drafter never sees ([`padding_of`]).
         costs ([`DraftCosts`], *optional*): measured times (`cost_measurement.draft_costs`), for `draft_cost_aware`.
 
     Raises:
@@ -216,4 +216,9 @@ class CoralCandidateGenerator(CandidateGenerator):
             self.stats.add_step(self._last_draft_depth, int(num_matches))
 
 
-__all__ = ["CoralCandidateGenerator"]
+def padding_of(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> int:
+    """Padding among `input_ids` `[1, L]`, of a mask that may begin with what is in the cache and not passed again."""
+    return 0 if attention_mask is None else int((attention_mask[:, -input_ids.shape[1] :] == 0).sum())
+
+
+__all__ = ["CoralCandidateGenerator", "padding_of"]

@@ -11,7 +11,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from ..compat import cache_kwarg
 from ..modeling_coral import CoralDraftModel
 from .cache import compact_cache
-from .candidate_generator import CoralCandidateGenerator
+from .candidate_generator import CoralCandidateGenerator, padding_of
 from .draft_tree import DraftTree
 from .settings import DraftSettings
 from .tuning import DraftCosts
@@ -77,7 +77,8 @@ def coral_decoding(
     verifier = Verifier(target, model_kwargs)
     selector = _Selector(logits_processor, generation_config)
     max_length = generation_config.max_length
-    generator = CoralCandidateGenerator(drafter, target, settings, max_length, verifier.num_padding, costs)
+    padding = padding_of(model_kwargs.get("attention_mask"), input_ids)
+    generator = CoralCandidateGenerator(drafter, target, settings, max_length, padding, costs)
     keep_states = generation_config.return_dict_in_generate and generation_config.output_hidden_states
     states: list | None = [] if keep_states else None
     # Nothing refuses from here on: a call that was refused leaves the last one's statistics.

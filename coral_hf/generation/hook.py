@@ -13,7 +13,7 @@ from ..compat import CACHE_NAME, cache_of
 from ..few_rows import few_row_linears
 from ..target_adapter import TargetAdapter
 from .call_checks import check_call
-from .candidate_generator import CoralCandidateGenerator
+from .candidate_generator import CoralCandidateGenerator, padding_of
 from .cost_measurement import draft_costs
 from .decoding import coral_decoding
 from .settings import DraftSettings
@@ -135,8 +135,7 @@ def _wrap_candidate_generator(original):
         if not is_coral_drafter(drafter):
             return original(self, generation_config, input_ids, *args, **kwargs)
         settings = DraftSettings.resolve(drafter.config, generation_config)
-        mask = kwargs.get("model_kwargs", {}).get("attention_mask")
-        padding = 0 if mask is None else int((mask == 0).sum())
+        padding = padding_of(kwargs.get("model_kwargs", {}).get("attention_mask"), input_ids)
         costs = draft_costs(self, drafter, settings) if settings.draft_cost_aware else None
         generator = CoralCandidateGenerator(drafter, self, settings, generation_config.max_length, padding, costs)
         drafter.last_stats = generator.stats

@@ -21,7 +21,7 @@ class Verifier:
         mask = model_kwargs.get("attention_mask")
         # True at tokens, False at padding, over everything in the cache and the prompt; None: no padding.
         self.mask = None if mask is None else mask.bool()
-        self.num_padding = 0 if mask is None else int((mask == 0).sum())
+        self.num_padding = 0 if mask is None else int((mask == 0).sum())  # also what lies in the cache already
         # With device_map the layers lie elsewhere, but ids and masks enter where the embedding is.
         self.device = target.get_input_embeddings().weight.device
         self.position_offset = -self.num_padding
