@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_drafter, make_target
-from parity import STOCK, TREES, config_of, prompt_of
+from parity import STOCK, TREES, compare, config_of, prompt_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from coral_hf.compat import cache_kwarg, cache_of
@@ -51,6 +51,24 @@ def test_a_target_that_fills_no_cache_is_refused(tree):
     target.generation_config.use_cache = True
     with pytest.raises(ValueError, match="After 9 tokens the KV cache of OpenAIGPTLMHeadModel holds 0"):
         target.generate(prompt_of(9), generation_config=config_of(TREES[tree]), assistant_model=make_drafter(target))
+
+
+@pytest.mark.parametrize("tree", ["chain", "tree16"])
+def test_an_active_alora_is_refused(target, tree):
+    """It is applied from its invocation tokens on, which PEFT counts from the end of each forward."""
+    peft = pytest.importorskip("peft")
+    drafter, ids = make_drafter(target), prompt_of(9)
+    settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    invoked = peft.LoraConfig(**settings, alora_invocation_tokens=ids[0, 4:6].tolist())
+    wrapped = peft.get_peft_model(target, invoked, adapter_name="invoked").double().eval()
+    wrapped.add_adapter("ordinary", peft.LoraConfig(**settings))
+    wrapped.double()
+    with pytest.raises(ValueError, match=r"adapter 'invoked' is an aLoRA .*without assistant_model"):
+        wrapped.generate(input_ids=ids, generation_config=config_of(TREES[tree]), assistant_model=drafter)
+    with wrapped.disable_adapter():
+        compare(wrapped, drafter, ids, TREES[tree])
+    wrapped.set_adapter("ordinary")
+    compare(wrapped, drafter, ids, TREES[tree])
 
 
 def test_ranks_that_wait_for_each_other_are_refused(target):

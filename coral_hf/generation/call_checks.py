@@ -14,6 +14,12 @@ from .settings import DraftSettings
 ATTENTION_WITH_TREES = ("sdpa", "eager")
 # Tensors among `generate`'s arguments that a prefill in chunks knows how to split, or does not read.
 _SPLIT_INPUTS = {"attention_mask", "position_ids", "inputs_tensor"}
+_CROSS_ATTENTION_INPUTS = {
+    "cross_attention_states",
+    "cross_attention_mask",
+    "encoder_hidden_states",
+    "encoder_outputs",
+}
 
 
 def check_call(
@@ -65,6 +71,7 @@ def check_call(
             )
     if not settings.is_chain:
         _check_branches(target)
+    _check_adapters(target)
     kinds = getattr(target.config.get_text_config(), "layer_types", None) or []
     check_cache(cache, branches=not settings.is_chain, layer_types=kinds)
 
@@ -90,6 +97,22 @@ def _check_branches(target: PreTrainedModel) -> None:
         raise ValueError(
             f"{type(target).__name__} {obstacle}, so that it cannot verify a draft tree. Set draft_top_k=1 to verify chains."
         )
+
+
+def _check_adapters(target: PreTrainedModel) -> None:
+    """Raises `ValueError` for an active aLoRA adapter: it counts from the end of what a forward reads, one token or drafts."""
+    configs = getattr(target, "peft_config", None) or {}
+    names = {name for name, config in configs.items() if getattr(config, "alora_invocation_tokens", None)}
+    if not names:
+        return
+    layers = [module for module in target.modules() if hasattr(module, "base_layer")]  # PEFT's
+    for layer in layers:
+        active = names & set(layer.active_adapters)
+        if active and not layer.disable_adapters:
+            raise ValueError(
+                f"The active adapter {sorted(active)[0]!r} is an aLoRA (alora_invocation_tokens), which PEFT applies to one "
+                "token at a time and not to drafts. Generate without assistant_model, or with another adapter."
+            )
 
 
 def _holds_tensors(value: Any) -> bool:
