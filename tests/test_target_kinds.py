@@ -236,6 +236,50 @@ def test_recurrent_targets_are_refused(family, size):
     assert_refused(target, make_drafter(make_target(), dtype=torch.float64), size, "without assistant_model")
 
 
+@pytest.fixture(scope="module")
+def cross_attending():
+    """Llama 3.2 Vision: a target whose second layer attends to an image instead of the text, and a prompt with one."""
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_global_layers": 1}
+    vision |= {"attention_heads": 2, "image_size": 8, "patch_size": 4, "max_num_tiles": 1, "vision_output_dim": 32}
+    vision |= {"supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0]}
+    text = {**COMMON, "model_type": "mllama_text_model", "cross_attention_layers": [1]}
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["mllama"](vision_config=vision, text_config=text, image_token_index=127)
+    target = finish(AutoModelForImageTextToText.from_config(config))
+    image = {
+        "pixel_values": torch.randn(1, 1, 1, 3, 8, 8).double(),
+        "aspect_ratio_ids": torch.tensor([[1]]),
+        "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
+        "cross_attention_mask": torch.ones(1, 10, 1, 1, dtype=torch.long),
+    }
+    return target, torch.cat([torch.tensor([[5, 127]]), prompt_of(8).clamp(max=120)], dim=1), image
+
+
+@pytest.mark.parametrize("size", [CHAIN, STOCK, TREES["tree16"]], ids=["chain", "stock", "tree"])
+def test_images_behind_cross_attention_are_refused(cross_attending, size):
+    """Given, or in the cache; the text of a prompt without one is plain generate's."""
+    target, ids, image = cross_attending
+    drafter = make_drafter(target)
+    _, stats = compare(target, drafter, ids, size)
+    assert stats.n_accepted > stats.steps
+    config = config_of(size)
+    with pytest.raises(ValueError, match=r"cross_attention_mask.* by cross-attention.*without assistant_model"):
+        target.generate(ids, generation_config=config, assistant_model=drafter, **image)
+    cache = DynamicCache(config=target.config)
+    target(ids, use_cache=True, **image, **cache_kwarg(cache))
+    longer = torch.cat([ids, prompt_of(3)], dim=1)
+    assert_refused(target, drafter, size, "an image in the cache", longer, cache)
+
+
+@pytest.mark.parametrize("size", [CHAIN, STOCK, TREES["tree16"]], ids=["chain", "stock", "tree"])
+def test_encoders_behind_cross_attention_are_refused(size):
+    target = build("gpt2", {"n_embd": 32, "n_layer": 4, "n_head": 4, "add_cross_attention": True}, "sdpa")
+    drafter, states = make_drafter(target), torch.randn(1, 5, 32).double()
+    with pytest.raises(ValueError, match="encoder_hidden_states by cross-attention"):
+        config = config_of(size)
+        target.generate(prompt_of(9), generation_config=config, assistant_model=drafter, encoder_hidden_states=states)
+
+
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
 def test_attention_without_tree_masks_is_refused(target, attention):
     target.config._attn_implementation = attention  # set on the config: the kernels need not be installed

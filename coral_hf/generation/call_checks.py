@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from ..compat import cache_of
 from .cache import check_cache
@@ -72,6 +72,7 @@ def check_call(
     if not settings.is_chain:
         _check_branches(target)
     _check_adapters(target)
+    _check_cross_attention(target, cache, model_kwargs)
     kinds = getattr(target.config.get_text_config(), "layer_types", None) or []
     check_cache(cache, branches=not settings.is_chain, layer_types=kinds)
 
@@ -113,6 +114,19 @@ def _check_adapters(target: PreTrainedModel) -> None:
                 f"The active adapter {sorted(active)[0]!r} is an aLoRA (alora_invocation_tokens), which PEFT applies to one "
                 "token at a time and not to drafts. Generate without assistant_model, or with another adapter."
             )
+
+
+def _check_cross_attention(target: PreTrainedModel, cache: Cache, model_kwargs: dict[str, Any]) -> None:
+    """Raises `ValueError` where layers of the target attend to an image or an encoder: their keys are no tokens'."""
+    layers = getattr(target.config.get_text_config(), "cross_attention_layers", None) or []
+    names = _CROSS_ATTENTION_INPUTS | ({"pixel_values"} if layers else set())
+    given = sorted(name for name in names if model_kwargs.get(name) is not None)
+    filled = [index for index in layers if index < len(cache.layers) and cache.layers[index].get_seq_length() > 0]
+    if given or filled:
+        raise ValueError(
+            f"{type(target).__name__} attends to {', '.join(given) or 'an image in the cache'} by cross-attention, which "
+            "drafts cannot be verified with. Generate without assistant_model, or without that input."
+        )
 
 
 def _holds_tensors(value: Any) -> bool:
