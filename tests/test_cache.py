@@ -1,8 +1,11 @@
 """Tree masks by hand, tree forwards against every path run alone, compaction against recomputation."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from conftest import make_target
+from conftest import make_drafter, make_target
+from parity import TREES, Recorder, config_of, prompt_of
 from test_verification import TREE
 from transformers import DynamicCache
 
@@ -75,6 +78,40 @@ def test_compaction_rounds_equal_recomputation(family):
             ids = torch.cat([ids, TREE.tokens[:, path[0]]], dim=1)
             assert verifier.cache.get_seq_length() == ids.shape[1]
             torch.testing.assert_close(logits, target(ids).logits[:, -1], rtol=1e-8, atol=1e-8)
+
+
+class Breaking(Recorder):
+    """The user's connection ends with the third token."""
+
+    def put(self, value):
+        if len(self.puts) == 3:
+            raise BrokenPipeError
+        super().put(value)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+@pytest.mark.parametrize("fails", [False, True], ids=["whole", "failing"])
+def test_sliding_layers_keep_their_window_after_a_call(family, fails):
+    """A cache that a call returns or was given no longer records what plain generation then drops; also after an error."""
+    target = make_target(family)
+    drafter, ids, cache = make_drafter(target), prompt_of(30), DynamicCache(config=target.config)
+    streamer = Breaking() if fails else None
+    with pytest.raises(BrokenPipeError) if fails else nullcontext():
+        config = config_of(TREES["tree16"], max_new_tokens=6)
+        target.generate(
+            ids, generation_config=config, assistant_model=drafter, streamer=streamer, **cache_kwarg(cache)
+        )
+    assert any(layer.is_sliding for layer in cache.layers)
+    longer = torch.cat([ids, prompt_of(12, seed=8)], dim=1)
+    if not fails:  # else what was accepted is not known
+        longer = torch.cat([target.generate(ids, max_new_tokens=6, do_sample=False), longer[:, 30:]], dim=1)
+        plain = target.generate(longer, max_new_tokens=40, do_sample=False)
+        cached = target.generate(longer, max_new_tokens=40, do_sample=False, **cache_kwarg(cache))
+        assert torch.equal(plain, cached)
+    else:
+        target(longer[:, 30:], use_cache=True, **cache_kwarg(cache))
+    for layer in cache.layers:
+        assert not layer.is_sliding or (not layer.record_past and layer.keys.shape[2] == 15)
 
 
 def test_a_layer_without_keys_of_its_own_is_left_alone():

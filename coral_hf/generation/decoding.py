@@ -99,31 +99,32 @@ def coral_decoding(
             return next((length for length, end in zip(lengths, ends, strict=True) if end), None)
         return next((length for length in lengths if is_finished(ids[:, :length])), None)
 
-    outputs, features = verifier.prefill(input_ids, generation_config, generator.features_of)
-    if states is not None:
-        states.append(outputs.hidden_states)
-    token = selector.choose(input_ids, outputs.logits[:, -1])
-    del outputs  # the states of every layer of a prompt, of which the drafter reads few
-    input_ids = torch.cat([input_ids, token[:, None]], dim=1)
-    drafter.last_stats = generator.stats  # from here on, so that a streamer can show it
-    if streamer is not None:
-        streamer.put(token.cpu())
-    finished = is_finished(input_ids)
-    while not finished:
-        remaining = max_length - input_ids.shape[1]
-        tree = generator.propose(input_ids, features, max_depth=remaining - 1)
-        outputs = verifier.verify(tree)
-        path, tokens, finished = _accept(tree, outputs.logits, input_ids, selector, is_finished, first_end)
-        compact_cache(verifier.cache, path, tree.num_nodes)
-        features = generator.features_of(outputs.hidden_states, path)
+    with verifier.recording():
+        outputs, features = verifier.prefill(input_ids, generation_config, generator.features_of)
         if states is not None:
-            accepted = [state.index_select(1, path[0].to(state.device)) for state in outputs.hidden_states]
-            states.extend(tuple(state[:, i : i + 1] for state in accepted) for i in range(path.shape[1]))
-        input_ids = torch.cat([input_ids, tokens], dim=1)
+            states.append(outputs.hidden_states)
+        token = selector.choose(input_ids, outputs.logits[:, -1])
+        del outputs  # the states of every layer of a prompt, of which the drafter reads few
+        input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+        drafter.last_stats = generator.stats  # from here on, so that a streamer can show it
         if streamer is not None:
-            for column in tokens.cpu().unbind(dim=1):
-                streamer.put(column)
-        generator.stats.add_step(tree.depth, tokens.shape[1] - 1)
+            streamer.put(token.cpu())
+        finished = is_finished(input_ids)
+        while not finished:
+            remaining = max_length - input_ids.shape[1]
+            tree = generator.propose(input_ids, features, max_depth=remaining - 1)
+            outputs = verifier.verify(tree)
+            path, tokens, finished = _accept(tree, outputs.logits, input_ids, selector, is_finished, first_end)
+            compact_cache(verifier.cache, path, tree.num_nodes)
+            features = generator.features_of(outputs.hidden_states, path)
+            if states is not None:
+                accepted = [state.index_select(1, path[0].to(state.device)) for state in outputs.hidden_states]
+                states.extend(tuple(state[:, i : i + 1] for state in accepted) for i in range(path.shape[1]))
+            input_ids = torch.cat([input_ids, tokens], dim=1)
+            if streamer is not None:
+                for column in tokens.cpu().unbind(dim=1):
+                    streamer.put(column)
+            generator.stats.add_step(tree.depth, tokens.shape[1] - 1)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:

@@ -1,6 +1,7 @@
 """The target's side of the decode loop: the prefill, and one forward per draft tree."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,20 @@ class Verifier:
         # With device_map the layers lie elsewhere, but ids and masks enter where the embedding is.
         self.device = target.get_input_embeddings().weight.device
         self.position_offset = -self.num_padding
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within it sliding layers may keep what their window drops, until drafts are rejected; after it they must not."""
+        kept = {id(layer) for layer in self.cache.layers if getattr(layer, "record_past", False)}
+        try:
+            yield
+        finally:
+            for layer in self.cache.layers:
+                # Not convolutions: their state of a short text is padded only where nothing is recorded.
+                sliding = getattr(layer, "is_sliding", False) and "LinearAttention" not in type(layer).__name__
+                if sliding and layer.record_past and id(layer) not in kept:
+                    layer.crop(0)  # a call that failed has not
+                    layer.record_past = False
 
     def prefill(
         self,
