@@ -53,7 +53,7 @@ def kept_copy(owner: Any, ids: torch.Tensor, head: Any, make: Callable[[], T]) -
         make (`Callable`): may hold neither owner nor head in what it returns.
     """
     tensors = (head.weight, getattr(head, "bias", None), ids)
-    state = [None if tensor is None else _state(tensor) for tensor in tensors]
+    state = [None if tensor is None else tensor_state(tensor) for tensor in tensors]
     by_head = _copies.setdefault(owner, weakref.WeakKeyDictionary())
     kept = by_head.get(head)
     if kept is None or kept[0] != state:
@@ -61,7 +61,8 @@ def kept_copy(owner: Any, ids: torch.Tensor, head: Any, make: Callable[[], T]) -
     return kept[1]
 
 
-def _state(tensor: torch.Tensor) -> tuple:
+def tensor_state(tensor: torch.Tensor) -> tuple:
+    """What differs once a tensor was written to or replaced (but for writes to inference tensors)."""
     version = None if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tensor.device
 

@@ -42,6 +42,7 @@ ALLOWED = {
         "compat",
         "configuration_coral",
         "few_rows",
+        "grouped_head",
         "hardware",
         "lm_head_router",
         "draft_layer",

@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..draft_layer import DraftKeyValues
 from ..modeling_coral import CoralDraftModel
 from ..target_adapter import TargetAdapter
 from .draft_tree import DraftTree, DraftTreeBuilder
+from .read_rows import ReadRows, keep_rows, take_rows
 from .settings import DraftSettings
 from .statistics import DraftStats
 from .tuning import DraftCosts, TreeSizeRule, calibration_of
@@ -99,6 +100,30 @@ class CoralCandidateGenerator(CandidateGenerator):
         if self.settings.is_chain and self.rule is None:
             return self._draft_chain(root, hidden, feature, position, depth)
         return self._draft_tree(root, hidden, feature, position, depth)
+
+    def resume(self, cache: Cache, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Goes on from what the drafter read of the text in the target's cache, if this is the next turn of it.
+
+        Args:
+            cache (`Cache`): the target's, after the prefill of `input_ids` `[1, L]`.
+            features (`torch.Tensor` of shape `[1, n, F]`): of the tokens that were not in it.
+
+        Returns:
+            `torch.Tensor` of shape `[1, m, F]`: the features for [`propose`], with those the drafter has yet to read.
+        """
+        known = input_ids.shape[1] - features.shape[1]
+        read = take_rows(cache, self.drafter, input_ids, known, self.num_padding)
+        if read is None:
+            return features
+        self.cache = read.rows
+        return torch.cat([read.features, features], dim=1)
+
+    def keep(self, cache: Cache, input_ids: torch.Tensor, features: torch.Tensor) -> None:
+        """Keeps what was read beside the target's cache, of which `features` `[1, n, F]` are the last tokens'."""
+        known = cache.get_seq_length()
+        # Not of a call whose ids began behind what the cache held already, nor of one that ended before a draft.
+        if known == input_ids.shape[1] - 1 and self.cache.length:
+            keep_rows(cache, self.drafter, ReadRows(input_ids[:, :known], self.num_padding, self.cache, features))
 
     def features_of(self, hidden_states: tuple[torch.Tensor, ...], path: torch.Tensor | None = None) -> torch.Tensor:
         """The target's features `[1, n, F]` on the drafter's device: with device_map each layer has its own.

@@ -103,6 +103,7 @@ def coral_decoding(
         outputs, features = verifier.prefill(input_ids, generation_config, generator.features_of)
         if states is not None:
             states.append(outputs.hidden_states)
+        features = generator.resume(verifier.cache, input_ids, features)
         token = selector.choose(input_ids, outputs.logits[:, -1])
         del outputs  # the states of every layer of a prompt, of which the drafter reads few
         input_ids = torch.cat([input_ids, token[:, None]], dim=1)
@@ -125,6 +126,7 @@ def coral_decoding(
                 for column in tokens.cpu().unbind(dim=1):
                     streamer.put(column)
             generator.stats.add_step(tree.depth, tokens.shape[1] - 1)
+    generator.keep(verifier.cache, input_ids, features)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
