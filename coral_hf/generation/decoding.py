@@ -112,9 +112,9 @@ def coral_decoding(
             streamer.put(token.cpu())
         finished = is_finished(input_ids)
         while not finished:
-            remaining = max_length - input_ids.shape[1]
-            tree = generator.propose(input_ids, features, max_depth=remaining - 1)
-            outputs = verifier.verify(tree)
+            depth, most = max_length - input_ids.shape[1] - 1, verifier.most_depth()
+            tree = generator.propose(input_ids, features, max_depth=depth if most is None else min(depth, most))
+            outputs = verifier.verify(tree, input_ids)
             path, tokens, finished = _accept(tree, outputs.logits, input_ids, selector, is_finished, first_end)
             compact_cache(verifier.cache, path, tree.num_nodes)
             features = generator.features_of(outputs.hidden_states, path)

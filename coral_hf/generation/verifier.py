@@ -26,6 +26,7 @@ class Verifier:
         # With device_map the layers lie elsewhere, but ids and masks enter where the embedding is.
         self.device = target.get_input_embeddings().weight.device
         self.position_offset = -self.num_padding
+        self.rope_limits = _rope_limits(target.config.get_text_config())
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -91,9 +92,29 @@ class Verifier:
             self.mask = None
         return outputs, features[0] if len(features) == 1 else torch.cat(features, dim=1)
 
-    def verify(self, tree: DraftTree) -> Any:
-        """One forward over the tree's nodes, `[1, N]`: the root and the drafts."""
+    def most_depth(self) -> int | None:
+        """How deep a tree may be for one forward to turn all its nodes by the frequencies of plain single steps; None: any."""
+        if not self.rope_limits:
+            return None
+        length = self.cache.get_seq_length()
+        position = length + int(torch.as_tensor(self.position_offset).max())
+        depths = [
+            max(limit - 1 - place, 0)
+            for limit, changes_once in self.rope_limits
+            for place in (length, position)  # Phi-3 counts tokens, RoPE positions
+            if place <= limit or not changes_once
+        ]
+        return min(depths, default=None)
+
+    def verify(self, tree: DraftTree, input_ids: torch.Tensor | None = None) -> Any:
+        """One forward over the tree's nodes, `[1, N]`: the root, which is the last of `input_ids` `[1, L]`, and the drafts."""
         prefix_length = self.cache.get_seq_length()
+        if input_ids is not None and any(prefix_length == limit for limit, _ in self.rope_limits):
+            inputs = self.target.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=1, **cache_kwarg(self.cache)
+            )
+            if cache_of(inputs) is None:
+                return self._restart(input_ids)
         return self.target(
             input_ids=tree.tokens.to(self.device),
             position_ids=tree.depths.to(self.device) + (prefix_length + self.position_offset),
@@ -103,6 +124,25 @@ class Verifier:
             return_dict=True,
             **cache_kwarg(self.cache),
         )
+
+    def _restart(self, input_ids: torch.Tensor) -> Any:
+        """Reads the whole text again, as Phi-3 and PhiMoE do with the first token beyond their short RoPE factors."""
+        mask = self._prefix_mask(input_ids.shape[1])
+        positions = torch.arange(input_ids.shape[1], device=self.device)[None] + self.position_offset
+        self.cache = DynamicCache(config=self.target.config)
+        self.cache.activate_past_recording()
+        outputs = self.target(
+            input_ids=input_ids.to(self.device),
+            position_ids=positions.clamp(min=0),
+            attention_mask=None if mask is None else mask.long().to(self.device),
+            use_cache=True,
+            output_hidden_states=True,
+            return_dict=True,
+            logits_to_keep=1,
+            **cache_kwarg(self.cache),
+        )
+        outputs.hidden_states = tuple(states[:, -1:] for states in outputs.hidden_states)
+        return outputs
 
     def _prefix_mask(self, prefix_length: int) -> torch.Tensor | None:
         if self.mask is None:
@@ -160,6 +200,18 @@ def _chunks(inputs: dict[str, Any], size: int | None) -> Iterator[dict[str, Any]
         if mask is not None:
             chunk["attention_mask"] = mask[:, : mask.shape[1] - ids.shape[1] + end]
         yield chunk
+
+
+def _rope_limits(config: Any) -> list[tuple[int, bool]]:
+    """Lengths from which RoPE has other frequencies, and whether they stay the same then (longrope) or go on changing."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for kind in [value for value in rope.values() if isinstance(value, dict)] or [rope]:
+        if kind.get("rope_type") == "dynamic":
+            limits.append((config.max_position_embeddings, False))
+        elif kind.get("rope_type") == "longrope":
+            limits.append((kind["original_max_position_embeddings"], True))
+    return limits
 
 
 def _next_positions(positions: torch.Tensor) -> int | torch.Tensor:
