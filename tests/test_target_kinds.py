@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import COMMON, FAMILIES, make_drafter, make_target, randomize
 from oracle import oracle
-from parity import CHAIN, STOCK, TREES, compare, config_of, prompt_of
+from parity import CHAIN, STOCK, TREES, compare, config_of, phi3_restarts, prompt_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from coral_hf.compat import cache_kwarg
@@ -151,6 +151,7 @@ def test_an_image_is_not_split_into_chunks():
     assert torch.equal(drafted, target.generate(ids, generation_config=config_of({}), **inputs))
 
 
+@phi3_restarts
 @pytest.mark.parametrize("length", [20, 33, 40])
 def test_prompts_that_phi3_reads_without_its_cache(length):
     """Behind the reach of its short RoPE factors it drops the cache it is given, filled or not, and begins a new one."""
