@@ -1,8 +1,11 @@
 """Trees, prompts and settings for calls of `generate`, and their comparison with and without a drafter."""
 
+import inspect
+
+import pytest
 import torch
 from oracle import oracle
-from transformers import GenerationConfig, set_seed
+from transformers import GenerationConfig, Phi3ForCausalLM, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -15,6 +18,13 @@ TREES = {
     "tree60": {"draft_depth": 6, "draft_top_k": 10, "draft_total_tokens": 60},
 }
 STOCK = {"draft_depth": 5, "draft_top_k": 1, "draft_stock_loop": True}
+
+
+# Transformers 5.17's Phi-3, where it drops its cache, reads the last token alone: plain text is wrong there.
+phi3_restarts = pytest.mark.skipif(
+    "next_sequence_length" not in inspect.getsource(Phi3ForCausalLM.prepare_inputs_for_generation),
+    reason="this Transformers release's Phi-3 loses its prompt at the length where it drops its cache",
+)
 
 
 def prompt_of(length: int, seed: int = 3) -> torch.Tensor:

@@ -32,7 +32,14 @@ SELECTIONS = {
     ],
     "generation": [
         *("test_compat.py", "test_cache.py", "test_lossless.py", "test_target_kinds.py", "test_generate_features.py"),
-        *("test_generate_bad_input.py", "test_modeling_coral.py", "test_rollout.py", "test_target_adapter.py"),
+        *(
+            "test_generate_bad_input.py",
+            "test_read_rows.py",
+            "test_rope_limits.py",
+            "test_modeling_coral.py",
+            "test_rollout.py",
+            "test_target_adapter.py",
+        ),
         "test_real_model.py",
     ],
     "training": [

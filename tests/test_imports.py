@@ -31,7 +31,7 @@ ALLOWED = {
     "hardware": set(),
     "origin": set(),
     "jsonl": set(),
-    "prompt_rows": set(),
+    "prompt_rows": {"chat"},
     "user_cache": set(),
     "target_adapter": set(),
     "draft_initialization": {"configuration_coral", "target_adapter"},

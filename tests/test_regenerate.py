@@ -317,5 +317,7 @@ def test_shards_round_trip_and_extend(target, tmp_path):
     large = [{"id": "big", "prompt_ids": [70000], "response_ids": [1], "turn": 0, "temperature": 0.5}]
     (more,) = write_shards(large, shards)
     assert more.name == f"responses-{len(paths):05d}.parquet"
-    assert parquet.read_table(more).to_pylist() == [{**large[0], "target_weights": None, "prompt_hash": None}]
+    assert parquet.read_table(more).to_pylist() == [
+        {**large[0], **dict.fromkeys(("target", "target_weights", "prompt_hash"))}
+    ]
     assert sorted(path.name for path in shards.iterdir()) == sorted(path.name for path in [*paths, more])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import COMMON, make_drafter
-from parity import TREES, compare, prompt_of
+from parity import TREES, compare, phi3_restarts, prompt_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 
@@ -15,6 +15,10 @@ ROPES = {
     "phi3": ("phi3", {"original_max_position_embeddings": 32, "rope_parameters": LONG}),
     "phi3 of one kind": ("phi3", {"original_max_position_embeddings": 32}),
 }
+
+kinds = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=phi3_restarts) if ROPES[kind][0] == "phi3" else kind for kind in ROPES]
+)
 
 
 def build(kind: str):
@@ -29,7 +33,7 @@ def build(kind: str):
 
 
 @pytest.mark.parametrize("tree", ["chain", "tree16"])
-@pytest.mark.parametrize("kind", list(ROPES))
+@kinds
 def test_texts_that_cross_the_limit(kind, tree):
     """From below, just below, at and beyond it."""
     target = build(kind)
@@ -43,7 +47,7 @@ def test_texts_that_cross_the_limit(kind, tree):
 
 
 @pytest.mark.parametrize("tree", ["chain", "tree16"])
-@pytest.mark.parametrize("kind", list(ROPES))
+@kinds
 def test_padded_texts_that_cross_the_limit(kind, tree):
     target, padding = build(kind), 5
     drafter = make_drafter(target)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import COMMON, FAMILIES, make_drafter, make_target, randomize
 from oracle import oracle
-from parity import CHAIN, STOCK, TREES, compare, config_of, prompt_of
+from parity import CHAIN, STOCK, TREES, compare, config_of, phi3_restarts, prompt_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from coral_hf import CoralDraftConfig, CoralDraftModel
@@ -170,6 +170,7 @@ def test_an_image_is_not_split_into_chunks():
     assert torch.equal(drafted, target.generate(ids, generation_config=config_of({}), **inputs))
 
 
+@phi3_restarts
 @pytest.mark.parametrize("length", [20, 33, 40])
 def test_prompts_that_phi3_reads_without_its_cache(length):
     """Behind the reach of its short RoPE factors it drops the cache it is given, filled or not, and begins a new one."""
@@ -217,6 +218,8 @@ def test_windows_that_are_global_take_trees():
     """GPT-Neo without local layers, Falcon without ALiBi."""
     for family, settings in (("gpt_neo", {"attention_types": [[["global"], 4]]}), ("falcon", {"alibi": False})):
         target = build_positionless(family, **settings)
+        forward = target.forward
+        target.forward = lambda *args, forward=forward, **kwargs: forward(*args, **kwargs)  # whoever wraps it
         _, stats = compare(target, make_drafter(target), prompt_of(20), TREES["tree16"], use_cache=True)
         assert stats.n_accepted > stats.steps
 
