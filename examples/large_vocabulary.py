@@ -44,7 +44,7 @@ class ScriptArguments:
     response_tokens: int = field(default=64, metadata={"help": "Tokens per answer."})
     steps: int = field(default=100, metadata={"help": "Training steps of the drafter, of 8 answers."})
     router_steps: int = field(default=60, metadata={"help": "Training steps of the router."})
-    router_groups: int = field(default=128, metadata={"help": "Groups of the router; a sixteenth is active."})
+    router_groups: int = field(default=64, metadata={"help": "Groups of the router; a sixteenth is active."})
     limit: int = field(default=5, metadata={"help": "Prompts per evaluation file."})
     max_new_tokens: int = field(default=48, metadata={"help": "Tokens per timed answer."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the target; auto: bfloat16 where it is native."})
