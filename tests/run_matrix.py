@@ -45,7 +45,9 @@ SELECTIONS = {
     "training": [
         "test_trainer.py",
         "test_trainer_inputs.py",
+        "test_trainer_evaluation.py",
         "test_checkpoints.py",
+        "test_checkpoint_refusals.py",
         "test_feature_cache.py",
         *("test_regenerate.py", "test_response_files.py", "test_slot_cache.py"),
         "test_adapters.py",

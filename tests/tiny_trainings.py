@@ -10,6 +10,21 @@ from coral_hf.training.arguments import CoralTrainingArguments
 from coral_hf.training.trainer import CoralTrainer
 
 
+# every random draw of a step at once, over two and a half epochs
+EVERY_DRAW = {
+    "rollout_schedule": "1:0.3,3:0.7",
+    "csra_max_positions": 6,
+    "loss_vocab_size": 16,
+    "loss_negatives": 8,
+    "feature_noise": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "save_total_limit": 2,
+    "max_steps": 10,
+    "lr_scheduler_type": "linear",
+}
+
+
 def random_rows(count: int, seed: int = 0) -> list[dict]:
     rng = random.Random(seed)
 
