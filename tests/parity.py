@@ -8,6 +8,9 @@ from oracle import oracle
 from transformers import GenerationConfig, Phi3ForCausalLM, set_seed
 from transformers.generation.streamers import BaseStreamer
 
+from coral_hf.compat import cache_kwarg
+from coral_hf.generation.statistics import DraftStats
+
 
 CHAIN = {"draft_depth": 5, "draft_top_k": 1}
 TREES = {
@@ -73,3 +76,28 @@ def compare(target, drafter, ids, tree, probability=0.7, **settings):
         )
     assert torch.equal(plain, oracle_drafts)
     return plain, drafter.last_stats
+
+
+def assert_refused(target, drafter, size: dict, message: str, ids=None, cache=None, **settings) -> None:
+    """A `ValueError` before any forward of target and drafter, which are left as they were."""
+    calls = []
+    modules = (target, target.get_decoder(), drafter.layer)
+    handles = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in modules]
+    drafter.last_stats = before = DraftStats(steps=3)
+
+    def state():
+        hooks = [
+            [len(m._forward_hooks), len(m._forward_pre_hooks)] for model in (target, drafter) for m in model.modules()
+        ]
+        configs = [target.config.to_dict(), target.generation_config.to_dict(), drafter.config.to_dict()]
+        return hooks, configs, target.config.get_text_config()._attn_implementation, target.training, drafter.training
+
+    old = state()
+    extra = {} if cache is None else cache_kwarg(cache)
+    with pytest.raises(ValueError, match=message):
+        config = config_of(size, **settings)
+        ids = prompt_of(20) if ids is None else ids
+        target.generate(ids, generation_config=config, assistant_model=drafter, **extra)
+    assert not calls and state() == old and drafter.last_stats is before and before == DraftStats(steps=3)
+    for handle in handles:
+        handle.remove()

@@ -1,11 +1,11 @@
-"""Targets and caches that a drafter cannot be used with: a `ValueError` that names the value (calls: `test_target_kinds.py`)."""
+"""Targets, caches and calls that a drafter cannot be used with: a `ValueError` that names the value."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_drafter, make_target, make_tokenizer
-from parity import STOCK, TREES, compare, config_of, prompt_of
+from parity import CHAIN, STOCK, TREES, assert_refused, compare, config_of, prompt_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from coral_hf import CoralDraftModel, coral_generate
@@ -183,3 +183,44 @@ def test_the_stock_loop_refuses_a_prefilled_cache(target):
     with pytest.raises(ValueError, match=r"draft_stock_loop=True reads the whole prompt again .* drop the cache"):
         config = config_of(STOCK)
         target.generate(ids, generation_config=config, assistant_model=make_drafter(target), **cache_kwarg(filled))
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_attention_without_tree_masks_is_refused(target, attention):
+    target.config._attn_implementation = attention  # set on the config: the kernels need not be installed
+    assert_refused(target, make_drafter(target), TREES["tree16"], "sdpa.*draft_top_k=1")
+
+
+REFUSALS = {
+    "batch": ({}, {"ids": torch.full((2, 5), 7)}, "batch"),
+    "beams": ({}, {"num_beams": 2}, "num_beams"),
+    "depth": ({"draft_depth": 0}, {}, "draft_depth=0"),
+    "negative": ({"draft_top_k": -1}, {}, "draft_top_k=-1"),
+    "total": ({"draft_depth": 2, "draft_top_k": 2, "draft_total_tokens": 60}, {}, "draft_total_tokens=60"),
+    "unknown": ({"draft_width": 3}, {}, "draft_width"),
+    "cost-aware": ({"draft_cost_aware": "yes"}, {}, "draft_cost_aware='yes'"),
+    "stock tree": ({"draft_stock_loop": True, "draft_top_k": 2}, {}, "draft_top_k=1"),
+    "stock stop strings": (STOCK, {"stop_strings": ["ab"]}, "stop_strings|tokenizer"),
+    "static cache": ({}, {"cache_implementation": "static"}, "[Ss]tatic"),
+    "static cache, stock": (STOCK, {"cache_implementation": "static"}, "[Ss]tatic"),
+    "no cache": ({}, {"use_cache": False}, "use_cache=True"),
+    "attentions": ({}, {"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+    "attentions, cost-aware": (
+        {"draft_cost_aware": True},
+        {"output_attentions": True, "return_dict_in_generate": True},
+        "output_attentions",
+    ),
+    "no router": ({"draft_head": "router"}, {}, "no router"),
+    "no router, cost-aware": ({"draft_head": "router", "draft_cost_aware": True}, {}, "no router"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSALS))
+def test_refusals_come_first_and_leave_no_trace(target, case, tmp_path, monkeypatch):
+    monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path))  # no costs are known: measuring them would run forwards
+    size, settings, message = REFUSALS[case]
+    assert_refused(target, make_drafter(target), size, message, **settings)
+
+
+def test_a_drafter_of_another_target_is_refused_first(target):
+    assert_refused(make_target("qwen2"), make_drafter(target), CHAIN, "model_type")

@@ -4,12 +4,11 @@ import pytest
 import torch
 from conftest import COMMON, FAMILIES, make_drafter, make_target, randomize
 from oracle import oracle
-from parity import CHAIN, STOCK, TREES, compare, config_of, phi3_restarts, prompt_of
+from parity import CHAIN, STOCK, TREES, assert_refused, compare, config_of, phi3_restarts, prompt_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from coral_hf import CoralDraftConfig, CoralDraftModel
 from coral_hf.compat import cache_kwarg
-from coral_hf.generation.statistics import DraftStats
 
 
 TEXT = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
@@ -248,31 +247,6 @@ def test_gemma_3n_is_refused():
     assert_refused(target, drafter, CHAIN, message)
 
 
-def assert_refused(target, drafter, size: dict, message: str, ids=None, cache=None, **settings) -> None:
-    """A `ValueError` before any forward of target and drafter, which are left as they were."""
-    calls = []
-    modules = (target, target.get_decoder(), drafter.layer)
-    handles = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in modules]
-    drafter.last_stats = before = DraftStats(steps=3)
-
-    def state():
-        hooks = [
-            [len(m._forward_hooks), len(m._forward_pre_hooks)] for model in (target, drafter) for m in model.modules()
-        ]
-        configs = [target.config.to_dict(), target.generation_config.to_dict(), drafter.config.to_dict()]
-        return hooks, configs, target.config.get_text_config()._attn_implementation, target.training, drafter.training
-
-    old = state()
-    extra = {} if cache is None else cache_kwarg(cache)
-    with pytest.raises(ValueError, match=message):
-        config = config_of(size, **settings)
-        ids = prompt_of(20) if ids is None else ids
-        target.generate(ids, generation_config=config, assistant_model=drafter, **extra)
-    assert not calls and state() == old and drafter.last_stats is before and before == DraftStats(steps=3)
-    for handle in handles:
-        handle.remove()
-
-
 @pytest.mark.parametrize("size", [CHAIN, STOCK, TREES["tree16"]], ids=["chain", "stock", "tree"])
 @pytest.mark.parametrize("family", list(RECURRENT))
 def test_recurrent_targets_are_refused(family, size):
@@ -322,47 +296,6 @@ def test_encoders_behind_cross_attention_are_refused(size):
     with pytest.raises(ValueError, match="encoder_hidden_states by cross-attention"):
         config = config_of(size)
         target.generate(prompt_of(9), generation_config=config, assistant_model=drafter, encoder_hidden_states=states)
-
-
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
-def test_attention_without_tree_masks_is_refused(target, attention):
-    target.config._attn_implementation = attention  # set on the config: the kernels need not be installed
-    assert_refused(target, make_drafter(target), TREES["tree16"], "sdpa.*draft_top_k=1")
-
-
-REFUSALS = {
-    "batch": ({}, {"ids": torch.full((2, 5), 7)}, "batch"),
-    "beams": ({}, {"num_beams": 2}, "num_beams"),
-    "depth": ({"draft_depth": 0}, {}, "draft_depth=0"),
-    "negative": ({"draft_top_k": -1}, {}, "draft_top_k=-1"),
-    "total": ({"draft_depth": 2, "draft_top_k": 2, "draft_total_tokens": 60}, {}, "draft_total_tokens=60"),
-    "unknown": ({"draft_width": 3}, {}, "draft_width"),
-    "cost-aware": ({"draft_cost_aware": "yes"}, {}, "draft_cost_aware='yes'"),
-    "stock tree": ({"draft_stock_loop": True, "draft_top_k": 2}, {}, "draft_top_k=1"),
-    "stock stop strings": (STOCK, {"stop_strings": ["ab"]}, "stop_strings|tokenizer"),
-    "static cache": ({}, {"cache_implementation": "static"}, "[Ss]tatic"),
-    "static cache, stock": (STOCK, {"cache_implementation": "static"}, "[Ss]tatic"),
-    "no cache": ({}, {"use_cache": False}, "use_cache=True"),
-    "attentions": ({}, {"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
-    "attentions, cost-aware": (
-        {"draft_cost_aware": True},
-        {"output_attentions": True, "return_dict_in_generate": True},
-        "output_attentions",
-    ),
-    "no router": ({"draft_head": "router"}, {}, "no router"),
-    "no router, cost-aware": ({"draft_head": "router", "draft_cost_aware": True}, {}, "no router"),
-}
-
-
-@pytest.mark.parametrize("case", list(REFUSALS))
-def test_refusals_come_first_and_leave_no_trace(target, case, tmp_path, monkeypatch):
-    monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path))  # no costs are known: measuring them would run forwards
-    size, settings, message = REFUSALS[case]
-    assert_refused(target, make_drafter(target), size, message, **settings)
-
-
-def test_a_drafter_of_another_target_is_refused_first(target):
-    assert_refused(make_target("qwen2"), make_drafter(target), CHAIN, "model_type")
 
 
 @pytest.mark.parametrize("tree", [CHAIN, TREES["tree16"]], ids=["chain", "tree16"])
