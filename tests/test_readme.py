@@ -20,6 +20,7 @@ from tiny_trainings import random_rows
 from transformers import HfArgumentParser
 
 from coral_hf import cli, demo
+from coral_hf.hub.card_tables import tokens_seen
 
 
 ROOT = Path(__file__).parent.parent
@@ -246,6 +247,15 @@ def test_figures_are_those_of_the_records(monkeypatch):
     assert f"left {rows['prompt_lookup']['identical']}." in text
     answers = f"over {row['n_turns']} answers of {record['max_new_tokens']} tokens to {row['n_prompts']} prompts"
     assert answers in text and f"AVX-512 CPU, {record['environment']['dtype']}, greedy" in text
+    ablation = json.loads((ROOT / "model_cards/smollm2-135m-instruct-coral/training/ablation.json").read_text())
+    eagle, hass, coral = (ablation["acceptance_length"][name]["mean"] for name in ("eagle", "hass", "coral"))
+    assert f"is worth {hass - eagle:.2f} of tau here and CSRA nothing yet" in text and abs(coral - hass) < 0.005
+    log = (ROOT / "model_cards/smollm2-135m-instruct-coral/training/log.jsonl").read_text().splitlines()
+    seen = [tokens_seen(json.loads(line)) or 0 for line in log]
+    assert (
+        f"saw {max(seen) / 1e6:.0f} million response tokens" in text
+        and f"saw {max(seen) / 1e6:.0f} million tokens" in text
+    )
     contact = json.loads((ROOT / "examples/records/first_contact.json").read_text())
     sizes = {row["stage"]: row.get("downloaded_bytes", 0) / 1e6 for row in contact["stages"]}
     assert contact["machine"]["cpus"] == 2
