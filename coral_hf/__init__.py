@@ -1,22 +1,37 @@
 """coral_hf: CORAL speculative decoding for Hugging Face Transformers.
 
-Importing the package registers `CoralDraftConfig` and `CoralDraftModel` with the Auto classes and lets
-`model.generate(assistant_model=drafter)` draft with a CORAL drafter. It does nothing else.
+Importing the package registers `CoralDraftConfig` and `CoralDraftModel` with the Auto classes, lets
+`model.generate(assistant_model=drafter)` draft with a CORAL drafter, and attaches conversion and publishing to drafters. It
+does nothing else.
 """
+
+from typing import Any
 
 from transformers import AutoConfig, AutoModel
 
-from .configuration_coral import CoralDraftConfig
+from .drafter.configuration_coral import CoralDraftConfig
+from .drafter.modeling_coral import CoralDraftModel
+from .drafter.target_adapter import TargetAdapter
 from .generation.hook import coral_generate, install
 from .generation.statistics import DraftStats
-from .modeling_coral import CoralDraftModel
-from .target_adapter import TargetAdapter
+from .utils.code_version import __version__ as __version__
 
 
-__version__ = "0.1.0"
+def _from_eagle(*args: Any, **kwargs: Any) -> CoralDraftModel:
+    from .conversion import load_eagle
+
+    return load_eagle(*args, **kwargs)
+
+
+def _push_to_hub(*args: Any, **kwargs: Any) -> str:
+    from .hub.publish import push_drafter
+
+    return push_drafter(*args, **kwargs)
+
 
 AutoConfig.register("coral", CoralDraftConfig, exist_ok=True)
 AutoModel.register(CoralDraftConfig, CoralDraftModel, exist_ok=True)
+CoralDraftModel.extensions.update(from_eagle=_from_eagle, push_to_hub=_push_to_hub)
 install()
 
 __all__ = ["CoralDraftConfig", "CoralDraftModel", "DraftStats", "TargetAdapter", "coral_generate"]

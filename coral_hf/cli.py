@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from transformers import HfArgumentParser
 
-from . import __version__
 from .commands.benchmark import BenchmarkCommand
 from .commands.card import CardCommand
 from .commands.convert import ConvertCommand
@@ -19,6 +18,7 @@ from .commands.scripts import USER_ERRORS, one_line
 from .commands.train import TrainCommand
 from .commands.tune import TuneCommand
 from .commands.verify import VerifyCommand
+from .utils.code_version import __version__
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -24,8 +24,8 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .hardware import native_bfloat16
-from .user_cache import cache_dir
+from .utils.hardware import native_bfloat16
+from .utils.user_cache import cache_dir
 
 
 TARGET_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -128,7 +128,7 @@ def load_drafter(dtype: torch.dtype | str | None = None):
     Returns:
         `CoralDraftModel`: the drafter, in evaluation mode.
     """
-    from .modeling_coral import CoralDraftModel
+    from .drafter.modeling_coral import CoralDraftModel
 
     return CoralDraftModel.from_pretrained(drafter_path(), dtype="auto" if dtype is None else dtype).eval()
 

@@ -64,7 +64,7 @@ T(n), the target's forward over n tokens, differs from machine to machine. In bf
 T(32) cost {costs} times T(1) (`{OWN}/tune.json`, {machine(tuned)}); in float32 with AVX2 alone T(8) already
 cost {old_ms[7] / old_ms[0]:.1f} times, in steps, because `few_row_linear` works in blocks of 4 and 8 rows. A fixed size is therefore right
 for one machine only. Cost-aware trees (`draft_depth=8, draft_top_k=3, draft_total_tokens=16`, calibrated by `coral-hf tune`)
-against twelve fixed sizes by `examples/compare_tree_sizes.py`: {prompts} answers, {record["max_new_tokens"]} new tokens
+against twelve fixed sizes by `benchmarks/compare_tree_sizes.py`: {prompts} answers, {record["max_new_tokens"]} new tokens
 (`{RECORDS}/tree_sizes.json`, {machine(record)}), as a share of the others' speedup:
 
 {table(["prompts", "speedup", "of the best fixed size", "of the best tuned tree", "of EAGLE-2's own 60 nodes"], rows)}
@@ -72,7 +72,7 @@ against twelve fixed sizes by `examples/compare_tree_sizes.py`: {prompts} answer
 Few prompts on a shared machine: differences under 5 % within a row mean little. On AVX2 in float32 the last row was
 {listed([percent(before[share]) for share in keys])}.
 
-`examples/predict_speedup.py` computes those speedups from the times of `tune.json` and the acceptance that the benchmark
+`benchmarks/predict_speedup.py` computes those speedups from the times of `tune.json` and the acceptance that the benchmark
 measured: {sum(pooled)} of {len(pooled)} sizes within 10 % of what was measured over all prompts, {sum(single)} of {len(single)} by benchmark
 (`{RECORDS}/predictions.json`)."""
 
@@ -90,7 +90,7 @@ def predictions_7b() -> str:
     ]
     spans = [f"{min(values):.0f} to {max(values):.0f} ms on the {gpu}" for gpu, values in plain.items()]
     return f"""What the paper's 7B targets would gain on a GPU is **predicted, not measured**, from bytes alone: `python
-examples/predict_from_bandwidth.py --json FILE` (record `{RECORDS}/predictions_7b.json`, where each figure names its
+benchmarks/predict_from_bandwidth.py --json FILE` (record `{RECORDS}/predictions_7b.json`, where each figure names its
 source) takes the time to read the bf16 weights at 80 % of an A6000's 768 GB/s or an H100's 3,350, T(n) as flat up to 64
 nodes, an acceptance of 0.8 at each of six levels, and a router that computes a sixteenth of the head. Predicted on either
 card, since the bandwidth cancels: {listed(gains)}; plain steps of {listed(spans)}. Launches and all that stands around the
@@ -105,7 +105,7 @@ def two_runs() -> str:
     return f"""## Two runs of one benchmark
 
 `coral-hf benchmark --limit 8 --max-new-tokens 48 --repeats 3` on {listed(list(SETS.values()))}, twice, one after the other, compared
-by `examples/compare_runs.py` (`{RECORDS}/two_runs.json`, {machine(record)}): the median speedup over all answers
+by `benchmarks/compare_runs.py` (`{RECORDS}/two_runs.json`, {machine(record)}): the median speedup over all answers
 differed by {percent(difference["all"], 1)}; by benchmark {by_set}. Without `--repeats`, 16 answers a run in float32 on AVX2, it was
 {percent(before["all"], 1)}."""
 
@@ -131,7 +131,7 @@ def training_step() -> str:
     ]
     return f"""## What a training step takes
 
-Preset `hass`, K = {record["K"]}, by `examples/benchmark_training.py`; speed at {record["B"]} x {record["S"]} tokens in turn with a plain reading of
+Preset `hass`, K = {record["K"]}, by `benchmarks/benchmark_training.py`; speed at {record["B"]} x {record["S"]} tokens in turn with a plain reading of
 HASS's step (median of {len(record["seconds"]["trainer"])}), memory of the process at {record["B"]} x {record["memory_S"]}. First row: `--reference same --repeats 7 --json
 FILE`, record `{OWN}/benchmark_training.json` ({machine(record)}); second: `--vocab_size 262144 --hidden_size 640 --repeats 0
 --reference none --json FILE`, record `{RECORDS}/training_memory_262144.json`.
@@ -166,7 +166,7 @@ def recipes() -> str:
 
 Drafters of the shipped kind from random weights, {record["response_tokens"]:,} response tokens, {record["runs"][0]["steps"]} steps, rate
 {record["training_arguments"]["learning_rate"]:g}, the exact loss, three seeds: tau of a simulated greedy chain of {record["chain_depth"]} on the answers to 80
-development prompts (`examples/ablate_training.py`, `{OWN}/ablation.json`, {machine(record)}), mean, standard deviation and
+development prompts (`benchmarks/ablate_training.py`, `{OWN}/ablation.json`, {machine(record)}), mean, standard deviation and
 values:
 
 {table(["recipe", "tau", "seeds"], rows)}
@@ -234,7 +234,7 @@ def draft_heads() -> str:
 
 A router of {curve["router_groups"]} {curve["router_grouping"]} groups was trained on an earlier state of the shipped drafter for one pass over 200k
 response tokens. Target probability outside of the active ids, on development answers, over three rollout steps
-(`examples/compare_heads.py`, `{RECORDS}/router_heads.json`, {machine(curve)}; the router's MLP costs as much as
+(`benchmarks/compare_heads.py`, `{RECORDS}/router_heads.json`, {machine(curve)}; the router's MLP costs as much as
 {curve["router_mlp_rows"]:.0f} more rows):
 
 {table(["active rows", *(f"1/{round(1 / share)}" for share in shares)], curves)}
@@ -251,7 +251,7 @@ All heads with cost-aware trees, float32, two threads of a CPU with AVX2, {answe
 {table(["head", "tokens per second", "tau"], slow)}
 
 So the shipped drafter keeps the shortlist: 48 small products cost a CPU about what one of 8,192 rows does. The head alone, with
-1/16 of the rows active, router and selection included, over the full head's time (`examples/benchmark_head.py`, records beside
+1/16 of the rows active, router and selection included, over the full head's time (`benchmarks/benchmark_head.py`, records beside
 the shipped drafter's and in `{AVX2}`), two threads:
 
 {table(["head", "dtype", "groups", "one row", "ten rows"], alone)}

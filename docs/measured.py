@@ -6,7 +6,7 @@ from typing import Any
 
 
 ROOT = Path(__file__).parent.parent
-RECORDS = "examples/records"
+RECORDS = "benchmarks/records"
 OWN = "model_cards/smollm2-135m-instruct-coral/training"
 AVX2 = f"{RECORDS}/float32_avx2"
 SETS = {"mt_bench": "MT-bench", "humaneval": "HumanEval", "gsm8k": "GSM8K"}

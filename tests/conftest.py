@@ -1,90 +1,34 @@
-"""Tiny models built in memory, a drafter of each kind, and the settings every test shares."""
+"""What every test shares: settings, a tiny target, a Hub on the loopback address, a folder as README's reader has it."""
 
 import os
+
+from helpers.tiny_models import make_drafter, make_target, make_tokenizer
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
 import logging
 
+import huggingface_hub
 import pytest
 import torch
-from deprecations import OurDeprecations
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from helpers.deprecations import OurDeprecations
+from helpers.hub_server import serve
+from helpers.tiny_trainings import random_rows
+from huggingface_hub import constants
 from transformers.utils.logging import warning_once
 
 import coral_hf  # noqa: F401  (registers the Auto classes and the generate hook)
-from coral_hf import CoralDraftModel
+from coral_hf import demo
 
 
 # Helpers with assertions of their own show values as tests do.
-pytest.register_assert_rewrite("engine_drafters", "parity")
+pytest.register_assert_rewrite("helpers.drafted_calls", "helpers.engine_drafters", "helpers.parity")
 
 # Tiny models are faster on one thread; the real one sets its own.
 torch.set_num_threads(1)
-
-COMMON = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.3,
-}
-# Families by model_type, each with what makes it different.
-FAMILIES = {
-    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-    "mistral": {"sliding_window": 16},
-    "gemma3_text": {
-        "head_dim": 16,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-        "query_pre_attn_scalar": 16,
-        # Tied and scaled embeddings would make a random model repeat its last token for ever.
-        "tie_word_embeddings": False,
-        "final_logit_softcapping": 30.0,
-    },
-    "phi3": {},
-    "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
-    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
-    "olmo2": {},
-}
-
-
-def make_target(family: str = "llama", dtype: torch.dtype = torch.float64, attention: str = "sdpa", seed: int = 0):
-    """A tiny random target; float64 has no near-ties."""
-    torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family]})
-    config._attn_implementation = attention
-    target = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    # Generation must not stop at an EOS by accident; tests that want one set it.
-    target.generation_config.eos_token_id = None
-    target.generation_config.pad_token_id = 0
-    return target.to(dtype).eval()
-
-
-def make_drafter(target, shape: str = "eagle3", dtype: torch.dtype | None = None, seed: int = 1, **overrides):
-    torch.manual_seed(seed)
-    drafter = CoralDraftModel.from_target(target, shape=shape, **overrides)
-    return drafter.to(dtype or target.dtype).eval()
-
-
-def randomize(module: torch.nn.Module, seed: int = 2, scale: float = 0.3) -> torch.nn.Module:
-    """Noise on every parameter, so that no test passes because norms are one or an `fc` is the identity."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -111,26 +55,6 @@ def exact_norms(monkeypatch):
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
 
 
-TEMPLATE = (
-    "{% for message in messages %}[{{ message['role'][0] }}]{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}[a]{% endif %}"
-)
-
-
-def make_tokenizer(chat_template=TEMPLATE):
-    """One token a character, ids 14 and up; what a tiny model emits below that decodes to nothing."""
-    vocab = {f"<{index}>": index for index in range(14)} | {chr(32 + index): 14 + index for index in range(95)}
-    vocab |= {chr(0xC0 + index): 109 + index for index in range(19)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, additional_special_tokens=[f"<{index}>" for index in range(14)]
-    )
-    fast.chat_template = chat_template
-    return fast
-
-
 @pytest.fixture(scope="session")
 def modules_cache(tmp_path_factory):
     """`evaluate` copies what it loads: into a folder of the tests, one for all, since Python imports it once."""
@@ -148,3 +72,42 @@ def target():
 @pytest.fixture
 def prompt():
     return torch.tensor([[5, 9, 3, 77, 31, 8, 100, 64]])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server, and a client that knows no other."""
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # LFS over plain HTTP: Xet is a protocol of its own
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's pauses between attempts
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        yield server
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder where the README's placeholders exist: a tiny `your/model`, prompts and responses; `demo` is tiny too."""
+    target, tokenizer = make_target(dtype=torch.float32), make_tokenizer()
+    for name in ("your/model", "a/small-model"):
+        target.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    make_drafter(target).save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(demo, "load_target", lambda dtype=None, *_: (target, tokenizer))
+    monkeypatch.setattr(demo, "drafter_path", lambda: tmp_path / "tiny")
+    prompts = [{"id": f"p{i}", "turns": [f"w{i} w{i + 1}"]} for i in range(5)]
+    for name, part in (("prompts.jsonl", prompts[:3]), ("eval_prompts.jsonl", prompts[3:])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    rows = [{"turn": 0, **row} for row in random_rows(8)]
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

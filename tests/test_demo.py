@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import make_drafter, make_target, make_tokenizer
+from helpers.tiny_models import make_drafter, make_target, make_tokenizer
 
 from coral_hf import CoralDraftConfig, demo
 
@@ -254,7 +254,7 @@ def test_the_real_target_answers_sensibly_and_float32_holds_the_same_weights():
 @pytest.mark.slow
 @pytest.mark.real_model
 def test_the_real_target_regenerates_what_generate_answers(tmp_path):
-    from coral_hf.training.regenerate import iter_responses, regenerate
+    from coral_hf.responses.regenerate import iter_responses, regenerate
 
     target, tokenizer = demo.load_target(torch.float32)
     prompts = [{"id": str(index), "turns": [f"What is {index} plus 3?", "And 1 more?"]} for index in range(3)]

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_server import serve
-from conftest import make_drafter
-from test_readme import workplace  # noqa: F401  (a fixture)
+from helpers.chat_server import serve
+from helpers.tiny_models import make_drafter
 
 from coral_hf import demo
 
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE_LINE = re.compile(r"^\s*>>> ", re.MULTILINE)
-FILES = sorted(path for folder in ("coral_hf", "examples") for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(path for folder in ("coral_hf", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 
 
 def examples_of(path: Path) -> list[doctest.DocTest]:
@@ -43,7 +42,7 @@ def failures(example: doctest.DocTest, names: dict) -> str:
     [example for path in FILES for example in examples_of(path)],
     ids=lambda example: f"{example.name}:{example.lineno + 1}",
 )
-def test_example_runs(example, workplace, monkeypatch, request):  # noqa: F811
+def test_example_runs(example, workplace, monkeypatch, request):
     """Examples import what they name; the models and what they are asked are the reader's: tiny ones here."""
     if "evaluate.load(" in example.docstring:
         request.getfixturevalue("modules_cache")

@@ -7,17 +7,17 @@ import random
 
 import pytest
 import torch
-from conftest import make_drafter, make_target, make_tokenizer
-from oracle import oracle
-from parity import CHAIN, TREES, config_of, prompt_of
+from helpers.oracle import oracle
+from helpers.parity import CHAIN, TREES, config_of, prompt_of
+from helpers.tiny_models import make_drafter, make_target, make_tokenizer
 from torch.nn import functional as F
 from transformers import set_seed
 
 from coral_hf import TargetAdapter
-from coral_hf.lm_head_router import DraftHead, gathered_logits, grouped_logits
+from coral_hf.drafter.draft_head import DraftHead, gathered_logits, grouped_logits
+from coral_hf.responses.regenerate import regenerate
+from coral_hf.responses.response_files import iter_responses
 from coral_hf.training.arguments import CoralTrainingArguments
-from coral_hf.training.regenerate import regenerate
-from coral_hf.training.response_files import iter_responses
 from coral_hf.training.trainer import CoralTrainer
 
 

@@ -12,14 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import make_drafter, make_target, make_tokenizer
-from hub_server import TOKEN
-from test_hub import hub  # noqa: F401  (a fixture)
-from tiny_trainings import random_rows
+from helpers.hub_server import TOKEN
 from transformers import HfArgumentParser
 
-from coral_hf import cli, demo
+from coral_hf import cli
 from coral_hf.hub.card_tables import tokens_seen
 
 
@@ -52,7 +48,7 @@ def command_lines(text: str) -> list[list[str]]:
 def documented_commands() -> list[tuple[str, list[str]]]:
     """Every `coral-hf VERB ...` of the pages, the examples and the verbs' own help, with where it stands."""
     texts = [(page, block) for page in PAGES for block in blocks(page, "bash")]
-    for path in sorted((ROOT / "examples").rglob("*.py")):
+    for path in sorted(path for folder in ("examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
         texts.append((path.name, "\n".join(line for line in docstring.splitlines() if "coral-hf " in line)))
     for verb, command in cli.COMMANDS.items():
@@ -80,7 +76,7 @@ def documented_scripts() -> list[tuple[str, str, tuple[str, ...]]]:
     for page in PAGES:
         prose = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
         texts += [(page, " ".join(text.split())) for text in re.findall(r"`([^`]+)`", prose)]
-    for path in sorted((ROOT / "examples").rglob("*.py")):
+    for path in sorted(path for folder in ("examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
         docstring = (ast.get_docstring(ast.parse(path.read_text())) or "").replace("\\\n", " ")
         texts += [(path.name, line) for line in docstring.splitlines()]
     found = []
@@ -90,7 +86,11 @@ def documented_scripts() -> list[tuple[str, str, tuple[str, ...]]]:
             line for line in text.replace("\\\n", " ").splitlines() if re.match(r"\s*(python3?|accelerate) ", line)
         ]
         for words in command_lines("\n".join(lines)):
-            scripts = [index for index, word in enumerate(words) if re.fullmatch(r"(examples|tests)/\S+\.py", word)]
+            scripts = [
+                index
+                for index, word in enumerate(words)
+                if re.fullmatch(r"(examples|benchmarks|scripts|tests)/\S+\.py", word)
+            ]
             if scripts:
                 found.append((place, words[scripts[0]], tuple(words[scripts[0] + 1 :])))
     return list(dict.fromkeys(found))
@@ -113,7 +113,7 @@ def test_script_arguments_parse(place, script, arguments, tmp_path, monkeypatch)
     """Each script is started as it stands there, and stopped where its own parser has read the arguments."""
     path = ROOT / script
     assert path.exists(), f"{place} runs {script}"
-    parsers = [path, ROOT / "tests" / "fuzz_driver.py"] if "fuzz_driver" in path.read_text() else [path]
+    parsers = [path, ROOT / "tests" / "fuzz" / "fuzz_driver.py"] if "fuzz_driver" in path.read_text() else [path]
     if not any("ArgumentParser" in one.read_text() for one in parsers):
         assert not any(word.startswith("-") for word in arguments) or "sys.argv" in path.read_text()
         return
@@ -132,35 +132,16 @@ def test_commands_and_files_that_are_named_exist():
     for page in PAGES:
         for words in [words for block in blocks(page, "bash") for words in command_lines(block)]:
             for word in words:
-                if re.fullmatch(r"(examples|tests|\.ci)/\S+", word):
+                if re.fullmatch(r"(examples|benchmarks|scripts|tests|\.ci)/\S+", word):
                     assert (ROOT / word).exists(), f"{page} runs {word}"
         text = (ROOT / page).read_text()
-        for path in re.findall(r"`((?:examples|tests|model_cards|docs|\.ci)/[\w./-]+)`", text):
+        for path in re.findall(r"`((?:examples|benchmarks|scripts|tests|model_cards|docs|\.ci)/[\w./-]+)`", text):
             assert (ROOT / path).exists(), f"{page} names {path}"
         for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert ((ROOT / page).parent / path).exists(), f"{page} links {path}"
 
 
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """A folder where the README's placeholders exist: a tiny `your/model`, prompts and responses; `demo` is tiny too."""
-    target, tokenizer = make_target(dtype=torch.float32), make_tokenizer()
-    for name in ("your/model", "a/small-model"):
-        target.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    make_drafter(target).save_pretrained(tmp_path / "tiny")
-    monkeypatch.setattr(demo, "load_target", lambda dtype=None, *_: (target, tokenizer))
-    monkeypatch.setattr(demo, "drafter_path", lambda: tmp_path / "tiny")
-    prompts = [{"id": f"p{i}", "turns": [f"w{i} w{i + 1}"]} for i in range(5)]
-    for name, part in (("prompts.jsonl", prompts[:3]), ("eval_prompts.jsonl", prompts[3:])):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
-    rows = [{"turn": 0, **row} for row in random_rows(8)]
-    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_python_snippets_run_in_order(workplace, hub, modules_cache, monkeypatch, capsys):  # noqa: F811
+def test_python_snippets_run_in_order(workplace, hub, modules_cache, monkeypatch, capsys):
     """The snippets in one namespace, as a reader types them; only the length of the training is another."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     namespace: dict = {}
@@ -256,7 +237,7 @@ def test_figures_are_those_of_the_records(monkeypatch):
         f"saw {max(seen) / 1e6:.0f} million response tokens" in text
         and f"saw {max(seen) / 1e6:.0f} million tokens" in text
     )
-    contact = json.loads((ROOT / "examples/records/first_contact.json").read_text())
+    contact = json.loads((ROOT / "benchmarks/records/first_contact.json").read_text())
     sizes = {row["stage"]: row.get("downloaded_bytes", 0) / 1e6 for row in contact["stages"]}
     assert contact["machine"]["cpus"] == 2
     assert f"it takes {contact['seconds_to_demo']:.0f} seconds on two cores" in text

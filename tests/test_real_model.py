@@ -7,11 +7,11 @@ import torch
 
 from coral_hf import TargetAdapter, coral_generate, demo
 from coral_hf.cli import main
-from coral_hf.configuration_coral import vocab_hash
+from coral_hf.data.prompts import encode_context
+from coral_hf.drafter.configuration_coral import vocab_hash
 from coral_hf.evaluation.demo_run import PROMPTS
-from coral_hf.evaluation.prompts import encode_context
 from coral_hf.generation.statistics import DraftStats
-from coral_hf.hardware import native_bfloat16
+from coral_hf.utils.hardware import native_bfloat16
 
 
 pytestmark = pytest.mark.real_model

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_drafter, make_target
-from eagle_checkpoints import LLAMA, eagle1_tensors, write
+from helpers.eagle_checkpoints import LLAMA, eagle1_tensors, write
+from helpers.tiny_models import make_drafter, make_target
 
 import coral_hf
 from coral_hf import CoralDraftModel, demo
@@ -19,7 +19,7 @@ from coral_hf.conversion.checkpoint_files import read_tensors
 
 
 ROOT = Path(coral_hf.__file__).parent.parent
-SOURCES = [*ROOT.glob("coral_hf/**/*.py"), *ROOT.glob("examples/**/*.py")]
+SOURCES = [*ROOT.glob("coral_hf/**/*.py"), *ROOT.glob("examples/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
 # what runs code from data, or writes where an archive says
 FORBIDDEN = {
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "joblib.load", "marshal.loads", "shelve.open"),
@@ -61,7 +61,7 @@ def test_nothing_runs_code_from_data():
 def test_only_the_hub_client_pip_and_a_named_endpoint_reach_the_network():
     """`coral-hf regenerate --endpoint` asks the server that the user names; nothing else opens a connection."""
     for path in SOURCES:
-        if path == ROOT / "coral_hf/training/endpoint.py":
+        if path == ROOT / "coral_hf/responses/endpoint.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -159,6 +159,6 @@ def test_a_config_names_no_code(tmp_path):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     from transformers import AutoModel
 
-    assert type(AutoModel.from_pretrained(tmp_path)).__module__ == "coral_hf.modeling_coral"
+    assert type(AutoModel.from_pretrained(tmp_path)).__module__ == "coral_hf.drafter.modeling_coral"
     CoralDraftModel.from_pretrained(tmp_path)
     assert not (tmp_path / "ran").exists()

@@ -122,8 +122,8 @@ class BenchmarkCommand(PlacedTargetOptions, DrafterOptions):
         return 0
 
     def _prompts(self):
+        from ..data.prompts import Prompt, read_prompts
         from ..evaluation.demo_run import PROMPTS
-        from ..evaluation.prompts import Prompt, read_prompts
 
         limit = QUICK["limit"] if self.quick and self.limit is None else self.limit
         if self.data:

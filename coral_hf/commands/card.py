@@ -18,7 +18,7 @@ class CardCommand:
     curve: bool = field(default=False, metadata={"help": "First draw training/curve.png from training/log.jsonl."})
 
     def run(self, positional) -> int:
-        from ..hub.curve import draw_curve
+        from ..hub.curve_table import draw_curve
         from ..hub.model_card import write_card
 
         if self.curve:

@@ -53,9 +53,9 @@ class ConvertCommand(TargetOptions):
 
     def run(self, positional) -> int:
         from ..conversion.checkpoint_files import check_output_folder
-        from ..conversion.commands import convert_from, convert_to
+        from ..conversion.convert_folder import convert_from, convert_to
         from ..conversion.engine_export import meta_target
-        from ..modeling_coral import CoralDraftModel
+        from ..drafter.modeling_coral import CoralDraftModel
 
         if self.from_format is not None and self.to is None:
             self._refuse("draft_depth", "draft_top_k", "draft_total_tokens", of="--to")

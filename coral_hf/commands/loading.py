@@ -14,10 +14,10 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .. import demo
-from ..hardware import default_device, native_bfloat16
-from ..jsonl import read_json
-from ..modeling_coral import CoralDraftModel
-from ..weight_files import WEIGHTS_FILE, check_index
+from ..drafter.modeling_coral import CoralDraftModel
+from ..drafter.weight_files import WEIGHTS_FILE, check_index
+from ..utils.hardware import default_device, native_bfloat16
+from ..utils.jsonl import read_json
 from .wrong_models import check_is_drafter, check_is_target
 
 

@@ -69,8 +69,8 @@ class RegenerateCommand(PlacedTargetOptions):
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
-        from ..training.overlap import warn_of_overlap
-        from ..training.response_files import iter_prompts, write_shards
+        from ..data.overlap import warn_of_overlap
+        from ..responses.response_files import iter_prompts, write_shards
 
         if (self.endpoint is None) != (self.endpoint_model is None):
             raise ValueError(
@@ -112,7 +112,7 @@ class RegenerateCommand(PlacedTargetOptions):
         return 0
 
     def _ask_target(self, prompts: list[dict[str, Any]], common: dict[str, Any]) -> dict[str, Any]:
-        from ..training.regenerate import regenerate
+        from ..responses.regenerate import regenerate
 
         target, tokenizer = self.load_target(self.dtype)
         longest = self.max_prompt_tokens
@@ -131,7 +131,7 @@ class RegenerateCommand(PlacedTargetOptions):
         )
 
     def _ask_endpoint(self, prompts: list[dict[str, Any]], common: dict[str, Any]) -> dict[str, Any]:
-        from ..training.endpoint import regenerate_from_endpoint
+        from ..responses.endpoint import regenerate_from_endpoint
 
         return regenerate_from_endpoint(
             self.endpoint or "",
@@ -147,7 +147,7 @@ class RegenerateCommand(PlacedTargetOptions):
 
 def _ids(path: str) -> Iterator[str]:
     """The ids of a response file's rows."""
-    from ..training.sources import iter_source
+    from ..data.sources import iter_source
 
     for where, row in iter_source(path):
         if not isinstance(row.get("id"), str):

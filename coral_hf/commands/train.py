@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import set_seed
 
-from ..modeling_coral import CoralDraftModel
-from ..origin import hub_commit
+from ..drafter.hub_names import hub_commit
+from ..drafter.modeling_coral import CoralDraftModel
 from .loading import DrafterOptions, TargetOptions, load_drafter, resolve_dtype
 from .outputs import check_output_folder
 
@@ -85,10 +85,10 @@ class TrainCommand(TargetOptions, DrafterOptions):
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self, args) -> int:
-        from ..training.held_out import told
-        from ..training.overlap import warn_of_overlap
-        from ..training.placement import check_devices
+        from ..data.held_out import told
+        from ..data.overlap import warn_of_overlap
         from ..training.router_trainer import CoralRouterTrainer
+        from ..training.run.placement import check_devices
         from ..training.trainer import CoralTrainer
 
         check_output_folder(args.output_dir, "output_dir")
@@ -158,9 +158,9 @@ class TrainCommand(TargetOptions, DrafterOptions):
 
     def _read(self) -> tuple[Any, list[dict[str, Any]]]:
         """Rows to train on and to evaluate on."""
-        from ..training.data import read_rows
-        from ..training.held_out import hold_out
-        from ..training.sources import RowStream
+        from ..data.dataset import read_rows
+        from ..data.held_out import hold_out
+        from ..data.sources import RowStream
 
         if self.eval_rows is not None and self.eval_rows < 0:
             raise ValueError(f"--eval_rows {self.eval_rows} must be 0 or more.")
@@ -181,7 +181,7 @@ class TrainCommand(TargetOptions, DrafterOptions):
 
 
 def _print_estimate(trainer_class: type, drafter: Any, target: Any, args: Any, rows: Any, tokenizer: Any) -> int:
-    from ..training.estimate import measure_training, without_traces
+    from ..training.report.estimate import measure_training, without_traces
 
     steps, epochs = args.max_steps, args.num_train_epochs
     with tempfile.TemporaryDirectory() as folder:

@@ -39,8 +39,8 @@ class TuneCommand(PlacedTargetOptions, DrafterOptions):
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
+        from ..data.prompts import read_prompts
         from ..evaluation.methods import check_temperatures
-        from ..evaluation.prompts import read_prompts
         from ..evaluation.tune import (
             chosen_settings,
             print_record,

@@ -34,8 +34,8 @@ class VerifyCommand(PlacedTargetOptions, DrafterOptions):
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
+        from ..data.prompts import read_prompts
         from ..evaluation.methods import check_temperatures, parse_methods
-        from ..evaluation.prompts import read_prompts
         from ..evaluation.verify import print_checks, verify
 
         require("rich")

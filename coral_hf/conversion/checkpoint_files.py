@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..jsonl import read_json
-from ..weight_files import check_index
+from ..drafter.weight_files import check_index
+from ..utils.jsonl import read_json
 
 
 CONFIG_FILE = "config.json"

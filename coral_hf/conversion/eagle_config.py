@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..configuration_coral import FEATURE_LAYER_LAST, CoralDraftConfig
+from ..drafter.configuration_coral import FEATURE_LAYER_LAST, CoralDraftConfig
 from .schema import check_config, load_schemas
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..configuration_coral import CoralDraftConfig
-from ..target_adapter import TargetAdapter
+from ..drafter.configuration_coral import CoralDraftConfig
+from ..drafter.target_adapter import TargetAdapter
 from .checkpoint_files import HOT_TOKENS_FILE, load_plain_pickle, read_config, read_tensors, resolve_folder
 from .eagle_config import CORAL_KEY, check_supported, layer_config, read_settings
 from .schema import FLOAT_DTYPES, LAYER, check_tensors, layout_shapes

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..configuration_coral import FC_NORMS, FEATURE_LAYER_LAST, CoralDraftConfig
-from ..target_adapter import TargetAdapter
+from ..drafter.configuration_coral import FC_NORMS, FEATURE_LAYER_LAST, CoralDraftConfig
+from ..drafter.target_adapter import TargetAdapter
 from .checkpoint_files import CONFIG_FILE, HOT_TOKENS_FILE, check_output_folder, staged_folder
 from .eagle_config import CORAL_KEY, CORAL_SETTINGS, default_feature_layers, write_rope
 from .schema import LAYER, check_export, load_schemas

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..configuration_coral import CoralDraftConfig
+from ..drafter.configuration_coral import CoralDraftConfig
 
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -4,7 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
-from ..configuration_coral import CoralDraftConfig, most_draft_tokens
+from ..drafter.configuration_coral import CoralDraftConfig, most_draft_tokens
 from .checkpoint_files import HOT_TOKENS_FILE
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..data.prompts import Prompt, answer_turns, check_prompts, describe_prompts, encode_first_turn
 from ..generation.statistics import DraftStats
 from .environment import describe_environment
 from .methods import (
@@ -27,7 +28,6 @@ from .methods import (
     first_difference,
     measure,
 )
-from .prompts import Prompt, answer_turns, check_prompts, describe_prompts, encode_first_turn
 
 
 # (benchmark, temperature) -> method -> measurements, in the order of the prompts

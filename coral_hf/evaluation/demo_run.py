@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from .. import demo
+from ..data.prompts import encode_context
 from ..generation.statistics import DraftStats
 from .environment import describe_environment
 from .methods import Measurement, measure
-from .prompts import encode_context
 
 
 PROMPTS = (

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..configuration_coral import DERIVED
+from ..data.prompts import Prompt, encode_first_turn
+from ..drafter.configuration_coral import DERIVED
 from ..generation.candidate_generator import CoralCandidateGenerator
 from ..generation.settings import DraftSettings
 from ..generation.statistics import DraftStats
-from ..generation.tuning import Calibration, TreeSizeRule
+from ..generation.tree_size import Calibration, TreeSizeRule
 from .methods import measure
-from .prompts import Prompt, encode_first_turn
 
 
 @dataclass

@@ -6,14 +6,12 @@ from typing import Any
 import torch
 import transformers
 
-from ..code_version import code_commit
-from ..hardware import device_name
+from ..utils.code_version import __version__, code_commit
+from ..utils.hardware import device_name
 
 
 def describe_environment(device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
     """Versions, device, dtype, threads and commit, as plain JSON values."""
-    from .. import __version__
-
     device = torch.device(device)
     return {
         "coral_hf": __version__,

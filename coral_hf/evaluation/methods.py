@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ..configuration_coral import check_vocabulary
+from ..drafter.configuration_coral import check_vocabulary
+from ..drafter.hub_names import hub_commit, public_name
+from ..drafter.target_adapter import TargetAdapter
+from ..drafter.weight_files import drafter_sha256
 from ..generation.hook import is_coral_drafter
 from ..generation.settings import DraftSettings
-from ..hardware import synchronized_clock
-from ..origin import hub_commit, public_name
-from ..target_adapter import TargetAdapter
-from ..weight_files import drafter_sha256
+from ..utils.hardware import synchronized_clock
 
 
 PLAIN = "plain"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..generation.tuning import DraftCosts
+from ..generation.tree_size import DraftCosts
 
 
 WANTED_ERROR = 0.10  # a prediction further off than this share of the measured speedup is not to be trusted

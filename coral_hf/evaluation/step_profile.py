@@ -11,13 +11,13 @@ from unittest.mock import patch
 
 import torch
 
+from ..data.prompts import Prompt, describe_prompts, encode_first_turn
+from ..drafter.draft_head import DraftHead
 from ..generation.candidate_generator import CoralCandidateGenerator
 from ..generation.draft_tree import DraftTreeBuilder
-from ..hardware import synchronized_clock
-from ..lm_head_router import DraftHead
+from ..utils.hardware import synchronized_clock
 from .environment import describe_environment
 from .methods import Method, describe_methods, measure
-from .prompts import Prompt, describe_prompts, encode_first_turn
 
 
 def profile_step(

@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..configuration_coral import DERIVED, CoralDraftConfig
+from ..data.prompts import Prompt, check_prompts, describe_prompts
+from ..drafter.configuration_coral import DERIVED, CoralDraftConfig
 from ..generation.cost_measurement import measure_costs
 from ..generation.settings import DraftSettings
-from ..generation.tuning import Calibration, DraftCosts, TreeSizeRule
+from ..generation.tree_size import Calibration, DraftCosts, TreeSizeRule
 from .draft_traces import DraftTrace, fit_calibration, record_traces, replay_all
 from .environment import describe_environment
 from .methods import Method, check_drafter, describe_drafter, describe_target
 from .prediction import predict_speedup
-from .prompts import Prompt, check_prompts, describe_prompts
 
 
 TOTALS = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 60)

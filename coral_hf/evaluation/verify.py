@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..data.prompts import Prompt, answer_turns, check_prompts, describe_prompts
 from ..generation.statistics import DraftStats
 from .environment import describe_environment
 from .methods import (
@@ -26,7 +27,6 @@ from .methods import (
     first_difference,
     measure,
 )
-from .prompts import Prompt, answer_turns, check_prompts, describe_prompts
 
 
 _CONTEXT = 8  # tokens shown on either side of a difference

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
-from ..compat import cache_of
+from ..utils.compat import cache_of
 from .cache import check_cache
 from .settings import DraftSettings
 

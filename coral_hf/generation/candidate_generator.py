@@ -6,14 +6,14 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..draft_layer import DraftKeyValues
-from ..modeling_coral import CoralDraftModel
-from ..target_adapter import TargetAdapter
+from ..drafter.draft_layer import DraftKeyValues
+from ..drafter.modeling_coral import CoralDraftModel
+from ..drafter.target_adapter import TargetAdapter
 from .draft_tree import DraftTree, DraftTreeBuilder
-from .read_rows import ReadRows, keep_rows, take_rows
+from .kept_rows import ReadRows, keep_rows, take_rows
 from .settings import DraftSettings
 from .statistics import DraftStats
-from .tuning import DraftCosts, TreeSizeRule, calibration_of
+from .tree_size import DraftCosts, TreeSizeRule, calibration_of
 
 
 class CoralCandidateGenerator(CandidateGenerator):

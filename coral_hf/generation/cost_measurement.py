@@ -18,20 +18,20 @@ import torch
 import transformers
 from transformers import DynamicCache, PreTrainedModel
 
-from ..compat import cache_kwarg
-from ..configuration_coral import FC_NORMS
-from ..few_rows import few_row_linears
-from ..hardware import cpu_name, device_name, synchronized_clock
-from ..modeling_coral import CoralDraftModel
-from ..target_adapter import active_adapters
-from ..user_cache import cache_dir
+from ..drafter.configuration_coral import FC_NORMS
+from ..drafter.few_rows import few_row_linears
+from ..drafter.modeling_coral import CoralDraftModel
+from ..drafter.target_adapter import active_adapters
+from ..utils.compat import cache_kwarg
+from ..utils.hardware import cpu_name, device_name, synchronized_clock
+from ..utils.user_cache import cache_dir
+from .acceptance import accept_greedy
 from .cache import compact_cache
 from .candidate_generator import CoralCandidateGenerator
 from .draft_tree import DraftTree, ancestors_of
 from .settings import DraftSettings
-from .tuning import DraftCosts, smooth_times
-from .verification import accept_greedy
-from .verifier import Verifier
+from .target_forward import Verifier
+from .tree_size import DraftCosts, smooth_times
 
 
 logger = logging.getLogger(__name__)

@@ -8,15 +8,15 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..compat import cache_kwarg
-from ..modeling_coral import CoralDraftModel
+from ..drafter.modeling_coral import CoralDraftModel
+from ..utils.compat import cache_kwarg
+from .acceptance import accept_greedy, accept_walk
 from .cache import compact_cache
 from .candidate_generator import CoralCandidateGenerator, padding_of
 from .draft_tree import DraftTree
 from .settings import DraftSettings
-from .tuning import DraftCosts
-from .verification import accept_greedy, accept_walk
-from .verifier import Verifier
+from .target_forward import Verifier
+from .tree_size import DraftCosts
 
 
 class _Selector:

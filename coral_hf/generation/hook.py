@@ -11,10 +11,10 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from ..compat import CACHE_NAME, cache_of, default_generation_settings
-from ..configuration_coral import check_vocabulary
-from ..few_rows import few_row_linears
-from ..target_adapter import TargetAdapter
+from ..drafter.configuration_coral import check_vocabulary
+from ..drafter.few_rows import few_row_linears
+from ..drafter.target_adapter import TargetAdapter
+from ..utils.compat import CACHE_NAME, cache_of, default_generation_settings
 from .call_checks import check_call
 from .candidate_generator import CoralCandidateGenerator, padding_of
 from .cost_measurement import draft_costs

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..configuration_coral import DERIVED, check_draft_sizes, most_draft_tokens
-from ..lm_head_router import DraftHead
+from ..drafter.configuration_coral import DERIVED, check_draft_sizes, most_draft_tokens
+from ..drafter.draft_head import DraftHead
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..configuration_coral import CoralDraftConfig
+from ..drafter.configuration_coral import CoralDraftConfig
 from .records import RECORD_FOLDER, Records
 
 
@@ -299,7 +299,7 @@ def _ablation(record: dict[str, Any]) -> str:
         for name, values in found.items()
     ]
     return (
-        f"The recipes side by side (`{RECORD_FOLDER}/ablation.json`, by `examples/ablate_training.py`): small trainings from "
+        f"The recipes side by side (`{RECORD_FOLDER}/ablation.json`, by `benchmarks/ablate_training.py`): small trainings from "
         f"random weights, not this drafter, all on the same {record['response_tokens']:,} response tokens for {steps} steps; "
         f"tau of simulated greedy chains of {record['chain_depth']} with the full head on held-out answers, one value a "
         f"seed. {environment['device']}, {environment['dtype']}; torch {environment['torch']}, transformers "

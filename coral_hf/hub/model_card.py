@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 
-from ..configuration_coral import CoralDraftConfig
-from ..weight_files import WEIGHTS_FILE
+from ..drafter.configuration_coral import CoralDraftConfig
+from ..drafter.weight_files import WEIGHTS_FILE
 from .card_tables import NOT_MEASURED, headline_rows, measured_section, reading, training_section
 from .records import Records, check_stated, read_records
 

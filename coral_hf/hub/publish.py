@@ -17,9 +17,10 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .. import __version__, modeling_coral
-from ..jsonl import parse_json
-from ..origin import public_name
+from ..drafter import modeling_coral
+from ..drafter.hub_names import public_name
+from ..utils.code_version import __version__
+from ..utils.jsonl import parse_json
 from .model_card import write_card
 from .records import RECORD_FOLDER
 

@@ -4,8 +4,8 @@ A drafter's folder holds them under `training/`:
 
 - `benchmark*.json`: `coral-hf benchmark --output FOLDER/training` (`benchmark.json` gives the figures of the metadata)
 - `check_*.json`: `coral-hf verify --output FOLDER/training`
-- `compare_heads*.json`: `examples/compare_heads.py --json`
-- `ablation.json`: `examples/ablate_training.py`; of small drafters trained for comparison, not of this one
+- `compare_heads*.json`: `benchmarks/compare_heads.py --json`
+- `ablation.json`: `benchmarks/ablate_training.py`; of small drafters trained for comparison, not of this one
 - `training.json`, `log.jsonl`: written by [`CoralTrainer`], `training-N.json`: of earlier stages; `commands.sh`, `curve.png`: kept by hand
 - `card.json`: what no program knows (see `STATED`); no figures
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..jsonl import read_json, read_jsonl
-from ..weight_files import WEIGHTS_FILE, file_sha256
+from ..drafter.weight_files import WEIGHTS_FILE, file_sha256
+from ..utils.jsonl import read_json, read_jsonl
 
 
 RECORD_FOLDER = "training"

@@ -1,9 +1,9 @@
 """Conversations -> drafter."""
 
+from ..data.dataset import ConversationDataset, read_rows
+from ..data.held_out import hold_out
+from ..responses.regenerate import regenerate
 from .arguments import CoralTrainingArguments
-from .data import ConversationDataset, read_rows
-from .held_out import hold_out
-from .regenerate import regenerate
 from .trainer import CoralTrainer
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..hardware import native_bfloat16
-from .unused_settings import check_arguments
+from ..utils.hardware import native_bfloat16
+from .run.unused_settings import check_arguments
 
 
 PRESETS = {

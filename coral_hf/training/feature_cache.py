@@ -15,12 +15,12 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 from tqdm.auto import tqdm
 
-from ..jsonl import read_json
-from ..target_adapter import TargetAdapter
-from ..weight_files import file_sha256
+from ..data.response_origin import weight_sample
+from ..drafter.target_adapter import TargetAdapter
+from ..drafter.weight_files import file_sha256
+from ..utils.jsonl import read_json
 
 
 SHARD_ROWS = 256
@@ -269,16 +269,6 @@ def _sound_index(index: Path) -> dict:
     except (KeyError, ValueError):
         return {}
     return found if sound else {}
-
-
-def weight_sample(target: nn.Module, dtype: torch.dtype = torch.float32) -> str:
-    """A hash of a few values of every weight in `dtype`: tells fine-tuned copies and adapters under one name apart."""
-    digest = hashlib.sha1()
-    for name, parameter in sorted(target.named_parameters()):
-        digest.update(name.encode())
-        if parameter.device.type != "meta":  # offloaded
-            digest.update(parameter.detach().flatten()[:64].to(dtype).float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _write_whole(path: Path, text: str) -> None:

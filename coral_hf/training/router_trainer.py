@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from .losses import router_loss, target_group_mass
-from .metrics import WeightedMeans
+from .losses.losses import router_loss, target_group_mass
+from .report.metrics import WeightedMeans
 from .token_clusters import start_from_centroids
 from .trainer import CoralTrainer
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..lm_head_router import LMHeadRouter
+from ..drafter.draft_head import LMHeadRouter
 
 
 FREQUENCY_BANDS = (16, 4)  # ids among the V/16 and V/4 most frequent are clustered among themselves

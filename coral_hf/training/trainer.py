@@ -8,26 +8,27 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 from transformers import PreTrainedModel, Trainer, set_seed
 
-from ..configuration_coral import check_vocabulary
-from ..modeling_coral import CoralDraftModel
-from ..origin import public_name
-from ..target_adapter import TargetAdapter
-from .adapters import add_adapters
+from ..data.collator import IGNORED_LABEL, CoralDataCollator
+from ..data.dataset import check_ids, check_lengths, preview
+from ..drafter.configuration_coral import check_vocabulary
+from ..drafter.hub_names import public_name
+from ..drafter.modeling_coral import CoralDraftModel
+from ..drafter.target_adapter import TargetAdapter
 from .arguments import CoralTrainingArguments
-from .checkpoints import CheckpointMixin
-from .curves import DrawLearningCurve
-from .data import IGNORED_LABEL, CoralDataCollator, check_ids, check_lengths, preview
-from .evaluation import ChainTotals, EvaluationMixin
-from .faults import StopOnNonFiniteGradient
 from .feature_cache import FeatureCache
-from .loss_tokens import LossTokens
-from .losses import chunked_classification_loss, csra_loss, default_chunk_size, regression_loss
-from .metrics import CountTokens, WeightedMeans, chain_length
-from .placement import check_devices, check_packing, end_processes, place_target, plain_sharding
-from .publishing import PublishingMixin
-from .stages import train_in_float32, train_stage
+from .losses.loss_tokens import LossTokens
+from .losses.losses import chunked_classification_loss, csra_loss, default_chunk_size, regression_loss
+from .report.chain_evaluation import ChainTotals, EvaluationMixin
+from .report.learning_curve import DrawLearningCurve
+from .report.metrics import CountTokens, WeightedMeans, chain_length
+from .run.adapters import add_adapters
+from .run.checkpoints import CheckpointMixin
+from .run.faults import StopOnNonFiniteGradient
+from .run.placement import check_devices, check_packing, end_processes, place_target, plain_sharding
+from .run.publishing import PublishingMixin
+from .run.stages import train_in_float32, train_stage
+from .run.unused_settings import check_parameters
 from .training_rows import encode_dataset, encode_training_dataset, first_item
-from .unused_settings import check_parameters
 
 
 class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):

@@ -4,12 +4,12 @@ from typing import Any
 
 from transformers.trainer_utils import has_length
 
+from ..data.dataset import ConversationDataset
+from ..data.packing import PackedConversations
+from ..data.response_masks import eos_ids_of
+from ..data.response_origin import Origin, WatchedRows
+from ..data.streaming import StreamedConversations
 from .arguments import CoralTrainingArguments
-from .data import ConversationDataset
-from .packing import PackedConversations
-from .response_masks import eos_ids_of
-from .response_origin import Origin, WatchedRows
-from .streaming import StreamedConversations
 
 
 def encode_dataset(

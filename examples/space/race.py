@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from coral_hf import TargetAdapter, demo
-from coral_hf.hardware import default_device
+from coral_hf.utils.hardware import default_device
 
 
 TURN_SECONDS = 0.2

@@ -25,7 +25,7 @@ coral-hf train --target demo --drafter stage2 --data stage3.jsonl --eval_data de
 # Stage 4, on two cores of a CPU with native bf16. Its fc, which read layers 3, 15, 26 and the normed last state, was fitted to
 # the inputs of layers 3, 15, 26 and 29 instead, which serving engines capture: by least squares, here on the response
 # tokens of 437 answers of responses-00006 (the script, which fits on whole conversations, gives the same within 0.003 of tau).
-python examples/refit_features.py --drafter stage3 --layers 3 15 26 29 --data $model_card/responses --output refitted --rows 1000
+python benchmarks/refit_features.py --drafter stage3 --layers 3 15 26 29 --data $model_card/responses --output refitted --rows 1000
 common="--target demo --rollout_schedule 3 --csra_weight 0.05 --weight_decay 0.05 --lr_scheduler_type linear --max_length 900
     --num_train_epochs 1 --dtype bfloat16 --bf16 true --loss_vocab_size 8192 --loss_negatives 2048 --max_grad_norm 0.5
     --eval_data dev_responses.jsonl --threads 2 --report_to none"

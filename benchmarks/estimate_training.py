@@ -1,0 +1,54 @@
+"""What training a drafter will cost, on paper: from the target's config alone, without its weights.
+
+python benchmarks/estimate_training.py --target examples/recipes/llama-3-8b-instruct.config.json --tokens 40000000 \
+    --epochs 2 --flops_per_second 4e14
+Every figure is an estimate; `coral-hf train --estimate` measures two real steps instead.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from transformers import AutoConfig, HfArgumentParser
+
+from coral_hf.commands.outputs import check_output_file
+from coral_hf.commands.scripts import run_script
+from coral_hf.training.report.estimate import estimate_on_paper
+
+
+@dataclass
+class ScriptArguments:
+    target: str = field(metadata={"help": "Hub id, folder or config.json of the target."})
+    tokens: int = field(metadata={"help": "Tokens in the data, prompts included."})
+    epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    batch_size: int = field(default=2, metadata={"help": "Conversations in a micro-batch on one device."})
+    length: int = field(default=2048, metadata={"help": "Their longest length in tokens."})
+    rollout_steps: int = field(default=3, metadata={"help": "K, the deepest."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "As in training."})
+    tokens_per_second: float | None = field(default=None, metadata={"help": "Speed of all devices together."})
+    flops_per_second: float | None = field(default=None, metadata={"help": "Or what they reach in practice."})
+    json: str | None = field(default=None, metadata={"help": "Write the figures here too."})
+
+
+def main() -> None:
+    (script,) = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()
+    check_output_file(script.json)
+    estimate = estimate_on_paper(
+        AutoConfig.from_pretrained(script.target),
+        batch_size=script.batch_size,
+        length=script.length,
+        num_steps=script.rollout_steps,
+        tokens=script.tokens,
+        epochs=script.epochs,
+        tokens_per_second=script.tokens_per_second,
+        flops_per_second=script.flops_per_second,
+        gradient_checkpointing=script.gradient_checkpointing,
+    )
+    print(f"Estimate for {script.target}:", *estimate.lines(), sep="\n")
+    if script.json is not None:
+        with open(script.json, "w") as file:
+            json.dump({**asdict(estimate), "hours": estimate.hours, "settings": asdict(script)}, file, indent=2)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

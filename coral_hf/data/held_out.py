@@ -1,0 +1,90 @@
+"""Rows held out for evaluation: whole conversations, the same ones in every run and whatever the order of the files."""
+
+import hashlib
+import itertools
+import json
+from typing import Any
+
+from .chat import ASSISTANT, check_messages
+from .conversations import schema_of
+from .sources import RowStream
+
+
+DEFAULT_ROWS = 64
+DEFAULT_SHARE = 10  # by default at most one row of so many
+STREAM_ROWS = 10_000  # of a stream, the held-out rows are chosen among so many
+
+
+def hold_out(rows: Any, count: int | None = None) -> tuple[Any, list[dict[str, Any]]]:
+    """Parts rows into those to train on and those to evaluate on.
+
+    All rows of an id stay together: turns of one conversation, or answers to one prompt from several files. Which ids are
+    held out is decided by a hash, because the order of a file is none of chance: `regenerate` writes short answers first.
+    Rows without ids are told apart by their prompts.
+
+    Args:
+        rows (`Iterable[dict]`): training rows, or a [`RowStream`], of which the first 10,000 rows are chosen from.
+        count (`int`, *optional*): rows to hold out, at most; by default 64, or a tenth of the rows where that is less.
+
+    Returns:
+        `tuple`: the rows to train on (a [`RowStream`] again for one), and the held-out rows.
+
+    Raises:
+        ValueError: if `count` is negative, leaves nothing to train on, or is less than every conversation's rows.
+    """
+    if count is not None and count < 0:
+        raise ValueError(f"eval_rows={count} must be 0 or more.")
+    if count == 0:
+        return rows, []
+    known = list(itertools.islice(rows, STREAM_ROWS)) if isinstance(rows, RowStream) else list(rows)
+    if count is not None and count >= len(known):
+        raise ValueError(f"eval_rows={count}: there are {len(known)} rows; leave some to train on.")
+    most = min(DEFAULT_ROWS, len(known) // DEFAULT_SHARE) if count is None else count
+    keys = [conversation_key(row) for row in known]
+    sizes: dict[str, int] = {}
+    for key in keys:
+        sizes[key] = sizes.get(key, 0) + 1
+    chosen: set[str] = set()
+    left = most
+    for key in sorted(sizes):
+        if sizes[key] <= left and len(chosen) + 1 < len(sizes):
+            chosen.add(key)
+            left -= sizes[key]
+    if count is not None and not chosen:
+        raise ValueError(
+            f"eval_rows={count}: no conversation has so few rows that it could be held out, with another one to train on. "
+            "Name rows to evaluate on instead, or leave eval_rows at 0."
+        )
+    held_out = [row for row, key in zip(known, keys, strict=True) if key in chosen]
+    if isinstance(rows, RowStream):
+        return rows.without(chosen, conversation_key), held_out
+    return [row for row, key in zip(known, keys, strict=True) if key not in chosen], held_out
+
+
+def conversation_key(row: dict[str, Any]) -> str:
+    """A hash of what rows of one conversation share: the id, or else the prompt."""
+    name = row.get("id")
+    if name is not None:
+        content: Any = str(name)
+    else:
+        schema = schema_of(row, "a row")
+        if schema == "messages":
+            content = [message for message in check_messages(row["messages"], "a row") if message["role"] != ASSISTANT]
+        else:
+            columns = {"ids": "prompt_ids", "masked": "input_ids", "text": "turns", "plain": "text"}
+            content = row[columns[schema]]
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, default=lambda value: value.tolist()).encode()
+    ).hexdigest()
+
+
+def told(train_rows: Any, held_out: list[dict[str, Any]]) -> str:
+    """One line about the rows that were held out."""
+    ids = len({conversation_key(row) for row in held_out})
+    rest = "" if isinstance(train_rows, RowStream) else f" of {len(train_rows) + len(held_out):,}"
+    return (
+        f"Held out for evaluation: {len(held_out)}{rest} rows, of {ids} conversations chosen by a hash of their ids."
+    )
+
+
+__all__ = ["conversation_key", "hold_out", "told"]

@@ -1,0 +1,165 @@
+"""Prompts that stand in an evaluation file too: what a drafter is measured on must not be what it was trained on."""
+
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .chat import check_messages
+from .conversations import schema_of
+from .sources import RowStream, iter_source
+
+
+PREFIX = 80  # normalised characters that count as the same beginning
+SHORTEST = 20  # shorter evaluation prompts ("hi") are compared as a whole only
+STREAM_ROWS = 10_000  # of a stream, so many rows are looked at
+
+
+@dataclass
+class Overlap:
+    """How many training conversations hold a prompt of an evaluation file.
+
+    Args:
+        checked (`int`): conversations looked at; unreadable (`int`): those in which no user turn was found.
+        exact (`int`): with a user turn that is an evaluation prompt; prefix (`int`): that begins like one.
+        examples (`list[tuple[str, str]]`): ids of the first of them, and their turns.
+    """
+
+    checked: int = 0
+    unreadable: int = 0
+    exact: int = 0
+    prefix: int = 0
+    examples: list[tuple[str, str]] = field(default_factory=list)
+
+    def warning(self, files: str) -> str | None:
+        """One line to print, None if there is nothing to tell."""
+        told = []
+        if self.exact or self.prefix:
+            name, text = self.examples[0]
+            told.append(
+                f"warning: {self.exact + self.prefix} of {self.checked} training conversations hold a prompt of {files} "
+                f"({self.exact} exactly, {self.prefix} by its beginning), such as {name!r}: {text[:60]!r}. Leave them "
+                "out, or do not report figures measured on these files."
+            )
+        if self.unreadable:
+            told.append(
+                f"warning: in {self.unreadable} of {self.checked} training conversations no user turn was found, so they "
+                f"were not compared with {files}."
+            )
+        return "\n".join(told) or None
+
+
+def find_overlap(rows: Iterable[dict[str, Any]], prompts: Iterable[str], tokenizer: Any = None) -> Overlap:
+    """Compares user turns with evaluation prompts: case, punctuation and spacing ignored, as a whole and by beginnings.
+
+    A beginning counts if the first 80 characters are equal, or if a turn begins with a whole evaluation prompt of 20 to
+    80. Paraphrases are not found.
+
+    Args:
+        rows (`Iterable[dict]`): training rows or prompt rows, see [`encode_row`].
+        prompts (`Iterable[str]`): evaluation prompts.
+        tokenizer (*optional*): the target's, for rows of ids: user turns are found by its chat template.
+
+    Returns:
+        [`Overlap`]
+    """
+    whole = {normalized for prompt in prompts if (normalized := _normalize(prompt))}
+    beginnings = {prompt[:PREFIX] for prompt in whole if len(prompt) >= PREFIX}
+    short = {prompt for prompt in whole if SHORTEST <= len(prompt) < PREFIX}
+    lengths = sorted({len(prompt) for prompt in short})
+    between = _turn_pattern(tokenizer)
+    found = Overlap()
+    for index, row in enumerate(rows):
+        found.checked += 1
+        turns = list(user_turns(row, tokenizer, between))
+        if not turns:
+            found.unreadable += 1
+            continue
+        kinds: dict[str, Any] = {}
+        for turn in turns:
+            text = _normalize(turn)
+            if text in whole:
+                kinds.setdefault("exact", turn)
+            elif text[:PREFIX] in beginnings or any(
+                text[:length] in short and text[length : length + 1] == " " for length in lengths
+            ):
+                kinds.setdefault("prefix", turn)
+        if kinds:
+            kind = "exact" if "exact" in kinds else "prefix"
+            setattr(found, kind, getattr(found, kind) + 1)
+            if len(found.examples) < 5:
+                found.examples.append((str(row.get("id", index)), kinds[kind].strip()))
+    return found
+
+
+def warn_of_overlap(rows: Iterable[dict[str, Any]], files: list[str], tokenizer: Any = None) -> Overlap:
+    """Prints a warning if `rows` overlap the prompts of evaluation files or data sets; of a stream, its first rows."""
+    if isinstance(rows, RowStream):
+        rows = itertools.islice(rows, STREAM_ROWS)
+    between = _turn_pattern(tokenizer)
+    prompts = (turn for path in files for _, row in iter_source(path) for turn in user_turns(row, tokenizer, between))
+    found = find_overlap(rows, prompts, tokenizer)
+    if (warning := found.warning(", ".join(map(os.fspath, files)))) is not None:
+        print(warning, flush=True)
+    return found
+
+
+def user_turns(row: dict[str, Any], tokenizer: Any, between: re.Pattern | None) -> Iterator[str]:
+    """The user's texts in a row of any schema; of ids, what stands `between` the template's marks."""
+    if isinstance(row.get("turns"), list):
+        yield from (turn for turn in row["turns"] if isinstance(turn, str))
+        return
+    schema = schema_of(row, f"row {row.get('id', '')!r}")
+    if schema == "messages":
+        for message in check_messages(row["messages"], f"row {row.get('id', '')!r}"):
+            if message["role"] == "user":
+                yield message["content"]
+    elif schema == "plain":
+        yield row["text"]
+    elif tokenizer is not None:
+        text = tokenizer.decode(row["prompt_ids"] if schema == "ids" else row["input_ids"])
+        if between is None:
+            yield text
+        else:
+            yield from between.findall(_spaced(text))
+
+
+def _turn_pattern(tokenizer: Any) -> re.Pattern | None:
+    """What a chat template writes before and after a user turn, as a pattern around it; None without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    from jinja2 import TemplateError
+
+    mark = "\u2063turn\u2063"
+    message = {"role": "user", "content": mark}
+
+    def around(messages: list[dict[str, str]]) -> tuple[str, str]:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, _, after = text.partition(mark)
+        return _spaced(before), _spaced(after)
+
+    before, after = around([message])
+    try:
+        # what precedes a turn with a system text and without one: the turn's own header
+        other, _ = around([{"role": "system", "content": "-"}, message])
+        pairs = zip(reversed(before), reversed(other), strict=False)
+        shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        header = before[len(before) - shared :]
+    except TemplateError:
+        header = before
+    if not header.strip() or not after.strip():
+        return None
+    return re.compile(re.escape(header.strip()) + "(.*?)" + re.escape(after.strip()), re.DOTALL)
+
+
+def _spaced(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
+def _normalize(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+__all__ = ["Overlap", "find_overlap", "warn_of_overlap"]

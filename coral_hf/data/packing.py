@@ -1,0 +1,84 @@
+"""Several conversations in one row, so that no batch is padded to its longest."""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .dataset import ConversationDataset
+
+
+def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Best-fit decreasing: conversations from the longest on, each into the fullest row that still has room for it.
+
+    Args:
+        lengths (`Sequence[int]`): of the conversations, each at most `max_length`.
+        max_length (`int`): of a row.
+
+    Returns:
+        `list[list[int]]`: indices of the conversations in each row; a function of the arguments alone.
+
+    Raises:
+        ValueError: if a conversation is longer than a row.
+    """
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, row), sorted
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        length = lengths[index]
+        if length > max_length:
+            raise ValueError(
+                f"a conversation of {length} tokens does not fit into a row of {max_length}; cut it there."
+            )
+        place = bisect_left(rooms, (length, 0))
+        if place == len(rooms):
+            room, row = max_length, len(rows)
+            rows.append([])
+        else:
+            room, row = rooms.pop(place)
+        rows[row].append(index)
+        if room > length:
+            insort(rooms, (room - length, row))
+    return rows
+
+
+def join(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """Conversations one behind the other: `input_ids` `[S]`, `response_mask` `[S]` and their `lengths`."""
+    joined = {name: torch.cat([item[name] for item in items]) for name in ("input_ids", "response_mask")}
+    return {**joined, "lengths": [len(item["input_ids"]) for item in items]}
+
+
+class PackedConversations(torch.utils.data.Dataset):
+    """Rows of up to `max_length` tokens, each of several whole conversations (see [`join`]).
+
+    What stands in one row depends on the data alone, and the sampler orders rows by seed and epoch, so that a resumed
+    training finds every batch again.
+
+    Args:
+        dataset ([`ConversationDataset`])
+        max_length (`int`): of a row; shorter where no conversation is as long and all of them fit.
+
+    Raises:
+        ValueError: if a conversation is longer than a row.
+    """
+
+    def __init__(self, dataset: ConversationDataset, max_length: int):
+        self.dataset = dataset
+        self.rows = pack_lengths([len(ids) for ids, _ in dataset.conversations], max_length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return join([self.dataset[place] for place in self.rows[index]])
+
+    @property
+    def num_response_tokens(self) -> int:
+        return self.dataset.num_response_tokens
+
+    def response_counts(self, vocab_size: int) -> torch.Tensor:
+        """As [`ConversationDataset.response_counts`]."""
+        return self.dataset.response_counts(vocab_size)
+
+
+__all__ = ["PackedConversations", "join", "pack_lengths"]

@@ -1,0 +1,112 @@
+"""Whose answers rows hold: answers of two targets must not mix in a file, nor unnoticed in a training."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..drafter.hub_names import hub_commit, public_name
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A target as response rows name it, each part where it is known.
+
+    Args:
+        target (`str`): its name, or the name by which an endpoint knows it; of a folder the last part.
+        target_revision (`str`): its commit on the Hub.
+        target_weights (`str`): a hash of a sample of its weights in bfloat16, which is the same in every dtype it is
+            loaded in.
+    """
+
+    target: str | None = None
+    target_revision: str | None = None
+    target_weights: str | None = None
+
+    @classmethod
+    def of(cls, target: Any) -> "Origin":
+        """A loaded target's."""
+        name, revision = public_name(getattr(target.config, "_name_or_path", None)), hub_commit(target.config)
+        offloaded = any(parameter.device.type == "meta" for parameter in target.parameters())
+        return cls(name, revision, None if offloaded else weight_sample(target, torch.bfloat16)[:12])
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> "Origin":
+        """What a row says; nothing of rows that were written without."""
+        return cls(*(row.get(name) for name in COLUMNS))
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """What a row of this target is given."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def contradicts(self, other: "Origin") -> bool:
+        """Whether this is certainly another target: by commit or weights, or by name where there are no weights."""
+        pairs = [(self.target_revision, other.target_revision), (self.target_weights, other.target_weights)]
+        if self.target_weights is None and other.target_weights is None:
+            pairs.append((self.target, other.target))
+        return any(None not in pair and pair[0] != pair[1] for pair in pairs)
+
+    def __str__(self) -> str:
+        revision = f" at revision {self.target_revision}" if self.target_revision else ""
+        sample = f" (weights {self.target_weights})" if self.target_weights else ""
+        return f"{self.target or 'a target without a name'}{revision}{sample}"
+
+
+COLUMNS = ("target", "target_revision", "target_weights")
+
+
+def check_same_run(row: Mapping[str, Any], where: str, temperature: float, origin: Origin) -> None:
+    """Raises `ValueError` unless an answer on file is one that a run with these settings could have written."""
+    found = row.get("temperature") or 0.0
+    if found != temperature:
+        raise ValueError(
+            f"{where} holds a response at temperature {found}, this run has {temperature}; give another output file."
+        )
+    if (other := Origin.read(row)).contradicts(origin):
+        pinned = other.target_revision if other.target_revision != origin.target_revision else None
+        instead = "" if pinned is None else f", or go on with --target_revision {pinned}"
+        raise ValueError(
+            f"{where} holds a response of {other}, this run's target is {origin}; give another output file{instead}."
+        )
+
+
+def weight_sample(target: nn.Module, dtype: torch.dtype = torch.float32) -> str:
+    """A hash of a few values of every weight in `dtype`: tells fine-tuned copies and adapters under one name apart."""
+    digest = hashlib.sha1()
+    for name, parameter in sorted(target.named_parameters()):
+        digest.update(name.encode())
+        if parameter.device.type != "meta":  # offloaded
+            digest.update(parameter.detach().flatten()[:64].to(dtype).float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class WatchedRows:
+    """Training rows; tells of the first that holds an answer of another target than `origin`."""
+
+    def __init__(self, rows: Iterable[Any], origin: Origin):
+        self.rows, self.origin = rows, origin
+        self._told = False
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in self.rows:
+            if not self._told and isinstance(row, Mapping):
+                self._look_at(row)
+            yield row
+
+    def _look_at(self, row: Mapping[str, Any]) -> None:
+        found = Origin.read(row)
+        # an endpoint's name for a model is no name of a target
+        if Origin(None, found.target_revision, found.target_weights).contradicts(self.origin):
+            self._told = True
+            print(
+                f"warning: row {row.get('id', '')!r} holds an answer of {found}, and the target of this training is "
+                f"{self.origin}. A drafter is best trained on its own target's answers: make them with `coral-hf regenerate`.",
+                flush=True,
+            )
+
+
+__all__ = ["COLUMNS", "Origin", "WatchedRows", "check_same_run", "weight_sample"]

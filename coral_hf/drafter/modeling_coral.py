@@ -1,0 +1,309 @@
+"""CoralDraftModel: one decoder layer that reads a target's features and drafts its next tokens.
+
+One `forward` is one K-step rollout over a batch of sequences (training); one `draft` call is one drafting step over a
+handful of rows with a preallocated KV cache (generation). The target's embedding and LM head are never part of the
+module: callers go through `TargetAdapter`.
+"""
+
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from .configuration_coral import CoralDraftConfig
+from .draft_head import DraftVocabularyHead, FrequencyShortlist, LMHeadRouter
+from .draft_layer import (
+    CoralDraftLayer,
+    CoralRolloutOutput,
+    CoralRotaryEmbedding,
+    DraftKeyValues,
+    Eagle3DraftLayer,
+    EagleDraftLayer,
+    rollout_rows,
+    shift_rows,
+)
+from .package_methods import PackageMethods
+from .weight_files import check_before_loading, check_shapes, loading
+
+
+class CoralDraftModel(PackageMethods, PreTrainedModel):
+    """A CORAL drafter (Weng et al., ACL 2025): pass it to `target.generate(..., assistant_model=drafter)`.
+
+    Row t reads the target's embedding of token x_{t+1} and the feature f_t and predicts f_{t+1}, whose LM-head logits
+    are those of token x_{t+2}; in later steps its own output stands in for the missing feature.
+
+    Args:
+        config ([`CoralDraftConfig`])
+    """
+
+    config_class = CoralDraftConfig
+    base_model_prefix = "coral"
+    main_input_name = "inputs_embeds"
+    _no_split_modules: ClassVar[list[str]] = ["EagleDraftLayer", "Eagle3DraftLayer"]
+    _supports_sdpa = True
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: CoralDraftConfig):
+        super().__init__(config)
+        size = config.hidden_size
+        if config.shape == "eagle":
+            self.fc: nn.Module = nn.Linear(2 * size, size, bias=config.fc_bias)
+            self.layers = nn.ModuleList([EagleDraftLayer(config)])
+            self.norm = nn.Identity()
+        else:
+            # A single feature is as wide as the drafter: no fc, as both serving engines expect.
+            features = config.num_target_features
+            self.fc = nn.Linear(features * size, size, bias=False) if features > 1 else nn.Identity()
+            # What stands before it is named as in the serving engines.
+            if config.norm_before_fc:
+                self.input_norm = LlamaRMSNorm(features * size, eps=config.rms_norm_eps)
+            if config.fc_norm:
+                self.fc_norm = nn.ModuleList(LlamaRMSNorm(size, eps=config.rms_norm_eps) for _ in range(features))
+            self.layers = nn.ModuleList([Eagle3DraftLayer(config)])
+            self.norm = LlamaRMSNorm(size, eps=config.rms_norm_eps)
+        self.rotary_emb = CoralRotaryEmbedding(config)
+        self.router: Any = None
+        if config.router_groups:
+            self.router = LMHeadRouter.from_config(config)
+        self.shortlist = FrequencyShortlist(config.shortlist_size) if config.shortlist_size else None
+        own = config.draft_vocab_size
+        self.draft_head = None if own is None else DraftVocabularyHead(size, own)
+        # Acceptance statistics of the last `generate` call, see `generation.statistics.DraftStats`.
+        self.last_stats: Any = None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @classmethod
+    def from_target(cls, target: PreTrainedModel, tokenizer: Any = None, **overrides: Any) -> "CoralDraftModel":
+        """Builds an untrained drafter for `target`: dimensions and starting weights from the target.
+
+        Args:
+            target (`PreTrainedModel`): a Llama-shaped causal LM.
+            tokenizer (*optional*): the target's tokenizer; its vocabulary hash is recorded in the config.
+            **overrides: settings of [`CoralDraftConfig`].
+
+        Returns:
+            [`CoralDraftModel`] in float32 on the CPU.
+        """
+        from .draft_initialization import initialize_from_target
+
+        return initialize_from_target(cls, target, tokenizer, overrides)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "CoralDraftModel":
+        """Loads a drafter from a folder or the Hub, from safetensors only.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or Hub id.
+            *args, **kwargs: as for [`~transformers.PreTrainedModel.from_pretrained`] (`revision`, `token`, `dtype`, ...).
+
+        Raises:
+            ValueError: if the weights are missing, pickled, damaged, larger than the config allows or of other shapes, or
+                the config is missing or malformed.
+        """
+        with loading(pretrained_model_name_or_path):
+            if pretrained_model_name_or_path is not None and not kwargs.get("variant"):
+                check_before_loading(cls, pretrained_model_name_or_path, kwargs)
+            # mismatched sizes are listed, so that the error can name them
+            ours = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, **ours})
+        if not kwargs.get("ignore_mismatched_sizes"):
+            check_shapes(pretrained_model_name_or_path, info["mismatched_keys"])
+        loaded: Any = (model, info) if kwargs.get("output_loading_info") else model
+        return loaded
+
+    def add_router(
+        self, num_groups: int, active_groups: int | None = None, grouping: str = "consecutive"
+    ) -> LMHeadRouter:
+        """Gives the drafter a new, untrained LM-head router, replacing any it has.
+
+        Args:
+            num_groups (`int`): G; see `router_groups` of [`CoralDraftConfig`].
+            active_groups (`int`, *optional*): groups computed per drafting step; defaults to a sixteenth.
+            grouping (`str`): `"consecutive"` ids, or `"clustered"`; `CoralRouterTrainer` then finds the clusters.
+
+        Raises:
+            ValueError: if the numbers do not fit the vocabulary or each other.
+        """
+        settings = {**self.config.to_dict(), "router_groups": num_groups, "router_active_groups": active_groups}
+        settings["router_grouping"] = grouping
+        config = type(self.config)(**{key: value for key, value in settings.items() if key != "model_type"})
+        for name in ("router_groups", "router_active_groups", "router_hidden_size", "router_grouping"):
+            setattr(self.config, name, getattr(config, name))
+        self.router = LMHeadRouter.from_config(config).to(device=self.device, dtype=self.dtype)
+        return self.router
+
+    def add_shortlist(self, counts: torch.Tensor, size: int) -> FrequencyShortlist:
+        """Limits drafting to the `size` most frequent ids of `[V]` counts, beside a router's groups if there is one.
+
+        Raises:
+            ValueError: if `size` is no integer between 1 and V - 1, `counts` no tensor of length V, or the drafter has a
+                head of its own.
+        """
+        vocab_size = self.config.vocab_size
+        if not isinstance(counts, torch.Tensor) or counts.shape != (vocab_size,):
+            found = (
+                f"shape {tuple(counts.shape)}" if isinstance(counts, torch.Tensor) else f"type {type(counts).__name__}"
+            )
+            raise ValueError(f"counts of {found} must be a tensor of one count for each of the {vocab_size} ids.")
+        if type(size) is not int or not 0 < size < vocab_size:
+            raise ValueError(f"size={size!r} must be an integer of at least 1 and below the {vocab_size} ids.")
+        if self.draft_head is not None:
+            own = self.config.draft_vocab_size
+            raise ValueError(f"draft_vocab_size={own}: a drafter with a head of its own takes no shortlist.")
+        self.config.shortlist_size = size
+        self.shortlist = FrequencyShortlist(size).count(counts.cpu()).to(self.device)
+        return self.shortlist
+
+    def __getattr__(self, name: str) -> Any:
+        # What Transformers' own assisted decoding asks a drafter for first. An AttributeError, so that hasattr stays right; a
+        # property's would end here without its message.
+        if name == "generation_config":
+            raise AttributeError(
+                f"{type(self).__name__} has no generation_config: it drafts from a target's features and generates nothing by "
+                "itself. To use it as assistant_model, `pip install coral-hf` and `import coral_hf` before generate; if that "
+                "was done, this Transformers release is not one the package knows (transformers>=5.17,<6)."
+            )
+        return super().__getattr__(name)
+
+    def get_input_embeddings(self) -> None:
+        """None: the embedding is the target's. FSDP asks."""
+        return None
+
+    @property
+    def layer(self) -> CoralDraftLayer:
+        return cast(CoralDraftLayer, self.layers[0])
+
+    def project_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Target features `[B, S, n * H]` -> the layer's feature input `[B, S, H]` (fc over several, normed or not)."""
+        if self.config.num_target_features == 1:
+            return features
+        if self.config.norm_before_fc:
+            features = self.input_norm(features)
+        if self.config.fc_norm:
+            parts = features.chunk(len(self.fc_norm), dim=-1)  # n of [B, S, H]
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(features)
+
+    def _outputs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's output -> (input of the LM head, next step's feature), both `[B, S, H]`."""
+        normed = self.norm(hidden)
+        return normed, (normed if self.config.norm_output else hidden)
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
+        num_steps: int = 1,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        output_group_logits: bool = False,
+    ) -> CoralRolloutOutput:
+        """One K-step rollout (HASS's harmonised context alignment, HASS section 3.2; CORAL section 3.1).
+
+        Step 1 is teacher-forced. In step k the input feature of row r is the drafter's own output of step k-1 at row
+        r-1, detached, and row r attends to what inference would see (see `CoralAttention.attend_rollout`).
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `[B, S, H]`): row r holds e(x_{r+1}).
+            features (`torch.Tensor` of shape `[B, S, n * H]`): row r holds the target's f_r.
+            num_steps (`int`): K.
+            position_ids (`torch.LongTensor` of shape `[B, S]`, *optional*): defaults to 0..S-1.
+            document_ids (`torch.LongTensor` of shape `[B, S]`, *optional*): rows attend inside one document only;
+                padding has an id of its own (-1). Defaults to one document a row.
+            output_group_logits (`bool`): run the LM-head router on every step's output too.
+
+        Returns:
+            [`CoralRolloutOutput`]
+        """
+        batch, length, _ = inputs_embeds.shape
+        device = inputs_embeds.device
+        rows = torch.arange(length, device=device)
+        if position_ids is None:
+            position_ids = rows.expand(batch, length)
+        cos, sin = self.rotary_emb(inputs_embeds, position_ids)
+        same = None if document_ids is None else document_ids[:, :, None] == document_ids[:, None, :]  # [B, S, S]
+
+        feature = self.project_features(features)
+        keys: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        outputs, valids = [], []
+        for step in range(1, num_steps + 1):
+            mask, valid = rollout_rows(rows, step, batch, document_ids, same)
+            run = self._rollout_step
+            if self.gradient_checkpointing and self.training:
+                run = partial(self._gradient_checkpointing_func, run)
+            normed, fed_back, key, value = run(inputs_embeds, feature, cos, sin, mask, *keys, *values)
+            keys.append(key)
+            values.append(value)
+            outputs.append(normed)
+            valids.append(valid)
+            feature = shift_rows(fed_back.detach(), 1, dim=1)
+        group_logits = tuple(self.router(hidden) for hidden in outputs) if output_group_logits else None
+        return CoralRolloutOutput(hidden_states=tuple(outputs), valid=tuple(valids), group_logits=group_logits)
+
+    def _rollout_step(
+        self,
+        inputs_embeds: torch.Tensor,
+        feature: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None,
+        *earlier: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Step k from the keys and values of steps 1..k-1: its two outputs, and its own keys and values.
+
+        All that gradient checkpointing computes again in the backward.
+        """
+        layer, attention = self.layer, self.layer.self_attn
+        attention_input, residual = layer.inputs(inputs_embeds, feature, self.fc)
+        query, key, value = attention.project(attention_input, cos, sin)
+        if earlier and mask is not None:
+            half = len(earlier) // 2
+            attended = attention.attend_rollout(query, [*earlier[:half], key], [*earlier[half:], value], mask)
+        else:
+            attended = attention.attend(query, key, value, mask)
+        normed, fed_back = self._outputs(layer.finish(attended.to(residual.dtype), residual))
+        return normed, fed_back, key, value
+
+    def draft(
+        self,
+        inputs_embeds: torch.Tensor,
+        feature: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: DraftKeyValues,
+        slot: int,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One drafting step over T rows that are written to cache slots `[slot, slot + T)`.
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `[1, T, H]`): embeddings of the rows' tokens.
+            feature (`torch.Tensor` of shape `[1, T, H]`): projected true features ([`project_features`]), or the
+                fed-back output of the rows' parents.
+            position_ids (`torch.LongTensor` of shape `[1, T]`).
+            cache ([`DraftKeyValues`])
+            slot (`int`): first cache slot to write.
+            mask (`torch.BoolTensor` of shape `[1, 1, T, slot + T]`, *optional*): what each row sees; None: causal.
+
+        Returns:
+            `tuple`: input of the LM head and next step's feature, both `[1, T, H]`.
+        """
+        length = inputs_embeds.shape[1]
+        cos, sin = self.rotary_emb(inputs_embeds, position_ids)
+        attention_input, residual = self.layer.inputs(inputs_embeds, feature, self.fc)
+        query, key, value = self.layer.self_attn.project(attention_input, cos, sin)
+        cache.write(slot, key, value)
+        end = slot + length
+        # A prompt at slot 0 (1 GiB of mask for 32k tokens) and a single row need none.
+        if mask is None and slot > 0 and length > 1:
+            columns = torch.arange(end, device=query.device)
+            mask = (columns <= columns[slot:, None])[None, None]
+        attended = self.layer.self_attn.attend(query, cache.keys[:, :, :end], cache.values[:, :, :end], mask)
+        return self._outputs(self.layer.finish(attended, residual))
+
+
+__all__ = ["CoralDraftModel"]

@@ -1,0 +1,60 @@
+"""Methods of a drafter that the package implements above this room: conversion and publishing.
+
+`import coral_hf` registers them. A drafter whose code came with it (`trust_remote_code=True`) has neither.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+
+class PackageMethods:
+    """`from_eagle` and `push_to_hub` of a drafter, by functions that were registered under their names."""
+
+    extensions: ClassVar[dict[str, Callable[..., Any]]] = {}
+
+    @classmethod
+    def from_eagle(
+        cls, path_or_repo: str, target: PreTrainedModel, revision: str | None = None, **overrides: Any
+    ) -> Any:
+        """Loads an EAGLE-1/2, HASS or EAGLE-3 checkpoint for `target`, see `conversion.eagle_import.load_eagle`.
+
+        Args:
+            path_or_repo (`str`): a folder or a Hub id, with safetensors or a `pytorch_model.bin` of plain tensors.
+            target (`PreTrainedModel`): the model that the checkpoint drafts for.
+            revision (`str`, *optional*): branch, tag or commit of the Hub repository.
+            **overrides: settings of [`CoralDraftConfig`], `draft_*` or `target_feature_layers` say.
+
+        Returns:
+            [`CoralDraftModel`] in the checkpoint's dtype on the CPU.
+
+        Raises:
+            ValueError: if the checkpoint is no drafter for this target; the message lists names, expected and found.
+            OSError: if there is no such folder or repository.
+        """
+        return cls._extension("from_eagle")(cls, path_or_repo, target, revision, **overrides)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Publishes the drafter with its card, its code and the records behind its figures.
+
+        Args:
+            repo_id (`str`): `"org/name"`, or `"name"` in your own namespace.
+            **kwargs: `record`, `private`, `token`, `revision`, `commit_message`, `create_pr`; see `hub.publish`.
+
+        Returns:
+            `str`: URL of the commit.
+        """
+        return self._extension("push_to_hub")(self, repo_id, **kwargs)
+
+    @classmethod
+    def _extension(cls, name: str) -> Callable[..., Any]:
+        if name not in cls.extensions:
+            raise ImportError(
+                f"{cls.__name__}.{name} is not part of the code that a published drafter carries: `pip install coral-hf`, "
+                "`import coral_hf`, and load the drafter without trust_remote_code."
+            )
+        return cls.extensions[name]
+
+
+__all__ = ["PackageMethods"]

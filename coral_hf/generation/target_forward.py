@@ -1,0 +1,229 @@
+"""The target's side of the decode loop: the prefill, and one forward per draft tree."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from ..utils.compat import cache_kwarg, cache_of
+from .cache import tree_attention_mask
+from .draft_tree import DraftTree
+
+
+class Verifier:
+    """Runs the target for one call of `generate`, on its KV cache and with its masks and positions."""
+
+    def __init__(self, target: PreTrainedModel, model_kwargs: dict[str, Any]):
+        self.target = target
+        self.model_kwargs = model_kwargs
+        self.cache = cache_of(model_kwargs)
+        mask = model_kwargs.get("attention_mask")
+        # True at tokens, False at padding, over everything in the cache and the prompt; None: no padding.
+        self.mask = None if mask is None else mask.bool()
+        self.num_padding = 0 if mask is None else int((mask == 0).sum())  # also what lies in the cache already
+        # With device_map the layers lie elsewhere, but ids and masks enter where the embedding is.
+        self.device = target.get_input_embeddings().weight.device
+        self.position_offset = -self.num_padding
+        self.rope_limits = _rope_limits(target.config.get_text_config())
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within it sliding layers may keep what their window drops, until drafts are rejected; after it they must not."""
+        kept = {id(layer) for layer in self.cache.layers if getattr(layer, "record_past", False)}
+        try:
+            yield
+        finally:
+            for layer in self.cache.layers:
+                # Not convolutions: their state of a short text is padded only where nothing is recorded.
+                sliding = getattr(layer, "is_sliding", False) and "LinearAttention" not in type(layer).__name__
+                if sliding and layer.record_past and id(layer) not in kept:
+                    layer.crop(0)  # a call that failed has not
+                    layer.record_past = False
+
+    def prefill(
+        self,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        features_of: Callable[[tuple[torch.Tensor, ...]], torch.Tensor],
+    ) -> tuple[Any, torch.Tensor]:
+        """Runs the prompt (what of it is not in the cache yet), in chunks if `prefill_chunk_size` asks for them.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `[1, L]`)
+            generation_config ([`GenerationConfig`])
+            features_of (`Callable`): the hidden states of a forward -> its features `[1, n, F]`.
+
+        Returns:
+            `tuple`: the outputs of the (last) forward, with hidden states and the last position's logits, and the features
+            of all new tokens.
+        """
+        past = self.cache.get_seq_length()
+        total = getattr(generation_config, "_mask_length", -1) if self.mask is None else self.mask.shape[1]
+        # With a cache the ids are either the whole sequence, of which the new part is cut, or new tokens only.
+        length = input_ids.shape[1] - past if past and total in (input_ids.shape[1], -1) else None
+        inputs = self.target.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=length, is_first_iteration=True, **self.model_kwargs
+        )
+        if cache_of(inputs) is None:
+            # Phi-3 and PhiMoE read all of a text longer than their short RoPE factors reach without the cache given.
+            if past:
+                self.cache = DynamicCache(config=self.target.config)
+            inputs.update(cache_kwarg(self.cache))
+        positions, ids = inputs.get("position_ids"), inputs.get("input_ids")
+        expected = None if ids is None else self.cache.get_seq_length() + ids.shape[1]
+        self.cache.activate_past_recording()
+        features = []
+        for chunk in _chunks(inputs, generation_config.prefill_chunk_size):
+            outputs = self.target(**{**chunk, "output_hidden_states": True, "return_dict": True})
+            self.cache.crop(0)
+            features.append(features_of(outputs.hidden_states))
+        if expected is not None and self.cache.get_seq_length() != expected:
+            raise ValueError(
+                f"After {expected} tokens the KV cache of {type(self.target).__name__} holds {self.cache.get_seq_length()}: "
+                "no draft can be verified with it. Generate without assistant_model."
+            )
+        if positions is not None:
+            # The caller's own positions go on from the last one, as in plain generate.
+            self.position_offset = _next_positions(positions) - self.cache.get_seq_length()
+        # Without padding the models need none: it would only grow with every step.
+        if self.mask is not None and (not self.num_padding or self.mask.shape[1] < self.cache.get_seq_length()):
+            self.mask = None
+        return outputs, features[0] if len(features) == 1 else torch.cat(features, dim=1)
+
+    def most_depth(self) -> int | None:
+        """How deep a tree may be for one forward to turn all its nodes by the frequencies of plain single steps; None: any."""
+        if not self.rope_limits:
+            return None
+        length = self.cache.get_seq_length()
+        position = length + int(torch.as_tensor(self.position_offset).max())
+        depths = [
+            max(limit - 1 - place, 0)
+            for limit, changes_once in self.rope_limits
+            for place in (length, position)  # Phi-3 counts tokens, RoPE positions
+            if place <= limit or not changes_once
+        ]
+        return min(depths, default=None)
+
+    def verify(self, tree: DraftTree, input_ids: torch.Tensor | None = None) -> Any:
+        """One forward over the tree's nodes, `[1, N]`: the root, which is the last of `input_ids` `[1, L]`, and the drafts."""
+        prefix_length = self.cache.get_seq_length()
+        if input_ids is not None and any(prefix_length == limit for limit, _ in self.rope_limits):
+            inputs = self.target.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=1, **cache_kwarg(self.cache)
+            )
+            if cache_of(inputs) is None:
+                return self._restart(input_ids)
+        return self.target(
+            input_ids=tree.tokens.to(self.device),
+            position_ids=tree.depths.to(self.device) + (prefix_length + self.position_offset),
+            attention_mask=self._attention_mask(tree, prefix_length),
+            use_cache=True,
+            output_hidden_states=True,
+            return_dict=True,
+            **cache_kwarg(self.cache),
+        )
+
+    def _restart(self, input_ids: torch.Tensor) -> Any:
+        """Reads the whole text again, as Phi-3 and PhiMoE do with the first token beyond their short RoPE factors."""
+        mask = self._prefix_mask(input_ids.shape[1])
+        positions = torch.arange(input_ids.shape[1], device=self.device)[None] + self.position_offset
+        self.cache = DynamicCache(config=self.target.config)
+        self.cache.activate_past_recording()
+        outputs = self.target(
+            input_ids=input_ids.to(self.device),
+            position_ids=positions.clamp(min=0),
+            attention_mask=None if mask is None else mask.long().to(self.device),
+            use_cache=True,
+            output_hidden_states=True,
+            return_dict=True,
+            logits_to_keep=1,
+            **cache_kwarg(self.cache),
+        )
+        outputs.hidden_states = tuple(states[:, -1:] for states in outputs.hidden_states)
+        return outputs
+
+    def _prefix_mask(self, prefix_length: int) -> torch.Tensor | None:
+        if self.mask is None:
+            return None
+        new = prefix_length - self.mask.shape[1]
+        return torch.cat([self.mask, self.mask.new_ones(1, max(new, 0))], dim=1)
+
+    def _attention_mask(self, tree: DraftTree, prefix_length: int) -> torch.Tensor | dict[str, torch.Tensor] | None:
+        prefix_mask = self._prefix_mask(prefix_length)
+        if tree.is_chain:
+            # Plain causal attention: the model builds its own masks, whatever its attention implementation.
+            return (
+                None
+                if prefix_mask is None
+                else torch.cat([prefix_mask, prefix_mask.new_ones(tree.tokens.shape)], 1).long().to(self.device)
+            )
+        config = self.target.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        # Without layer_types a window holds for all layers (Mistral).
+        kinds = getattr(config, "layer_types", None) or []
+        default = "full_attention" if window is None else "sliding_attention"
+        by_kind: dict[str, torch.Tensor] = {}
+        for index, layer in enumerate(self.cache.layers):
+            kind = kinds[index] if index < len(kinds) else default
+            if kind not in by_kind:
+                by_kind[kind] = self._layer_mask(
+                    tree, prefix_length, layer, prefix_mask, window if kind == "sliding_attention" else None
+                )
+        return by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
+
+    def _layer_mask(self, tree, prefix_length, layer, prefix_mask, window) -> torch.Tensor:
+        key_length, key_offset = layer.get_mask_sizes(tree.num_nodes)
+        # A cache made without the config keeps full layers; the window is the model's all the same.
+        window = layer.sliding_window if layer.is_sliding else window
+        mask = tree_attention_mask(tree, prefix_length, int(key_length), int(key_offset), window, prefix_mask)
+        mask = mask.to(self.device)
+        if self.target.config.get_text_config()._attn_implementation == "eager":
+            # eager adds the mask to the scores: a bool mask would be silently wrong
+            dtype = self.target.dtype
+            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        return mask
+
+
+def _chunks(inputs: dict[str, Any], size: int | None) -> Iterator[dict[str, Any]]:
+    """A forward's inputs in pieces of at most `size` tokens, of which each sees the mask of all before it."""
+    ids, positions, mask = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
+    if size is None or ids is None or ids.shape[1] <= size:
+        yield inputs
+        return
+    for start in range(0, ids.shape[1], size):
+        end = min(start + size, ids.shape[1])
+        chunk = {**inputs, "input_ids": ids[:, start:end]}
+        if positions is not None:
+            chunk["position_ids"] = positions[..., start:end]
+        if mask is not None:
+            chunk["attention_mask"] = mask[:, : mask.shape[1] - ids.shape[1] + end]
+        yield chunk
+
+
+def _rope_limits(config: Any) -> list[tuple[int, bool]]:
+    """Lengths from which RoPE has other frequencies, and whether they stay the same then (longrope) or go on changing."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for kind in [value for value in rope.values() if isinstance(value, dict)] or [rope]:
+        if kind.get("rope_type") == "dynamic":
+            limits.append((config.max_position_embeddings, False))
+        elif kind.get("rope_type") == "longrope":
+            limits.append((kind["original_max_position_embeddings"], True))
+    return limits
+
+
+def _next_positions(positions: torch.Tensor) -> int | torch.Tensor:
+    """The position after the prompt's: an int for `[1, n]`, `[axes, 1, 1]` for the `[axes, 1, n]` of image models."""
+    if positions.ndim == 2:
+        return int(positions[:, -1].max()) + 1
+    # Qwen-VL: four rows are the text's own positions, then time, height and width, which text goes on from the
+    # largest of; three rows are those alone. An image spans fewer positions than tokens.
+    following = positions.amax(dim=(-2, -1))  # [axes]
+    rotary = 1 if positions.shape[0] == 4 else 0
+    following[rotary:] = following[rotary:].max()
+    return following[:, None, None] + 1
+
+
+__all__ = ["Verifier"]

@@ -1,0 +1,216 @@
+"""How large a draft pays: measured costs, calibrated path probabilities, and the rule that weighs them.
+
+Plain tensors, no model: `cost_measurement` takes the times that stand in [`DraftCosts`].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..drafter.configuration_coral import CALIBRATION_KNOTS
+
+
+@dataclass(frozen=True)
+class DraftCosts:
+    """What a step costs on one machine, in milliseconds.
+
+    Args:
+        target_ms (`tuple[float, ...]`): T(n) for n = 1, 2, ... nodes: the target's forward and what follows on it. It
+            never falls, but is no convex curve: matmuls come in blocks.
+        first_level_ms (`float`): drafting one level, the new true rows included.
+        level_ms (`float`): each further level.
+    """
+
+    target_ms: tuple[float, ...]
+    first_level_ms: float
+    level_ms: float
+
+    def __post_init__(self):
+        times = [*self.target_ms, self.first_level_ms, self.level_ms]
+        if not self.target_ms or not all(isinstance(time, int | float) and 0 <= time < 1e9 for time in times):
+            raise ValueError(
+                f"{self} is no table of times: target_ms must hold one number of milliseconds or more, and none may be "
+                "negative. Measure again with `coral-hf tune`."
+            )
+
+    def drafting_ms(self, levels: int) -> float:
+        """Time to draft that many levels, at least one."""
+        return self.first_level_ms + (levels - 1) * self.level_ms
+
+    def step_ms(self, levels: int, nodes: int) -> float:
+        """Time of a whole step: drafting, then verifying `nodes` with the root."""
+        return self.drafting_ms(levels) + self.target_ms[nodes - 1]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Path probabilities -> chances of acceptance: one monotone, piecewise linear map per depth.
+
+    Args:
+        rows (`Sequence[Sequence[float]]`): see `CoralDraftConfig.draft_calibration`.
+    """
+
+    rows: Sequence[Sequence[float]]
+
+    @cached_property
+    def _tables(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
+        return {}
+
+    def _tables_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        # Copied once, not at every level of every tree.
+        if device not in self._tables:
+            self._tables[device] = (
+                torch.tensor(CALIBRATION_KNOTS, device=device),
+                torch.tensor(self.rows, device=device),
+            )
+        return self._tables[device]
+
+    def __call__(self, probabilities: torch.Tensor, depth: int) -> torch.Tensor:
+        """Path probabilities of nodes at `depth` (1: below the root) -> chances of acceptance, of the same shape."""
+        knots, rows = self._tables_on(probabilities.device)
+        row = rows[min(depth, len(rows)) - 1]
+        right = torch.bucketize(probabilities, knots).clamp(1, len(knots) - 1)
+        share = (probabilities - knots[right - 1]) / (knots[right] - knots[right - 1])
+        return torch.lerp(row[right - 1], row[right], share.clamp(0, 1))
+
+    @classmethod
+    def fit(cls, probabilities: Sequence[torch.Tensor], accepted: Sequence[torch.Tensor]) -> "Calibration":
+        """Least squares on the knots, drawn towards the identity where there is little data, then made monotone.
+
+        Args:
+            probabilities (`list[torch.Tensor]`): path probabilities `[M]` of drafted nodes, one tensor per depth.
+            accepted (`list[torch.BoolTensor]`): whether the target accepted them.
+        """
+        knots = torch.tensor(CALIBRATION_KNOTS, dtype=torch.float64)
+        rows = []
+        for drafted, right in zip(probabilities, accepted, strict=True):
+            hats = _hat_functions(drafted.double(), knots)  # [M, knots]
+            # as if every knot had been seen a few times just as it was drafted
+            prior = 4.0 * torch.eye(len(knots), dtype=torch.float64)
+            values = torch.linalg.solve(hats.T @ hats + prior, hats.T @ right.double() + prior @ knots)
+            weights = hats.sum(dim=0) + 4.0
+            rows.append([round(min(max(value, 0.0), 1.0), 4) for value in isotonic(values.tolist(), weights.tolist())])
+        return cls(rows)
+
+
+def _hat_functions(values: torch.Tensor, knots: torch.Tensor) -> torch.Tensor:
+    """`[M]` values -> their weights on the knots `[M, knots]`, of which two neighbours sum to one."""
+    right = torch.bucketize(values, knots).clamp(1, len(knots) - 1)
+    share = ((values - knots[right - 1]) / (knots[right] - knots[right - 1])).clamp(0, 1)
+    hats = torch.zeros(len(values), len(knots), dtype=values.dtype)
+    hats.scatter_(1, right[:, None] - 1, 1 - share[:, None])
+    return hats.scatter_(1, right[:, None], share[:, None])
+
+
+def isotonic(values: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
+    """The non-decreasing sequence closest to `values` (pool adjacent violators)."""
+    blocks: list[list[float]] = []  # mean, weight, length
+    for value, weight in zip(values, weights or [1.0] * len(values), strict=True):
+        blocks.append([value, weight, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            mean, weight, length = blocks.pop()
+            left = blocks[-1]
+            total = left[1] + weight
+            blocks[-1] = [(left[0] * left[1] + mean * weight) / total, total, left[2] + length]
+    return [mean for mean, _, length in blocks for _ in range(int(length))]
+
+
+class TreeSizeRule:
+    """Chooses, while a tree is drafted, how deep and how large it pays to make it.
+
+    With nodes sorted by their chance of acceptance, n of them are worth 1 + the sum of the best n - 1 chances (the
+    tokens expected from the step) for the time drafted so far + T(n): the n with the best ratio is verified, and
+    another level is drafted while it promises a better one. Nothing is drawn at random, so that the output stays
+    plain `generate`'s.
+
+    Args:
+        costs ([`DraftCosts`]): at least as far as the largest tree.
+        total_tokens (`int`): the largest tree, root included.
+    """
+
+    def __init__(self, costs: DraftCosts, total_tokens: int):
+        if len(costs.target_ms) < total_tokens:
+            raise ValueError(
+                f"Costs are known for trees of up to {len(costs.target_ms)} nodes, draft_total_tokens={total_tokens} "
+                "asks for more: measure them again with `coral-hf tune`."
+            )
+        self.costs = costs
+        self.total_tokens = total_tokens
+        self._target_ms: dict[torch.device, torch.Tensor] = {}
+
+    def _target_ms_on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._target_ms:
+            self._target_ms[device] = torch.tensor(self.costs.target_ms[: self.total_tokens], device=device)
+        return self._target_ms[device]
+
+    def best_size(self, chances: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The size that pays best after drafting `levels` levels.
+
+        Args:
+            chances (`torch.Tensor` of shape `[B, M]`): of the stored nodes, the root left out, in any order.
+            levels (`int`)
+
+        Returns:
+            `tuple`: nodes to verify, the root included, and tokens expected per millisecond, both `[B]`.
+        """
+        best = chances.sort(dim=1, descending=True).values[:, : self.total_tokens - 1]
+        tokens = torch.cat([torch.ones_like(best[:, :1]), best], dim=1).cumsum(dim=1)  # [B, sizes]
+        times = self._target_ms_on(tokens.device)[: tokens.shape[1]] + self.costs.drafting_ms(levels)
+        speed, size = (tokens / times).max(dim=1)
+        return size + 1, speed
+
+    def repays_level(
+        self, chances: torch.Tensor, open_chances: torch.Tensor, parent_chances: torch.Tensor, levels: int
+    ) -> torch.Tensor:
+        """Whether a further level promises more tokens per millisecond.
+
+        The children of the open nodes are not known yet: each is expected to keep its parent's chance as well as the
+        best open nodes kept theirs.
+
+        Args:
+            chances (`torch.Tensor` of shape `[B, M]`): of the stored nodes, the root left out.
+            open_chances (`torch.Tensor` of shape `[B, W]`): of the nodes that the next level would expand.
+            parent_chances (`torch.Tensor` of shape `[B, W]`): of the parents of those nodes.
+            levels (`int`): drafted so far.
+
+        Returns:
+            `torch.BoolTensor` of shape `[B]`.
+        """
+        kept = (open_chances[:, :1] / parent_chances[:, :1].clamp(min=1e-9)).clamp(max=1)  # [B, 1]
+        expected = torch.cat([chances, open_chances * kept], dim=1)
+        return self.best_size(expected, levels + 1)[1] > self.best_size(chances, levels)[1]
+
+
+def smooth_times(measured: dict[int, float], count: int) -> tuple[float, ...]:
+    """Times at some sizes -> times at 1..count: made monotone, with straight lines between.
+
+    Raises:
+        ValueError: if size 1 or `count` was not measured.
+    """
+    sizes = sorted(measured)
+    if not sizes or sizes[0] != 1 or sizes[-1] < count:
+        raise ValueError(f"Times were measured at {sizes}, but are needed from 1 to {count} nodes: measure both.")
+    values = isotonic([measured[size] for size in sizes])
+    times, place = [], 0
+    for size in range(1, count + 1):
+        while sizes[place] < size:
+            place += 1
+        if sizes[place] == size:
+            times.append(values[place])
+        else:
+            left, right = sizes[place - 1], sizes[place]
+            share = (size - left) / (right - left)
+            times.append(values[place - 1] + share * (values[place] - values[place - 1]))
+    return tuple(times)
+
+
+def calibration_of(config: Any) -> Calibration | None:
+    """The drafter's own calibration, None where it has none (drafters of other code may lack the setting)."""
+    rows = getattr(config, "draft_calibration", None)
+    return Calibration(rows) if rows else None
+
+
+__all__ = ["Calibration", "DraftCosts", "TreeSizeRule", "calibration_of", "isotonic", "smooth_times"]

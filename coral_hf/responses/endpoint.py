@@ -1,0 +1,339 @@
+"""Regeneration by a serving engine: any server with OpenAI's chat completions (vLLM, SGLang, TGI) answers the prompts.
+
+For targets that outgrow one machine: the engine distributes and batches, this side keeps many requests open, and a file
+that a later run goes on with.
+
+    >>> from coral_hf.responses.endpoint import regenerate_from_endpoint
+    >>> from coral_hf.training.regenerate import iter_prompts
+    >>> prompts = iter_prompts("prompts.jsonl")
+    >>> stats = regenerate_from_endpoint("http://host:8000/v1", "your/model", prompts, "responses.jsonl")
+"""
+
+import http.client
+import json
+import os
+import random
+import re
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.chat import build_messages
+from ..data.response_origin import Origin, check_same_run
+from ..utils.jsonl import read_jsonl
+from .job_queue import Answered, Conversation, prompt_hash, unanswered
+from .response_files import AnswerWriter, exclusive
+
+
+_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+_LONGEST_PAUSE = 30.0
+_TOO_LONG = re.compile(r"context|too (long|large|many tokens)|maximum.*length", re.IGNORECASE)
+
+
+class PromptTooLong(Exception):
+    """The server refused a conversation for its length."""
+
+
+class Stopped(Exception):
+    """Another request failed for good."""
+
+
+@dataclass
+class Answer:
+    """One completion: its text, why it ended, its tokens if the server counted them, and their ids if it was asked."""
+
+    text: str
+    finish_reason: str | None
+    n_tokens: int
+    prompt_ids: list[int] | None = None
+    response_ids: list[int] | None = None
+
+
+class ChatEndpoint:
+    """Chat completions of an OpenAI-compatible server, asked again with growing pauses where that may help.
+
+    `OPENAI_API_KEY`, if set, is sent as the bearer token.
+
+    Args:
+        url (`str`): up to and with `/v1`.
+        model (`str`): the name that the server knows the target by.
+        token_ids (`bool`): ask for token ids (`return_token_ids` of vLLM).
+        attempts (`int`): before a request is given up; pause (`float`): seconds before the second one, doubled each time.
+        timeout (`float`): seconds that one answer may take.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        token_ids: bool = False,
+        attempts: int = 6,
+        pause: float = 1.0,
+        timeout: float = 600.0,
+    ):
+        if not re.match(r"https?://[^/]", url):
+            raise ValueError(f"endpoint {url!r} must be a URL such as http://host:8000/v1.")
+        if attempts < 1:
+            raise ValueError(f"attempts must be at least 1, got {attempts}.")
+        self.url, self.model, self.token_ids = url.rstrip("/") + "/chat/completions", model, token_ids
+        self.attempts, self.pause, self.timeout = attempts, pause, timeout
+        self.stopped = threading.Event()
+        self._told_of_reasoning = threading.Lock()  # taken once
+
+    def complete(self, messages: list[dict[str, str]], **settings: Any) -> Answer:
+        """The answer to messages.
+
+        Raises:
+            ValueError: if the server refuses the request, or answers something else than a chat completion.
+            ConnectionError: if it gives no answer in all attempts.
+            PromptTooLong: if the conversation is too long for it.
+        """
+        body = {"model": self.model, "messages": messages, **settings}
+        if self.token_ids:
+            body["return_token_ids"] = True
+        reason, asked_pause = "", 0.0
+        for attempt in range(self.attempts):
+            if attempt:
+                pause = min(self.pause * 2 ** (attempt - 1), _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
+                if self.stopped.wait(max(pause, asked_pause)):
+                    raise Stopped
+                asked_pause = 0.0
+            try:
+                return self._answer(self._post(body))
+            except urllib.error.HTTPError as error:
+                text = error.read().decode(errors="replace")
+                if error.code in (400, 413, 422) and _TOO_LONG.search(text):
+                    raise PromptTooLong(text) from error
+                reason = f"HTTP {error.code}: {_one_line(text)}"
+                if error.code not in _RETRIED:
+                    raise ValueError(f"{self.url} refused a request for model {self.model!r} ({reason}).") from error
+                asked_pause = _seconds(error.headers.get("Retry-After"))
+            except (
+                OSError,
+                http.client.HTTPException,
+                json.JSONDecodeError,
+            ) as error:  # unreachable, cut off, too slow
+                reason = str(error) or type(error).__name__
+        raise ConnectionError(f"{self.url} gave no answer in {self.attempts} attempts ({reason})")
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers, method="POST")
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            return json.loads(response.read())
+
+    def _answer(self, body: Any) -> Answer:
+        try:
+            choice = body["choices"][0]
+            message, count = choice["message"], (body.get("usage") or {}).get("completion_tokens") or 0
+            text, reasoning = message["content"] or "", message.get("reasoning_content") or message.get("reasoning")
+            finish_reason, ids = choice.get("finish_reason"), choice.get("token_ids")
+            prompt_ids = body.get("prompt_token_ids")
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.url} answered no chat completion, but {_one_line(json.dumps(body))}: give the address of an "
+                "OpenAI-compatible server, such as http://host:8000/v1."
+            ) from error
+        if self.token_ids and not (ids and prompt_ids):
+            raise ValueError(
+                f"{self.url} returned no token ids (vLLM does, for return_token_ids): leave --endpoint_token_ids out and "
+                "keep texts."
+            )
+        if reasoning and not self.token_ids and self._told_of_reasoning.acquire(blocking=False):
+            print(
+                "warning: the server gives the answers' reasoning apart (reasoning_content), and it is left out of the texts, so a "
+                "drafter will not be trained on it: --endpoint_token_ids true keeps all that the target said.",
+                flush=True,
+            )
+        return Answer(text, finish_reason, count or len(ids or ()), prompt_ids, ids)
+
+
+def regenerate_from_endpoint(
+    url: str,
+    model: str,
+    prompts: Iterable[dict[str, Any]],
+    output: str | os.PathLike,
+    *,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+    concurrency: int = 64,
+    token_ids: bool = False,
+    max_turns: int | None = None,
+    exclude: Iterable[str] = (),
+    attempts: int = 6,
+    pause: float = 1.0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """
+    Lets a server answer every prompt, each turn after the answer to the one before, and appends the answers to a file.
+
+    Texts are kept one conversation a row, `{"id", "target", "turns", "responses", "finish_reasons"}` with `system` and
+    `temperature` where they are set (`target` is the model); training tokenises them, and learns no end from a response that was cut
+    ("length"). With `token_ids` a row is one turn, as [`regenerate`] writes it, and its text. An `output` that exists is
+    continued; a row of texts that goes on with a conversation names its `first_turn`, before which the answers stand in
+    an earlier row and are context only.
+
+    Args:
+        url (`str`), model (`str`), attempts (`int`), pause (`float`): see [`ChatEndpoint`].
+        prompts (`Iterable[dict]`): rows `{"id", "turns"}` with a `system` text or without, as from [`iter_prompts`].
+        output (`str` or `os.PathLike`): JSONL file.
+        max_new_tokens (`int`), temperature (`float`), seed (`int`): sent with every request.
+        concurrency (`int`): requests under way at one time.
+        token_ids (`bool`): keep the token ids that the server returns.
+        max_turns (`int`, *optional*), exclude (`Iterable[str]`), progress (`bool`): as for [`regenerate`].
+
+    Returns:
+        `dict`: `n_responses`, `n_response_tokens` (as the server counts them), `n_resumed` (turns found on file),
+        `n_excluded`, `n_too_long`, `n_empty` (conversations that ended early), `seconds`, `tokens_per_second`.
+
+    Raises:
+        ValueError: on settings out of range, duplicate ids, a request that the server refuses, or an `output` that holds
+            other rows or is being written by another process.
+        ConnectionError: if the server stops answering; what was answered is on file.
+    """
+    for name, value in {"max_new_tokens": max_new_tokens, "concurrency": concurrency}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 (greedy) or positive and finite, got {temperature}.")
+    endpoint, output = ChatEndpoint(url, model, token_ids, attempts, pause), Path(output)
+    settings = {"max_tokens": max_new_tokens, "temperature": temperature}
+    if temperature > 0:
+        settings["seed"] = seed
+    origin = Origin(model)
+    with exclusive(output):
+        on_file = _answers_on_file(output, temperature, token_ids, origin)
+        conversations, n_excluded = unanswered(prompts, on_file, set(exclude), max_turns)
+        common = {**({"temperature": temperature} if temperature else {}), **origin.columns}
+        writer = _EndpointWriter(output, conversations, common, token_ids, progress)
+        pool = ThreadPoolExecutor(concurrency)
+        futures: list[Future] = []
+        try:
+            futures += [pool.submit(_converse, endpoint, item, settings, writer) for item in conversations]
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            endpoint.stopped.set()
+            pool.shutdown(cancel_futures=True)  # waits until conversations under way have written what is answered
+            writer.close()
+    errors = [error for item in futures if not item.cancelled() and (error := item.exception()) is not None]
+    if errors:
+        error = next((error for error in errors if not isinstance(error, Stopped)), errors[0])
+        if not isinstance(error, ConnectionError):
+            raise error
+        raise ConnectionError(
+            f"{error}. {writer.counts['n_responses']} new answers are in {output}: start the server and run the same "
+            "command again to go on."
+        ) from error
+    return {**writer.stats(), "n_resumed": sum(map(len, on_file.values())), "n_excluded": n_excluded}
+
+
+def _converse(
+    endpoint: ChatEndpoint, conversation: Conversation, settings: dict[str, Any], writer: "_EndpointWriter"
+) -> None:
+    """Answers the turns of one conversation that are not on file."""
+    new: list[Answer] = []
+    try:
+        while len(conversation.answers) < len(conversation.turns):
+            if endpoint.stopped.is_set():
+                raise Stopped
+            turns = conversation.turns[: len(conversation.answers) + 1]
+            try:
+                answer = endpoint.complete(
+                    build_messages(turns, conversation.answers, conversation.system), **settings
+                )
+            except PromptTooLong:
+                writer.ended("n_too_long", conversation)
+                break
+            if not answer.text:
+                writer.ended("n_empty", conversation)
+                break
+            if writer.token_ids:
+                writer.turn(conversation, answer)
+            conversation.answers.append(answer.text)
+            new.append(answer)
+    finally:  # also what a failure, here or of another request, left unfinished
+        if new and not writer.token_ids:
+            writer.conversation(conversation, new)
+
+
+class _EndpointWriter(AnswerWriter):
+    """Writes answers line by line, from any thread."""
+
+    def __init__(
+        self, output: Path, conversations: list[Conversation], common: dict[str, Any], token_ids: bool, progress: bool
+    ):
+        super().__init__(output, conversations, progress, ("n_too_long", "n_empty"))
+        self.lock = threading.Lock()
+        self.common, self.token_ids = common, token_ids
+
+    def turn(self, conversation: Conversation, answer: Answer) -> None:
+        """A row of one answer's ids."""
+        turn = len(conversation.answers)
+        row = {"id": conversation.id, "turn": turn, **self.common}
+        row["prompt_hash"] = prompt_hash(conversation.system, conversation.turns[: turn + 1])
+        row |= {"prompt_ids": answer.prompt_ids, "response_ids": answer.response_ids, "response": answer.text}
+        self._write(row, [answer])
+
+    def conversation(self, conversation: Conversation, new: list[Answer]) -> None:
+        """A row of texts, of which the `new` answers are the last."""
+        row: dict[str, Any] = {"id": conversation.id, **self.common}
+        if conversation.system is not None:
+            row["system"] = conversation.system
+        row |= {"turns": conversation.turns[: len(conversation.answers)], "responses": conversation.answers}
+        first = len(conversation.answers) - len(new)
+        if first:
+            row["first_turn"] = first
+        self._write({**row, "finish_reasons": [None] * first + [answer.finish_reason for answer in new]}, new)
+
+    def ended(self, name: str, conversation: Conversation) -> None:
+        with self.lock:
+            self.counts[name] += 1
+            self.bar.total -= len(conversation.turns) - len(conversation.answers)
+
+    def _write(self, row: dict[str, Any], answers: list[Answer]) -> None:
+        with self.lock:
+            self.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
+            for answer in answers:
+                self.count_answer(answer.n_tokens)
+
+
+def _answers_on_file(
+    output: Path, temperature: float, token_ids: bool, origin: Origin
+) -> dict[str, dict[int, Answered]]:
+    """Texts on file by id and turn; refuses a file of other rows, temperatures or models."""
+    answers: dict[str, dict[int, Answered]] = {}
+    if not output.exists():
+        return answers
+    columns = ("turn", "response_ids", "response") if token_ids else ("turns", "responses")
+    for number, row in read_jsonl(output):
+        where = f"{output}, line {number}"
+        if "id" not in row or any(column not in row for column in columns):
+            raise ValueError(f"{where} is no row of such a run ({', '.join(columns)}); give another output file.")
+        check_same_run(row, where, temperature, origin)
+        found = answers.setdefault(row["id"], {})
+        if token_ids:
+            found[row["turn"]] = Answered(row["response"], row.get("prompt_hash"))
+            continue
+        for turn, text in enumerate(row["responses"]):
+            found[turn] = Answered(text, prompt_hash(row.get("system"), row["turns"][: turn + 1]))
+    return answers
+
+
+def _seconds(text: str | None) -> float:
+    """A Retry-After header in seconds; 0 for none, or a date."""
+    return min(float(text), 10 * _LONGEST_PAUSE) if text and text.strip().isdigit() else 0.0
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
+__all__ = ["ChatEndpoint", "regenerate_from_endpoint"]

@@ -1,0 +1,168 @@
+"""The turns that a target has yet to answer, in an order that batches well."""
+
+import hashlib
+import itertools
+import json
+import random
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..data.chat import build_messages, encode_messages
+
+
+# Prompts are sorted by length inside windows of this many per slot: rows that are live together are of similar length,
+# so attention, which pays for the longest, wastes little, while the order over the whole file stays random.
+WINDOW_PER_SLOT = 8
+
+
+@dataclass
+class Conversation:
+    """One prompt row and the target's answers so far: ids, or the texts that an endpoint gave."""
+
+    id: str
+    turns: list[str]
+    system: str | None = None
+    answers: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer on file, ids or text, and which prompt it answers (see [`prompt_hash`]) where that is known."""
+
+    answer: Any
+    prompt: str | None = None
+
+
+def prompt_hash(system: str | None, turns: Sequence[str]) -> str:
+    """What tells the user's part of a conversation up to a turn from one with other texts."""
+    return hashlib.sha256(json.dumps([system, list(turns)]).encode()).hexdigest()[:12]
+
+
+@dataclass
+class Job:
+    """One turn that is being answered."""
+
+    conversation: Conversation
+    prompt_ids: list[int]
+    response_ids: list[int] = field(default_factory=list)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, eos_ids: Collection[int]) -> list[int]:
+    """Ids of the conversation so far, up to the point where the next answer begins."""
+    texts = []
+    for answer in conversation.answers:
+        ids = answer[:-1] if answer and answer[-1] in eos_ids else answer
+        texts.append(tokenizer.decode(ids, skip_special_tokens=True))
+    messages = build_messages(conversation.turns[: len(texts) + 1], texts, conversation.system)
+    return encode_messages(tokenizer, messages, f"prompt {conversation.id!r}")
+
+
+def unanswered(
+    prompts: Iterable[dict[str, Any]],
+    on_file: dict[str, dict[int, Answered]],
+    excluded: set[str],
+    max_turns: int | None,
+) -> tuple[list[Conversation], int]:
+    """The conversations with turns to answer, holding the answers on file, and how many were excluded.
+
+    Raises:
+        ValueError: if an id occurs twice, or an answer on file is to another text.
+    """
+    conversations: list[Conversation] = []
+    seen: set[str] = set()
+    n_excluded = 0
+    for row in prompts:
+        if row["id"] in seen:
+            raise ValueError(f"prompt id {row['id']!r} occurs twice; ids must be unique.")
+        seen.add(row["id"])
+        if row["id"] in excluded:
+            n_excluded += 1
+            continue
+        conversation = Conversation(row["id"], list(row["turns"][:max_turns]), row.get("system"))
+        answers = on_file.get(row["id"], {})
+        for turn in range(len(conversation.turns)):
+            if (found := answers.get(turn)) is None:
+                break
+            if found.prompt not in (None, prompt_hash(conversation.system, conversation.turns[: turn + 1])):
+                raise ValueError(
+                    f"prompt {conversation.id!r} has another text than the one whose turn {turn} is answered on file: give the "
+                    "changed prompt another id, or give another output file."
+                )
+            conversation.answers.append(found.answer)
+        if len(conversation.answers) < len(conversation.turns):
+            conversations.append(conversation)
+    return conversations, n_excluded
+
+
+class PromptQueue:
+    """
+    The prompts still to be answered, tokenized ahead of need and sorted by length inside a window. The next turn of a
+    conversation goes to the front: its answer is wanted before new conversations begin.
+    """
+
+    def __init__(
+        self,
+        conversations: Iterable[Conversation],
+        tokenizer: Any,
+        eos_ids: Collection[int],
+        window: int,
+        max_prompt_tokens: int,
+        rng: random.Random,
+    ):
+        self.source = list(conversations)
+        rng.shuffle(self.source)
+        self.source.reverse()  # popped from the end
+        self.tokenizer, self.eos_ids = tokenizer, eos_ids
+        self.window, self.max_prompt_tokens = window, max_prompt_tokens
+        self.ready: deque[Job] = deque()
+        self.too_long: list[tuple[str, int, int]] = []
+        self.n_turns_left_out = 0
+        self.downwards = False
+
+    def common_prefix(self) -> list[int]:
+        """Ids with which all prompts of the next window begin, most of them from the chat template."""
+        self._fill()
+        prompts = [job.prompt_ids for job in self.ready]
+        if len(prompts) < 2:
+            return []
+        first, last = min(prompts), max(prompts)
+        pairs = zip(first[:-1], last[:-1], strict=False)
+        return [pair[0] for pair in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+
+    def push(self, conversation: Conversation) -> None:
+        """Queues the next turn of `conversation` at the front."""
+        if (job := self._job(conversation)) is not None:
+            self.ready.appendleft(job)
+
+    def pop(self) -> Job | None:
+        """The next turn to answer, `None` if there is none for now."""
+        self._fill()
+        return self.ready.popleft() if self.ready else None
+
+    def _fill(self) -> None:
+        while not self.ready and self.source:
+            chunk = [self.source.pop() for _ in range(min(self.window, len(self.source)))]
+            jobs = [job for job in map(self._job, chunk) if job is not None]
+            self.ready.extend(sorted(jobs, key=lambda job: len(job.prompt_ids), reverse=self.downwards))
+            # Up and down in turns, so that neighbouring windows meet at similar lengths.
+            self.downwards = not self.downwards
+
+    def _job(self, conversation: Conversation) -> Job | None:
+        """The next turn of `conversation`, `None` (and noted) if its context is too long."""
+        ids = _encode(self.tokenizer, conversation, self.eos_ids)
+        if not ids:
+            raise ValueError(
+                f"prompt {conversation.id!r} has no tokens; remove it or use a tokenizer with a BOS token."
+            )
+        if len(ids) > self.max_prompt_tokens:
+            self.too_long.append((conversation.id, len(conversation.answers), len(ids)))
+            self.n_turns_left_out += len(conversation.turns) - len(conversation.answers)
+            return None
+        return Job(conversation, ids)
+
+
+__all__ = ["WINDOW_PER_SLOT", "Answered", "Conversation", "Job", "PromptQueue", "prompt_hash", "unanswered"]

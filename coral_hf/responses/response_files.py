@@ -1,0 +1,286 @@
+"""The files around regeneration: prompts in, response rows out (JSONL while it runs, Parquet shards to keep)."""
+
+import contextlib
+import os
+import struct
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from ..data.prompts import read_prompt_row
+from ..data.response_origin import COLUMNS, Origin
+from ..data.sources import iter_source
+from ..utils.jsonl import read_jsonl
+from .job_queue import Conversation
+
+
+def iter_prompts(path: str | os.PathLike, split: str = "train") -> Iterator[dict[str, Any]]:
+    """
+    Reads conversations, user turns only.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            A file or data set (see `sources.iter_source`) of `{"id": str, "turns": [str, ...]}` rows, or of chat
+            `messages`, of which the user's are the turns; a `system` text may stand beside either. Other keys are kept.
+            Rows of messages need no id: it is then the row's place.
+        split (`str`, defaults to `"train"`):
+            Of data sets with several splits.
+
+    Returns:
+        `Iterator[dict]`: the rows in file order, with `id`, `turns` and `system` where there is one.
+
+    Raises:
+        ValueError: if the file is missing, or a line is malformed or repeats an id (with its number).
+    """
+    seen: dict[str, str] = {}
+    for number, (where, row) in enumerate(iter_source(path, split)):
+        if row.get("id") is None and isinstance(row.get("messages"), list):
+            row = {**row, "id": f"row{number}"}
+        if not isinstance(row.get("id"), str) or not row["id"]:
+            raise ValueError(f'{where}: "id" must be a non-empty string, got {row.get("id")!r}.')
+        row = read_prompt_row(row, where)
+        place = where.removeprefix(f"{path}, ")
+        if row["id"] in seen:
+            raise ValueError(f"{where}: id {row['id']!r} already stands on {seen[row['id']]}; ids must be unique.")
+        seen[row["id"]] = place
+        yield row
+
+
+def iter_responses(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """
+    Reads response rows as [`regenerate`] writes them.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            A `.jsonl` or `.jsonl.gz` file with `{"id", "turn", "prompt_ids", "response_ids"}`; an absent `turn` is 0.
+
+    Returns:
+        `Iterator[dict]`: the rows in file order.
+
+    Raises:
+        ValueError: if the file is missing or a line is malformed (with its number).
+    """
+    for number, row in read_jsonl(path):
+        yield _checked_response(row, f"{path}, line {number}")
+
+
+def _checked_response(row: dict[str, Any], where: str) -> dict[str, Any]:
+    row = {"turn": 0, **row}
+    if not isinstance(row.get("id"), str):
+        raise ValueError(f'{where}: "id" must be a string, got {row.get("id")!r}.')
+    if type(row["turn"]) is not int or row["turn"] < 0:
+        raise ValueError(f'{where}: "turn" must be a number from 0, got {row["turn"]!r}.')
+    for key in ("prompt_ids", "response_ids"):
+        ids = row.get(key)
+        if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+            raise ValueError(f'{where}: "{key}" must be a list of token ids, got {str(ids)[:60]!r}.')
+    return row
+
+
+_OPTIONAL = (*COLUMNS, "prompt_hash")  # columns of shards whose rows have them
+
+
+@contextlib.contextmanager
+def exclusive(output: Path) -> Iterator[None]:
+    """Holds `output` for this process alone, a last line that a kill cut off removed.
+
+    Raises:
+        ValueError: if another process is writing it.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(f"{output}.lock", timeout=0).acquire()
+    except Timeout as error:
+        raise ValueError(f"another process is writing {output}; wait for it or give another output.") from error
+    with lock:
+        drop_incomplete_line(output)
+        yield
+
+
+class AnswerWriter:
+    """Appends lines to a file, each flushed as it is written, counts answers and keeps the progress bar.
+
+    Args:
+        output (`Path`): JSONL file.
+        conversations (`list[Conversation]`): to be answered; their open turns are the bar's length.
+        progress (`bool`): show the bar.
+        counted (`Iterable[str]`): names of further counts beside `n_responses` and `n_response_tokens`.
+    """
+
+    def __init__(self, output: Path, conversations: list[Conversation], progress: bool, counted: Iterable[str] = ()):
+        self.output, self.file, self.failed = output, output.open("a", encoding="utf-8"), False
+        self.n_turns = sum(len(item.turns) - len(item.answers) for item in conversations)
+        self.bar = tqdm(total=self.n_turns, unit="turn", desc="regenerate", disable=not progress, smoothing=0.02)
+        self.counts = dict.fromkeys(("n_responses", "n_response_tokens", *counted), 0)
+        self.started = time.perf_counter()
+
+    def append(self, line: str) -> None:
+        """Writes a line.
+
+        Raises:
+            OSError: if the disk does not take it; the lines before it are kept.
+        """
+        try:
+            self.file.write(line + "\n")
+            self.file.flush()
+        except OSError as error:
+            self.failed = True
+            raise OSError(
+                f"{self.output} could not be written ({error}). Free the disk and run the same command again: it goes on from the "
+                "answers that are on file."
+            ) from error
+
+    def count_answer(self, n_tokens: int) -> None:
+        """One more answer, of so many tokens."""
+        self.counts["n_responses"] += 1
+        self.counts["n_response_tokens"] += n_tokens
+        self.bar.set_postfix_str(f"{self.stats()['tokens_per_second']:.0f} tokens/s", refresh=False)
+        self.bar.update()
+
+    def stats(self) -> dict[str, Any]:
+        """The counts, `seconds` since the beginning and `tokens_per_second`."""
+        seconds = time.perf_counter() - self.started
+        return {**self.counts, "seconds": seconds, "tokens_per_second": self.counts["n_response_tokens"] / seconds}
+
+    def close(self) -> None:
+        self.bar.close()
+        # what a full disk did not take is written, in vain, once more
+        with contextlib.suppress(*([OSError] if self.failed else [])):
+            self.file.close()
+
+
+def drop_incomplete_line(path: Path) -> None:
+    """Cuts off a last line without its newline, which is what a kill in the middle of a write leaves."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        position = end = file.seek(0, os.SEEK_END)
+        while position > 0:
+            start = max(0, position - 65536)
+            file.seek(start)
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        if position != end:
+            file.truncate(position)
+
+
+def write_shards(
+    rows: str | os.PathLike | Iterable[dict[str, Any]],
+    directory: str | os.PathLike,
+    rows_per_shard: int = 5000,
+) -> list[Path]:
+    """
+    Packs response rows into Parquet shards of ids (zstd; uint16 where the vocabulary allows, else int32), which
+    `datasets` and [`read_rows`] read. Shards that stand in the directory already are kept, the numbers go on from
+    theirs, and answers that they hold (id, turn and temperature) are not packed again. All new shards appear, or none.
+
+    Args:
+        rows (`str`, `os.PathLike` or `Iterable[dict]`):
+            A JSONL file of [`regenerate`], or its rows.
+        directory (`str` or `os.PathLike`):
+            Where `responses-00000.parquet` and so on go.
+        rows_per_shard (`int`, defaults to 5000):
+            Rows of a shard.
+
+    Returns:
+        `list[Path]`: the shards written; none where all answers are packed already.
+
+    Raises:
+        ValueError: on a malformed row, without any row, or if a shard in the directory is damaged or holds answers of
+            another target.
+        ImportError: if pyarrow is missing.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("Writing Parquet needs pyarrow: pip install 'coral-hf[train]'.") from error
+    if rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard must be at least 1, got {rows_per_shard}.")
+    source = f"{rows} holds" if isinstance(rows, str | os.PathLike) else "these are"
+    if isinstance(rows, str | os.PathLike):
+        rows = list(iter_responses(rows))
+    else:
+        rows = [_checked_response(row, f"row {number}") for number, row in enumerate(rows)]
+    if not rows:
+        raise ValueError(f"{source} no rows to write; make some with `coral-hf regenerate`.")
+    directory = Path(directory)
+    shards = sorted(directory.glob("responses-[0-9]*.parquet"))
+    packed: set[tuple[str, int, float]] = set()
+    optional = sorted({name for row in rows for name in _OPTIONAL if row.get(name) is not None}, key=_OPTIONAL.index)
+    ours = {Origin.read(row) for row in rows}
+    for shard in shards:
+        keys, columns, origins = _packed_answers(shard)
+        packed.update(keys)
+        if shard == shards[0]:  # the columns of all shards of a folder are the same, or `datasets` reads none of them
+            optional = [name for name in _OPTIONAL if name in columns]
+        for other, one in ((other, one) for other in origins for one in ours if other.contradicts(one)):
+            raise ValueError(
+                f"{shard} holds answers of {other}, and {source} those of {one}: pack them into another folder."
+            )
+    rows = [row for row in rows if _answer_key(row) not in packed]
+    if not rows:
+        return []
+    largest = max(max([*row["prompt_ids"], *row["response_ids"]], default=0) for row in rows)
+    ids_type = pyarrow.list_(pyarrow.uint16() if largest < 2**16 else pyarrow.int32())
+    schema = pyarrow.schema(
+        [
+            ("id", pyarrow.string()),
+            ("turn", pyarrow.int32()),
+            ("temperature", pyarrow.float32()),  # 0: greedy
+            *((name, pyarrow.string()) for name in optional),
+            ("prompt_ids", ids_type),
+            ("response_ids", ids_type),
+        ]
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    numbers = [int(path.stem.rsplit("-", 1)[1]) for path in shards]
+    next_number = max(numbers, default=-1) + 1
+    partial: list[tuple[Path, Path]] = []
+    try:
+        for index, start in enumerate(range(0, len(rows), rows_per_shard)):
+            final = directory / f"responses-{next_number + index:05d}.parquet"
+            beside = directory / f".{final.name}.partial"
+            partial.append((beside, final))
+            chunk = [{"temperature": 0.0, **row} for row in rows[start : start + rows_per_shard]]
+            table = pyarrow.Table.from_pylist(chunk, schema=schema)
+            pyarrow.parquet.write_table(
+                table, beside, compression="zstd", compression_level=19, use_dictionary=["id", *COLUMNS]
+            )
+        for beside, final in partial:
+            os.replace(beside, final)
+    finally:
+        for beside, _ in partial:
+            beside.unlink(missing_ok=True)
+    return [final for _, final in partial]
+
+
+def _answer_key(row: dict[str, Any]) -> tuple[str, int, float]:
+    """What a row answers, and how: the temperature as shards hold it, in float32."""
+    (temperature,) = struct.unpack("f", struct.pack("f", row.get("temperature") or 0.0))
+    return row["id"], row.get("turn") or 0, temperature
+
+
+def _packed_answers(shard: Path) -> tuple[list[tuple[str, int, float]], list[str], set[Origin]]:
+    """What a shard answers, its columns, and whose answers they are."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(shard) as file:
+            columns = file.schema_arrow.names
+            named = [name for name in COLUMNS if name in columns]
+            rows = file.read(columns=["id", "turn", "temperature", *named]).to_pylist()
+        return [_answer_key(row) for row in rows], columns, {Origin.read(row) for row in rows}
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{shard} is damaged or no shard of answers ({reason}). Remove it, or pack elsewhere."
+        ) from error

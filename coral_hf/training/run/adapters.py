@@ -1,0 +1,87 @@
+"""Adapting a drafter to a fine-tuned target with PEFT: put adapters on, merge them again."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
+
+from ...drafter.hub_names import hub_commit
+from ...drafter.modeling_coral import CoralDraftModel
+from ...drafter.target_adapter import TargetAdapter
+from ...hub.model_card import CARD_FILE
+
+
+ADAPTER_FOLDER = "adapter"
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether `model` is a PEFT wrapper."""
+    return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
+
+
+def add_adapters(drafter: CoralDraftModel, peft_config: Any, adapter: TargetAdapter) -> Any:
+    """Wraps a drafter in adapters and writes down the target that it is adapted to.
+
+    Args:
+        drafter ([`CoralDraftModel`]): trained for another checkpoint of this target.
+        peft_config (`PeftConfig`): without `target_modules`, all linear layers but the router's are adapted.
+        adapter ([`TargetAdapter`]): the target to adapt to.
+
+    Returns:
+        `PeftModel`
+
+    Raises:
+        ValueError: if the drafter has adapters already.
+        ImportError: without peft.
+    """
+    try:
+        from peft import get_peft_model
+    except ImportError as error:
+        raise ImportError("peft_config needs peft: pip install 'coral-hf[train]'.") from error
+    if is_peft(drafter):
+        raise ValueError("The drafter has adapters already: pass it alone, or without them with a peft_config.")
+    if getattr(peft_config, "target_modules", "") is None:
+        peft_config = copy.deepcopy(peft_config)
+        peft_config.target_modules = adaptable_modules(drafter)
+    drafter.config.target_name_or_path = adapter.text_config._name_or_path or adapter.target.config._name_or_path
+    drafter.config.target_revision = hub_commit(adapter.target.config)
+    return get_peft_model(drafter, peft_config)
+
+
+def adaptable_modules(drafter: CoralDraftModel) -> list[str]:
+    """Names of a drafter's linear layers, without the router's, which has a training of its own."""
+    linear = [name for name, module in drafter.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linear if not name.startswith(("router", "draft_head"))]
+
+
+def rebuild(model: Any, state_dict: dict[str, Any]) -> Any:
+    """An adapted drafter anew, whole, from the gathered weights of a sharded one, which can be neither copied nor merged."""
+    from peft import get_peft_model
+
+    copied = get_peft_model(CoralDraftModel(model.get_base_model().config), model.active_peft_config)
+    copied.load_state_dict(state_dict)
+    return copied
+
+
+def save_merged(model: Any, folder: str | Path) -> CoralDraftModel:
+    """Saves an adapted drafter as a plain one into `folder`, and its adapters into `folder/adapter`.
+
+    Adapters in `folder` itself (of a checkpoint, or of `Trainer`'s own saving) are removed: `from_pretrained` would apply
+    them to weights that hold them already. The model itself keeps its adapters, so that its training can go on.
+
+    Returns:
+        [`CoralDraftModel`]: the merged drafter.
+    """
+    model.save_pretrained(Path(folder) / ADAPTER_FOLDER)
+    # PEFT's card of them: an empty form but for the path of the drafter that they were begun on
+    (Path(folder) / ADAPTER_FOLDER / CARD_FILE).unlink(missing_ok=True)
+    merged = copy.deepcopy(model).merge_and_unload()
+    merged.save_pretrained(folder)
+    for name in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME):
+        (Path(folder) / name).unlink(missing_ok=True)
+    return merged
+
+
+__all__ = ["ADAPTER_FOLDER", "adaptable_modules", "add_adapters", "is_peft", "rebuild", "save_merged"]

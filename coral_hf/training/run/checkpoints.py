@@ -1,0 +1,339 @@
+"""Checkpoints that outlive a kill: written beside and renamed, and checked before a training goes on from one."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, has_length, rotate_checkpoints
+
+from ...drafter.hub_names import hub_commit
+from ...drafter.weight_files import WEIGHTS_FILE
+from ...utils.jsonl import read_json
+from .adapters import is_peft
+
+
+logger = logging.getLogger(__name__)
+PROGRESS_FILE = "coral_progress.json"  # in a checkpoint: what TrainerState has no field for
+STATE_FILE = "trainer_state.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+PARTIAL_FOLDER = "checkpoint-being-written"  # never taken for a checkpoint: those end in a number
+_FINGERPRINT_ROWS = 64
+# settings that decide which rows follow those that were trained on, and those that say what is learnt of them
+_ORDER = ("seed", "train_sampling_strategy", "stream_buffer_size", "packing", "max_length")
+_RECIPE: tuple[str, ...] = (
+    "rollout_schedule",
+    "step_decay",
+    "regression_loss_weight",
+    "classification_loss_weight",
+    "topk_loss_weight",
+    "topk",
+    "csra_weight",
+    "csra_temperature",
+    "csra_include_target",
+    "csra_max_positions",
+    "feature_noise",
+    "loss_vocab_size",
+    "loss_negatives",
+)
+# in the plain RuntimeErrors that `torch.save` makes of a write that failed
+_TORCH_WRITING = ("PytorchStreamWriter", "inline_container", "iostream")
+
+
+class CheckpointMixin(Trainer):
+    """Saves and resumes exactly; before [`~transformers.Trainer`] in the bases.
+
+    What a step draws at random (CSRA's positions, sampled negatives, feature noise) comes from the default generators,
+    whose states `Trainer` stores; the order of rows is a function of seed and epoch alone.
+    """
+
+    _staging: Path | None = None
+    _tokens: Any  # CountTokens
+    _train_batch_size: int
+    tokens_seen: Any
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As [`~transformers.Trainer.train`]; `resume_from_checkpoint` may also be `"true"` or `"last"`.
+
+        Raises:
+            ValueError: if the checkpoint is incomplete or belongs to another drafter, target, stage, data, order of rows or
+                batch size.
+            OSError: if a checkpoint cannot be written.
+        """
+        folder = self._resume_folder(resume_from_checkpoint)
+        self._tokens.start = self.tokens_seen
+        if folder is not None:
+            self.check_checkpoint(folder)
+            progress = folder / PROGRESS_FILE
+            if progress.exists():
+                self._tokens.start = read_json(progress)["response_tokens"]
+        output = Path(self.args.output_dir)
+        if self.args.should_save and output.is_dir():
+            shutil.rmtree(output / PARTIAL_FOLDER, ignore_errors=True)  # of a run that was killed
+            if self.args.save_strategy != "no":
+                self._check_space(output)
+        return super().train(None if folder is None else str(folder), *args, **kwargs)
+
+    # Writing ---------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # from its final place only
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial=trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging, final = run / PARTIAL_FOLDER, run / name
+        if self.args.should_save:
+            self._check_space(run)
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self._finish_staged(staging, name, final)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            if isinstance(error, RuntimeError) and not any(part in str(error) for part in _TORCH_WRITING):
+                raise
+            raise OSError(
+                f"{final} could not be written ({str(error).splitlines()[0]}); {last_checkpoint(run)}. Free or change the disk "
+                "(--output_dir), then go on with --resume_from_checkpoint last."
+            ) from error
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if final.exists():  # of an earlier run that went on from an older checkpoint
+                os.replace(final, staging / "old")
+            os.replace(staging / name, final)
+            shutil.rmtree(staging)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _finish_staged(self, staging: Path, name: str, final: Path) -> None:
+        (staging / name / PROGRESS_FILE).write_text(json.dumps(self._progress()))
+        # `Trainer` takes the best checkpoint for where this one is written now
+        if self.state.best_model_checkpoint == str(staging / name):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staging / name / STATE_FILE))
+
+    def _check_space(self, folder: Path) -> None:
+        """Raises `OSError` unless one more checkpoint fits on the disk."""
+        needed = checkpoint_bytes(self.model, self.args.save_only_model)
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise OSError(
+                f"{folder} has {free / 2**20:,.0f} MiB free; a checkpoint needs {needed / 2**20:,.0f} MiB; "
+                f"{last_checkpoint(folder)}. Free or change the disk (--output_dir), or lower --save_total_limit."
+            )
+
+    # Resuming --------------------------------------------------------------------------------------------------
+
+    def _progress(self) -> dict[str, Any]:
+        args, data = self.args, self.train_dataset
+        streamed = data is not None and not has_length(data)
+        return {
+            "response_tokens": self.tokens_seen,
+            "stage": args.stage,
+            "data": fingerprint(data),
+            "seed": args.seed if args.data_seed is None else args.data_seed,  # of the order of rows
+            "train_sampling_strategy": None if streamed else args.train_sampling_strategy,
+            "stream_buffer_size": args.stream_buffer_size if streamed else None,
+            "packing": args.packing,
+            "max_length": args.max_length,
+            "recipe": {name: getattr(args, name) for name in _RECIPE},
+            "batch": self._global_batch(),
+            # the last part only: the same target may lie in another folder
+            "target": Path(name).name if (name := self.model.config.target_name_or_path) else None,
+            "target_revision": self.target_revision,
+            "vocabulary": self.model.config.target_vocab_hash,
+        }
+
+    @property
+    def target_revision(self) -> str | None:
+        """The target's own where it is of the Hub: a drafter that goes on may name the commit that it was begun for."""
+        return hub_commit(self.adapter.target.config) or self.model.config.target_revision
+
+    def _global_batch(self) -> int:
+        """Conversations per optimizer step, over all processes."""
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _resume_folder(self, given: str | bool | None) -> Path | None:
+        if given is None or given is False:
+            return None
+        output = Path(self.args.output_dir)
+        if given is not True and str(given).lower() not in ("true", "last"):
+            if not Path(given).is_dir():
+                raise ValueError(f"resume_from_checkpoint={str(given)!r} is no folder; {last_checkpoint(output)}.")
+            return Path(given)
+        found = get_last_checkpoint(output) if output.is_dir() else None
+        if found is None:
+            raise ValueError(f"resume_from_checkpoint={given}: {last_checkpoint(output)}. Leave it out to start anew.")
+        return Path(found)
+
+    def check_checkpoint(self, folder: str | Path) -> None:
+        """Raises `ValueError` unless a training of this drafter on this data can go on from `folder` exactly.
+
+        Another schedule or other weights of the losses are told of only: they change what is learnt, not what was.
+        """
+        folder = Path(folder)
+        anew = "To start a new training from its weights, give that folder as the drafter (--drafter) instead."
+        try:
+            state = read_json(folder / STATE_FILE)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} holds no readable {STATE_FILE}: it is no checkpoint of a training. {anew}"
+            ) from error
+        if self.args.auto_find_batch_size:  # `Trainer` begins with the one that was found
+            self._train_batch_size = state.get("train_batch_size") or self._train_batch_size
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        weights = ADAPTER_FILE if is_peft(self.model) else WEIGHTS_FILE
+        for name in (weights, "optimizer.pt", "scheduler.pt"):
+            if not sharded and not (folder / name).is_file():
+                raise ValueError(f"{folder} holds no {name}, which this training needs to go on. {anew}")
+        if not sharded and weights == WEIGHTS_FILE:
+            expected = {key: list(value.shape) for key, value in self.model.state_dict().items()}
+            found = _shapes(folder / WEIGHTS_FILE)
+            wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            if wrong:
+                key = wrong[0]
+                raise ValueError(
+                    f"{folder} is a checkpoint of another drafter: {key} has shape {found.get(key)} there and "
+                    f"{expected.get(key)} here ({len(wrong)} tensors differ). Resume with the settings it was trained with."
+                )
+        path = folder / PROGRESS_FILE
+        stored = read_json(path) if path.is_file() else {}
+        progress = self._progress()
+        recipe = progress.pop("recipe")
+        for name, value in progress.items():
+            if name == "response_tokens" or (name in ("data", *_ORDER) and self.args.ignore_data_skip):
+                continue
+            if stored.get(name) is not None and value is not None and stored[name] != value:
+                if name == "target_revision":
+                    anew = f"Go on with the target of then (--target_revision {stored[name]}). {anew}"
+                if name in _ORDER:
+                    anew = (
+                        f"Go on with {name}={stored[name]}, or read the rows anew with ignore_data_skip=True. {anew}"
+                    )
+                raise ValueError(
+                    f"{folder} was written by a training with another {name} ({stored[name]!r}, here {value!r}): its "
+                    f"steps would not continue. {anew}"
+                )
+        self._warn_of_recipe(folder, stored.get("recipe") or {}, recipe)
+
+    def _warn_of_recipe(self, folder: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
+        """Tells of other losses than until now, which may be meant."""
+        changed = [
+            f"{name}={here[name]!r} ({stored[name]!r} until now)"
+            for name in stored.keys() & here.keys()
+            if stored[name] != here[name]
+        ]
+        if changed and self.args.process_index == 0:
+            logger.warning("The training of %s goes on with other losses: %s.", folder, ", ".join(sorted(changed)))
+
+    # The order of rows -----------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or dataset is None or not has_length(dataset):
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(self, dataset)
+
+
+class LengthGroupedSampler(torch.utils.data.Sampler):
+    """Rows of similar length together, in an order that depends on seed and epoch only.
+
+    `Trainer`'s own draws it from the global generator, which a resumed run has in another state in the middle of an
+    epoch, and two processes in two states.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): whose seed, epoch and global batch size count.
+        dataset: rows with `input_ids`.
+    """
+
+    def __init__(self, trainer: Any, dataset: Any):
+        self.trainer = trainer
+        self.lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        # the state's, because a loader that skips batches does not pass `set_epoch` on
+        epoch = int(self.trainer.state.epoch or 0)
+        args = self.trainer.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        generator = torch.Generator().manual_seed(seed + epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.trainer._global_batch(), generator=generator))
+
+
+def fingerprint(dataset: Any) -> str | None:
+    """A hash of a data set's size and of rows spread over it; of a stream's first rows."""
+    if dataset is None:
+        return None
+    if has_length(dataset):
+        count = len(dataset)
+        size, items = str(count), (dataset[index] for index in range(0, count, max(1, count // _FINGERPRINT_ROWS)))
+    else:
+        size, items = "stream", dataset.head
+    digest = hashlib.sha1(size.encode())
+    for item in items:
+        ids = torch.as_tensor(item["input_ids"], dtype=torch.int64)
+        digest.update(ids.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def checkpoint_bytes(model: nn.Module, weights_only: bool = False) -> int:
+    """Size of a checkpoint: all weights and, unless they are saved alone, AdamW's two moments of each trained one."""
+    size = 0
+    for parameter in model.parameters():
+        copies = 3 if parameter.requires_grad and not weights_only else 1
+        size += parameter.numel() * parameter.element_size() * copies
+    return size + (1 << 16)
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return {key: list(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); resume from an older checkpoint.") from error
+
+
+def last_checkpoint(folder: Path) -> str:
+    """Says which checkpoint of a folder is the last, for a message."""
+    saved = get_last_checkpoint(folder) if folder.is_dir() else None
+    return f"{folder} holds no checkpoint" if saved is None else f"the last checkpoint is {saved}"
+
+
+__all__ = [
+    "PROGRESS_FILE",
+    "CheckpointMixin",
+    "LengthGroupedSampler",
+    "checkpoint_bytes",
+    "fingerprint",
+    "last_checkpoint",
+]

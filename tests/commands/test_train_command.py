@@ -1,0 +1,91 @@
+"""`coral-hf train`: its settings, data, seeds and stages, end to end on tiny models."""
+
+import json
+
+import torch
+
+from coral_hf.cli import main
+from coral_hf.drafter.weight_files import file_sha256
+
+
+def test_settings_and_evaluation_data_of_a_new_drafter(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    rows = [{"id": str(i), "prompt_ids": [5, 6, 7], "response_ids": [9, 8, 7, 6 + i]} for i in range(3)]
+    for name in ("few.jsonl", "dev.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["train", "--target", "target", "--dtype", "float32", "--data", "few.jsonl", "--output_dir", "out"]
+    assert main([*arguments, "--eval_rows", "3"]) == 2  # asked for explicitly, unlike the default
+    assert "there are 3 rows" in capsys.readouterr().err
+    assert main([*arguments, "--max_steps", "1", "--report_to", "none"]) == 0
+    assert "Held out for evaluation: 0 of 3 rows" in capsys.readouterr().out
+    arguments += ["--eval_data", "dev.jsonl", "--max_steps", "1", "--report_to", "none", "--shape", "eagle3"]
+    for wrong, message in (('{"widht": 3}', "Unknown setting(s) ['widht']"), ("[3]", "JSON object"), ("{", "no JSON")):
+        assert main([*arguments, "--config_overrides", wrong]) == 2
+        assert message in capsys.readouterr().err
+    settings = {"target_feature_layers": [1, -1], "intermediate_size": 48}
+    assert main([*arguments, "--config_overrides", json.dumps(settings)]) == 0
+    saved = json.loads((folder / "out" / "config.json").read_text())
+    assert saved["shape"] == "eagle3" and {name: saved[name] for name in settings} == settings
+    assert main([*arguments[:-4], "--max_steps", "1", "--drafter", "out", "--config_overrides", "{}"]) == 2
+    assert "has its own" in capsys.readouterr().err
+
+
+def test_the_seed_decides_new_weights(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    rows = [{"id": str(i), "prompt_ids": [5, 6, 7], "response_ids": [9, 8, 7, 6 + i]} for i in range(3)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["train", "--target", "target", "--dtype", "float32", "--data", "rows.jsonl", "--eval_rows", "0"]
+    common += ["--max_steps", "1", "--report_to", "none", "--save_strategy", "no"]
+    router = ["--stage", "router", "--drafter", "first", "--router_groups", "8", "--preset", "hass"]
+    for stage, names in (([], ("first", "second", "other")), (router, ("routed", "routed2", "routed3"))):
+        for name, seed in zip(names, ("7", "7", "8"), strict=True):
+            torch.rand(3)  # whatever was drawn before
+            assert main([*common, *stage, "--output_dir", name, "--seed", seed]) == 0
+        hashes = [file_sha256(folder / name / "model.safetensors") for name in names]
+        assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_streamed_packed_and_compared_with_evaluation_prompts(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    rows = [{"turns": [f"w{i} w{i + 1} w{i + 2}"], "responses": ["ok so be it"], "system": "be"} for i in range(5, 12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["train", "--target", "target", "--dtype", "float32", "--data", "rows.jsonl", "--output_dir", "out"]
+    arguments += ["--report_to", "none", "--eval_rows", "2", "--check_overlap", "prompts.jsonl", "--max_length", "64"]
+    assert main([*arguments, "--streaming", "true"]) == 2
+    assert "set max_steps" in capsys.readouterr().err
+    arguments += ["--max_steps", "2", "--packing", "true"]
+    for wrong in (["--estimate", "true"], ["--shortlist_size", "8"]):
+        assert main([*arguments, "--streaming", "true", *wrong]) == 2
+        assert f"{wrong[0]}" in capsys.readouterr().err
+    for streaming, conversations in (("true", None), ("false", 5)):
+        assert main([*arguments, "--streaming", streaming]) == 0
+        output = capsys.readouterr().out
+        assert "warning: 2 of 5 training conversations hold a prompt of prompts.jsonl (2 exactly" in output
+        record = json.loads((folder / "out" / "training" / "training.json").read_text())
+        assert record["conversations"] == conversations and record["arguments"]["packing"] is True
+
+
+def test_a_training_that_goes_on_keeps_the_records_of_its_stages(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    rows = [{"turns": [f"w{i} w{i + 1}"], "responses": ["ok so be it"]} for i in range(6)]
+    for name in ("first.jsonl", "second.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["train", "--target", "target", "--dtype", "float32", "--report_to", "none", "--eval_rows", "0"]
+    first = ["--data", "first.jsonl", "--output_dir", "one", "--max_steps", "1"]
+    assert main([*common, *first]) == 0
+    # in its own folder, and then in another, with a file named by a whole path
+    assert (
+        main([*common, "--data", "second.jsonl", "--max_steps", "2", "--drafter", "one", "--output_dir", "one"]) == 0
+    )
+    last = ["--data", str(folder / "first.jsonl"), "second.jsonl", "--max_steps", "3", "--drafter", "one"]
+    assert main([*common, *last, "--output_dir", "two"]) == 0
+    names = ("training-1.json", "training-2.json", "training.json")
+    stages = [json.loads((folder / "two" / "training" / name).read_text()) for name in names]
+    assert [stage["steps"] for stage in stages] == [1, 2, 3] and {stage["target"] for stage in stages} == {"target"}
+    data = [["first.jsonl"], ["second.jsonl"], ["first.jsonl", "second.jsonl"]]
+    assert [stage["data"] for stage in stages] == data
+    card = (folder / "two" / "README.md").read_text()
+    places = [card.index(f"Stage `drafter` for `target`: {steps} steps") for steps in (1, 2, 3)]
+    assert places == sorted(places) and str(folder) not in card
+    assert main([*common, *first[:2], "--output_dir", "two", "--max_steps", "1"]) == 0  # a new one, of one stage
+    assert [path.name for path in (folder / "two" / "training").glob("training*.json")] == ["training.json"]

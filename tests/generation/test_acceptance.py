@@ -1,0 +1,65 @@
+"""Acceptance walks written out by hand, and the exact distribution of the sampled rule."""
+
+import pytest
+import torch
+from helpers.trees import TREE, tree_of
+
+from coral_hf.generation.acceptance import accept_greedy, accept_walk
+
+
+@pytest.mark.parametrize(
+    ("choices", "path", "tokens"),
+    [
+        ([99, 0, 0, 0, 0, 0], [0], [99]),  # nothing matches: the bonus alone
+        ([10, 99, 0, 0, 0, 0], [0, 1], [10, 99]),
+        ([11, 0, 13, 0, 14, 50], [0, 2, 4, 5], [11, 13, 14, 50]),  # the second branch to its leaf
+        ([10, 99, 13, 0, 14, 0], [0, 1], [10, 99]),  # a matching node under a rejected one does not count
+    ],
+)
+def test_greedy(choices, path, tokens):
+    got_path, got_tokens = accept_greedy(TREE, torch.tensor([choices]))
+    assert (got_path.tolist(), got_tokens.tolist()) == ([path], [tokens])
+    walked = accept_walk(TREE, lambda node, _: torch.tensor([choices[node]]), lambda token: False)
+    assert (walked[0].tolist(), walked[1].tolist()) == ([path], [tokens])
+
+
+def test_walk_stops_inside_the_accepted_run():
+    choices = [11, 0, 13, 0, 14, 50]
+    path, tokens = accept_walk(TREE, lambda node, _: torch.tensor([choices[node]]), lambda token: int(token) == 13)
+    assert (path.tolist(), tokens.tolist()) == ([[0, 2]], [[11, 13]])
+
+
+def _pairs(rule, draws: int = 20_000, seed: int = 0) -> torch.Tensor:
+    """Counts of the first two tokens that a rule yields when p depends on the token before, vocabulary of 4."""
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]])
+    tree = tree_of([0, 3, 1, 0], [-1, 0, 0, 1])  # root 0; drafts 3 and 1; 3 -> 0
+    counts = torch.zeros(4, 4)
+    for _ in range(draws):
+        tokens = rule(tree, p, generator)
+        # one more plain step where the rule yielded a single token
+        if len(tokens) == 1:
+            tokens.append(int(torch.multinomial(p[tokens[0]], 1, generator=generator)))
+        counts[tokens[0], tokens[1]] += 1
+    expected = p[0][:, None] * p * draws
+    return ((counts - expected) ** 2 / expected).sum()
+
+
+def _ours(tree, p, generator):
+    def choose(node, _):
+        return torch.multinomial(p[tree.tokens[0, node]], 1, generator=generator)
+
+    return accept_walk(tree, choose, lambda token: False)[1][0].tolist()
+
+
+def _broken(tree, p, generator):
+    """Accepts the best-looking draft with its target probability, else draws again without removing it."""
+    if torch.rand((), generator=generator) < p[0, 3]:
+        return [3]
+    return [int(torch.multinomial(p[0], 1, generator=generator))]
+
+
+def test_sampled_rule_is_exact():
+    """Chi-square with 15 degrees of freedom: 37.7 is p = 0.001."""
+    assert _pairs(_ours) < 37.7
+    assert _pairs(_broken) > 37.7

@@ -1,0 +1,315 @@
+"""Targets beyond plain text decoders: images, chunked and convolutional layers; and what is refused, untouched."""
+
+import pytest
+import torch
+from helpers.oracle import oracle
+from helpers.parity import CHAIN, STOCK, TREES, assert_refused, compare, config_of, phi3_restarts, prompt_of
+from helpers.tiny_models import COMMON, FAMILIES, make_drafter, make_target, randomize
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
+
+from coral_hf import CoralDraftConfig, CoralDraftModel
+from coral_hf.utils.compat import cache_kwarg
+
+
+TEXT = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+}
+RECURRENT = {
+    "mamba": {"state_size": 4},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1},
+    "qwen3_next": {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 4},
+}
+CHAINS_ONLY = {
+    "llama4_text": {
+        "head_dim": 8,
+        "attention_chunk_size": 16,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 64,
+        "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
+        "no_rope_layers": [1, 1, 1, 0],
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+}
+
+# Their forwards know no positions of a tree's nodes, or make their own masks.
+GPT = {"vocab_size": 128, "num_attention_heads": 4}
+POSITIONLESS = {
+    "mpt": {"vocab_size": 128, "d_model": 32, "n_heads": 4, "n_layers": 4},
+    "bloom": {**GPT, "hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "falcon": {**GPT, "hidden_size": 32, "num_hidden_layers": 4, "alibi": True},
+    "gpt_neo": {
+        **GPT,
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 2]],
+    }
+    | {"window_size": 8},
+    "bart": {**GPT, "d_model": 32, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+    | {"is_decoder": True, "is_encoder_decoder": False},
+}
+
+
+# Gemma 4 and 3n as they come: full-attention layers of other head sizes, and last layers that read the keys of earlier ones
+PER_LAYER = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 16,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 8,
+    "head_dim": 16,
+    "tie_word_embeddings": False,
+}
+GEMMA_3N = {"laurel_rank": 4, "intermediate_size": [64] * 4, "activation_sparsity_pattern": [0.0] * 4}
+
+
+def needs(family: str) -> None:
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this Transformers has no {family}")
+
+
+def build(family: str, settings: dict, attention: str = "eager"):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**{**COMMON, **settings})
+    return finish(AutoModelForCausalLM.from_config(config, attn_implementation=attention))
+
+
+def build_positionless(family: str, **settings):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**{**POSITIONLESS[family], "tie_word_embeddings": False, **settings})
+    target = finish(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    target.generation_config.use_cache = True
+    return randomize(target)
+
+
+def finish(target):
+    target.generation_config.eos_token_id = None
+    target.generation_config.pad_token_id = 0
+    return target.double().eval()
+
+
+def image_target(kind: str, attention: str):
+    """A model, a prompt whose first tokens (127) are an image, and what `generate` takes for it."""
+    patches = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    start = [5, 125, 127, 127, 127, 127, 126]
+    if kind == "gemma3":
+        text = {**COMMON, **FAMILIES["gemma3_text"], "tie_word_embeddings": False}
+        settings = {
+            "vision_config": {**VISION, "image_size": 16},
+            "mm_tokens_per_image": 4,
+            "tie_word_embeddings": False,
+        }
+        settings |= {"boi_token_index": 125, "eoi_token_index": 126, "image_token_index": 127}
+        inputs = {"pixel_values": patches}
+    elif kind == "llava":
+        text = {**COMMON, "model_type": "llama"}
+        vision = {**VISION, "model_type": "clip_vision_model", "image_size": 8, "projection_dim": 16}
+        settings = {"vision_config": vision, "image_token_index": 127, "image_seq_length": 4}
+        inputs = {"pixel_values": patches[..., :8, :8]}
+    else:
+        text = {**COMMON, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}}
+        settings = {"vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}}
+        settings |= {
+            "image_token_id": 127,
+            "video_token_id": 124,
+            "vision_start_token_id": 125,
+            "vision_end_token_id": 126,
+        }
+        inputs = {
+            "pixel_values": patches.expand(2, -1, -1, -1).reshape(16, 96),
+            "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        }
+    ids = torch.cat([torch.tensor([start]), prompt_of(24).clamp(max=120)], dim=1)
+    if kind == "gemma3":
+        inputs["token_type_ids"] = (ids == 127).int()
+    elif kind == "qwen2_vl":
+        inputs["mm_token_type_ids"] = (ids == 127).int()
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](text_config=text, **settings)
+    return finish(AutoModelForImageTextToText.from_config(config, attn_implementation=attention)), ids, inputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen2_vl"])
+def test_image_targets(kind, attention):
+    """With and without an image in the prefill; Qwen2-VL's image spans fewer positions than tokens."""
+    target, ids, inputs = image_target(kind, attention)
+    drafter = make_drafter(target)
+    texts = []
+    for prompt, extra in ((ids, inputs), (ids.masked_fill(ids > 120, 9), {})):
+        plain = target.generate(input_ids=prompt, generation_config=config_of({}), **extra)
+        texts.append(plain[:, ids.shape[1] :])
+        for size in (CHAIN, STOCK, TREES["tree16"]):
+            config = config_of(size)
+            drafted = target.generate(input_ids=prompt, generation_config=config, assistant_model=drafter, **extra)
+            assert torch.equal(plain, drafted)
+            with oracle(plain):
+                drafted = target.generate(input_ids=prompt, generation_config=config, assistant_model=drafter, **extra)
+            assert torch.equal(plain, drafted) and drafter.last_stats.n_accepted > drafter.last_stats.steps
+    assert not torch.equal(*texts), "the image changes nothing"
+    assert texts[0].unique().numel() > 3
+
+
+def test_an_image_is_not_split_into_chunks():
+    target, ids, inputs = image_target("llava", "sdpa")
+    drafter = make_drafter(target)
+    with pytest.raises(ValueError, match=r"prefill_chunk_size=8 .* no (pixel_values|mm_encoder)"):
+        target.generate(
+            ids, generation_config=config_of(CHAIN, prefill_chunk_size=8), assistant_model=drafter, **inputs
+        )
+    config = config_of(CHAIN, prefill_chunk_size=ids.shape[1])
+    drafted = target.generate(ids, generation_config=config, assistant_model=drafter, **inputs)
+    assert torch.equal(drafted, target.generate(ids, generation_config=config_of({}), **inputs))
+
+
+@phi3_restarts
+@pytest.mark.parametrize("length", [20, 33, 40])
+def test_prompts_that_phi3_reads_without_its_cache(length):
+    """Behind the reach of its short RoPE factors it drops the cache it is given, filled or not, and begins a new one."""
+    target = build("phi3", {"original_max_position_embeddings": 32}, "sdpa")
+    drafter, ids = make_drafter(target), prompt_of(length)
+    for size in (CHAIN, TREES["tree16"], STOCK):
+        plain, stats = compare(target, drafter, ids, size)
+        assert stats.n_accepted / stats.steps >= 1.5
+        if size is not STOCK:
+            filled = DynamicCache(config=target.config)
+            target(input_ids=ids[:, :9], use_cache=True, **cache_kwarg(filled))
+            with oracle(plain):
+                config = config_of(size)
+                drafted = target.generate(
+                    ids, generation_config=config, assistant_model=drafter, **cache_kwarg(filled)
+                )
+            assert torch.equal(plain, drafted) and drafter.last_stats.n_accepted > drafter.last_stats.steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", list(CHAINS_ONLY))
+def test_chains_only(family, attention):
+    """Prompts below and beyond the attention chunk of 16, which 40 new tokens cross several times."""
+    target = build(family, CHAINS_ONLY[family], attention)
+    drafter = make_drafter(target)
+    for length in (6, 14, 30):
+        for size in (CHAIN, STOCK):
+            plain, stats = compare(target, drafter, prompt_of(length), size)
+            assert stats.n_accepted > stats.steps and plain[0, length:].unique().numel() > 3
+    assert_refused(target, drafter, TREES["tree16"], "draft_top_k=1")
+
+
+@pytest.mark.parametrize("family", list(POSITIONLESS))
+def test_targets_that_take_no_tree(family):
+    """Their chains are plain generate's; of trees GPT-Neo's text would be wrong in silence, MPT's and BLOOM's too."""
+    target = build_positionless(family)
+    drafter, ids = make_drafter(target), prompt_of(20)
+    plain, stats = compare(target, drafter, ids, CHAIN, use_cache=True)
+    assert stats.n_accepted > stats.steps and plain[0, 20:].unique().numel() > 1
+    assert_refused(target, drafter, TREES["tree16"], f"{type(target).__name__} .*draft_top_k=1", use_cache=True)
+
+
+def test_windows_that_are_global_take_trees():
+    """GPT-Neo without local layers, Falcon without ALiBi."""
+    for family, settings in (("gpt_neo", {"attention_types": [[["global"], 4]]}), ("falcon", {"alibi": False})):
+        target = build_positionless(family, **settings)
+        forward = target.forward
+        target.forward = lambda *args, forward=forward, **kwargs: forward(*args, **kwargs)  # whoever wraps it
+        _, stats = compare(target, make_drafter(target), prompt_of(20), TREES["tree16"], use_cache=True)
+        assert stats.n_accepted > stats.steps
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_gemma_4(shared, attention):
+    """Sizes that differ from layer to layer, with and without layers that share keys."""
+    needs("gemma4_text")
+    settings = {**PER_LAYER, "global_head_dim": 32, "num_kv_shared_layers": shared}
+    target = build("gemma4_text", settings, attention)
+    drafter = make_drafter(target)
+    assert drafter.config.head_dim == 32
+    for size in (CHAIN, STOCK, TREES["tree16"]):
+        _, stats = compare(target, drafter, prompt_of(20), size)
+        assert stats.n_accepted > stats.steps
+
+
+def test_gemma_3n_is_refused():
+    needs("gemma3n_text")
+    target = build("gemma3n_text", {**PER_LAYER, **GEMMA_3N})
+    message = r"Gemma3nForCausalLM carries several hidden states for each token \(AltUp\).* choose another"
+    with pytest.raises(ValueError, match=message):
+        CoralDraftModel.from_target(target)
+    drafter = CoralDraftModel(CoralDraftConfig.from_target(target.config)).double()
+    assert_refused(target, drafter, CHAIN, message)
+
+
+@pytest.mark.parametrize("size", [CHAIN, STOCK, TREES["tree16"]], ids=["chain", "stock", "tree"])
+@pytest.mark.parametrize("family", list(RECURRENT))
+def test_recurrent_targets_are_refused(family, size):
+    target = build(family, RECURRENT[family])
+    assert_refused(target, make_drafter(make_target(), dtype=torch.float64), size, "without assistant_model")
+
+
+@pytest.fixture(scope="module")
+def cross_attending():
+    """Llama 3.2 Vision: a target whose second layer attends to an image instead of the text, and a prompt with one."""
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_global_layers": 1}
+    vision |= {"attention_heads": 2, "image_size": 8, "patch_size": 4, "max_num_tiles": 1, "vision_output_dim": 32}
+    vision |= {"supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0]}
+    text = {**COMMON, "model_type": "mllama_text_model", "cross_attention_layers": [1]}
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["mllama"](vision_config=vision, text_config=text, image_token_index=127)
+    target = finish(AutoModelForImageTextToText.from_config(config))
+    image = {
+        "pixel_values": torch.randn(1, 1, 1, 3, 8, 8).double(),
+        "aspect_ratio_ids": torch.tensor([[1]]),
+        "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
+        "cross_attention_mask": torch.ones(1, 10, 1, 1, dtype=torch.long),
+    }
+    return target, torch.cat([torch.tensor([[5, 127]]), prompt_of(8).clamp(max=120)], dim=1), image
+
+
+@pytest.mark.parametrize("size", [CHAIN, STOCK, TREES["tree16"]], ids=["chain", "stock", "tree"])
+def test_images_behind_cross_attention_are_refused(cross_attending, size):
+    """Given, or in the cache; the text of a prompt without one is plain generate's."""
+    target, ids, image = cross_attending
+    drafter = make_drafter(target)
+    _, stats = compare(target, drafter, ids, size)
+    assert stats.n_accepted > stats.steps
+    config = config_of(size)
+    with pytest.raises(ValueError, match=r"cross_attention_mask.* by cross-attention.*without assistant_model"):
+        target.generate(ids, generation_config=config, assistant_model=drafter, **image)
+    cache = DynamicCache(config=target.config)
+    target(ids, use_cache=True, **image, **cache_kwarg(cache))
+    longer = torch.cat([ids, prompt_of(3)], dim=1)
+    assert_refused(target, drafter, size, "an image in the cache", longer, cache)
+
+
+@pytest.mark.parametrize("size", [CHAIN, STOCK, TREES["tree16"]], ids=["chain", "stock", "tree"])
+def test_encoders_behind_cross_attention_are_refused(size):
+    target = build("gpt2", {"n_embd": 32, "n_layer": 4, "n_head": 4, "add_cross_attention": True}, "sdpa")
+    drafter, states = make_drafter(target), torch.randn(1, 5, 32).double()
+    with pytest.raises(ValueError, match="encoder_hidden_states by cross-attention"):
+        config = config_of(size)
+        target.generate(prompt_of(9), generation_config=config, assistant_model=drafter, encoder_hidden_states=states)
+
+
+@pytest.mark.parametrize("tree", [CHAIN, TREES["tree16"]], ids=["chain", "tree16"])
+def test_a_target_spread_by_device_map(tree, tmp_path):
+    """Accelerate's hooks bring offloaded layers back for every forward; the drafter is whole."""
+    whole = make_target()
+    whole.save_pretrained(tmp_path)
+    places = {f"model.layers.{index}": "disk" if index % 2 else "cpu" for index in range(4)}
+    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    target = AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map=places, offload_folder=tmp_path / "offloaded", dtype=torch.float64
+    )
+    assert target.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    ids = prompt_of(9)
+    plain, stats = compare(target, make_drafter(whole), ids, tree, max_new_tokens=20)
+    assert torch.equal(plain, whole.generate(ids, max_new_tokens=20))
+    assert stats.acceptance_length > 1.3

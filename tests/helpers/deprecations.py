@@ -1,0 +1,48 @@
+"""Deprecations in Transformers' log that are ours: the `filterwarnings` of pyproject.toml see Python's warnings only."""
+
+import logging
+import sys
+from pathlib import Path
+
+
+_OURS = (str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "coral_hf"))
+_LOGGING = ("/logging/__init__.py", "/transformers/utils/logging.py", __file__)
+# What may stand between our call and the function that warns: wrappers that pass the call on.
+_PASSING_ON = (
+    "/transformers/utils/",
+    "/torch/nn/modules/module.py",
+    "/torch/utils/_contextlib.py",
+    "/accelerate/hooks.py",
+)
+
+
+class OurDeprecations(logging.Handler):
+    """Collects the deprecations that a call of the package or of a test causes; other libraries' calls are theirs."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message.lower() and (place := _our_call()) is not None:
+            self.messages.append(f"{place}: {message}")
+
+
+def _our_call() -> str | None:
+    """`file:line` of the call into the file that is logging, if that line is ours."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_filename.endswith(_LOGGING):
+        frame = frame.f_back
+    # The function that was called may have left the warning to a helper beside it: `generate` does.
+    helpers = frame and frame.f_code.co_filename
+    frame = frame and frame.f_back
+    passing_on = _PASSING_ON if helpers is None or helpers.startswith(_OURS) else (helpers, *_PASSING_ON)
+    while frame is not None and any(part in frame.f_code.co_filename for part in passing_on):
+        frame = frame.f_back
+    if frame is None or not frame.f_code.co_filename.startswith(_OURS):
+        return None
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+__all__ = ["OurDeprecations"]
