@@ -30,7 +30,7 @@ from .cache import compact_cache
 from .candidate_generator import CoralCandidateGenerator
 from .draft_tree import DraftTree, ancestors_of
 from .settings import DraftSettings
-from .target_forward import Verifier
+from .target_forward import TargetForward
 from .tree_size import DraftCosts, smooth_times
 
 
@@ -222,7 +222,7 @@ def _bench(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSet
     cache.activate_past_recording()
     outputs = target(input_ids=ids, use_cache=True, output_hidden_states=True, **cache_kwarg(cache))
     cache.crop(0)
-    verifier = Verifier(target, cache_kwarg(cache))
+    verifier = TargetForward(target, cache_kwarg(cache))
     features = generator.features_of(outputs.hidden_states)
     ids = torch.cat([ids, ids[:, :1]], dim=1)  # the root follows the prefix
     generator.propose(ids, features, max_depth=0)
@@ -237,7 +237,7 @@ def _star(ids: torch.Tensor, size: int) -> DraftTree:
     return DraftTree(ids[:, :size], parents, depths, depths.float(), ancestors_of(parents, 1))
 
 
-def _verify(verifier: Verifier, generator: CoralCandidateGenerator, tree: DraftTree) -> None:
+def _verify(verifier: TargetForward, generator: CoralCandidateGenerator, tree: DraftTree) -> None:
     """What a step does with a tree, from its mask to the features of what it keeps; the cache is then as before."""
     outputs = verifier.verify(tree)
     path, _ = accept_greedy(tree, outputs.logits.float().argmax(dim=-1).to(tree.tokens.device))

@@ -15,7 +15,7 @@ from .cache import compact_cache
 from .candidate_generator import CoralCandidateGenerator, padding_of
 from .draft_tree import DraftTree
 from .settings import DraftSettings
-from .target_forward import Verifier
+from .target_forward import TargetForward
 from .tree_size import DraftCosts
 
 
@@ -74,7 +74,7 @@ def coral_decoding(
         ValueError: if drafter and target, or settings and drafter do not belong together; what else is not supported
             [`call_checks.check_call`] has refused.
     """
-    verifier = Verifier(target, model_kwargs)
+    verifier = TargetForward(target, model_kwargs)
     selector = _Selector(logits_processor, generation_config)
     max_length = generation_config.max_length
     padding = padding_of(model_kwargs.get("attention_mask"), input_ids)

@@ -12,7 +12,7 @@ from .cache import tree_attention_mask
 from .draft_tree import DraftTree
 
 
-class Verifier:
+class TargetForward:
     """Runs the target for one call of `generate`, on its KV cache and with its masks and positions."""
 
     def __init__(self, target: PreTrainedModel, model_kwargs: dict[str, Any]):
@@ -226,4 +226,4 @@ def _next_positions(positions: torch.Tensor) -> int | torch.Tensor:
     return following[:, None, None] + 1
 
 
-__all__ = ["Verifier"]
+__all__ = ["TargetForward"]

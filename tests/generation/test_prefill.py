@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from coral_hf.generation.candidate_generator import CoralCandidateGenerator
 from coral_hf.generation.settings import DraftSettings
-from coral_hf.generation.target_forward import Verifier
+from coral_hf.generation.target_forward import TargetForward
 from coral_hf.utils.compat import cache_kwarg
 
 
@@ -126,7 +126,7 @@ def test_a_mask_without_padding_is_dropped(draft, family):
     target = make_target(family)
     drafter, ids, outputs = make_drafter(target), prompt_of(20), []
     for mask in (None, torch.ones_like(ids), (torch.arange(20) >= 3).long()[None]):
-        verifier = Verifier(target, {**cache_kwarg(DynamicCache(config=target.config)), "attention_mask": mask})
+        verifier = TargetForward(target, {**cache_kwarg(DynamicCache(config=target.config)), "attention_mask": mask})
         with torch.no_grad():
             prefilled, features = verifier.prefill(ids, target.generation_config, lambda states: states[-1])
             assert (verifier.mask is None) == (mask is None or bool(mask.all()))

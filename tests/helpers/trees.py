@@ -4,7 +4,7 @@ import torch
 from transformers import DynamicCache
 
 from coral_hf.generation.draft_tree import DraftTree, ancestors_of
-from coral_hf.generation.target_forward import Verifier
+from coral_hf.generation.target_forward import TargetForward
 from coral_hf.utils.compat import cache_kwarg
 
 
@@ -28,6 +28,6 @@ TREE = tree_of([7, 10, 11, 12, 13, 14], [-1, 0, 0, 1, 2, 4])
 
 def prefilled(target, ids):
     cache = DynamicCache(config=target.config)
-    verifier = Verifier(target, {**cache_kwarg(cache), "attention_mask": None, "use_cache": True})
+    verifier = TargetForward(target, {**cache_kwarg(cache), "attention_mask": None, "use_cache": True})
     verifier.prefill(ids, target.generation_config, lambda states: states[-1])
     return verifier
