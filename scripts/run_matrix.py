@@ -28,7 +28,7 @@ SELECTIONS = {
         *(
             "test_imports.py",
             "utils/test_compat.py",
-            "generation/test_compaction.py",
+            "generation/key_values/test_dynamic.py",
             "generation/test_lossless.py::test_families",
         ),
         *(
@@ -36,12 +36,16 @@ SELECTIONS = {
             "generation/test_lossless.py::test_returned_dict",
         ),
         *("generation/test_prefill.py::test_prefilled_cache", "training/test_trainer.py::test_two_epochs"),
-        *("responses/test_regenerate.py", "responses/test_response_files.py", "generation/test_slot_cache.py"),
+        *(
+            "responses/test_regenerate.py",
+            "responses/test_response_files.py",
+            "generation/key_values/test_slot_cache.py",
+        ),
     ],
     "generation": [
         *(
             "utils/test_compat.py",
-            "generation/test_compaction.py",
+            "generation/key_values/test_dynamic.py",
             "generation/test_lossless.py",
             "generation/test_target_kinds.py",
             "generation/test_generate_features.py",
@@ -49,7 +53,7 @@ SELECTIONS = {
         ),
         *(
             "generation/test_generate_bad_input.py",
-            "generation/test_kept_rows.py",
+            "generation/key_values/test_kept_rows.py",
             "generation/test_rope_limits.py",
             "drafter/test_modeling_coral.py",
             "drafter/test_rollout.py",
@@ -64,7 +68,11 @@ SELECTIONS = {
         "training/test_checkpoints.py",
         "training/test_checkpoint_refusals.py",
         "training/test_feature_cache.py",
-        *("responses/test_regenerate.py", "responses/test_response_files.py", "generation/test_slot_cache.py"),
+        *(
+            "responses/test_regenerate.py",
+            "responses/test_response_files.py",
+            "generation/key_values/test_slot_cache.py",
+        ),
         "training/test_adapters.py",
     ],
     "publishing": [

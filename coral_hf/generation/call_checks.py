@@ -7,7 +7,7 @@ import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from ..utils.compat import cache_of
-from .cache import check_cache
+from .key_values.dynamic import check_cache
 from .settings import DraftSettings
 
 

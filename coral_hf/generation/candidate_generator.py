@@ -10,7 +10,7 @@ from ..drafter.draft_layer import DraftKeyValues
 from ..drafter.modeling_coral import CoralDraftModel
 from ..drafter.target_adapter import TargetAdapter
 from .draft_tree import DraftTree, DraftTreeBuilder
-from .kept_rows import ReadRows, keep_rows, take_rows
+from .key_values.kept_rows import ReadRows, keep_rows, take_rows
 from .settings import DraftSettings
 from .statistics import DraftStats
 from .tree_size import DraftCosts, TreeSizeRule, calibration_of

@@ -26,7 +26,7 @@ from ..utils.compat import cache_kwarg
 from ..utils.hardware import cpu_name, device_name, synchronized_clock
 from ..utils.user_cache import cache_dir
 from .acceptance import accept_greedy
-from .cache import compact_cache
+from .key_values.dynamic import compact_cache
 from .candidate_generator import CoralCandidateGenerator
 from .draft_tree import DraftTree, ancestors_of
 from .settings import DraftSettings

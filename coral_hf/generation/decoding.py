@@ -11,7 +11,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from ..drafter.modeling_coral import CoralDraftModel
 from ..utils.compat import cache_kwarg
 from .acceptance import accept_greedy, accept_walk
-from .cache import compact_cache
+from .key_values.dynamic import compact_cache
 from .candidate_generator import CoralCandidateGenerator, padding_of
 from .draft_tree import DraftTree
 from .settings import DraftSettings

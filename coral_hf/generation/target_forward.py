@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..utils.compat import cache_kwarg, cache_of
-from .cache import tree_attention_mask
+from .key_values.dynamic import tree_attention_mask
 from .draft_tree import DraftTree
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.response_masks import eos_ids_of
 from ..data.response_origin import Origin, check_same_run
-from ..generation.slot_cache import SlotCache
+from ..generation.key_values.slot_cache import SlotCache
 from .job_queue import WINDOW_PER_SLOT, Answered, Conversation, Job, PromptQueue, prompt_hash, unanswered
 from .response_files import AnswerWriter, exclusive, iter_prompts, iter_responses, write_shards
 

@@ -9,7 +9,7 @@ import torch
 from helpers.chat_server import serve
 from helpers.tiny_models import FAMILIES, make_target, make_tokenizer
 
-from coral_hf.generation.slot_cache import _GROWTH
+from coral_hf.generation.key_values.slot_cache import _GROWTH
 from coral_hf.responses import response_files
 from coral_hf.responses.endpoint import regenerate_from_endpoint
 from coral_hf.responses.regenerate import iter_prompts, regenerate, write_shards

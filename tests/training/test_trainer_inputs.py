@@ -16,7 +16,7 @@ from coral_hf.cli import main
 from coral_hf.commands import loading
 from coral_hf.data.dataset import ConversationDataset
 from coral_hf.data.response_origin import Origin
-from coral_hf.generation.slot_cache import SlotCache
+from coral_hf.generation.key_values.slot_cache import SlotCache
 from coral_hf.training import arguments
 from coral_hf.training.arguments import CoralTrainingArguments, parse_schedule
 from coral_hf.training.losses.losses import default_chunk_size

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from ..drafter.draft_layer import DraftKeyValues
-from ..drafter.grouped_logits import tensor_state
+from ...drafter.draft_layer import DraftKeyValues
+from ...drafter.grouped_logits import tensor_state
 
 
 @dataclass

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..utils.compat import cache_kwarg
-from ..utils.hardware import check_one_device
+from ...utils.compat import cache_kwarg
+from ...utils.hardware import check_one_device
 
 
 _KNOWN_LAYER_TYPES = ("full_attention", "sliding_attention")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.tiny_models import make_target
 
-from coral_hf.generation.slot_cache import SlotCache
+from coral_hf.generation.key_values.slot_cache import SlotCache
 
 
 def test_slots_move_and_refill_by_hand(target):

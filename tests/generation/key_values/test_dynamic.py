@@ -9,7 +9,7 @@ from helpers.tiny_models import make_drafter, make_target
 from helpers.trees import TREE, prefilled
 from transformers import DynamicCache
 
-from coral_hf.generation.cache import check_cache, compact_cache, tree_attention_mask
+from coral_hf.generation.key_values.dynamic import check_cache, compact_cache, tree_attention_mask
 from coral_hf.utils.compat import cache_kwarg
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .draft_tree import DraftTree
+from ..draft_tree import DraftTree
 
 
 def check_cache(cache: Cache, branches: bool, layer_types: Sequence[str] = ()) -> None:
