@@ -56,6 +56,9 @@ class TargetAdapter:
         self.target = base
         self.text_config = config.get_text_config()
         self.feature_layers = list(feature_layers or [-1])
+        # What a forward is asked to keep: all states, until a user of the adapter knows that the target can select
+        # (`hidden_states_to_ask`; a published drafter carries this file without it).
+        self.output_hidden_states: list[int] | bool = True
         self.embedding = base.get_input_embeddings()
         self.head = base.get_output_embeddings()
         if self.head is None:
@@ -101,7 +104,7 @@ class TargetAdapter:
         return embeddings * self._embedding_scale if self._embedding_scale != 1.0 else embeddings
 
     def features(self, outputs: Any) -> torch.Tensor:
-        """Features of a target forward with `output_hidden_states=True`: `[B, S, n * H]` for n feature layers."""
+        """Features of a target forward that kept the hidden states of the feature layers: `[B, S, n * H]` for n layers."""
         return self.features_of(outputs.hidden_states)
 
     def features_of(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -114,7 +117,8 @@ class TargetAdapter:
         """Runs the target without its LM head: ids `[B, S]` -> features `[B, S, n * H]`."""
         decoder = self.target.get_decoder() if hasattr(self.target, "get_decoder") else self.target.base_model
         only_last = self.feature_layers == [-1]
-        outputs = decoder(input_ids=input_ids, use_cache=False, output_hidden_states=not only_last, **kwargs)
+        asked = False if only_last else self.output_hidden_states
+        outputs = decoder(input_ids=input_ids, use_cache=False, output_hidden_states=asked, **kwargs)
         return outputs.last_hidden_state if only_last else self.features_of(outputs.hidden_states)
 
     def logits(self, features: torch.Tensor, token_ids: torch.Tensor | slice | None = None) -> torch.Tensor:

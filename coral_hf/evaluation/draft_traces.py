@@ -118,7 +118,8 @@ def _draft_everywhere(
 ) -> DraftTrace:
     length = sequence.shape[1]
     generator = CoralCandidateGenerator(drafter, target, settings, length)
-    states = target(sequence, output_hidden_states=True, use_cache=False).hidden_states
+    asked = generator.adapter.output_hidden_states
+    states = target(sequence, output_hidden_states=asked, use_cache=False).hidden_states
     features = generator.features_of(states)
     scores, parents, accepted = [], [], []
     for root in range(prompt_length, length - 1):

@@ -9,6 +9,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from ..drafter.draft_layer import DraftKeyValues
 from ..drafter.modeling_coral import CoralDraftModel
 from ..drafter.target_adapter import TargetAdapter
+from ..utils.compat import hidden_states_to_ask
 from .draft_tree import DraftTree, DraftTreeBuilder
 from .key_values.kept_rows import ReadRows, keep_rows, take_rows
 from .settings import DraftSettings
@@ -52,6 +53,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         self.num_padding = num_padding
         self.adapter = TargetAdapter(target, drafter.config.target_feature_layers)
         self.adapter.check_drafter(drafter.config)
+        self.adapter.output_hidden_states = hidden_states_to_ask(self.adapter.target, self.adapter.feature_layers)
         self.head = settings.draft_head_of(drafter, self.adapter)
         self.rule = self.calibration = None
         if settings.draft_cost_aware:
@@ -130,7 +132,8 @@ class CoralCandidateGenerator(CandidateGenerator):
         """The target's features `[1, n, F]` on the drafter's device: with device_map each layer has its own.
 
         Args:
-            hidden_states (`tuple` of `torch.Tensor` of shape `[1, N, H]`): of every layer; most are left alone.
+            hidden_states (`tuple` of `torch.Tensor` of shape `[1, N, H]`): of every layer, or None for those
+                that are not read.
             path (`torch.LongTensor` of shape `[1, n]`, *optional*): the rows to take; None: all.
         """
         states = list(hidden_states)

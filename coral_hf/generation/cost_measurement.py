@@ -220,9 +220,10 @@ def _bench(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSet
     ids = (torch.arange(length, device=device) * 7919 % vocab_size)[None]
     cache = DynamicCache(config=target.config)
     cache.activate_past_recording()
-    outputs = target(input_ids=ids, use_cache=True, output_hidden_states=True, **cache_kwarg(cache))
+    asked = generator.adapter.output_hidden_states
+    outputs = target(input_ids=ids, use_cache=True, output_hidden_states=asked, **cache_kwarg(cache))
     cache.crop(0)
-    verifier = TargetForward(target, cache_kwarg(cache))
+    verifier = TargetForward(target, cache_kwarg(cache), asked)
     features = generator.features_of(outputs.hidden_states)
     ids = torch.cat([ids, ids[:, :1]], dim=1)  # the root follows the prefix
     generator.propose(ids, features, max_depth=0)

@@ -74,12 +74,12 @@ def coral_decoding(
         ValueError: if drafter and target, or settings and drafter do not belong together; what else is not supported
             [`call_checks.check_call`] has refused.
     """
-    verifier = TargetForward(target, model_kwargs)
     selector = _Selector(logits_processor, generation_config)
     max_length = generation_config.max_length
     padding = padding_of(model_kwargs.get("attention_mask"), input_ids)
     generator = CoralCandidateGenerator(drafter, target, settings, max_length, padding, costs)
-    keep_states = generation_config.return_dict_in_generate and generation_config.output_hidden_states
+    keep_states = bool(generation_config.return_dict_in_generate and generation_config.output_hidden_states)
+    verifier = TargetForward(target, model_kwargs, keep_states or generator.adapter.output_hidden_states)
     states: list | None = [] if keep_states else None
     # Nothing refuses from here on: a call that was refused leaves the last one's statistics.
     drafter.last_stats = None
@@ -105,7 +105,7 @@ def coral_decoding(
             states.append(outputs.hidden_states)
         features = generator.resume(verifier.cache, input_ids, features)
         token = selector.choose(input_ids, outputs.logits[:, -1])
-        del outputs  # the states of every layer of a prompt, of which the drafter reads few
+        del outputs  # the states of a prompt
         input_ids = torch.cat([input_ids, token[:, None]], dim=1)
         drafter.last_stats = generator.stats  # from here on, so that a streamer can show it
         if streamer is not None:

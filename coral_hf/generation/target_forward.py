@@ -13,11 +13,19 @@ from .draft_tree import DraftTree
 
 
 class TargetForward:
-    """Runs the target for one call of `generate`, on its KV cache and with its masks and positions."""
+    """Runs the target for one call of `generate`, on its KV cache and with its masks and positions.
 
-    def __init__(self, target: PreTrainedModel, model_kwargs: dict[str, Any]):
+    Args:
+        target (`PreTrainedModel`)
+        model_kwargs (`dict`): as `generate` prepares them.
+        hidden_states (`list[int]` or `bool`, defaults to `True`): the hidden states that each forward keeps
+            (`compat.hidden_states_to_ask`); the others are None in its outputs. True: all.
+    """
+
+    def __init__(self, target: PreTrainedModel, model_kwargs: dict[str, Any], hidden_states: list[int] | bool = True):
         self.target = target
         self.model_kwargs = model_kwargs
+        self.hidden_states = hidden_states
         self.cache = cache_of(model_kwargs)
         mask = model_kwargs.get("attention_mask")
         # True at tokens, False at padding, over everything in the cache and the prompt; None: no padding.
@@ -76,7 +84,7 @@ class TargetForward:
         self.cache.activate_past_recording()
         features = []
         for chunk in _chunks(inputs, generation_config.prefill_chunk_size):
-            outputs = self.target(**{**chunk, "output_hidden_states": True, "return_dict": True})
+            outputs = self.target(**{**chunk, "output_hidden_states": self.hidden_states, "return_dict": True})
             self.cache.crop(0)
             features.append(features_of(outputs.hidden_states))
         if expected is not None and self.cache.get_seq_length() != expected:
@@ -120,7 +128,7 @@ class TargetForward:
             position_ids=tree.depths.to(self.device) + (prefix_length + self.position_offset),
             attention_mask=self._attention_mask(tree, prefix_length),
             use_cache=True,
-            output_hidden_states=True,
+            output_hidden_states=self.hidden_states,
             return_dict=True,
             **cache_kwarg(self.cache),
         )
@@ -136,12 +144,12 @@ class TargetForward:
             position_ids=positions.clamp(min=0),
             attention_mask=None if mask is None else mask.long().to(self.device),
             use_cache=True,
-            output_hidden_states=True,
+            output_hidden_states=self.hidden_states,
             return_dict=True,
             logits_to_keep=1,
             **cache_kwarg(self.cache),
         )
-        outputs.hidden_states = tuple(states[:, -1:] for states in outputs.hidden_states)
+        outputs.hidden_states = tuple(None if s is None else s[:, -1:] for s in outputs.hidden_states)
         return outputs
 
     def _prefix_mask(self, prefix_length: int) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ from ..drafter.configuration_coral import check_vocabulary
 from ..drafter.hub_names import public_name
 from ..drafter.modeling_coral import CoralDraftModel
 from ..drafter.target_adapter import TargetAdapter
+from ..utils.compat import hidden_states_to_ask
 from .arguments import CoralTrainingArguments
 from .feature_cache import FeatureCache
 from .losses.loss_tokens import LossTokens
@@ -86,6 +87,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         # The losses need the last layer's feature whether or not the drafter reads it: it always comes last.
         layers = model.config.target_feature_layers
         self.adapter = TargetAdapter(target_model, layers if layers[-1] == -1 else [*layers, -1])
+        self.adapter.output_hidden_states = hidden_states_to_ask(self.adapter.target, self.adapter.feature_layers)
         self._features_read = len(layers) * self.adapter.hidden_size
         check_pair(model, self.adapter, processing_class)
         train_in_float32(model, say=args.process_index == 0)

@@ -1,10 +1,17 @@
 """What differs between the Transformers releases that the package runs on (5.17 to 5.x), found by inspection."""
 
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+
+try:  # 5.24 keeps of all hidden states those that `output_hidden_states` lists; older releases keep all
+    from transformers.utils.output_capturing import selected_hidden_states as _selection
+except ImportError:
+    _selection = None
 
 
 # The KV cache's name in `generate`, `prepare_inputs_for_generation`, every model's forward and every output: 5.24 renamed
@@ -28,4 +35,29 @@ def default_generation_settings() -> dict[str, Any]:
     return GenerationConfig().to_dict() if filled_in is None else filled_in()
 
 
-__all__ = ["CACHE_NAME", "cache_kwarg", "cache_of", "default_generation_settings"]
+def hidden_states_to_ask(target: Any, layers: Iterable[int]) -> list[int] | bool:
+    """What to pass as `output_hidden_states`, so that a forward keeps the states of these layers and, if possible, no others.
+
+    Args:
+        target (`PreTrainedModel`): a causal LM, or its decoder.
+        layers (`Iterable[int]`): indices into the tuple of all hidden states; they may be negative.
+
+    Returns:
+        `list[int]` of indices from the front, or `True` (all states) where this Transformers release, or this target,
+        cannot select.
+    """
+    decoder = target.get_decoder() if hasattr(target, "get_decoder") else target
+    recorded = (getattr(decoder, "_can_record_outputs", None) or {}).get("hidden_states")
+    layer_class = getattr(recorded, "target_class", recorded)
+    count = getattr(decoder.config.get_text_config(), "num_hidden_layers", None)
+    if _selection is None or not isinstance(layer_class, type) or count is None:
+        return True
+    # States are counted as they are recorded. Another number of them than layers (shared layers, other blocks of the same
+    # class, no state of the embedding) would shift the indices.
+    found = sum(isinstance(module, layer_class) for module in decoder.modules())
+    if found != count or not getattr(recorded, "capture_initial_hidden_state", True):
+        return True
+    return sorted({layer % (count + 1) for layer in layers})
+
+
+__all__ = ["CACHE_NAME", "cache_kwarg", "cache_of", "default_generation_settings", "hidden_states_to_ask"]

@@ -112,11 +112,11 @@ def test_states_of_a_prompt_are_not_kept(target, draft):
     drafter, kept, alive = make_drafter(target, target_feature_layers=[1, 2]), [], []
     before = target.register_forward_pre_hook(lambda *_: alive.append([state() is not None for state in kept]))
     after = target.register_forward_hook(
-        lambda *args: kept.extend(weakref.ref(state) for state in args[-1].hidden_states)
+        lambda *args: kept.extend(weakref.ref(state) for state in args[-1].hidden_states if state is not None)
     )
     target.generate(prompt_of(9), generation_config=config_of(DRAFTS[draft]), assistant_model=drafter)
     before.remove(), after.remove()
-    assert alive[0] == [] and alive[1] == [False] * 5
+    assert alive[0] == [] and alive[1] and not any(alive[1])
 
 
 @drafts

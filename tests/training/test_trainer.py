@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.data.collator import CoralDataCollator
 from coral_hf.data.dataset import ConversationDataset
+from coral_hf.utils import compat
 
 
 # Whole trainings -----------------------------------------------------------------------------------------------
@@ -325,3 +326,17 @@ def test_deeper_rollouts_select_no_more_rows_by_masks(tmp_path):
             trainer.compute_loss(trainer.model.train(), batch).backward()
         counts.append(selections.count)
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.skipif(compat._selection is None, reason="this Transformers release keeps all states")
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_target_keeps_the_states_that_are_read(tmp_path, target, cached):
+    """By the drafter, and the last one by the losses; also of the forwards that fill a feature cache."""
+    drafter, seen = quick_drafter(target, target_feature_layers=[1, 2]), []
+    target.get_decoder().register_forward_hook(lambda *args: seen.append(args[-1].hidden_states))
+    folder = str(tmp_path / "features") if cached else None
+    trainer = make_trainer(tmp_path / "run", target, drafter, cache_features=folder, max_steps=1)
+    if not cached:
+        seen.clear()  # the adapter's own check
+    trainer.train()
+    assert [state is not None for state in seen[-1]] == [False, True, True, False, True]
