@@ -23,7 +23,7 @@ class ScriptArguments:
     batch_size: int = field(default=2, metadata={"help": "Conversations in a micro-batch on one device."})
     length: int = field(default=2048, metadata={"help": "Their longest length in tokens."})
     rollout_steps: int = field(default=3, metadata={"help": "K, the deepest."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "As in training."})
+    activation_checkpointing: bool = field(default=False, metadata={"help": "As in training."})
     tokens_per_second: float | None = field(default=None, metadata={"help": "Speed of all devices together."})
     flops_per_second: float | None = field(default=None, metadata={"help": "Or what they reach in practice."})
     json: str | None = field(default=None, metadata={"help": "Write the figures here too."})
@@ -41,7 +41,7 @@ def main() -> None:
         epochs=script.epochs,
         tokens_per_second=script.tokens_per_second,
         flops_per_second=script.flops_per_second,
-        gradient_checkpointing=script.gradient_checkpointing,
+        activation_checkpointing=script.activation_checkpointing,
     )
     print(f"Estimate for {script.target}:", *estimate.lines(), sep="\n")
     if script.json is not None:

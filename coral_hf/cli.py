@@ -19,6 +19,7 @@ from .commands.train import TrainCommand
 from .commands.tune import TuneCommand
 from .commands.verify import VerifyCommand
 from .utils.code_version import __version__
+from .utils.compat import checkpointing_argument
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -41,7 +42,7 @@ COMMANDS: dict[str, type] = {
 _SMALLER = dict.fromkeys(COMMANDS, "try another --dtype, or a smaller model")
 _SMALLER["train"] = (
     "try a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), --loss_chunk_size or "
-    "--max_length, or --gradient_checkpointing true"
+    "--max_length, or --{checkpointing} true"
 )
 _SMALLER["regenerate"] = "try fewer --slots, or smaller --max_prompt_tokens or --max_new_tokens"
 
@@ -122,8 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
+        remedy = _SMALLER[arguments[0]].format(checkpointing=checkpointing_argument())
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"coral-hf {arguments[0]}: out of memory ({reason}); {_SMALLER[arguments[0]]}.", file=sys.stderr)
+        print(f"coral-hf {arguments[0]}: out of memory ({reason}); {remedy}.", file=sys.stderr)
         return 1
 
 

@@ -55,6 +55,9 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
     """
 
     model_accepts_loss_kwargs = True
+    loss_is_scaled_for_ga = (
+        True  # by num_items_in_batch, in compute_loss (Transformers 5.24 asks subclasses to say so)
+    )
     stage = "drafter"
     _signature_columns: list[str] | None
     control: Any

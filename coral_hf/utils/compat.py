@@ -60,4 +60,25 @@ def hidden_states_to_ask(target: Any, layers: Iterable[int]) -> list[int] | bool
     return sorted({layer % (count + 1) for layer in layers})
 
 
-__all__ = ["CACHE_NAME", "cache_kwarg", "cache_of", "default_generation_settings", "hidden_states_to_ask"]
+def checkpointing_argument() -> str:
+    """The training argument that computes activations again in the backward: 5.24 renamed it, and warns of the old name."""
+    from transformers import TrainingArguments  # with it comes all of accelerate
+
+    names = {field.name for field in fields(TrainingArguments)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Switches activation checkpointing on, by the method that is not deprecated."""
+    getattr(model, f"{checkpointing_argument()}_enable")()
+
+
+__all__ = [
+    "CACHE_NAME",
+    "cache_kwarg",
+    "cache_of",
+    "checkpointing_argument",
+    "default_generation_settings",
+    "enable_checkpointing",
+    "hidden_states_to_ask",
+]

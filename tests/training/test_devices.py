@@ -16,6 +16,7 @@ from helpers.tiny_trainings import assert_same_weights, make_args, make_trainer,
 from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.data.dataset import ConversationDataset
 from coral_hf.training.run.placement import decoder_layers, place_target, plain_sharding
+from coral_hf.utils.compat import checkpointing_argument, enable_checkpointing
 
 
 pytestmark = pytest.mark.slow
@@ -124,7 +125,7 @@ def test_tokens_of_all_processes_are_counted(tmp_path):
 
 def test_a_routed_drafter_is_trained_on_by_several_processes(tmp_path):
     """No loss reaches its router, for whose gradients the processes would wait."""
-    options = {"output": str(tmp_path), "settings": {**SETTINGS, "gradient_checkpointing": True}, "router_groups": 8}
+    options = {"output": str(tmp_path), "settings": {**SETTINGS, checkpointing_argument(): True}, "router_groups": 8}
     launch("ddp", PROGRAM, json.dumps(options), port=29650)
     assert CoralDraftModel.from_pretrained(tmp_path).router.num_groups == 8
 
@@ -165,7 +166,7 @@ def test_accelerate_launches_the_example(tmp_path):
 
 @pytest.mark.parametrize("schedule", ["1", "3"])
 @pytest.mark.parametrize("shape", ["eagle", "eagle3"])
-def test_gradient_checkpointing_changes_nothing_but_memory(schedule, shape, tmp_path):
+def test_activation_checkpointing_changes_nothing_but_memory(schedule, shape, tmp_path):
     results = []
     for checkpointing in (False, True):
         target = make_target()
@@ -175,7 +176,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(schedule, shape, tmp_
             quick_drafter(target, shape),
             rollout_schedule=schedule,
             preset="hass",
-            gradient_checkpointing=checkpointing,
+            **{checkpointing_argument(): checkpointing},
             num_train_epochs=1,
         )
         trainer.train()
@@ -183,7 +184,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(schedule, shape, tmp_
     assert_same_weights(*results, rtol=0, atol=1e-12)
 
 
-def test_gradient_checkpointing_keeps_less(tmp_path):
+def test_activation_checkpointing_keeps_less(tmp_path):
     """Bytes saved for the backward of three steps."""
     target = make_target(dtype=torch.float32)
     drafter = quick_drafter(target).train()
@@ -191,7 +192,7 @@ def test_gradient_checkpointing_keeps_less(tmp_path):
     sizes = []
     for checkpointing in (False, True):
         if checkpointing:
-            drafter.gradient_checkpointing_enable()
+            enable_checkpointing(drafter)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
             drafter(embeds, features, num_steps=3)

@@ -24,6 +24,7 @@ from coral_hf.training.run import unused_settings
 from coral_hf.training.run.publishing import recipe
 from coral_hf.training.trainer import CoralTrainer
 from coral_hf.training.training_rows import encode_dataset
+from coral_hf.utils.compat import checkpointing_argument
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ from coral_hf.training.training_rows import encode_dataset
             r"include_for_metrics=\['loss'\] would do nothing: .*trainer.evaluate\(\)",
         ),
         ({"eval_accumulation_steps": 2}, "eval_accumulation_steps=2 would do nothing"),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "Leave use_reentrant out"),
+        ({f"{checkpointing_argument()}_kwargs": {"use_reentrant": True}}, "Leave use_reentrant out"),
     ],
 )
 def test_contradictory_arguments_are_refused(settings, message, tmp_path):

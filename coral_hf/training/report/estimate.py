@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ...drafter.configuration_coral import CoralDraftConfig
 from ...drafter.modeling_coral import CoralDraftModel
+from ...utils.compat import enable_checkpointing
 from ...utils.hardware import synchronized_clock
 from ..losses.losses import default_chunk_size
 from ..run.checkpoints import checkpoint_bytes
@@ -79,7 +80,7 @@ def estimate_on_paper(
     tokens_per_second: float | None = None,
     flops_per_second: float | None = None,
     loss_chunk_size: int | None = None,
-    gradient_checkpointing: bool = False,
+    activation_checkpointing: bool = False,
 ) -> TrainingEstimate:
     """Estimates a training from configs, on the meta device: no weights are needed.
 
@@ -94,7 +95,7 @@ def estimate_on_paper(
         tokens (`int`): tokens of the data set; epochs (`float`): passes over it.
         tokens_per_second (`float`, *optional*): speed of all devices; otherwise from flops_per_second.
         flops_per_second (`float`, *optional*): what the devices reach in practice, together.
-        loss_chunk_size (`int`, *optional*), gradient_checkpointing (`bool`): see [`CoralTrainingArguments`].
+        loss_chunk_size (`int`, *optional*), activation_checkpointing (`bool`): see [`CoralTrainingArguments`].
 
     Returns:
         [`TrainingEstimate`]
@@ -116,7 +117,7 @@ def estimate_on_paper(
         "optimizer": 8 * drafter_size,
         # bf16 copies of the weights under autocast
         "autocast": 2 * drafter_size,
-        "activations": rollout_bytes(drafter, batch_size, length, num_steps, gradient_checkpointing),
+        "activations": rollout_bytes(drafter, batch_size, length, num_steps, activation_checkpointing),
         # features, drafter outputs and their gradients, of which regression takes fp32 copies
         "features": rows * (2 * read + num_steps * hidden * (2 + 2 + 4)),
         # both distributions, the logits under way and, where the head is bf16, their gradient in its dtype
@@ -158,8 +159,7 @@ def rollout_bytes(drafter: CoralDraftModel, batch_size: int, length: int, num_st
         features = torch.empty(batch_size, length, size, dtype=torch.bfloat16)
         documents = torch.empty(batch_size, length, dtype=torch.long)
     if checkpointing:
-        enable = getattr(copy, "activation_checkpointing_enable", copy.gradient_checkpointing_enable)
-        enable()
+        enable_checkpointing(copy)
     parameters = {parameter.untyped_storage()._cdata for parameter in copy.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
