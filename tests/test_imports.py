@@ -52,7 +52,7 @@ MODEL_FREE = {
     "generation/draft_tree.py",
     "generation/tree_size.py",
     "generation/acceptance.py",
-    "training/losses/losses.py",
+    *(f"training/losses/{path.name}" for path in (PACKAGE / "training/losses").glob("*.py")),
 }
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..utils.hardware import native_bfloat16
+from .losses.terms import TERMS
 from .run.unused_settings import check_arguments
 
 
@@ -163,11 +164,13 @@ class CoralTrainingArguments(TrainingArguments):
             self.classification_loss_weight = PAPER_CLASSIFICATION_WEIGHT
         self.rollout = parse_schedule(self.rollout_schedule)
         deepest = max(steps for steps, _ in self.rollout)
-        if self.csra_weight and deepest == 1 and self.stage == "drafter":
-            raise ValueError(
-                f"csra_weight={self.csra_weight} with rollout_schedule={self.rollout_schedule!r}: CSRA compares steps, "
-                "and there is only K=1. Use K >= 2 in the schedule, or csra_weight=0 (preset 'eagle')."
-            )
+        for term in TERMS:
+            weight = getattr(self, term.weight)
+            if term.across_steps and weight and deepest == 1 and self.stage == "drafter":
+                raise ValueError(
+                    f"{term.weight}={weight} with rollout_schedule={self.rollout_schedule!r}: {term.name.upper()} compares "
+                    f"steps, and there is only K=1. Use K >= 2 in the schedule, or {term.weight}=0 (preset 'eagle')."
+                )
         for name in (
             "loss_chunk_size",
             "max_length",
@@ -178,21 +181,9 @@ class CoralTrainingArguments(TrainingArguments):
         ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in (
-            "regression_loss_weight",
-            "classification_loss_weight",
-            "topk_loss_weight",
-            "csra_weight",
-            "feature_noise",
-            "loss_negatives",
-        ):
+        for name in (*(term.weight for term in TERMS), "feature_noise", "loss_negatives"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        if self.topk_loss_weight and not self.classification_loss_weight:
-            raise ValueError(
-                f"topk_loss_weight={self.topk_loss_weight} is computed with the classification loss; set "
-                "classification_loss_weight above 0."
-            )
         if self.shard_target and self.cache_features is not None:
             raise ValueError(
                 f"shard_target=True with cache_features={self.cache_features!r}: with cached features the target is "

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .losses.losses import router_loss, target_group_mass
+from .losses.router import router_loss, target_group_mass
 from .report.metrics import WeightedMeans
 from .token_clusters import start_from_centroids
 from .trainer import CoralTrainer

@@ -17,11 +17,15 @@ from ..drafter.target_adapter import TargetAdapter
 from ..utils.compat import hidden_states_to_ask
 from .arguments import CoralTrainingArguments
 from .feature_cache import FeatureCache
+from .losses.chunked_pass import Comparison, PassResult, chunked_pass, default_chunk_size
+from .losses.classification import cross_entropy
+from .losses.loss_term import LossBatch
 from .losses.loss_tokens import LossTokens
-from .losses.losses import chunked_classification_loss, csra_loss, default_chunk_size, regression_loss
+from .losses.terms import comparisons, weighted_sum
 from .report.chain_evaluation import ChainTotals, EvaluationMixin
 from .report.learning_curve import DrawLearningCurve
 from .report.metrics import CountTokens, WeightedMeans, chain_length
+from .report.simulation import conditional_acceptance
 from .run.adapters import add_adapters
 from .run.checkpoints import CheckpointMixin
 from .run.faults import StopOnNonFiniteGradient
@@ -236,70 +240,41 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         args = self.args
         num_steps = args.rollout_steps_at(self.state.global_step / max(self.state.max_steps, 1))
         outputs, targets, trained = self.rollout(model, inputs, num_steps)
+        batch = LossBatch.of_rollout(outputs.hidden_states, outputs.valid, targets, trained)
         token_ids, logit_offsets = self._loss_tokens(inputs["labels"])
-        # Every term is a mean over this batch's rows; weighting it by the share of rows makes accumulation exact.
-        count = trained.sum()
-        share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
-        total = torch.zeros((), device=count.device)
-        metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # mean and the rows it is over
-        # Rows of all steps beside each other: every step predicts the same ones.
-        # Found once, because every selection by a mask waits for the device.
-        places = trained.flatten().nonzero().squeeze(-1)  # [M]
-        hidden = torch.stack(
-            [step.flatten(0, 1).index_select(0, places) for step in outputs.hidden_states]
-        )  # [K, M, H]
-        valid = torch.stack([step.flatten().index_select(0, places) for step in outputs.valid])  # [K, M]
-        goals = targets.flatten(0, 1).index_select(0, places)
-        steps, rows_of = valid.nonzero().unbind(-1)
-        chosen = rows_of.split(steps.bincount(minlength=len(valid)).tolist())
-        result = chunked_classification_loss(
-            hidden,
-            goals,
-            self.adapter.logits,
-            valid=valid,
-            token_ids=token_ids,
-            logit_offsets=logit_offsets,
-            top_k=args.topk,
-            top_k_weight=args.topk_loss_weight / max(args.classification_loss_weight, 1e-9),
-            chunk_size=self._chunk_size,
-        )
+        result = self._compare(batch, comparisons(args), token_ids, logit_offsets)
+        share = 1.0 if num_items_in_batch is None else trained.sum() / num_items_in_batch
+        total, metrics = weighted_sum(batch, args, share)
         # an argmax among sampled tokens is the target's far more often than one over all
         among = "" if token_ids is None else "_sampled"
-        alive = trained
-        for step, (rows, classification) in enumerate(zip(valid, result.loss, strict=True), start=1):
-            here = chosen[step - 1]
-            regression = regression_loss(hidden[step - 1].index_select(0, here), goals.index_select(0, here))
-            step_loss = args.classification_loss_weight * classification + args.regression_loss_weight * regression
-            row_count = rows.sum()
-            metrics[f"classification_{step}"] = classification, row_count
-            metrics[f"regression_{step}"] = regression, row_count
-            if args.topk_loss_weight:
-                # its gradient comes with that of the classification loss
-                step_loss = step_loss + args.topk_loss_weight * result.topk_loss[step - 1]
-                metrics[f"topk_{step}"] = result.topk_loss[step - 1], row_count
-            step_share = share * row_count / count.clamp(min=1)
-            total = total + args.step_decay ** (step - 1) * step_share * step_loss
-            # Conditional acceptance: step k counts where the chain before it was accepted.
-            match = torch.zeros_like(trained).flatten()
-            match[places] = result.match[step - 1]
-            match = match.view_as(trained)
-            reached = trained & outputs.valid[step - 1] & (alive if step == 1 else alive.roll(1, dims=1))
-            alive = reached & match
-            metrics[f"acceptance_{step}{among}"] = alive.sum() / reached.sum().clamp(min=1), reached.sum()
-        if args.csra_weight and num_steps > 1:
-            contrast = csra_loss(
-                hidden,
-                valid,
-                temperature=args.csra_temperature,
-                target_features=goals if args.csra_include_target else None,
-                max_positions=args.csra_max_positions,
-            )
-            total = total + args.csra_weight * share * contrast
-            metrics["csra"] = contrast, count
+        rates = conditional_acceptance(result.match, batch.places, outputs.valid, trained)
+        metrics |= {f"acceptance_{step}{among}": rate for step, rate in enumerate(rates, start=1)}
         if model.training:
             self._metrics.add(metrics)
         total = self._finish_loss(total, model, inputs, num_items_in_batch)
         return (total, outputs) if return_outputs else total
+
+    def _compare(
+        self,
+        batch: LossBatch,
+        wanted: dict[Comparison, bool],
+        token_ids: torch.Tensor | None = None,
+        logit_offsets: torch.Tensor | None = None,
+    ) -> PassResult:
+        """Runs the pass over the vocabulary, over all of it or some tokens."""
+        result = chunked_pass(
+            batch.hidden,
+            batch.goals,
+            self.adapter.logits,
+            wanted,
+            self.args,
+            valid=batch.valid,
+            token_ids=token_ids,
+            logit_offsets=logit_offsets,
+            chunk_size=self._chunk_size,
+        )
+        batch.compared = result.means
+        return result
 
     def _finish_loss(self, loss: torch.Tensor, model: nn.Module, inputs: dict, num_items: Any) -> torch.Tensor:
         """This process's part of a loss, such that the mean of all processes' gradients is the whole batch's."""
@@ -326,17 +301,11 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
 
     def _evaluate_batch(self, totals: Any, model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
         outputs, targets, trained = self.rollout(model, inputs, self.args.eval_chain_depth)
-        matches = torch.zeros(len(outputs.hidden_states), *trained.shape, dtype=torch.bool)
-        valid = torch.stack([step[trained] for step in outputs.valid])
-        result = chunked_classification_loss(
-            torch.stack([step[trained] for step in outputs.hidden_states]),
-            targets[trained],
-            self.adapter.logits,
-            valid=valid,
-            chunk_size=self._chunk_size,
-        )
+        batch = LossBatch.of_rollout(outputs.hidden_states, outputs.valid, targets, trained)
+        result = self._compare(batch, {cross_entropy: False})
+        matches = torch.zeros(len(outputs.valid), *trained.shape, dtype=torch.bool)
         matches[:, trained.cpu()] = result.match.cpu()
-        totals.add(result.loss[0], int(valid[0].sum()), matches, trained.cpu())
+        totals.add(result.means[cross_entropy][0], int(batch.valid[0].sum()), matches, trained.cpu())
 
 
 def check_pair(drafter: CoralDraftModel, adapter: TargetAdapter, tokenizer: Any = None) -> None:

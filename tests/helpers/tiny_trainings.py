@@ -34,6 +34,10 @@ def random_rows(count: int, seed: int = 0) -> list[dict]:
     return [{"id": str(index), "prompt_ids": ids(3, 6), "response_ids": ids(5, 12)} for index in range(count)]
 
 
+def random_features(count: int, size: int = 32, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
 def make_args(folder, **kwargs) -> CoralTrainingArguments:
     defaults = {
         "use_cpu": True,

@@ -9,7 +9,7 @@ from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.data.dataset import ConversationDataset
 from coral_hf.drafter.draft_head import LMHeadRouter
 from coral_hf.training.arguments import CoralTrainingArguments
-from coral_hf.training.losses.losses import router_loss, target_group_mass
+from coral_hf.training.losses.router import router_loss, target_group_mass
 from coral_hf.training.report.chain_evaluation import even_rows
 from coral_hf.training.router_trainer import CoralRouterTrainer
 from coral_hf.training.token_clusters import cluster_tokens, start_from_centroids

@@ -19,7 +19,7 @@ from coral_hf.data.response_origin import Origin
 from coral_hf.generation.key_values.slot_cache import SlotCache
 from coral_hf.training import arguments
 from coral_hf.training.arguments import CoralTrainingArguments, parse_schedule
-from coral_hf.training.losses.losses import default_chunk_size
+from coral_hf.training.losses.chunked_pass import default_chunk_size
 from coral_hf.training.run import unused_settings
 from coral_hf.training.run.publishing import recipe
 from coral_hf.training.trainer import CoralTrainer
@@ -42,7 +42,7 @@ from coral_hf.utils.compat import checkpointing_argument
         ({"loss_negatives": -1}, "loss_negatives=-1 must not be negative"),
         ({"loss_chunk_size": 0}, "loss_chunk_size=0 must be at least 1"),
         ({"regression_loss_weight": -1.0}, "regression_loss_weight=-1.0 must not be negative"),
-        ({"topk_loss_weight": 1.0, "classification_loss_weight": 0.0}, "topk_loss_weight=1.0 is computed with"),
+        ({"topk_loss_weight": -1.0}, "topk_loss_weight=-1.0 must not be negative"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.1 would do nothing: .*whole distribution"),
         ({"neftune_noise_alpha": 5.0}, r"neftune_noise_alpha=5.0 would do nothing: .*feature_noise"),
         ({"bf16_full_eval": True}, r"bf16_full_eval=True would do nothing: .*bf16=True"),

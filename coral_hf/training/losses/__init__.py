@@ -1,4 +1,4 @@
-"""The terms of a drafter's loss, on plain tensors.
+"""The terms of a drafter's loss, one file each, and `terms.TERMS`, the list from which everything else follows.
 
-Knows no model and no trainer.
+Plain tensors: knows no model and no trainer.
 """

@@ -11,7 +11,7 @@ from ...drafter.configuration_coral import CoralDraftConfig
 from ...drafter.modeling_coral import CoralDraftModel
 from ...utils.compat import enable_checkpointing
 from ...utils.hardware import synchronized_clock
-from ..losses.losses import default_chunk_size
+from ..losses.chunked_pass import default_chunk_size
 from ..run.checkpoints import checkpoint_bytes
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..losses.terms import TERMS
+
 
 logger = logging.getLogger(__name__)
 CURVE_FILE = "learning_curve.png"
@@ -36,8 +38,7 @@ class DrawLearningCurve(TrainerCallback):
 
 
 def draw_learning_curve(log_history: list[dict[str, Any]], path: str | Path) -> Path | None:
-    """Draws classification and regression loss, conditional acceptance per rollout step and acceptance length over
-    steps.
+    """Draws each term of the loss, conditional acceptance per rollout step and acceptance length over steps.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.
@@ -56,10 +57,14 @@ def draw_learning_curve(log_history: list[dict[str, Any]], path: str | Path) -> 
         raise ImportError("The learning curve needs matplotlib: pip install 'coral-hf[eval]'.") from error
 
     panels = {
-        "classification loss": series(log_history, "classification_"),
-        "regression loss": series(log_history, "regression_"),
+        f"{term.name} loss": named(log_history, term.name)
+        if term.across_steps
+        else series(log_history, f"{term.name}_")
+        for term in TERMS
+    }
+    panels |= {
         "conditional acceptance": series(log_history, "acceptance_", also="eval_acceptance_"),
-        "acceptance length (simulated)": lengths(log_history),
+        "acceptance length (simulated)": named(log_history, "acceptance_length", "eval_acceptance_length"),
         "router recall": series(log_history, "recall_", also="eval_recall_"),
     }
     panels = {title: curves for title, curves in panels.items() if curves}
@@ -90,8 +95,8 @@ def series(log_history: list[dict[str, Any]], prefix: str, also: str | None = No
     return dict(sorted(found.items()))
 
 
-def lengths(log_history: list[dict[str, Any]]) -> dict[str, list]:
-    names = ("acceptance_length", "eval_acceptance_length")
+def named(log_history: list[dict[str, Any]], *names: str) -> dict[str, list]:
+    """`{name: [(step, value), ...]}` of the values that were logged under these names."""
     found = {name: [(row["step"], row[name]) for row in log_history if name in row] for name in names}
     return {name: points for name, points in found.items() if points}
 

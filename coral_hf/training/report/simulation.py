@@ -63,6 +63,30 @@ class ChainStatistics:
         return summary
 
 
+def conditional_acceptance(
+    match: torch.Tensor, places: torch.Tensor, valid: list[torch.Tensor], trained: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Acceptance of each rollout step where the chain before it was accepted.
+
+    Args:
+        match (`torch.BoolTensor` of shape `[K, M]`): step k's argmax is the target's.
+        places (`torch.LongTensor` of shape `[M]`): where those rows lie in the flattened batch.
+        valid (`list` of `torch.BoolTensor` of shape `[B, S]`): rows of each step that have a chain before them.
+        trained (`torch.BoolTensor` of shape `[B, S]`): rows that predict a response token.
+
+    Returns:
+        `list` of `tuple`: for each step the rate and the rows that it is over.
+    """
+    rates, alive = [], trained
+    for step, here in enumerate(match):
+        whole = torch.zeros_like(trained).flatten()
+        whole[places] = here
+        reached = trained & valid[step] & (alive if step == 0 else alive.roll(1, dims=1))
+        alive = reached & whole.view_as(trained)
+        rates.append((alive.sum() / reached.sum().clamp(min=1), reached.sum()))
+    return rates
+
+
 def _segments(rows: list[bool]) -> list[tuple[int, int]]:
     """Runs of True in a list, as (start, end): the responses of a conversation."""
     edges = [i for i, (before, here) in enumerate(zip([False, *rows], [*rows, False], strict=True)) if before != here]

@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from ...drafter.hub_names import hub_commit
 from ...drafter.weight_files import WEIGHTS_FILE
 from ...utils.jsonl import read_json
+from ..losses.terms import TERMS
 from .adapters import is_peft
 
 
@@ -32,14 +33,7 @@ _ORDER = ("seed", "train_sampling_strategy", "stream_buffer_size", "packing", "m
 _RECIPE: tuple[str, ...] = (
     "rollout_schedule",
     "step_decay",
-    "regression_loss_weight",
-    "classification_loss_weight",
-    "topk_loss_weight",
-    "topk",
-    "csra_weight",
-    "csra_temperature",
-    "csra_include_target",
-    "csra_max_positions",
+    *(name for term in TERMS for name in (term.weight, *term.settings)),
     "feature_noise",
     "loss_vocab_size",
     "loss_negatives",

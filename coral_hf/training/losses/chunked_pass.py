@@ -1,0 +1,206 @@
+"""One pass over the vocabulary for all terms that compare the drafter's distribution with the target's.
+
+It never holds the logits of a whole batch: it works through chunks of rows and computes the gradient with respect to the
+drafter's output in the same pass, so that one chunk of fp32 logits exists at a time.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+# logits of [M, H] features, optionally only for some rows of the head: [M, V] or [M, A]
+LogitsFunction = Callable[..., torch.Tensor]
+
+
+@dataclass
+class Chunk:
+    """Distributions over A tokens of C rows, of the target and of the drafter in one step.
+
+    Args:
+        p (`torch.Tensor` of shape `[C, A]`): the target's.
+        q (`torch.Tensor` of shape `[C, A]`): the drafter's.
+        logits (`torch.Tensor` of shape `[C, A]`): the drafter's.
+        normaliser (`torch.Tensor` of shape `[C]`): logsumexp of the logits, so that log q = logits - normaliser.
+        cross_entropy (`torch.Tensor` of shape `[C]`): -sum p log q.
+    """
+
+    p: torch.Tensor
+    q: torch.Tensor = field(init=False)
+    logits: torch.Tensor = field(init=False)
+    normaliser: torch.Tensor = field(init=False)
+    cross_entropy: torch.Tensor = field(init=False)
+    _top: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def target_top(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The target's likeliest tokens: their p and their places among the A, both `[C, count]`, once for all steps."""
+        if count not in self._top:
+            p, places = self.p.topk(min(count, self.p.shape[-1]), dim=-1)
+            self._top[count] = p, places
+        return self._top[count]
+
+
+# (chunk, arguments, gradient) -> a value for each row, [C]. `gradient` is None, or a [C, A] that the function fills with the
+# value's gradient with respect to the drafter's logits. It may be `chunk.q` itself: read that before the last write.
+Comparison = Callable[[Chunk, Any, torch.Tensor | None], torch.Tensor]
+
+
+@dataclass
+class PassResult:
+    """Result of [`chunked_pass`].
+
+    Args:
+        means (`dict` of `torch.Tensor` of shape `[K]`): each comparison's mean over the rows of a step; differentiable in
+            the drafter's output where its gradient was asked for.
+        match (`torch.BoolTensor` of shape `[K, M]`): drafter's argmax equals the target's, in valid rows.
+    """
+
+    means: dict[Comparison, torch.Tensor]
+    match: torch.Tensor
+
+
+def default_chunk_size(device_type: str, vocab_size: int) -> int:
+    """Rows of a chunk: on a CPU few, whose logits stay near its caches; elsewhere as many as make a product large."""
+    return 256 if device_type == "cpu" else max(1, min(2048, 2**28 // vocab_size))
+
+
+class _GradientFromForward(torch.autograd.Function):
+    """K values whose gradient with respect to `hidden` `[K, M, H]` was already computed."""
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output: torch.Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_output.to(gradient.dtype)[:, None, None], None, None
+
+
+class _ChunkMemory:
+    """Tensors that every chunk fills anew: on a CPU, fresh memory for each costs more than a pass over it.
+
+    Args:
+        rows (`int`): rows of the largest chunk.
+    """
+
+    def __init__(self, rows: int):
+        self.rows = rows
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def like(self, name: str, values: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An unfilled `[C, A]` of the shape of `values`, and its dtype unless one is given."""
+        if name not in self.tensors:
+            size = (self.rows, values.shape[1])
+            self.tensors[name] = torch.empty(size, dtype=dtype or values.dtype, device=values.device)
+        return self.tensors[name][: len(values)]
+
+    def cast(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The values in a dtype; themselves where they have it."""
+        return values if values.dtype == dtype else self.like(name, values, dtype).copy_(values)
+
+
+def chunked_pass(
+    hidden: torch.Tensor,
+    target_features: torch.Tensor,
+    logits_fn: LogitsFunction,
+    comparisons: Mapping[Comparison, bool],
+    args: Any = None,
+    *,
+    valid: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+    logit_offsets: torch.Tensor | None = None,
+    chunk_size: int = 256,
+) -> PassResult:
+    """Means over M rows of what compares the target's distribution p with the drafter's q in K steps.
+
+    All steps predict the same rows, so that one pass of the target's head serves them.
+
+    Args:
+        hidden (`torch.Tensor` of shape `[K, M, H]`): the drafter's outputs.
+        target_features (`torch.Tensor` of shape `[M, H]`): the target's features at the same positions.
+        logits_fn: `TargetAdapter.logits`; frozen, its weights get no gradient.
+        comparisons (`Mapping`): what is computed, each with whether its gradient is needed.
+        args: handed to the comparisons.
+        valid (`torch.BoolTensor` of shape `[K, M]`, *optional*): which rows of each step count; defaults to all.
+        token_ids (`torch.LongTensor` of shape `[A]`, *optional*): compare p and q on these tokens only, both
+            renormalised (cheaper; the default, the whole vocabulary, is exact).
+        logit_offsets (`torch.Tensor` of shape `[A]`, *optional*): added to both logits; log(1 / sampling probability)
+            lets sampled tokens stand for all those they were drawn from.
+        chunk_size (`int`): rows whose logits exist at one time.
+
+    Returns:
+        [`PassResult`]
+    """
+    steps, rows = hidden.shape[:2]
+    if rows == 0:
+        zero = hidden.sum(dim=(1, 2)) * 0.0
+        return PassResult(dict.fromkeys(comparisons, zero), hidden.new_zeros(steps, 0, dtype=torch.bool))
+    if valid is None:
+        valid = torch.ones(steps, rows, dtype=torch.bool, device=hidden.device)
+    # float64 inputs stay float64, so that gradients can be checked exactly
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    kwargs = {} if token_ids is None else {"token_ids": token_ids}
+    trains = hidden.requires_grad and torch.is_grad_enabled()
+    source = hidden.detach()
+    gradients = {each: torch.empty_like(source) for each, needed in comparisons.items() if needed and trains}
+    # the last one's gradient takes the place of q
+    order = sorted(comparisons, key=lambda each: each in gradients)
+    scale = valid.to(dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)  # [K, M]: what each row counts
+    values = {each: torch.zeros(steps, rows, dtype=dtype, device=hidden.device) for each in comparisons}
+    match = torch.empty(steps, rows, dtype=torch.bool, device=hidden.device)
+    memory = _ChunkMemory(min(chunk_size, rows))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, rows, chunk_size):
+            part = slice(start, min(start + chunk_size, rows))
+            with torch.no_grad():
+                logits = memory.cast("logits", logits_fn(target_features[part], **kwargs), dtype)  # [C, A]
+                # before the offsets, which lift a sampled token by all that it stands for
+                target_best = logits.argmax(dim=-1)
+                if logit_offsets is not None:
+                    logits = logits + logit_offsets
+                chunk = Chunk(torch.softmax(logits, dim=-1, out=memory.like("p", logits)))
+                del logits
+            for step in range(steps):
+                with torch.set_grad_enabled(bool(gradients)):
+                    inputs = source[step, part].requires_grad_(bool(gradients))
+                    raw = logits_fn(inputs, **kwargs)  # [C, A]
+                with torch.no_grad():
+                    logits = memory.cast("logits", raw.detach(), dtype)
+                    match[step, part] = logits.argmax(dim=-1) == target_best
+                    _read_drafter(chunk, logits if logit_offsets is None else logits + logit_offsets, memory)
+                    del logits
+                for each in order:
+                    gradient = None
+                    if each in gradients:
+                        gradient = chunk.q if each is order[-1] else memory.like("gradient", chunk.q)
+                    with torch.no_grad():
+                        values[each][step, part] = each(chunk, args, gradient)
+                        if gradient is None:
+                            continue
+                        delta = memory.cast("delta", gradient, raw.dtype)
+                    (of_rows,) = torch.autograd.grad(raw, inputs, delta, retain_graph=each is not order[-1])
+                    gradients[each][step, part] = of_rows * scale[step, part, None]
+                del raw, chunk.logits
+    means = {each: (value.masked_fill_(~valid, 0.0) * scale).sum(dim=-1) for each, value in values.items()}
+    for each, gradient in gradients.items():
+        gradient.masked_fill_(~valid[..., None], 0.0)  # outputs of other rows mean nothing, NaN included
+        means[each] = _GradientFromForward.apply(hidden, means[each], gradient)
+    return PassResult(means, match & valid)
+
+
+def _read_drafter(chunk: Chunk, logits: torch.Tensor, memory: _ChunkMemory) -> None:
+    """Sets what a chunk says of the drafter in one step."""
+    q = memory.like("q", logits)
+    expected = torch.mul(chunk.p, logits, out=q).sum(dim=-1)
+    torch.softmax(logits, dim=-1, out=q)
+    # logsumexp from the largest q, which is exp(largest logit - logsumexp)
+    normaliser = logits.amax(dim=-1) - q.amax(dim=-1).log()
+    # sum_x p (logsumexp - logit) = -sum_x p log q, as p sums to 1
+    chunk.q, chunk.logits, chunk.normaliser, chunk.cross_entropy = q, logits, normaliser, normaliser - expected
+
+
+__all__ = ["Chunk", "Comparison", "LogitsFunction", "PassResult", "chunked_pass", "default_chunk_size"]

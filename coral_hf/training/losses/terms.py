@@ -1,0 +1,60 @@
+"""The list of the loss's terms, from which its sum, the log, the learning curve and the checks of settings follow."""
+
+from typing import Any
+
+import torch
+
+from . import classification, csra, regression, top_k
+from .chunked_pass import Comparison
+from .loss_term import LossBatch, LossTerm
+
+
+TERMS: tuple[LossTerm, ...] = (classification.TERM, regression.TERM, top_k.TERM, csra.TERM)
+
+
+def comparisons(args: Any) -> dict[Comparison, bool]:
+    """What the pass over the vocabulary computes under these arguments, each with whether it needs a gradient."""
+    found: dict[Comparison, bool] = {}
+    for term in TERMS:
+        weighted = bool(getattr(args, term.weight))
+        if weighted or term.always:
+            for comparison in term.comparisons:
+                found[comparison] = found.get(comparison, False) or weighted
+    return found
+
+
+def weighted_sum(
+    batch: LossBatch, args: Any, share: torch.Tensor | float
+) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor | int]]]:
+    """The loss of a batch, and what the log shows of it.
+
+    Args:
+        batch ([`LossBatch`]): with the comparisons that [`comparisons`] names.
+        args ([`CoralTrainingArguments`])
+        share (`torch.Tensor` or `float`): of this batch's rows in all rows of the optimizer step. Every term is a mean over
+            rows; weighting it by the share makes gradient accumulation exact.
+
+    Returns:
+        `tuple`: a scalar, and `{name: (mean, rows)}`.
+    """
+    steps, rows = batch.valid.shape
+    counts = batch.valid.sum(dim=-1)  # [K]
+    decay = args.step_decay ** torch.arange(steps, device=counts.device)  # on the device: a copy would wait for it
+    of_steps, across = torch.zeros(steps, device=counts.device), torch.zeros((), device=counts.device)
+    shown: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = {}
+    for term in TERMS:
+        weight = getattr(args, term.weight)
+        if not (weight or term.always) or (term.across_steps and steps == 1):
+            continue
+        loss = term.function(batch, args)
+        if term.across_steps:
+            across = across + weight * share * loss
+            shown[term.name] = loss, rows
+            continue
+        shown |= {f"{term.name}_{step}": pair for step, pair in enumerate(zip(loss, counts, strict=True), start=1)}
+        if weight:
+            of_steps = of_steps + weight * loss
+    return (decay * (share * counts / max(rows, 1)) * of_steps).sum() + across, shown
+
+
+__all__ = ["TERMS", "comparisons", "weighted_sum"]
