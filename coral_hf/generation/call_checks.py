@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..utils.compat import cache_of
 from .key_values.dynamic import check_cache
@@ -69,12 +69,14 @@ def check_call(
                 f"The {name} of {type(target).__name__} is offloaded, but every draft step needs it: give it a device "
                 "in device_map."
             )
-    if not settings.is_chain:
-        _check_branches(target)
     _check_adapters(target)
     _check_cross_attention(target, cache, model_kwargs)
-    kinds = getattr(target.config.get_text_config(), "layer_types", None) or []
-    check_cache(cache, branches=not settings.is_chain, layer_types=kinds)
+    config = target.config.get_text_config()
+    own = {type(layer) for layer in DynamicCache(config=config).layers}
+    kinds = getattr(config, "layer_types", None) or []
+    check_cache(cache, branches=not settings.is_chain, layer_types=kinds, own_layers=own)
+    if not settings.is_chain:  # last: its remedy is a chain, which none of the above may refuse next
+        _check_branches(target)
 
 
 def _check_branches(target: PreTrainedModel) -> None:

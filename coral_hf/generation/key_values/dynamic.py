@@ -1,6 +1,7 @@
 """What a tree does to the target's KV cache: masks before the verify forward, compaction after it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -8,40 +9,65 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..draft_tree import DraftTree
 
 
-def check_cache(cache: Cache, branches: bool, layer_types: Sequence[str] = ()) -> None:
+def check_cache(
+    cache: Cache, branches: bool, layer_types: Sequence[str] = (), own_layers: Collection[type] = ()
+) -> None:
     """Raises `ValueError` for a cache that cannot hold and drop drafts.
+
+    What no draft can be dropped from is refused before what cannot branch: nobody is sent to chains that are refused next.
 
     Args:
         cache (`Cache`)
         branches (`bool`): drafts are trees; a chain needs no more than a cache that can be cropped.
         layer_types (`Sequence[str]`): the target's, of which some have no tree mask.
+        own_layers (`Collection[type]`): layers of the cache that the target has where nobody chooses another.
     """
+    # a layer without states belongs to a layer that reads another's keys, as Gemma 4's last ones do
+    layers = [layer for layer in cache.layers if type(layer).__name__ != "DummyLayer"]
+    for layer in layers:
+        kind = type(layer).__name__
+        if _drops_drafts(layer):
+            continue
+        if "LinearAttention" in kind or type(layer) in own_layers:
+            raise ValueError(
+                f"In this Transformers release {kind}, which this target keeps its states in, cannot drop rejected drafts. "
+                "Generate without assistant_model, or install a newer Transformers."
+            )
+        raise ValueError(
+            f"CORAL verifies drafts in a dynamic cache, not in {kind}. Remove cache_implementation (or pass a "
+            "DynamicCache)."
+        )
+    if not branches:
+        return
     unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention", "linear_attention"})
-    if branches and unknown:
+    if unknown:
         raise ValueError(
             f"This target has layers of type {unknown}, for which no tree mask is known. Set draft_top_k=1 to verify "
             "chains."
         )
-    for layer in cache.layers:
+    for layer in layers:
         kind = type(layer).__name__
-        if kind == "DummyLayer":  # holds nothing: of a layer that reads another's keys, as Gemma 4's last ones do
-            continue
-        if "LinearAttention" in kind:
-            if branches:
-                raise ValueError(
-                    f"This target has recurrent or linear-attention layers ({kind}), whose state cannot branch. Set "
-                    "draft_top_k=1 to verify chains."
-                )
-            if not hasattr(layer, "activate_past_recording"):
-                raise ValueError(
-                    f"In this Transformers release {kind} cannot drop rejected drafts. Generate without "
-                    "assistant_model, or install a newer Transformers."
-                )
-        elif not isinstance(layer, DynamicLayer) or "Quantized" in kind or "Indexed" in kind:
+        if "LinearAttention" in kind or _has_index(layer):
             raise ValueError(
-                f"CORAL verifies drafts in a dynamic cache, not in {kind}. Remove cache_implementation (or pass a "
-                "DynamicCache)."
+                f"This target has layers whose state cannot branch ({kind}: recurrent, convolutional or indexed). Set "
+                "draft_top_k=1 to verify chains."
             )
+
+
+def _has_index(layer: Any) -> bool:
+    """A layer that keeps more of a token than key and value, to choose what is attended to (DeepSeek-V3.2, GLM-5)."""
+    return "Indexed" in type(layer).__name__ or hasattr(layer, "indexer_keys")
+
+
+def _drops_drafts(layer: Any) -> bool:
+    """Whether the last tokens of a cache layer can be taken away, with everything that it keeps of them."""
+    kind = type(layer)
+    if "LinearAttention" in kind.__name__:
+        return hasattr(layer, "activate_past_recording")
+    if not isinstance(layer, DynamicLayer) or "Quantized" in kind.__name__:
+        return False
+    # the crop of a plain layer knows nothing of an index
+    return not _has_index(layer) or kind.crop is not DynamicLayer.crop
 
 
 def tree_attention_mask(

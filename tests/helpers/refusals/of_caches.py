@@ -1,0 +1,107 @@
+"""Refusals of `generation/key_values/dynamic.py`."""
+
+import pytest
+from helpers.parity import CHAIN, prompt_of
+from helpers.refusals import TREE, Call, refusal
+from helpers.tiny_models import make_target
+from helpers.unusual_targets import CHAINS_ONLY, build, build_indexed, needs
+from transformers import cache_utils
+
+from coral_hf.utils.compat import CACHE_NAME
+
+
+CHAINS = "Set draft_top_k=1 to verify "
+
+
+def _indexed(family):
+    needs(family)
+    call = Call(build_indexed(family), ids=prompt_of(20))
+    return call, {CHAINS: call.but(size=CHAIN)}
+
+
+@refusal("for which no tree mask is known")
+def deepseek_v32(monkeypatch):
+    return _indexed("deepseek_v32")
+
+
+@refusal("for which no tree mask is known")
+def glm_moe_dsa(monkeypatch):
+    return _indexed("glm_moe_dsa")
+
+
+@refusal("for which no tree mask is known")
+def axk2(monkeypatch):
+    return _indexed("axk2")
+
+
+@refusal("for which no tree mask is known")
+def chunked(monkeypatch):
+    call = Call(build("llama4_text", CHAINS_ONLY["llama4_text"]), ids=prompt_of(20))
+    return call, {CHAINS: call.but(size=CHAIN)}
+
+
+@refusal("This target has layers whose state cannot branch (")
+def convolutions(monkeypatch):
+    """Of a target that does not name the types of its layers."""
+    target = build("lfm2", CHAINS_ONLY["lfm2"])
+    monkeypatch.setattr("coral_hf.generation.call_checks.getattr", _without_layer_types, raising=False)
+    call = Call(target)
+    return call, {CHAINS: call.but(size=CHAIN)}
+
+
+def _without_layer_types(value, name, *default):
+    return default[0] if name == "layer_types" else getattr(value, name, *default)
+
+
+@refusal("which this target keeps its states in, cannot drop rejected drafts. ")
+def convolutions_of_an_older_transformers(monkeypatch):
+    target = build("lfm2", CHAINS_ONLY["lfm2"])
+    mixin = next(c for c in cache_utils.LinearAttentionLayer.mro() if "activate_past_recording" in vars(c))
+    call = Call(target, size=CHAIN)
+
+    def older():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(mixin, "activate_past_recording")
+            call()
+
+    return older, {"Generate without assistant_model": call.plain(), "install a newer Transformers": call}
+
+
+@refusal("which this target keeps its states in, cannot drop rejected drafts. ")
+def index_of_an_older_transformers(monkeypatch):
+    """Whose layers crop keys and values and leave the index as it is: chains would be wrong, and trees are not sent there."""
+    needs("deepseek_v32")
+    call = Call(build_indexed("deepseek_v32"), ids=prompt_of(20), size=TREE)
+
+    def older():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cache_utils.DynamicIndexedLayer, "crop", cache_utils.DynamicLayer.crop)
+            call()
+
+    return older, {
+        "Generate without assistant_model": call.plain(),
+        "install a newer Transformers": call.but(size=CHAIN),
+    }
+
+
+@refusal("CORAL verifies drafts in a dynamic cache, not in ")
+def static_cache(monkeypatch):
+    call = Call(make_target(), settings={"cache_implementation": "static"})
+    return call, _dynamic(call)
+
+
+@refusal("CORAL verifies drafts in a dynamic cache, not in ")
+def static_index(monkeypatch):
+    needs("deepseek_v32")
+    target = build_indexed("deepseek_v32")
+    call = Call(target, ids=prompt_of(20), size=CHAIN, settings={"cache_implementation": "static"})
+    return call, _dynamic(call)
+
+
+def _dynamic(call):
+    config = call.target.config
+    passed = {CACHE_NAME: lambda: cache_utils.DynamicCache(config=config)}
+    return {
+        "Remove cache_implementation": call.but(settings={}),
+        "pass a DynamicCache": call.but(settings={}, inputs=passed),
+    }
