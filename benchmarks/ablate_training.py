@@ -143,7 +143,9 @@ def main() -> None:
             if (name, seed) in done:
                 continue
             folder = str(file.parent / f"{name}-{seed}")
-            args = CoralTrainingArguments(**{**common, **changes, "output_dir": folder, "seed": seed})
+            args = CoralTrainingArguments(
+                **{**common, **changes, "output_dir": folder, "overwrite_output_dir": True, "seed": seed}
+            )
             set_seed(seed)
             drafter = CoralDraftModel.from_target(target, tokenizer, **{**record["config"], **config})
             trainer = CoralTrainer(drafter, target, args, rows, eval_rows, processing_class=tokenizer)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .loading import DEMO, DrafterOptions, PlacedTargetOptions, load_drafter, load_target, require
-from .outputs import check_output_folder
+from .outputs import OutputOptions, check_output_folder
 
 
 # what --quick sets where nothing else is asked for: a few minutes on two cores with a target of 135 M parameters
@@ -16,7 +16,7 @@ MAX_NEW_TOKENS = 128
 
 
 @dataclass
-class BenchmarkCommand(PlacedTargetOptions, DrafterOptions):
+class BenchmarkCommand(PlacedTargetOptions, DrafterOptions, OutputOptions):
     r"""Time plain decoding and other methods side by side; write benchmark.json and plots.
 
     Example: coral-hf benchmark --target demo --drafter demo --data mt_bench.jsonl --limit 10 \
@@ -64,7 +64,7 @@ class BenchmarkCommand(PlacedTargetOptions, DrafterOptions):
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
-        from ..evaluation.benchmark import differences, print_table, run_benchmark
+        from ..evaluation.benchmark import describe_run, differences, print_table, run_benchmark
         from ..evaluation.methods import check_temperatures, parse_methods
         from ..evaluation.plots import plot_benchmark
         from ..evaluation.step_profile import profile_methods
@@ -100,6 +100,7 @@ class BenchmarkCommand(PlacedTargetOptions, DrafterOptions):
             )
         methods = parse_methods(texts, drafters, assistant)
         path = Path(self.output) / "benchmark.json"
+        self.check_record(path, describe_run(target, methods, prompts, tokens, self.temperature, self.seed))
         try:
             record = run_benchmark(
                 target, tokenizer, methods, prompts, self.output, tokens, self.temperature, self.seed, self.repeats

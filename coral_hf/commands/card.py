@@ -1,11 +1,15 @@
 """`coral-hf card`: a model card from records."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
+
+from ..utils.replacing import check_replaceable
+from .outputs import OutputOptions
 
 
 @dataclass
-class CardCommand:
+class CardCommand(OutputOptions):
     """Write a drafter's model card from its config, weights and the records in its folder.
 
     Example: coral-hf card outputs/drafter
@@ -19,8 +23,12 @@ class CardCommand:
 
     def run(self, positional) -> int:
         from ..hub.curve_table import draw_curve
-        from ..hub.model_card import write_card
+        from ..hub.model_card import CARD_FILE, foreign_card, write_card
 
+        remedies = "move it (sentences of yours belong in training/card.json), or replace it with --overwrite true"
+        check_replaceable(
+            Path(positional.folder) / CARD_FILE, foreign_card(positional.folder), self.overwrite, remedies
+        )
         if self.curve:
             draw_curve(positional.folder)
         print(write_card(positional.folder, repo_id=self.repo_id, unmeasured=self.unmeasured))

@@ -1,6 +1,34 @@
-"""Places to write to, checked before the work whose results they are for."""
+"""Places to write to, and what an earlier run left there, checked before the work whose results they are for."""
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from ..utils.jsonl import read_json
+from ..utils.replacing import check_replaceable
+
+
+@dataclass(kw_only=True)
+class OutputOptions:
+    """What verbs share that write files under fixed names."""
+
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace what another run wrote there. Without it, that is refused."}
+    )
+
+    def check_record(self, path: str | Path, measured: Mapping[str, Any]) -> None:
+        """Raises `ValueError` where a record is there already that this run would not merely measure again.
+
+        Args:
+            path (`str` or `Path`): the JSON file to write.
+            measured (`dict`): keys of the record that say what it measures and how; those that the record on file lacks (an
+                older version's) are not compared.
+        """
+        found = None if not Path(path).exists() else _other_record(Path(path), json.loads(json.dumps(measured)))
+        remedies = "give another --output, or replace it with --overwrite true"
+        check_replaceable(path, found, self.overwrite, remedies)
 
 
 def check_output_folder(path: str | Path | None, option: str = "output") -> None:
@@ -31,4 +59,23 @@ def check_output_file(path: str | Path | None, option: str = "json", make_folder
         raise ValueError(f"--{option} {path}: its folder does not exist; make it first.")
 
 
-__all__ = ["check_output_file", "check_output_folder"]
+def _other_record(path: Path, measured: Mapping[str, Any]) -> str | None:
+    """What a file contains that is not the same measurement's record."""
+    try:
+        record = read_json(path)
+    except ValueError:
+        return "something else than a record"
+    if not record.keys() & measured.keys():
+        return "something else than a record"
+    for name, value in measured.items():
+        if name in record and record[name] != value:
+            return f"a record of another {name} ({_short(record[name])}, here {_short(value)})"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+__all__ = ["OutputOptions", "check_output_file", "check_output_folder"]

@@ -89,9 +89,12 @@ class TrainCommand(TargetOptions, DrafterOptions):
         from ..data.overlap import warn_of_overlap
         from ..training.router_trainer import CoralRouterTrainer
         from ..training.run.placement import check_devices
+        from ..training.run.run_folder import check_run_folder
         from ..training.trainer import CoralTrainer
 
         check_output_folder(args.output_dir, "output_dir")
+        if not self.estimate:
+            check_run_folder(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
         check_devices(args)
         router_stage = args.stage == "router"
         if router_stage and self.drafter is None:

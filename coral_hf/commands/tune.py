@@ -7,11 +7,11 @@ import torch
 
 from .. import demo
 from .loading import DEMO, DrafterOptions, PlacedTargetOptions, load_drafter, require
-from .outputs import check_output_folder
+from .outputs import OutputOptions, check_output_folder
 
 
 @dataclass
-class TuneCommand(PlacedTargetOptions, DrafterOptions):
+class TuneCommand(PlacedTargetOptions, DrafterOptions, OutputOptions):
     r"""Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
 
     The costs that generate keeps for cost-aware drafts of the drafter's own sizes are measured anew.
@@ -42,7 +42,9 @@ class TuneCommand(PlacedTargetOptions, DrafterOptions):
         from ..data.prompts import read_prompts
         from ..evaluation.methods import check_temperatures
         from ..evaluation.tune import (
+            RECORD_FILE,
             chosen_settings,
+            describe_run,
             print_record,
             save_settings,
             slower_than_plain,
@@ -76,7 +78,9 @@ class TuneCommand(PlacedTargetOptions, DrafterOptions):
         drafter = load_drafter(self.drafter, self.drafter_revision)
         target, tokenizer = self.load_target(self.dtype)
         drafter.to(device=target.device, dtype=target.dtype)
-        record = tune(target, tokenizer, drafter, prompts, box, self.max_new_tokens, self.temperature, self.seed)
+        how = (self.max_new_tokens, self.temperature)
+        self.check_record(Path(self.output) / RECORD_FILE, describe_run(target, drafter, prompts, *how))
+        record = tune(target, tokenizer, drafter, prompts, box, *how, self.seed)
         print_record(record)
         print(write_record(record, self.output))
         settings = chosen_settings(record)

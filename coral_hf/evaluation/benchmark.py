@@ -127,12 +127,7 @@ def run_benchmark(
     folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "environment": describe_environment(target.device, target.dtype),
-        **describe_target(target),
-        **describe_methods(methods[1:]),
-        **describe_prompts(prompts),
-        "max_new_tokens": max_new_tokens,
-        "temperatures": temperatures,
-        "seed": seed,
+        **describe_run(target, methods[1:], prompts, max_new_tokens, temperatures, seed),
         "repeats": repeats,
         "draft_settings": {method.name: draft_settings(method) for method in methods if method.is_coral},
         "partial": True,
@@ -149,6 +144,25 @@ def run_benchmark(
             answer_turns(tokenizer, prompt, answer)
         record = _write(folder, record, methods, results, partial=True)
     return _write(folder, record, methods, results, partial=False)
+
+
+def describe_run(
+    target: Any,
+    methods: Sequence[Method],
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    temperatures: Sequence[float],
+    seed: int,
+) -> dict[str, Any]:
+    """What a benchmark measures and how, as its record says it; arguments as for [`run_benchmark`]."""
+    return {
+        **describe_target(target),
+        **describe_methods(methods),
+        **describe_prompts(prompts),
+        "max_new_tokens": max_new_tokens,
+        "temperatures": [float(temperature) for temperature in temperatures],
+        "seed": seed,
+    }
 
 
 def _measure_all(
@@ -254,4 +268,4 @@ def print_table(record: dict[str, Any]) -> None:
     Console().print(table)
 
 
-__all__ = ["differences", "paired_speedup", "print_table", "run_benchmark"]
+__all__ = ["describe_run", "differences", "paired_speedup", "print_table", "run_benchmark"]

@@ -19,6 +19,7 @@ from .prediction import predict_speedup
 
 
 TOTALS = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 60)
+RECORD_FILE = "tune.json"
 SIZES = ("draft_depth", "draft_top_k", "draft_total_tokens", "draft_active_groups")
 
 
@@ -51,12 +52,7 @@ def tune(
     check_drafter(target, tokenizer, Method("tune", drafter))
     record: dict[str, Any] = {
         "environment": describe_environment(target.device, target.dtype),
-        **describe_target(target),
-        **describe_drafter(drafter),
-        "n_prompts": len(prompts),
-        **describe_prompts(prompts),
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
+        **describe_run(target, drafter, prompts, max_new_tokens, temperature),
         "drafting": [],
         "fixed": [],
         "cost_aware": [],
@@ -86,6 +82,20 @@ def tune(
     for name in ("fixed", "cost_aware"):
         record[name].sort(key=_speedup, reverse=True)
     return record
+
+
+def describe_run(
+    target: Any, drafter: Any, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float
+) -> dict[str, Any]:
+    """What is measured, as the record says it; arguments as for [`tune`]."""
+    return {
+        **describe_target(target),
+        **describe_drafter(drafter),
+        "n_prompts": len(prompts),
+        **describe_prompts(prompts),
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+    }
 
 
 def _speedup(row: dict[str, Any]) -> float:
@@ -203,7 +213,7 @@ def save_settings(folder: str | Path, settings: dict[str, Any]) -> None:
 def write_record(record: dict[str, Any], folder: str | Path) -> Path:
     """Writes `tune.json`, beside and renamed."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    path, part = Path(folder) / "tune.json", Path(folder) / "tune.json.part"
+    path, part = Path(folder) / RECORD_FILE, Path(folder) / f"{RECORD_FILE}.part"
     part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(part, path)
     return path
@@ -233,4 +243,13 @@ def print_record(record: dict[str, Any], count: int = 5) -> None:
     Console().print(table)
 
 
-__all__ = ["chosen_settings", "print_record", "save_settings", "slower_than_plain", "tune", "write_record"]
+__all__ = [
+    "RECORD_FILE",
+    "chosen_settings",
+    "describe_run",
+    "print_record",
+    "save_settings",
+    "slower_than_plain",
+    "tune",
+    "write_record",
+]

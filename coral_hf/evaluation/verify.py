@@ -182,11 +182,8 @@ def verify(
     shared = {
         method.name: {
             "settings": draft_settings(method),
-            "max_new_tokens": max_new_tokens,
             "environment": describe_environment(target.device, target.dtype),
-            **describe_target(target),
-            **describe_drafter(method.drafter),
-            **describe_prompts(prompts),
+            **describe_run(target, method, prompts, max_new_tokens),
         }
         for method in methods
     }
@@ -202,6 +199,21 @@ def verify(
             for method in methods:
                 _write(Path(output), [check for check in checks if check.method is method], seed, shared[method.name])
     return checks
+
+
+def describe_run(target: Any, method: Method, prompts: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
+    """What the check of a method compares, as its record says it; arguments as for [`verify`]."""
+    return {
+        "max_new_tokens": max_new_tokens,
+        **describe_target(target),
+        **describe_drafter(method.drafter),
+        **describe_prompts(prompts),
+    }
+
+
+def check_file(folder: Path, method: Method) -> Path:
+    """Where the check of a method is written."""
+    return folder / f"check_{method.name}.json"
 
 
 def _compare(
@@ -226,7 +238,7 @@ def _write(folder: Path, checks: list[Check], seed: int, shared: dict[str, Any])
     """`check_NAME.json`: the greedy check, with the sampled ones in a list of their own."""
     greedy, *sampled = checks
     rows = [{"temperature": check.temperature, "seed": seed, **check.record()} for check in sampled]
-    path = folder / f"check_{greedy.method.name}.json"
+    path = check_file(folder, greedy.method)
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps({**greedy.record(), "sampled": rows, **shared}, indent=2) + "\n")
     os.replace(part, path)
@@ -260,4 +272,4 @@ def print_checks(checks: Sequence[Check], dtype: str) -> None:
         print(f"warning: {answers} in {dtype}, {why}.")
 
 
-__all__ = ["Check", "Difference", "print_checks", "verify"]
+__all__ = ["Check", "Difference", "check_file", "describe_run", "print_checks", "verify"]

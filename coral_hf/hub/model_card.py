@@ -89,6 +89,18 @@ def write_card(folder: str | Path, **settings: Any) -> Path:
     return path
 
 
+def foreign_card(folder: str | Path) -> str | None:
+    """What a folder's `README.md` is where [`write_card`] did not write it; None where it did, or there is none."""
+    path = Path(folder) / CARD_FILE
+    if not path.exists():
+        return None
+    try:
+        tags = ModelCard.load(path, ignore_metadata_errors=True).data.tags
+    except (OSError, ValueError, AttributeError):
+        tags = None
+    return None if set(TAGS) <= set(tags or ()) else "a text that coral-hf did not write"
+
+
 def _metadata(records: Records, title: str, target: str | None) -> ModelCardData:
     with reading("benchmark.json"):
         results = _results(records)
@@ -174,4 +186,4 @@ def _target_section(records: Records, config: CoralDraftConfig, target: str | No
     return "\n".join(lines)
 
 
-__all__ = ["CARD_FILE", "NOT_MEASURED", "render_card", "write_card"]
+__all__ = ["CARD_FILE", "NOT_MEASURED", "foreign_card", "render_card", "write_card"]

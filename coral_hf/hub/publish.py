@@ -13,14 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..drafter import modeling_coral
+from ..drafter.configuration_coral import CoralDraftConfig
 from ..drafter.hub_names import public_name
 from ..utils.code_version import __version__
-from ..utils.jsonl import parse_json
+from ..utils.jsonl import parse_json, read_json
+from ..utils.replacing import check_replaceable
 from .model_card import write_card
 from .records import RECORD_FOLDER
 
@@ -73,6 +81,7 @@ def push_drafter(
         prepare_folder(folder, repo_id, stated)
         with hub_errors(repo_id):
             api = HfApi(library_name="coral_hf", library_version=__version__)
+            check_repository(repo_id, revision, token)
             repo = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
             if revision is not None and not create_pr:
                 api.create_branch(repo, branch=revision, token=token, exist_ok=True)
@@ -126,6 +135,19 @@ def _without_paths(value: Any, key: str | None = None) -> Any:
     if isinstance(value, list):
         return [_without_paths(held, key) for held in value]
     return public_name(value) if key in _NAMES and isinstance(value, str) else value
+
+
+def check_repository(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> None:
+    """Raises `ValueError` if a repository of the Hub contains a model that is not a drafter, which a push would replace."""
+    try:
+        path = hf_hub_download(repo_id, "config.json", revision=revision, token=token)
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):  # nothing there yet
+        return
+    found = read_json(path).get("model_type")
+    kind = CoralDraftConfig.model_type
+    check_replaceable(
+        repo_id, None if found == kind else f"a model of type {found!r}", False, "give the drafter another repository"
+    )
 
 
 def require_token(token: str | bool | None) -> None:
@@ -191,4 +213,4 @@ def _copy_records(drafter: Any, record: str | Path | None, folder: Path) -> None
         )
 
 
-__all__ = ["hub_errors", "prepare_folder", "push_drafter", "require_token", "strip_paths"]
+__all__ = ["check_repository", "hub_errors", "prepare_folder", "push_drafter", "require_token", "strip_paths"]

@@ -185,7 +185,7 @@ def _sort_in(records: Records, path: Path, record: dict, measured: list, strict:
 def _remedy(folder: Path) -> str:
     return (
         f"measure this drafter with `coral-hf benchmark --target TARGET --drafter {folder} --data PROMPTS.jsonl --output "
-        f"{folder / RECORD_FOLDER}`"
+        f"{folder / RECORD_FOLDER} --overwrite true`"
     )
 
 

@@ -15,6 +15,7 @@ from ..data.prompts import read_prompt_row
 from ..data.response_origin import COLUMNS, Origin
 from ..data.sources import iter_source
 from ..utils.jsonl import read_jsonl
+from ..utils.replacing import check_replaceable
 from .job_queue import Conversation
 
 
@@ -97,8 +98,25 @@ def exclusive(output: Path) -> Iterator[None]:
     except Timeout as error:
         raise ValueError(f"another process is writing {output}; wait for it or give another output.") from error
     with lock:
+        _check_ours(output)
         drop_incomplete_line(output)
         yield
+
+
+def _check_ours(output: Path) -> None:
+    """Raises `ValueError` if cutting off a last line without its newline would cut into a file that is not of answers."""
+    if not output.exists() or (place := whole_lines(output)) == output.stat().st_size:
+        return
+    with output.open("rb") as file:
+        first = file.readline() if place else b""
+        file.seek(place)
+        tail = file.read()
+    start = b'{"id":"'  # of every row written here
+    ours = tail.startswith(start) or start.startswith(tail)
+    if whole := first or (tail if tail.rstrip().endswith(b"}") else b""):
+        ours = ours and any(name in whole for name in (b'"response_ids"', b'"responses"'))
+    found = None if ours else "something else than answers"
+    check_replaceable(output, found, False, "give another output file")
 
 
 class AnswerWriter:
@@ -153,22 +171,24 @@ class AnswerWriter:
             self.file.close()
 
 
-def drop_incomplete_line(path: Path) -> None:
-    """Cuts off a last line without its newline, which is what a kill in the middle of a write leaves."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        position = end = file.seek(0, os.SEEK_END)
+def whole_lines(path: Path) -> int:
+    """How many bytes of a file are lines with their newline."""
+    with path.open("rb") as file:
+        position = file.seek(0, os.SEEK_END)
         while position > 0:
             start = max(0, position - 65536)
             file.seek(start)
             newline = file.read(position - start).rfind(b"\n")
             if newline >= 0:
-                position = start + newline + 1
-                break
+                return start + newline + 1
             position = start
-        if position != end:
-            file.truncate(position)
+    return 0
+
+
+def drop_incomplete_line(path: Path) -> None:
+    """Cuts off a last line without its newline, which is what a kill in the middle of a write leaves."""
+    if path.exists() and (end := whole_lines(path)) != path.stat().st_size:
+        os.truncate(path, end)
 
 
 def write_shards(

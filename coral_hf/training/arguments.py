@@ -111,6 +111,13 @@ class CoralTrainingArguments(TrainingArguments):
     stream_buffer_size: int = field(
         default=1024, metadata={"help": "Streamed conversations that are shuffled, and packed, at one time."}
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "aliases": ["--overwrite"],
+            "help": "Replace the run, or the drafter, that output_dir contains. Without it, such a folder is refused.",
+        },
+    )
     cache_features: str | None = field(
         default=None, metadata={"help": "Folder of a feature cache: filled once, then read instead of the target."}
     )

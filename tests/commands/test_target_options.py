@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from coral_hf import CoralDraftConfig, CoralDraftModel
 from coral_hf.cli import main
 from coral_hf.commands.loading import load_target, load_target_ends, resolve_device_map
-from coral_hf.training.run.checkpoints import PROGRESS_FILE
+from coral_hf.training.run.run_folder import PROGRESS_FILE
 
 
 def save_pair(folder: Path, seed: int = 0) -> None:
@@ -190,7 +190,7 @@ def test_what_is_continued_notices_another_revision(revisions, capsys):
     train = [*TRAIN_ON, "--cache_features", "features"]
     assert main([*train, "--max_steps", "1", "--target_revision", "v2"]) == 0
     capsys.readouterr()
-    assert main([*train, "--max_steps", "2"]) == 2
+    assert main([*train, "--max_steps", "2", "--overwrite", "true"]) == 2
     assert f"caches features of {{'target': 'org/target {revisions['v2']}'" in capsys.readouterr().err
     resumed = [*TRAIN_ON, "--max_steps", "2", "--resume_from_checkpoint", "last"]
     assert main(resumed) == 2

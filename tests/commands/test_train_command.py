@@ -20,13 +20,30 @@ def test_settings_and_evaluation_data_of_a_new_drafter(folder, capsys, monkeypat
     assert "Held out for evaluation: 0 of 3 rows" in capsys.readouterr().out
     arguments += ["--eval_data", "dev.jsonl", "--max_steps", "1", "--report_to", "none", "--shape", "eagle3"]
     for wrong, message in (('{"widht": 3}', "Unknown setting(s) ['widht']"), ("[3]", "JSON object"), ("{", "no JSON")):
-        assert main([*arguments, "--config_overrides", wrong]) == 2
+        assert main([*arguments, "--config_overrides", wrong, "--overwrite", "true"]) == 2
         assert message in capsys.readouterr().err
     settings = {"target_feature_layers": [1, -1], "intermediate_size": 48}
-    assert main([*arguments, "--config_overrides", json.dumps(settings)]) == 0
+    assert main([*arguments, "--config_overrides", json.dumps(settings)]) == 2
+    assert "out contains checkpoint-1 of another run, which this run would replace" in capsys.readouterr().err
+    assert main([*arguments, "--config_overrides", json.dumps(settings), "--overwrite", "true"]) == 0
     saved = json.loads((folder / "out" / "config.json").read_text())
     assert saved["shape"] == "eagle3" and {name: saved[name] for name in settings} == settings
-    assert main([*arguments[:-4], "--max_steps", "1", "--drafter", "out", "--config_overrides", "{}"]) == 2
+    assert (
+        main(
+            [
+                *arguments[:-4],
+                "--max_steps",
+                "1",
+                "--drafter",
+                "out",
+                "--config_overrides",
+                "{}",
+                "--overwrite",
+                "true",
+            ]
+        )
+        == 2
+    )
     assert "has its own" in capsys.readouterr().err
 
 
@@ -58,7 +75,7 @@ def test_streamed_packed_and_compared_with_evaluation_prompts(folder, capsys, mo
         assert main([*arguments, "--streaming", "true", *wrong]) == 2
         assert f"{wrong[0]}" in capsys.readouterr().err
     for streaming, conversations in (("true", None), ("false", 5)):
-        assert main([*arguments, "--streaming", streaming]) == 0
+        assert main([*arguments, "--streaming", streaming, "--overwrite", "true"]) == 0
         output = capsys.readouterr().out
         assert "warning: 2 of 5 training conversations hold a prompt of prompts.jsonl (2 exactly" in output
         record = json.loads((folder / "out" / "training" / "training.json").read_text())
@@ -74,9 +91,8 @@ def test_a_training_that_goes_on_keeps_the_records_of_its_stages(folder, monkeyp
     first = ["--data", "first.jsonl", "--output_dir", "one", "--max_steps", "1"]
     assert main([*common, *first]) == 0
     # in its own folder, and then in another, with a file named by a whole path
-    assert (
-        main([*common, "--data", "second.jsonl", "--max_steps", "2", "--drafter", "one", "--output_dir", "one"]) == 0
-    )
+    second = ["--data", "second.jsonl", "--max_steps", "2", "--drafter", "one", "--output_dir", "one"]
+    assert main([*common, *second, "--overwrite_output_dir", "true"]) == 0
     last = ["--data", str(folder / "first.jsonl"), "second.jsonl", "--max_steps", "3", "--drafter", "one"]
     assert main([*common, *last, "--output_dir", "two"]) == 0
     names = ("training-1.json", "training-2.json", "training.json")
@@ -87,5 +103,6 @@ def test_a_training_that_goes_on_keeps_the_records_of_its_stages(folder, monkeyp
     card = (folder / "two" / "README.md").read_text()
     places = [card.index(f"Stage `drafter` for `target`: {steps} steps") for steps in (1, 2, 3)]
     assert places == sorted(places) and str(folder) not in card
-    assert main([*common, *first[:2], "--output_dir", "two", "--max_steps", "1"]) == 0  # a new one, of one stage
+    replaced = ["--output_dir", "two", "--max_steps", "1", "--overwrite_output_dir", "true"]
+    assert main([*common, *first[:2], *replaced]) == 0  # a new one, of one stage
     assert [path.name for path in (folder / "two" / "training").glob("training*.json")] == ["training.json"]

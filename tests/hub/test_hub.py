@@ -89,6 +89,13 @@ def test_push_is_refused_before_anything_is_sent(hub, drafter, tmp_path, monkeyp
     assert not hub.requests and not hub.repos
 
 
+def test_a_repository_of_another_model_is_not_replaced(hub, drafter):
+    hub.commit("org/target", {"config.json": b'{"model_type": "llama"}'})
+    with pytest.raises(ValueError, match=r"org/target contains a model of type 'llama', which this run would replace"):
+        drafter.push_to_hub("org/target", token=TOKEN)
+    assert list(hub.files("org/target")) == ["config.json"]
+
+
 def test_wrong_token_and_absent_repository(hub, drafter):
     with pytest.raises(PermissionError, match="write access"):
         drafter.push_to_hub("org/drafter", token="hf_wrong")

@@ -7,6 +7,7 @@ import pytest
 
 from coral_hf.data.sources import iter_source
 from coral_hf.responses.regenerate import iter_prompts, iter_responses, write_shards
+from coral_hf.responses.response_files import exclusive
 
 
 @pytest.mark.parametrize(
@@ -103,3 +104,22 @@ def test_shards_keep_whose_answers_they_are(tmp_path):
     write_shards([row], tmp_path / "old")  # as earlier versions did: its columns stay those of the folder
     write_shards([{**row, "id": "b", **origin}], tmp_path / "old")
     assert len({tuple(found) for _, found in iter_source(tmp_path / "old")}) == 1
+
+
+@pytest.mark.parametrize("text", ['{"id":"a","turns":["no newline"]}', '{"text": "x"}\nno newline', "notes"])
+def test_nothing_is_cut_off_from_a_file_of_something_else(tmp_path, text):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    message = r"prompts.jsonl contains something else than answers.*another output file"
+    with pytest.raises(ValueError, match=message), exclusive(path):
+        pass
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("tail", ["{", '{"id":"b","turn":0,"prompt_ids":[1,', '{"id":"b","responses":["x"]}'])
+@pytest.mark.parametrize("whole", ["", '{"id":"a","prompt_ids":[1],"response_ids":[2]}\n'])
+def test_what_a_kill_left_of_a_line_is_cut_off(tmp_path, whole, tail):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(whole + tail)
+    with exclusive(path):
+        assert path.read_text() == whole

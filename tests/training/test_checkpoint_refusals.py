@@ -34,7 +34,8 @@ def test_a_wrong_checkpoint_is_refused(trained):
             trainer.train(resume_from_checkpoint=where)
 
     resume(r"'/no/such' is no folder; the last checkpoint is .*checkpoint-2", "/no/such")
-    resume("holds no readable trainer_state.json: it is no checkpoint of a training.*--drafter", folder.parent)
+    message = "holds no readable trainer_state.json: it is no checkpoint of a training.*--drafter"
+    resume(message, folder.parent, overwrite_output_dir=True)
     resume("is a checkpoint of another drafter: .* has shape .*tensors differ", drafter=quick_drafter(target, "eagle"))
     resume("with another data", rows=random_rows(15))
     resume("with another data", rows=random_rows(16, seed=8))
@@ -111,7 +112,7 @@ def test_only_what_is_saved_needs_space(tmp_path, monkeypatch):
 
 def test_a_drafter_that_cannot_be_saved_is_not_lost(trained, tmp_path_factory):
     target, folder, settings = trained
-    trainer = make_trainer(folder, target, rows=random_rows(16), **settings)
+    trainer = make_trainer(folder, target, rows=random_rows(16), overwrite_output_dir=True, **settings)
     trainer.train()
     (folder / "model.safetensors").mkdir()
     message = r"could not be written into .*; the last checkpoint is .*checkpoint-2\. .*save_model\(another_folder\)"

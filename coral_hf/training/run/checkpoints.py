@@ -13,17 +13,17 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, has_length, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from ...drafter.hub_names import hub_commit
 from ...drafter.weight_files import WEIGHTS_FILE
 from ...utils.jsonl import read_json
 from ..losses.terms import TERMS
 from .adapters import is_peft
+from .run_folder import PROGRESS_FILE, RunFolder, check_run_folder, last_checkpoint
 
 
 logger = logging.getLogger(__name__)
-PROGRESS_FILE = "coral_progress.json"  # in a checkpoint: what TrainerState has no field for
 STATE_FILE = "trainer_state.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 PARTIAL_FOLDER = "checkpoint-being-written"  # never taken for a checkpoint: those end in a number
@@ -50,6 +50,7 @@ class CheckpointMixin(Trainer):
     """
 
     _staging: Path | None = None
+    _folder: RunFolder | None = None  # of the last call of `train`
     _tokens: Any  # CountTokens
     _train_batch_size: int
     tokens_seen: Any
@@ -59,17 +60,19 @@ class CheckpointMixin(Trainer):
 
         Raises:
             ValueError: if the checkpoint is incomplete or belongs to another drafter, target, stage, data, order of rows or
-                batch size.
+                batch size; or if `output_dir` contains a run that is neither resumed nor to be replaced
+                (`overwrite_output_dir`).
             OSError: if a checkpoint cannot be written.
         """
-        folder = self._resume_folder(resume_from_checkpoint)
+        output = Path(self.args.output_dir)
+        folder = check_run_folder(output, resume_from_checkpoint, self.args.overwrite_output_dir)
         self._tokens.start = self.tokens_seen
         if folder is not None:
             self.check_checkpoint(folder)
             progress = folder / PROGRESS_FILE
             if progress.exists():
                 self._tokens.start = read_json(progress)["response_tokens"]
-        output = Path(self.args.output_dir)
+        self._folder = RunFolder(output, folder)
         if self.args.should_save and output.is_dir():
             shutil.rmtree(output / PARTIAL_FOLDER, ignore_errors=True)  # of a run that was killed
             if self.args.save_strategy != "no":
@@ -111,27 +114,29 @@ class CheckpointMixin(Trainer):
             self._staging = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if final.exists():  # of an earlier run that went on from an older checkpoint
+            if final.exists():  # of an earlier run, replaced or resumed from an older checkpoint
                 os.replace(final, staging / "old")
             os.replace(staging / name, final)
             shutil.rmtree(staging)
+            self._run_folder(run).claim(run, name)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            self._run_folder(run).rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _finish_staged(self, staging: Path, name: str, final: Path) -> None:
-        (staging / name / PROGRESS_FILE).write_text(json.dumps(self._progress()))
+        progress = {**self._progress(), "run": self._run_folder(staging.parent).run}
+        (staging / name / PROGRESS_FILE).write_text(json.dumps(progress))
         # `Trainer` takes the best checkpoint for where this one is written now
         if self.state.best_model_checkpoint == str(staging / name):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(staging / name / STATE_FILE))
+
+    def _run_folder(self, output: Path) -> RunFolder:
+        if self._folder is None:  # saved without a call of `train`
+            self._folder = RunFolder(output, None)
+        return self._folder
 
     def _check_space(self, folder: Path) -> None:
         """Raises `OSError` unless one more checkpoint fits on the disk."""
@@ -174,19 +179,6 @@ class CheckpointMixin(Trainer):
     def _global_batch(self) -> int:
         """Conversations per optimizer step, over all processes."""
         return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-
-    def _resume_folder(self, given: str | bool | None) -> Path | None:
-        if given is None or given is False:
-            return None
-        output = Path(self.args.output_dir)
-        if given is not True and str(given).lower() not in ("true", "last"):
-            if not Path(given).is_dir():
-                raise ValueError(f"resume_from_checkpoint={str(given)!r} is no folder; {last_checkpoint(output)}.")
-            return Path(given)
-        found = get_last_checkpoint(output) if output.is_dir() else None
-        if found is None:
-            raise ValueError(f"resume_from_checkpoint={given}: {last_checkpoint(output)}. Leave it out to start anew.")
-        return Path(found)
 
     def check_checkpoint(self, folder: str | Path) -> None:
         """Raises `ValueError` unless a training of this drafter on this data can go on from `folder` exactly.
@@ -317,17 +309,9 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         raise ValueError(f"{path} is damaged ({error}); resume from an older checkpoint.") from error
 
 
-def last_checkpoint(folder: Path) -> str:
-    """Says which checkpoint of a folder is the last, for a message."""
-    saved = get_last_checkpoint(folder) if folder.is_dir() else None
-    return f"{folder} holds no checkpoint" if saved is None else f"the last checkpoint is {saved}"
-
-
 __all__ = [
-    "PROGRESS_FILE",
     "CheckpointMixin",
     "LengthGroupedSampler",
     "checkpoint_bytes",
     "fingerprint",
-    "last_checkpoint",
 ]

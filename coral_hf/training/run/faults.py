@@ -1,11 +1,11 @@
 """What stops a training before it spoils its weights."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+
+from .run_folder import last_of_run
 
 
 class StopOnNonFiniteGradient(TrainerCallback):
@@ -52,7 +52,7 @@ def _batch(ids: torch.Tensor, name: str) -> str:
 
 
 def _error(what: str, where: str, args: Any, state: Any) -> FloatingPointError:
-    saved = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    saved = last_of_run(args.output_dir)
     kept = "no checkpoint was written yet" if saved is None else f"the last checkpoint is {saved}"
     late = what == "gradient" and getattr(args, "deepspeed_plugin", None) is not None
     updated = "DeepSpeed has updated the weights with it" if late else "The weights were not updated"

@@ -13,18 +13,19 @@ from transformers.trainer_utils import has_length
 
 from ...drafter.hub_names import public_name
 from ...hub.model_card import write_card
-from ...hub.publish import hub_errors, prepare_folder, require_token, strip_paths
+from ...hub.publish import check_repository, hub_errors, prepare_folder, require_token, strip_paths
 from ...hub.records import RECORD_FOLDER
 from ...utils.code_version import __version__, code_commit
 from ...utils.hardware import device_name
 from .adapters import is_peft, rebuild, save_merged
-from .checkpoints import last_checkpoint
+from .run_folder import RunFolder, last_checkpoint
 
 
 ARGUMENTS_FILE = "training_args.bin"
 # arguments that say where, not how
 _NOT_RECIPE = {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token", "cache_features"}
 _NOT_RECIPE |= {"report_to", "use_cpu", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "project"}
+_NOT_RECIPE |= {"overwrite_output_dir"}
 
 
 class PublishingMixin(Trainer):
@@ -33,12 +34,15 @@ class PublishingMixin(Trainer):
     # what `--data` named, for the record; None where rows came from elsewhere
     data_names: list[str] | None = None
     _earlier_stages: list[bytes] | None = None
+    _folder: RunFolder | None
 
     def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
         token = token if token is not None else self.args.hub_token
         require_token(token)
         with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name):
             super().init_hf_repo(token=token, **kwargs)
+            if self.is_world_process_zero():
+                check_repository(self.hub_model_id, self.args.hub_revision, token)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -56,6 +60,8 @@ class PublishingMixin(Trainer):
         if _internal_call:  # of `push_to_hub`, which adds card and record itself
             return
         if self.args.should_save:
+            if self._folder is not None and folder == Path(self.args.output_dir):
+                self._folder.claim(folder)
             self.write_training_record(folder)
             # Records of an earlier drafter in this folder are no reason to lose a training.
             write_card(folder, unmeasured=True, strict=False)
