@@ -10,6 +10,7 @@ import torch
 from transformers import HfArgumentParser
 
 from .commands.benchmark import BenchmarkCommand
+from .commands.cache import CacheCommand
 from .commands.card import CardCommand
 from .commands.convert import ConvertCommand
 from .commands.demo import DemoCommand
@@ -35,6 +36,7 @@ COMMANDS: dict[str, type] = {
     "verify": VerifyCommand,
     "convert": ConvertCommand,
     "card": CardCommand,
+    "cache": CacheCommand,
 }
 
 

@@ -21,7 +21,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .utils.hardware import native_bfloat16
@@ -131,6 +131,28 @@ def load_drafter(dtype: torch.dtype | str | None = None):
     from .drafter.modeling_coral import CoralDraftModel
 
     return CoralDraftModel.from_pretrained(drafter_path(), dtype="auto" if dtype is None else dtype).eval()
+
+
+def converted_targets() -> list[tuple[Path, str]]:
+    """Folders of converted targets in the cache, each with the target's name."""
+    records = sorted(cache_dir().glob(f"*/{_RECORD}"))
+    return [(record.parent, str(json.loads(record.read_text(encoding="utf-8")).get("name"))) for record in records]
+
+
+def remove_converted(folder: Path) -> None:
+    """
+    Removes a converted target from the cache.
+
+    Raises:
+        ValueError: if another process is converting it; nothing is removed.
+    """
+    try:
+        with FileLock(folder.parent / f"{folder.name}.lock", timeout=0):
+            # the record first: a folder without one is no finished conversion
+            (folder / _RECORD).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+    except Timeout as error:
+        raise ValueError(f"another process is converting {folder}: wait for it, then clear again.") from error
 
 
 def _is_converted(folder: Path) -> bool:

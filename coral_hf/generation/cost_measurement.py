@@ -1,22 +1,24 @@
-"""Measures what a step costs on this machine, once per target, drafter, device, dtype and threads, and keeps it."""
+"""Measures what a step costs on this machine, once per target, drafter, device, dtype and threads, and keeps it.
+
+A measurement takes 20 seconds at most, and says that it does. It is repeated where the machine has plainly changed its speed.
+"""
 
 import hashlib
 import json
 import logging
-import os
 import platform
 import statistics
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import DynamicCache, PreTrainedModel
+from transformers.utils.logging import tqdm  # as its own bars: silent where they are
 
 from ..drafter.configuration_coral import FC_NORMS
 from ..drafter.few_rows import few_row_linears
@@ -24,11 +26,11 @@ from ..drafter.modeling_coral import CoralDraftModel
 from ..drafter.target_adapter import active_adapters
 from ..utils.compat import cache_kwarg
 from ..utils.hardware import cpu_name, device_name, synchronized_clock
-from ..utils.user_cache import cache_dir
 from .acceptance import accept_greedy
-from .key_values.dynamic import compact_cache
 from .candidate_generator import CoralCandidateGenerator
+from .cost_files import KeptCosts, costs_folder, file_name, read_costs, write_costs
 from .draft_tree import DraftTree, ancestors_of
+from .key_values.dynamic import compact_cache
 from .settings import DraftSettings
 from .target_forward import TargetForward
 from .tree_size import DraftCosts, smooth_times
@@ -36,12 +38,15 @@ from .tree_size import DraftCosts, smooth_times
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # of the cached files; another one is measured again
 PREFIX_LENGTH = 256  # tokens before the root, of an ordinary chat
 MOST_LEVELS = 4  # of a draft that is timed; each level behind the first costs about the same
+LONGEST_SECONDS = 20.0  # of a measurement, which somebody waits for
+PLAIN_CHANGE = 2.0  # times faster or slower than when it was measured: then it is measured again
+CHECK_SECONDS, KEEP_SECONDS = 60.0, 600.0  # between two looks at the speed; that long a measurement stands in any case
 _NEW_ROWS = 2  # true rows that the drafter catches up on before it drafts: about what a step accepts
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 12
-_measured: dict[str, DraftCosts] = {}  # of this process, by file name
+_measured: dict[str, KeptCosts] = {}  # of this process, by file name and length of the prefix
+_checked: dict[str, float] = {}  # when the speed was last compared
 _lock = threading.Lock()  # two measurements at once would time each other, and what they find is kept
 
 
@@ -50,6 +55,8 @@ def draft_costs(
 ) -> DraftCosts:
     """The costs of drafting and verifying with these settings: from the cache, or measured now (seconds).
 
+    What was kept is measured again where the machine is plainly faster or slower than it was then.
+
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
         refresh (`bool`): measure again.
@@ -57,25 +64,51 @@ def draft_costs(
     Returns:
         [`DraftCosts`]
     """
-    key = costs_key(target, drafter, settings)
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    if not refresh and name in _measured:
-        return _measured[name]
+    key, prefix = costs_key(target, drafter, settings), _prefix_length(target, settings)
+    name = f"{file_name(key)} {prefix}"
+    if not refresh and name in _measured and time.monotonic() - _checked[name] < CHECK_SECONDS:
+        return _measured[name].costs
     with _lock:
         # again: another thread may have measured while this one waited
-        if refresh or name not in _measured:
-            path = cache_dir() / "draft_costs" / f"{name}.json"
-            costs = None if refresh else _read(path, key)
-            if costs is None:
-                logger.info("Measuring draft costs once for %s ...", type(target).__name__)
-                costs = measure_costs(target, drafter, settings)
-                _write(path, key, costs)
-            _measured[name] = costs
-        return _measured[name]
+        if refresh or name not in _measured or time.monotonic() - _checked[name] >= CHECK_SECONDS:
+            kept = None if refresh else _measured.get(name) or read_costs(key, prefix, settings.draft_total_tokens)
+            if kept is None or _speed_changed(target, kept):
+                kept = _measure_now(target, drafter, settings)
+                write_costs(key, prefix, kept)
+            _measured[name], _checked[name] = kept, time.monotonic()
+        return _measured[name].costs
+
+
+def _measure_now(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings) -> KeptCosts:
+    logger.warning(
+        "Measuring once what a draft of %s costs on this machine (at most %.0f seconds; kept in %s, see `coral-hf cache`).",
+        type(target).__name__,
+        LONGEST_SECONDS,
+        costs_folder(),
+    )
+    costs = measure_costs(target, drafter, settings)
+    return KeptCosts(costs, min(probe_ms(target) for _ in range(3)), time.time())
+
+
+def _speed_changed(target: PreTrainedModel, kept: KeptCosts) -> bool:
+    """Whether none of three forwards takes about as long as one did then; the first that does ends the search."""
+    if 0 <= time.time() - kept.measured_at < KEEP_SECONDS:
+        return False
+    return all(not 1 / PLAIN_CHANGE < probe_ms(target) / kept.probe_ms < PLAIN_CHANGE for _ in range(3))
+
+
+@torch.inference_mode()
+def probe_ms(target: PreTrainedModel) -> float:
+    """Milliseconds of a forward of the target over one token, without a prefix."""
+    device = target.get_input_embeddings().weight.device
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    before = synchronized_clock({device})
+    target(input_ids=ids, use_cache=False)
+    return 1e3 * (synchronized_clock({device}) - before)
 
 
 def costs_key(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings) -> dict[str, Any]:
-    """What is timed and on what machine, as plain JSON values: costs of equal keys are the same."""
+    """What is timed and on what machine, as plain JSON values: costs of equal keys and prefixes are the same."""
     device = target.get_input_embeddings().weight.device
     parameter = next(drafter.parameters())
     architecture = target.config.to_json_string(use_diff=False)
@@ -84,7 +117,6 @@ def costs_key(target: PreTrainedModel, drafter: CoralDraftModel, settings: Draft
     heads = ("router_groups", "router_active_groups", "router_hidden_size", "router_grouping", "shortlist_size")
     names = ("draft_top_k", "draft_total_tokens", "draft_head", "draft_active_groups", "draft_groups_per_row")
     return {
-        "format": FORMAT,
         "target": type(target).__name__,
         "target_config": hashlib.sha256(architecture.encode()).hexdigest(),
         "adapters": _active_adapters(target),
@@ -95,7 +127,6 @@ def costs_key(target: PreTrainedModel, drafter: CoralDraftModel, settings: Draft
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "prefix": _prefix_length(target, settings),
         "drafter": {
             "dtype": str(parameter.dtype),
             "device": device_name(parameter.device),
@@ -121,73 +152,84 @@ def _active_adapters(target: PreTrainedModel) -> str | None:
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest() if shapes else None
 
 
-def _read(path: Path, key: dict[str, Any]) -> DraftCosts | None:
-    """A cached measurement; None where there is none, or none that can be used: it is then measured again."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["key"] != key:
-            return None
-        costs = content["costs"]
-        costs = DraftCosts(**{**costs, "target_ms": tuple(costs["target_ms"])})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return costs if len(costs.target_ms) == key["settings"]["draft_total_tokens"] else None
-
-
-def _write(path: Path, key: dict[str, Any], costs: DraftCosts) -> None:
-    """Beside and renamed: two processes that measure at once leave one whole file."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"key": key, "costs": asdict(costs)}, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        # Only the next process pays for it: it measures again.
-        logger.warning("Draft costs were measured but not kept in %s: %s", path, error)
-
-
 @torch.inference_mode()
 def measure_costs(
-    target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings, seconds: float = 8.0
+    target: PreTrainedModel,
+    drafter: CoralDraftModel,
+    settings: DraftSettings,
+    seconds: float = 8.0,
+    most_seconds: float = LONGEST_SECONDS,
 ) -> DraftCosts:
     """Times the parts of a step in turns, so that a drift of the machine hits all alike; medians, made monotone.
+
+    A slow machine measures less: after `most_seconds` only the parts without which there are no costs (one node, the
+    largest tree, a level, the deepest draft) still run, once each. A size that was not reached is charged what the next
+    larger one took.
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
         seconds (`float`): stop after this long, but not before three rounds.
+        most_seconds (`float`): stop after this long in any case.
     """
+    deadline = time.perf_counter() + most_seconds
     depth, total = _levels(settings), settings.draft_total_tokens
     verifier, generator, ids, features = _bench(target, drafter, settings)
     parts: dict[tuple[str, int], Callable[[], Any]] = {}
-    for size in measured_sizes(total):
-        parts["target", size] = partial(_verify, verifier, generator, _star(ids, size))
     for levels in sorted({1, depth}):
         parts["levels", levels] = partial(_propose, generator, ids, features, levels)
+    for size in _ends_first(measured_sizes(total)):
+        parts["target", size] = partial(_verify, verifier, generator, _star(ids, size))
+    needed = [("levels", 1), ("levels", depth), ("target", 1), ("target", total)]
     with few_row_linears(target, drafter):
-        times = _take_turns(parts, {ids.device, next(drafter.parameters()).device}, seconds)
+        devices = {ids.device, next(drafter.parameters()).device}
+        times = _take_turns(parts, needed, devices, seconds, deadline)
     medians = {name: statistics.median(values) for name, values in times.items()}
     first = medians["levels", 1]
     level = max(0.0, medians["levels", depth] - first) / (depth - 1) if depth > 1 else 0.0
-    target_ms = smooth_times({size: value for (kind, size), value in medians.items() if kind == "target"}, total)
-    return DraftCosts(target_ms, first, level)
+    found = {size: value for (kind, size), value in medians.items() if kind == "target"}
+    for size in measured_sizes(total):
+        found[size] = found[min(other for other in found if other >= size)]
+    return DraftCosts(smooth_times(found, total), first, level)
 
 
 def _take_turns(
-    parts: dict[tuple[str, int], Callable[[], Any]], devices: set[torch.device], seconds: float
+    parts: dict[tuple[str, int], Callable[[], Any]],
+    needed: list[tuple[str, int]],
+    devices: set[torch.device],
+    seconds: float,
+    deadline: float,
 ) -> dict[tuple[str, int], list[float]]:
-    """Milliseconds of every round of every part, after a warm-up."""
-    for part in parts.values():
-        part()
-    times: dict[tuple[str, int], list[float]] = {name: [] for name in parts}
+    """Milliseconds of every round of every part, after a warm-up; of the warm-up where nothing else was reached."""
+    times: dict[tuple[str, int], list[float]] = {}
     start = time.perf_counter()
-    for round_ in range(_MAX_ROUNDS):
-        if round_ >= _MIN_ROUNDS and time.perf_counter() - start > seconds:
-            break
-        for name, part in parts.items():
-            before = synchronized_clock(devices)
-            part()
-            times[name].append(1e3 * (synchronized_clock(devices) - before))
+    with tqdm(total=len(parts) * (1 + _MAX_ROUNDS), desc="draft costs", leave=False) as progress:
+        for round_ in range(1 + _MAX_ROUNDS):
+            if round_ > _MIN_ROUNDS and time.perf_counter() - start > seconds:
+                break
+            for name, part in parts.items():
+                before = synchronized_clock(devices)
+                known = times.get(name)
+                # a part takes as long as it did, one that did not run yet at most as long as the longest
+                expected = known[-1] if known else max((taken[-1] for taken in times.values()), default=0.0)
+                late = before + expected / 1e3 > deadline
+                if late and (known or name not in needed):
+                    continue
+                part()
+                elapsed = 1e3 * (synchronized_clock(devices) - before)
+                times[name] = [elapsed] if round_ < 2 else [*times[name], elapsed]
+                progress.update()
     return times
+
+
+def _ends_first(sizes: list[int]) -> list[int]:
+    """The smallest and the largest size, then those halfway between: what is left out late is between its neighbours."""
+    order, gaps = [0, len(sizes) - 1], [(0, len(sizes) - 1)]
+    for left, right in gaps:  # grows while it is read
+        middle = (left + right) // 2
+        if left < middle < right:
+            order.append(middle)
+            gaps += [(left, middle), (middle, right)]
+    return [sizes[place] for place in dict.fromkeys(order)]
 
 
 def measured_sizes(total: int) -> list[int]:
@@ -252,4 +294,4 @@ def _propose(generator: CoralCandidateGenerator, ids: torch.Tensor, features: to
     generator.propose(ids, features, max_depth=levels)
 
 
-__all__ = ["costs_key", "draft_costs", "measure_costs", "measured_sizes"]
+__all__ = ["costs_key", "draft_costs", "measure_costs", "measured_sizes", "probe_ms"]

@@ -11,9 +11,9 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from ..drafter.modeling_coral import CoralDraftModel
 from ..utils.compat import cache_kwarg
 from .acceptance import accept_greedy, accept_walk
-from .key_values.dynamic import compact_cache
 from .candidate_generator import CoralCandidateGenerator, padding_of
 from .draft_tree import DraftTree
+from .key_values.dynamic import compact_cache
 from .settings import DraftSettings
 from .target_forward import TargetForward
 from .tree_size import DraftCosts

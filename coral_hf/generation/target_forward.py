@@ -8,8 +8,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..utils.compat import cache_kwarg, cache_of
-from .key_values.dynamic import tree_attention_mask
 from .draft_tree import DraftTree
+from .key_values.dynamic import tree_attention_mask
 
 
 class TargetForward:

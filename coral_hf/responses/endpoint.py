@@ -4,7 +4,7 @@ For targets that outgrow one machine: the engine distributes and batches, this s
 that a later run goes on with.
 
     >>> from coral_hf.responses.endpoint import regenerate_from_endpoint
-    >>> from coral_hf.training.regenerate import iter_prompts
+    >>> from coral_hf.responses.response_files import iter_prompts
     >>> prompts = iter_prompts("prompts.jsonl")
     >>> stats = regenerate_from_endpoint("http://host:8000/v1", "your/model", prompts, "responses.jsonl")
 """

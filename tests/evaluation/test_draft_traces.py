@@ -173,10 +173,11 @@ def test_tune_command(folder, capsys):
     (kept,) = (folder / "cache" / "draft_costs").iterdir()
     content = json.loads(kept.read_text())
     assert content["key"]["settings"]["draft_total_tokens"] == drafter.config.draft_total_tokens
-    kept.write_text(json.dumps(content | {"costs": {**content["costs"], "level_ms": 98765.0}}))
+    content["tables"][0]["costs"]["level_ms"] = 98765.0
+    kept.write_text(json.dumps(content))
     assert main([*TUNE, "--data", "prompts.jsonl", "--limit", "1", *sizes]) == 0  # nothing saved: the same sizes
     assert list((folder / "cache" / "draft_costs").iterdir()) == [kept]
-    assert json.loads(kept.read_text())["costs"]["level_ms"] < 98765.0
+    assert json.loads(kept.read_text())["tables"][0]["costs"]["level_ms"] < 98765.0
     # and the saved settings generate
     arguments = ["benchmark", *TUNE[1:-2], "--data", "prompts.jsonl", "--limit", "1", "--max-new-tokens", "6"]
     assert main([*arguments, "--output", "bench", "--method", "coral", "coral_aware:draft_cost_aware=true"]) == 0

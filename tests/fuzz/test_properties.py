@@ -16,8 +16,8 @@ from coral_hf import TargetAdapter
 from coral_hf.drafter.configuration_coral import group_size
 from coral_hf.drafter.draft_head import DraftHead, FrequencyShortlist, LMHeadRouter
 from coral_hf.generation.acceptance import accept_greedy, accept_walk
-from coral_hf.generation.key_values.dynamic import compact_cache, tree_attention_mask
 from coral_hf.generation.draft_tree import DraftTreeBuilder
+from coral_hf.generation.key_values.dynamic import compact_cache, tree_attention_mask
 from coral_hf.generation.settings import DraftSettings
 
 

@@ -11,6 +11,7 @@ import torch
 from helpers.tiny_models import make_drafter, make_target
 
 from coral_hf.generation import cost_measurement
+from coral_hf.generation.cost_files import FORMAT
 from coral_hf.generation.cost_measurement import costs_key, draft_costs, measure_costs, measured_sizes
 from coral_hf.generation.settings import DraftSettings
 
@@ -127,23 +128,29 @@ def test_the_key_tells_apart_what_is_computed(pair):
     assert costs_key(target, drafter, SETTINGS) == keys[0]
 
 
-@pytest.mark.parametrize("damage", ["cut off", "no JSON object", "another key", "no times", "too few sizes"])
+@pytest.mark.parametrize(
+    "damage", ["cut off", "no JSON object", "another key", "another format", "no times", "too few sizes"]
+)
 def test_what_cannot_be_used_is_measured_again(pair, counted, tmp_path, monkeypatch, damage):
     draft_costs(*pair, SETTINGS)
     path = next((tmp_path / "draft_costs").iterdir())
     text = path.read_text()
     content = json.loads(text)
+    costs = content["tables"][0]["costs"]
     if damage == "another key":
         content["key"]["torch"] = "1.0"
+    elif damage == "another format":
+        content["format"] -= 1
     elif damage == "no times":
-        content["costs"]["level_ms"] = "fast"
+        costs["level_ms"] = "fast"
     else:
-        content["costs"]["target_ms"] = content["costs"]["target_ms"][:3]
+        costs["target_ms"] = costs["target_ms"][:3]
     damaged = {"cut off": text[: len(text) // 2], "no JSON object": "[1]"}.get(damage, json.dumps(content))
     path.write_text(damaged)
     forget(monkeypatch)
     costs = draft_costs(*pair, SETTINGS)
-    assert len(counted) == 2 and json.loads(path.read_text())["costs"]["level_ms"] == costs.level_ms
+    (table,) = json.loads(path.read_text())["tables"]
+    assert len(counted) == 2 and table["costs"]["level_ms"] == costs.level_ms
 
 
 def test_a_cache_that_cannot_be_written_costs_the_next_process_only(pair, counted, tmp_path, monkeypatch):
@@ -169,3 +176,123 @@ def test_every_kind_of_target(family, monkeypatch):
 def test_measured_sizes():
     assert measured_sizes(18) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 18]
     assert measured_sizes(2) == [1, 2]
+
+
+def test_a_measurement_says_what_it_is(pair, counted, caplog, capfd, monkeypatch):
+    """One line and a bar, both on stderr, and the next call is silent."""
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    draft_costs(*pair, SETTINGS)
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "at most 20 seconds" in message and "coral-hf cache" in message and "\n" not in message
+    shown = capfd.readouterr()
+    assert "draft costs" in shown.err and not shown.out
+    forget(monkeypatch)
+    draft_costs(*pair, SETTINGS)
+    assert len(caplog.records) == 1 and "draft costs" not in capfd.readouterr().err
+
+
+class Clock:
+    """A machine on which every part takes `seconds`, on a clock of its own."""
+
+    def __init__(self, seconds: float, monkeypatch):
+        self.now, self.seconds, self.runs = 0.0, seconds, []
+        for name in ("_verify", "_propose"):
+            monkeypatch.setattr(cost_measurement, name, self.run)
+        monkeypatch.setattr(cost_measurement, "synchronized_clock", lambda devices: self.now)
+        monkeypatch.setattr(cost_measurement.time, "perf_counter", lambda: self.now)
+
+    def run(self, *args):
+        size = args[2].num_nodes if len(args) == 3 else -args[3]
+        self.runs.append(size)
+        self.now += self.seconds
+
+
+WIDE = DraftSettings(draft_depth=4, draft_top_k=4, draft_total_tokens=32)
+
+
+@pytest.mark.parametrize(("seconds", "least"), [(0.01, 4), (0.7, 1), (3.0, 1), (9.0, 1)])
+def test_a_slow_machine_measures_less(pair, seconds, least, monkeypatch):
+    """20 seconds at most, or once through the four parts without which there are no costs."""
+    clock = Clock(seconds, monkeypatch)
+    costs = measure_costs(*pair, WIDE)
+    assert clock.now <= max(20.0, 4 * seconds) + 1e-6
+    assert {-1, -4, 1, 32} <= set(clock.runs) and clock.runs.count(32) >= least
+    assert len(costs.target_ms) == 32 and costs.target_ms[0] == pytest.approx(1e3 * seconds)
+    if seconds == 0.01:
+        assert set(clock.runs) == {-1, -4, *measured_sizes(32)}
+    else:
+        assert len(clock.runs) <= 20 / seconds + 4
+
+
+def test_a_size_that_was_not_reached_costs_what_the_next_larger_one_does(pair, monkeypatch):
+    clock = Clock(0.0, monkeypatch)
+    run, largest = clock.run, []
+
+    def slower(*args):
+        run(*args)
+        if len(args) == 3:
+            clock.now += args[2].num_nodes / 10
+            largest.append(args[2].num_nodes)
+
+    monkeypatch.setattr(cost_measurement, "_verify", slower)
+    costs = measure_costs(*pair, WIDE, most_seconds=6.0)
+    reached = sorted(set(largest))
+    assert reached != measured_sizes(32) and {1, 32} <= set(reached)
+    for size in measured_sizes(32):
+        expected = min(other for other in reached if other >= size) * 100
+        assert costs.target_ms[size - 1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("factor", "measured"), [(0.3, 2), (0.6, 1), (1.0, 1), (1.7, 1), (3.0, 2)])
+def test_measured_again_where_the_machine_has_plainly_changed(pair, counted, monkeypatch, factor, measured):
+    speed, probes = [10.0], []
+
+    def probe(target):
+        probes.append(speed[0])
+        return speed[0]
+
+    monkeypatch.setattr(cost_measurement, "probe_ms", probe)
+    draft_costs(*pair, SETTINGS)
+    probes.clear()
+    speed[0] *= factor
+    draft_costs(*pair, SETTINGS)
+    assert not probes and len(counted) == 1  # just looked
+    monkeypatch.setattr(cost_measurement, "CHECK_SECONDS", 0.0)
+    draft_costs(*pair, SETTINGS)
+    assert not probes and len(counted) == 1  # a new measurement stands for a while
+    monkeypatch.setattr(cost_measurement, "KEEP_SECONDS", 0.0)
+    draft_costs(*pair, SETTINGS)
+    assert len(counted) == measured
+    assert len(probes) == (1 if measured == 1 else 6)  # one that agrees is enough
+    # and then that is what it is compared with, in this process and the next
+    forget(monkeypatch)
+    draft_costs(*pair, SETTINGS)
+    assert len(counted) == measured
+
+
+def test_one_slow_forward_is_no_change(pair, counted, monkeypatch):
+    monkeypatch.setattr(cost_measurement, "probe_ms", lambda target: 10.0)
+    draft_costs(*pair, SETTINGS)
+    times = iter([90.0, 40.0, 12.0])
+    monkeypatch.setattr(cost_measurement, "probe_ms", lambda target: next(times))
+    for name in ("CHECK_SECONDS", "KEEP_SECONDS"):
+        monkeypatch.setattr(cost_measurement, name, 0.0)
+    forget(monkeypatch)
+    draft_costs(*pair, SETTINGS)
+    assert len(counted) == 1 and next(times, None) is None
+
+
+def test_a_file_has_room_for_other_prefixes(pair, counted, tmp_path, monkeypatch):
+    """One file for each pair and machine, a table for each length; measuring one again leaves the others."""
+    draft_costs(*pair, SETTINGS)
+    monkeypatch.setattr(cost_measurement, "PREFIX_LENGTH", 64)
+    draft_costs(*pair, SETTINGS)
+    draft_costs(*pair, SETTINGS, refresh=True)
+    (path,) = (tmp_path / "draft_costs").iterdir()
+    content = json.loads(path.read_text())
+    assert content["format"] == FORMAT and [table["prefix"] for table in content["tables"]] == [256, 64]
+    forget(monkeypatch)
+    monkeypatch.setattr(cost_measurement, "PREFIX_LENGTH", 256)
+    draft_costs(*pair, SETTINGS)
+    assert len(counted) == 3

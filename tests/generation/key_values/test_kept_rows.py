@@ -10,8 +10,8 @@ from helpers.parity import CHAIN, TREES, config_of, prompt_of
 from helpers.tiny_models import make_drafter, make_target
 from transformers import DynamicCache
 
-from coral_hf.generation.key_values import kept_rows as read_rows
 from coral_hf.generation.candidate_generator import CoralCandidateGenerator
+from coral_hf.generation.key_values import kept_rows as read_rows
 from coral_hf.utils.compat import cache_kwarg, cache_of
 
 

@@ -1,0 +1,97 @@
+"""The files in which measured costs are kept: one for each pair and machine, with a table for each length of the prefix."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..utils.user_cache import cache_dir
+from .tree_size import DraftCosts
+
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 4  # of these files; what another one holds is measured again
+
+
+@dataclass(frozen=True)
+class KeptCosts:
+    """Measured costs, and what tells whether the machine is still as fast as it was.
+
+    Args:
+        costs ([`DraftCosts`])
+        probe_ms (`float`): a forward of the target over one token, just after the measurement.
+        measured_at (`float`): seconds since the epoch.
+    """
+
+    costs: DraftCosts
+    probe_ms: float
+    measured_at: float
+
+
+def costs_folder() -> Path:
+    """Where measured costs are kept."""
+    return cache_dir() / "draft_costs"
+
+
+def cost_files() -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every file of measured costs and what it holds; an empty dict where it cannot be read, or has another format."""
+    for path in sorted(costs_folder().glob("*.json")):
+        content = _content(path)
+        yield path, content if content.get("format") == FORMAT else {}
+
+
+def file_name(key: dict[str, Any]) -> str:
+    """The name of the file that holds what was measured of this pair on this machine."""
+    return f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
+
+
+def read_costs(key: dict[str, Any], prefix: int, nodes: int) -> KeptCosts | None:
+    """What was kept for a prefix of that length and trees of up to `nodes`; None: nothing that can be used."""
+    content = _content(costs_folder() / file_name(key))
+    if content.get("format") != FORMAT or content.get("key") != key:
+        return None
+    try:
+        (table,) = (table for table in content["tables"] if table["prefix"] == prefix)
+        costs = DraftCosts(**{**table["costs"], "target_ms": tuple(table["costs"]["target_ms"])})
+        kept = KeptCosts(costs, float(table["probe_ms"]), float(table["measured_at"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return kept if len(costs.target_ms) == nodes and kept.probe_ms > 0 else None
+
+
+def write_costs(key: dict[str, Any], prefix: int, kept: KeptCosts) -> None:
+    """Puts a table in the place of the one for the same prefix; the others stay.
+
+    Beside and renamed: two processes that measure at once leave one whole file.
+    """
+    path = costs_folder() / file_name(key)
+    content = _content(path)
+    same = content.get("format") == FORMAT and content.get("key") == key and isinstance(content.get("tables"), list)
+    others = [table for table in content["tables"] if table.get("prefix") != prefix] if same else []
+    tables = [*others, {"prefix": prefix, **asdict(kept)}]
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(
+            json.dumps({"format": FORMAT, "key": key, "tables": tables}, indent=1) + "\n", encoding="utf-8"
+        )
+        os.replace(part, path)
+    except OSError as error:
+        # Only the next process pays for it: it measures again.
+        logger.warning("Draft costs were measured but not kept in %s: %s", path, error)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+__all__ = ["FORMAT", "KeptCosts", "cost_files", "costs_folder", "file_name", "read_costs", "write_costs"]
