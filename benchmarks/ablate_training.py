@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from coral_hf import CoralDraftModel
 from coral_hf.commands.loading import load_target
 from coral_hf.commands.outputs import check_output_folder
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.data.dataset import read_rows
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.training import CoralTrainer, CoralTrainingArguments
@@ -107,8 +107,7 @@ def check_same(record: dict[str, Any], settings: dict[str, Any], file: Path) -> 
 
 
 def main() -> None:
-    parser = HfArgumentParser((ScriptArguments, CoralTrainingArguments))
-    script, given = parser.parse_args_into_dataclasses()
+    script, given = parse_script(ScriptArguments, CoralTrainingArguments)
     check_output_folder(given.output_dir, "output_dir")
     if script.threads is not None:
         torch.set_num_threads(script.threads)

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from coral_hf import TargetAdapter
 from coral_hf.commands.loading import resolve_device, resolve_dtype
 from coral_hf.commands.outputs import check_output_file
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.drafter.draft_head import DraftHead, LMHeadRouter
 from coral_hf.drafter.few_rows import few_row_linears
 from coral_hf.evaluation.environment import describe_environment
@@ -80,7 +80,7 @@ def compare(full: DraftHead, routed: DraftHead, rows: int, size: int, repeats: i
 
 
 def main() -> None:
-    script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    (script,) = parse_script(ScriptArguments)
     if script.shape not in SHAPES:
         raise ValueError(f"--shape {script.shape} is unknown; choose one of {list(SHAPES)}.")
     check_output_file(script.json)

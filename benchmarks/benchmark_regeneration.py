@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser
 
 from coral_hf.commands.loading import load_target, resolve_device
 from coral_hf.commands.outputs import check_output_file
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.drafter.hub_names import hub_commit
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.responses.regenerate import iter_prompts, iter_responses, regenerate
@@ -92,7 +91,7 @@ def pick_prompts(tokenizer: Any, script: ScriptArguments) -> tuple[list[dict], l
 
 
 def main() -> None:
-    script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    (script,) = parse_script(ScriptArguments)
     check_output_file(script.json)
     torch.set_num_threads(script.threads)
     target, tokenizer = load_target(script.target, script.dtype)

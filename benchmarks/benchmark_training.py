@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 from reference_training_step import ReferenceStep
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from coral_hf import CoralDraftModel, demo
 from coral_hf.commands.outputs import check_output_file
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.training import CoralTrainer, CoralTrainingArguments
 from coral_hf.training.report.estimate import peak_memory, reset_peak
@@ -177,7 +177,7 @@ def memory(precision: str, has_reference: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    (script,) = parse_script(ScriptArguments)
     check_output_file(script.json)
     torch.set_num_threads(script.threads)
     if script.only_memory_of is not None:

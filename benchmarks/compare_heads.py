@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
 
 from coral_hf import TargetAdapter
 from coral_hf.commands.loading import DEMO, load_drafter, load_target
 from coral_hf.commands.outputs import check_output_file
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.data.dataset import ConversationDataset, read_rows
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.evaluation.methods import describe_drafter
@@ -57,7 +56,7 @@ def collect(drafter, adapter, dataset, steps: int):
 
 @torch.no_grad()
 def main() -> None:
-    script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    (script,) = parse_script(ScriptArguments)
     check_output_file(script.json)
     torch.set_num_threads(script.threads)
     target, _ = load_target(script.target, script.dtype, script.device)

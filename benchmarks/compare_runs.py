@@ -12,10 +12,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from coral_hf.commands.outputs import check_output_file
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.utils.jsonl import read_json
 
 
@@ -35,7 +33,7 @@ def speedups(record: dict) -> dict[tuple, float]:
 
 
 def main() -> None:
-    script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    (script,) = parse_script(ScriptArguments)
     check_output_file(script.json)
     if len(script.runs) != 2:
         raise ValueError(f"--runs takes two folders, got {len(script.runs)}.")

@@ -11,11 +11,10 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from transformers import HfArgumentParser
 
 from coral_hf.commands.loading import DEMO, load_drafter, load_target
 from coral_hf.commands.outputs import check_output_folder
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.data.prompts import read_prompts
 from coral_hf.evaluation.benchmark import print_table, run_benchmark
 from coral_hf.evaluation.methods import PRESETS, Method
@@ -60,7 +59,7 @@ def summary(record: dict, eagle2: str, tuned: str) -> list[dict]:
 
 
 def main():
-    arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    (arguments,) = parse_script(Arguments)
     check_output_folder(arguments.output)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

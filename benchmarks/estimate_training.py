@@ -8,10 +8,10 @@ Every figure is an estimate; `coral-hf train --estimate` measures two real steps
 import json
 from dataclasses import asdict, dataclass, field
 
-from transformers import AutoConfig, HfArgumentParser
+from transformers import AutoConfig
 
 from coral_hf.commands.outputs import check_output_file
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.training.report.estimate import estimate_on_paper
 
 
@@ -30,7 +30,7 @@ class ScriptArguments:
 
 
 def main() -> None:
-    (script,) = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()
+    (script,) = parse_script(ScriptArguments)
     check_output_file(script.json)
     estimate = estimate_on_paper(
         AutoConfig.from_pretrained(script.target),

@@ -12,10 +12,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from coral_hf.commands.outputs import check_output_file
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.evaluation.methods import PRESETS
 from coral_hf.evaluation.prediction import expected_acceptance_length, predict_speedup
 
@@ -81,7 +79,7 @@ def predict(gpu: str, bandwidth: float, target: str, arguments: Arguments) -> li
 
 
 def main() -> None:
-    arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    (arguments,) = parse_script(Arguments)
     check_output_file(arguments.json)
     given = arguments.bandwidth_gb_s
     if not 0 < arguments.achievable <= 1 or not 0 < arguments.router_active <= 1 or (given is not None and given <= 0):

@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from transformers import HfArgumentParser
-
 from coral_hf.commands.outputs import check_output_file
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.evaluation.prediction import (
     WANTED_ERROR,
     check_predictions,
@@ -65,7 +63,7 @@ def check(arguments: Arguments) -> int:
 
 
 def main() -> int:
-    arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    (arguments,) = parse_script(Arguments)
     check_output_file(arguments.json)
     if arguments.tune and arguments.benchmark:
         return check(arguments)

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
 
 from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.commands.loading import DEMO, load_drafter, load_target
 from coral_hf.commands.outputs import check_output_folder
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.data.dataset import ConversationDataset, read_rows
 
 
@@ -90,7 +89,7 @@ def refit(drafter: CoralDraftModel, target, dataset, layers: list[int]) -> tuple
 
 
 def main() -> None:
-    script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    (script,) = parse_script(ScriptArguments)
     if script.threads:
         torch.set_num_threads(script.threads)
     if Path(script.output).exists():

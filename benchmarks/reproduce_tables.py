@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
 
 from coral_hf.cli import main as coral_hf
 from coral_hf.commands.loading import DEMO, load_drafter, load_target, resolve_device, resolve_dtype
 from coral_hf.commands.outputs import check_output_folder
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.data.prompts import read_prompts
 from coral_hf.evaluation.benchmark import run_benchmark
 from coral_hf.evaluation.methods import parse_methods
@@ -81,7 +80,7 @@ def train(arguments: Arguments, name: str, folder: Path, base: str | None) -> No
 
 
 def main() -> None:
-    arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    (arguments,) = parse_script(Arguments)
     check_output_folder(arguments.output)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

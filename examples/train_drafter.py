@@ -7,12 +7,12 @@ accelerate launch examples/train_drafter.py --data responses.jsonl --output_dir 
 
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from coral_hf import CoralDraftModel
 from coral_hf.commands.loading import TargetOptions, resolve_dtype
 from coral_hf.commands.outputs import check_output_folder
-from coral_hf.commands.scripts import run_script
+from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.data.dataset import read_rows
 from coral_hf.data.held_out import hold_out
 from coral_hf.training.arguments import CoralTrainingArguments
@@ -28,7 +28,7 @@ class ScriptArguments(TargetOptions):
 
 
 def main() -> None:
-    script, args = HfArgumentParser((ScriptArguments, CoralTrainingArguments)).parse_args_into_dataclasses()
+    script, args = parse_script(ScriptArguments, CoralTrainingArguments)
     check_output_folder(args.output_dir, "output_dir")
     # on the CPU: the trainer moves it to each process's device
     target, tokenizer = script.load_target(resolve_dtype("auto", args.device), "cpu")

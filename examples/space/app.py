@@ -3,11 +3,14 @@
 TARGET and DRAFTER name another pair (paths or Hub ids), DTYPE another dtype than float32 on a CPU.
 """
 
+import argparse
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
+if __name__ == "__main__":  # before gradio, which --help can do without
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported; the page calls nobody
 
 import gradio as gr
