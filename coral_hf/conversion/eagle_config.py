@@ -6,18 +6,6 @@ from ..drafter.configuration_coral import FEATURE_LAYER_LAST, CoralDraftConfig
 from .schema import check_config, load_schemas
 
 
-# Architecture names under which one-layer Llama-shaped drafters are published. The tensors decide the shape: EAGLE's own
-# EAGLE-3 checkpoints say LlamaForCausalLM as well.
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "LlamaForCausalLMEagle",
-    "EagleLlamaForCausalLM",
-    "LlamaForCausalLMEagle3",
-    "Eagle3LlamaForCausalLM",
-    "Eagle3Speculator",
-    "Qwen2ForCausalLM",
-    "MixtralForCausalLM",
-)
 # Where an exported folder keeps what no engine reads, so that it comes back unchanged.
 CORAL_KEY = "coral_config"
 CORAL_SETTINGS = (
@@ -43,7 +31,10 @@ UNSUPPORTED = {
     "mlp_bias": "biases in the MLP",
     "quantization_config": "quantised weights",
     "parallel_drafting": "parallel drafting",
+    "attn_logit_softcapping": "capped attention scores",
 }
+# Of layers with Llama's tensors and another forward: norms that add one to their weights, scaled residuals.
+OTHER_FORWARDS = ("gemma", "granite", "minicpm")
 # Keys for a norm before fc, at the top level or under `eagle_config`; the last is an older name of the second
 _NORM_TYPES = {"norm_before_fc": "boolean", "fc_norm": "boolean", "use_aux_norm": "boolean"}
 _TYPES = {
@@ -76,19 +67,15 @@ def layer_config(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_supported(raw: dict[str, Any]) -> None:
-    """Raises `ValueError` for values of a wrong type, another architecture, or parts that a CORAL drafter lacks."""
+    """Raises `ValueError` for values of a wrong type, and for settings of a forward that a CORAL drafter lacks."""
     types = {key: rule for key, rule in load_schemas()["llama_config"].items() if not isinstance(rule, dict)}
     parts = ((raw, {**types, **_TYPES}), (layer_config(raw), types), (raw.get("eagle_config") or {}, _NORM_TYPES))
     for part, rules in parts:  # the first says whether the last is an object
         given = {key: rule for key, rule in rules.items() if part.get(key) is not None}
         check_config(part, given, "config.json is malformed")
-    architectures = raw.get("architectures") or []
-    unknown = [name for name in architectures if name not in ARCHITECTURES]
-    speculators = raw.get("speculators_model_type")
-    if unknown or speculators not in (None, "eagle3"):
-        found = unknown or f"speculators_model_type={speculators!r}"
+    if raw.get("model_type") == "coral":
         raise ValueError(
-            f"config.json names the unknown architecture {found}; what can be read are {list(ARCHITECTURES)}."
+            "model_type='coral' in config.json: this is a CORAL drafter already. Load it with AutoModel.from_pretrained."
         )
     layer, eagle = layer_config(raw), raw.get("eagle_config") or {}
     problems = [
@@ -96,12 +83,37 @@ def check_supported(raw: dict[str, Any]) -> None:
         for key, reason in UNSUPPORTED.items()
         if any(source.get(key) for source in (raw, layer, eagle))
     ]
-    for key, expected in (("num_hidden_layers", 1), ("target_hidden_size", layer.get("hidden_size"))):
+    for key, expected in (
+        ("num_hidden_layers", 1),
+        ("target_hidden_size", layer.get("hidden_size")),
+        ("speculators_model_type", "eagle3"),
+    ):
         value = layer.get(key, raw.get(key))
         if value is not None and value != expected:
-            problems.append(f"{key}: expected {expected}, found {value}")
+            problems.append(f"{key}: expected {expected!r}, found {value!r}")
+    if (kind := str(layer.get("model_type"))).startswith(OTHER_FORWARDS):
+        problems.append(f"model_type {kind!r} (a layer that computes something else than Llama's)")
     if problems:
-        raise ValueError(f"A CORAL drafter cannot hold this checkpoint: {'; '.join(problems)}.")
+        raise ValueError(
+            f"A CORAL drafter cannot hold this checkpoint{named_as(raw)}: {'; '.join(problems)}. Convert an EAGLE-1, EAGLE-2, "
+            "HASS or EAGLE-3 drafter with one Llama-shaped layer."
+        )
+
+
+def named_as(raw: dict[str, Any]) -> str:
+    """For messages, the architecture that a checkpoint claims: a hint only, since the same tensors come under many names."""
+    names = raw.get("architectures")
+    return f" (architectures: {', '.join(map(str, names))})" if names else ""
+
+
+def ignored_settings(raw: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint that change its forward for long texts, which a CORAL drafter computes without them."""
+    layer = layer_config(raw)
+    kinds = layer.get("layer_types")
+    window = layer.get("sliding_window")
+    if not window or layer.get("use_sliding_window") is False or (kinds and "sliding_attention" not in kinds):
+        return {}
+    return {"sliding_window": window}
 
 
 def read_rope(layer: dict[str, Any]) -> dict[str, Any]:
@@ -246,7 +258,9 @@ __all__ = [
     "CORAL_SETTINGS",
     "check_supported",
     "default_feature_layers",
+    "ignored_settings",
     "layer_config",
+    "named_as",
     "read_fc_norms",
     "read_rope",
     "read_settings",

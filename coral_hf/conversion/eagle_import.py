@@ -1,5 +1,6 @@
 """EAGLE-1/2, HASS and EAGLE-3 checkpoints, also as vLLM, SGLang and speculators hold them, into a CORAL drafter."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from torch import nn
 from ..drafter.configuration_coral import CoralDraftConfig
 from ..drafter.target_adapter import TargetAdapter
 from .checkpoint_files import HOT_TOKENS_FILE, load_plain_pickle, read_config, read_tensors, resolve_folder
-from .eagle_config import CORAL_KEY, check_supported, layer_config, read_settings
+from .eagle_config import CORAL_KEY, check_supported, ignored_settings, layer_config, named_as, read_settings
 from .schema import FLOAT_DTYPES, LAYER, check_tensors, layout_shapes
 
 
+logger = logging.getLogger(__name__)
 # An embedding copy may have been rounded to another 16-bit format than the target's.
 COPY_RTOL, COPY_ATOL = 2**-7, 1e-6
 # Older names of the norms of three features before fc, which SGLang reads as well
@@ -49,8 +51,18 @@ def load_eagle(
     folder = resolve_folder(path_or_repo, revision)
     raw = read_config(folder)
     check_supported(raw)
+    for name, value in ignored_settings(raw).items():
+        logger.warning(
+            "%s=%r in the config of %s is ignored: a CORAL drafter attends to the whole text. It may accept less beyond that "
+            "length.",
+            name,
+            value,
+            folder,
+        )
     stored = read_tensors(folder)
     tensors = canonical_names(stored)
+    if tensors.get("d2t") is not None and tensors["d2t"].dtype == torch.int32:
+        tensors["d2t"] = tensors["d2t"].long()  # engines read either
     adapter = TargetAdapter(target)
     shape = "eagle3" if _is_eagle3(raw, stored, tensors) else "eagle"
     of_target = CoralDraftConfig.from_target(target.config)
@@ -78,7 +90,7 @@ def load_eagle(
         settings["shortlist_size"] = hot_tokens.numel()
     config = CoralDraftConfig(**settings)
     adapter.check_drafter(config)
-    _check(config, tensors, biased, folder)
+    _check(config, tensors, biased, f"{folder}{named_as(raw)}")
     _drop_copies(tensors, adapter, config)
     return _build(model_class, config, tensors, hot_tokens)
 
@@ -107,11 +119,12 @@ def canonical_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def _is_eagle3(raw: dict, stored: dict, tensors: dict) -> bool:
-    """By what only EAGLE-3 has: the names decide before the architecture, which may be plain Llama's."""
+    """By what only EAGLE-3 has: its tensors decide before the architecture's name, which may be plain Llama's."""
     return (
         any(name in tensors for name in (f"{LAYER}.hidden_norm.weight", "d2t"))
         or any(name.removeprefix("model.").startswith("midlayer.") for name in stored)
-        or any("Eagle3" in name for name in raw.get("architectures") or [])
+        or raw.get("speculators_model_type") == "eagle3"
+        or any("eagle3" in str(name).lower() for name in raw.get("architectures") or [])
     )
 
 
@@ -151,14 +164,14 @@ def _same_rounded(found: torch.Tensor, own: torch.Tensor) -> bool:
     return torch.equal(found, own.to(found.dtype)) or torch.equal(found.to(own.dtype), own)
 
 
-def _check(config: CoralDraftConfig, tensors: dict[str, torch.Tensor], biased: list[str], folder: Path) -> None:
+def _check(config: CoralDraftConfig, tensors: dict[str, torch.Tensor], biased: list[str], where: str) -> None:
     required, optional = layout_shapes(config)
     for setting, prefix in (("norm_before_fc", "input_norm."), ("fc_norm", "fc_norm.")):
         norms = sorted(name for name in tensors if name.startswith(prefix))
         if norms and config.shape == "eagle3" and not getattr(config, setting):
             # engines would leave them out, or fail over them
             raise ValueError(
-                f"{folder} holds {norms}, but its config.json does not say {setting}: true. If the drafter was trained "
+                f"{where} holds {norms}, but its config.json does not say {setting}: true. If the drafter was trained "
                 f"with them, add that, or pass {setting}=True."
             )
     if config.shape == "eagle3" and config.num_target_features > 1:
@@ -167,11 +180,11 @@ def _check(config: CoralDraftConfig, tensors: dict[str, torch.Tensor], biased: l
         del optional["fc.weight"]  # a single feature is as wide as the layer's input
     if biased:
         required |= {name: shape for name, shape in optional.items() if name.endswith("_proj.bias")}
-    check_tensors(tensors, required, optional, f"{folder} is no {config.shape} drafter for this target")
+    check_tensors(tensors, required, optional, f"{where} is not a drafter of the {config.shape} shape for this target")
     broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
     if broken:
         raise ValueError(
-            f"{folder} holds values that are not finite in {broken}: use another checkpoint of that training."
+            f"{where} holds values that are not finite in {broken}: use another checkpoint of that training."
         )
     if "d2t" in tensors:
         _check_vocabulary(tensors["d2t"], tensors.get("t2d"), config.vocab_size)

@@ -210,11 +210,12 @@ def test_a_setting_may_say_what_a_config_leaves_out(target, tmp_path):
 
 
 @pytest.mark.parametrize("norm", [None, "norm_before_fc", "fc_norm"])
-def test_speculators(norm, target, tmp_path):
-    """The nested config, whose residual is normed unless it says otherwise."""
+@pytest.mark.parametrize("name", ["Eagle3Speculator", "Eagle3DraftModel", "NameOfNextYear", None])
+def test_speculators(name, norm, target, tmp_path):
+    """The nested config, whose residual is normed unless it says otherwise; what the class is called changes nothing."""
     tensors = eagle3_tensors("layers.0", draft_ids=DRAFT_IDS, norm=norm)
     config = {
-        "architectures": ["Eagle3Speculator"],
+        "architectures": name and [name],
         "speculators_model_type": "eagle3",
         "draft_vocab_size": len(DRAFT_IDS),
         "transformer_layer_config": LLAMA,
@@ -223,6 +224,42 @@ def test_speculators(norm, target, tmp_path):
     }
     drafter = CoralDraftModel.from_eagle(write(tmp_path / "speculators", config, tensors), target)
     assert_same_logits(drafter, tensors, target, norm_before_residual=True)
+
+
+@pytest.mark.parametrize("name", ["EagleOfNextYear", "Eagle3DraftModel"])
+def test_tensors_say_what_a_checkpoint_is(name, target, tmp_path):
+    """Whatever name stands in `architectures`, also one of the other shape."""
+    tensors = eagle3_tensors("layers.0", draft_ids=DRAFT_IDS)
+    config = {**LLAMA, "architectures": [name], "draft_vocab_size": len(DRAFT_IDS)}
+    assert_same_logits(
+        CoralDraftModel.from_eagle(write(tmp_path / "eagle3", config, tensors), target), tensors, target
+    )
+    path = write(tmp_path / "eagle", {**LLAMA, "architectures": ["EagleOfNextYear"]}, eagle1_tensors())
+    assert CoralDraftModel.from_eagle(path, target).config.shape == "eagle"
+
+
+def test_offsets_in_int32(target, tmp_path):
+    tensors = eagle3_tensors(draft_ids=DRAFT_IDS)
+    stored = {**tensors, "d2t": tensors["d2t"].int()}
+    config = {**LLAMA, "draft_vocab_size": len(DRAFT_IDS)}
+    drafter = CoralDraftModel.from_eagle(write(tmp_path / "eagle3", config, stored), target)
+    assert drafter.draft_head.token_ids.dtype == torch.int64
+    assert_same_logits(drafter, tensors, target)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"sliding_window": 128}, True),
+        ({"sliding_window": 128, "layer_types": ["sliding_attention"]}, True),
+        ({"sliding_window": 128, "layer_types": ["full_attention"]}, False),
+        ({"sliding_window": 128, "use_sliding_window": False}, False),
+        ({"sliding_window": None}, False),
+    ],
+)
+def test_a_window_that_is_ignored_is_named(settings, named, target, tmp_path, caplog):
+    CoralDraftModel.from_eagle(write(tmp_path / "eagle3", {**LLAMA, **settings}, eagle3_tensors()), target)
+    assert ("sliding_window=128" in caplog.text) == named
 
 
 def test_own_head_over_the_whole_vocabulary(target, tmp_path):

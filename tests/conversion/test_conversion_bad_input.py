@@ -47,9 +47,9 @@ TENSOR_CASES = {
         ["missing ['fc.weight', 'layers.0.mlp.up_proj.weight']"],
     ),
     "extra": (
-        LLAMA,
+        {**LLAMA, "architectures": ["MedusaModel"]},
         lambda: {**eagle1_tensors(), "layers.1.mlp.up_proj.weight": noise(2, 2, seed=0)},
-        ["unexpected ['layers.1.mlp.up_proj.weight']"],
+        ["unexpected ['layers.1.mlp.up_proj.weight']", "architectures: MedusaModel"],
     ),
     "norm in EAGLE-1": (
         LLAMA,
@@ -190,10 +190,13 @@ CONFIG_CASES = {
         {"vocab_size": 64, "hidden_size": 16},
         ["vocab_size: expected 128 (the target's), found 64", "hidden_size: expected 32 (the target's), found 16"],
     ),
-    "unknown architecture": ({"architectures": ["MedusaModel"]}, ["unknown architecture", "MedusaModel"]),
-    "a CORAL folder": ({"architectures": ["CoralDraftModel"]}, ["unknown architecture", "CoralDraftModel"]),
-    "unknown speculator": ({"speculators_model_type": "dflash"}, ["unknown architecture", "dflash"]),
-    "several layers": ({"num_hidden_layers": 2}, ["num_hidden_layers: expected 1, found 2"]),
+    "a CORAL folder": ({"model_type": "coral"}, ["CORAL drafter already", "AutoModel.from_pretrained"]),
+    "unknown speculator": ({"speculators_model_type": "dflash"}, ["speculators_model_type: expected 'eagle3'"]),
+    "norms of another kind": ({"model_type": "gemma3_text"}, ["model_type 'gemma3_text'"]),
+    "several layers": (
+        {"num_hidden_layers": 2, "architectures": ["MedusaModel"]},
+        ["num_hidden_layers: expected 1, found 2", "MedusaModel"],
+    ),
     "other target width": ({"target_hidden_size": 64}, ["target_hidden_size: expected 32, found 64"]),
     "norm before fc in EAGLE-1": (
         {"eagle_config": {"norm_before_fc": True}},
