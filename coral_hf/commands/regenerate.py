@@ -1,13 +1,15 @@
 """`coral-hf regenerate`: the target's own answers, computed here or by a serving engine."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
-from .loading import PlacedTargetOptions, require
+from .loading import DEMO, PlacedTargetOptions, require
 from .outputs import check_output_file, check_output_folder
 
 
@@ -53,7 +55,7 @@ class RegenerateCommand(PlacedTargetOptions):
         default=None,
         metadata={
             "help": "URL of an OpenAI-compatible server (http://host:8000/v1; vLLM, SGLang, TGI) that answers instead of "
-            "--target; OPENAI_API_KEY is sent if set."
+            "--target, whose tokenizer then checks that training can use the answers; OPENAI_API_KEY is sent if set."
         },
     )
     endpoint_model: str | None = field(
@@ -141,8 +143,25 @@ class RegenerateCommand(PlacedTargetOptions):
             concurrency=self.endpoint_concurrency,
             token_ids=self.endpoint_token_ids,
             attempts=self.endpoint_attempts,
+            tokenizer=None if self.endpoint_token_ids else self._tokenizer(),
             **common,
         )
+
+    def _tokenizer(self) -> Any:
+        """The target's tokenizer, by which answers of a server are checked; None where no name leads to one."""
+        if self.target != DEMO:
+            return AutoTokenizer.from_pretrained(self.target)
+        name = self.endpoint_model or ""
+        # a name that only the server knows is still one to answer by
+        with contextlib.suppress(OSError, ValueError):
+            if "/" in name:
+                return AutoTokenizer.from_pretrained(name)
+        print(
+            f"note: there is no tokenizer under the name {name!r} here, so the answers are not checked: with --target "
+            "NAME, what training could not use is said at once.",
+            flush=True,
+        )
+        return None
 
 
 def _ids(path: str) -> Iterator[str]:

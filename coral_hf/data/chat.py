@@ -1,20 +1,39 @@
 """Conversations as messages, and as the text that a target's chat template makes of them."""
 
+import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 ASSISTANT = "assistant"
+THINK_START, THINK_END = "<think>", "</think>"
 
 
-def build_messages(turns: Sequence[str], responses: Sequence[str], system: str | None = None) -> list[dict[str, str]]:
-    """User turns and the responses so far (at most one a turn) as the messages of a chat template."""
+class UnusableRow(ValueError):
+    """A well-formed conversation, or an answer of one, that cannot be trained on with this target."""
+
+
+def build_messages(
+    turns: Sequence[str],
+    responses: Sequence[str],
+    system: str | None = None,
+    reasonings: Sequence[str | None] = (),
+) -> list[dict[str, str]]:
+    """User turns and the responses so far (at most one a turn) as the messages of a chat template.
+
+    Args:
+        turns, responses (`Sequence[str]`), system (`str`, *optional*)
+        reasonings (`Sequence[str]`): the thinking before each response, where it is not in the response's text.
+    """
     messages = [] if system is None else [{"role": "system", "content": system}]
     for index, turn in enumerate(turns):
         messages.append({"role": "user", "content": turn})
         if index < len(responses):
             messages.append({"role": ASSISTANT, "content": responses[index]})
+            if index < len(reasonings) and (reasoning := reasonings[index]):
+                messages[-1]["reasoning_content"] = reasoning
     return messages
 
 
@@ -73,6 +92,25 @@ def _tool_call(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
+def reasoning_of(message: Mapping[str, Any]) -> str | None:
+    """The thinking that a message has beside its content, under any of the names in use."""
+    return next((message[name] for name in _REASONING if isinstance(message.get(name), str) and message[name]), None)
+
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def _for_templates(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose thinking stands under each name that templates read."""
+    reasoning = reasoning_of(message)
+    if reasoning is None:
+        return message
+    names = ["reasoning_content"]
+    if not (message.get("content") and message.get("tool_calls")):  # gpt-oss' refuses thinking beside both
+        names.append("thinking")
+    return {**message, **dict.fromkeys(names, reasoning)}
+
+
 def check_tools(row: dict[str, Any], where: str) -> list[Any] | None:
     """A row's `tools`, a list or its JSON, for the chat template.
 
@@ -105,6 +143,59 @@ def check_system(row: dict[str, Any], where: str) -> str | None:
     return system
 
 
+def check_template_kwargs(value: Any, where: str) -> dict[str, Any]:
+    """Variables of a chat template, an object or its JSON, as a dict; None and empty are none.
+
+    Raises:
+        ValueError: if they are neither, or one is what the package itself decides.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is no JSON ({error}); give an object, such as {_EXAMPLE}.") from error
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{where} must be an object of variables, such as {_EXAMPLE}; got {str(value)[:60]!r}.")
+    if taken := sorted(_DECIDED & value.keys()):
+        raise ValueError(f"{where} sets {taken[0]}, which depends on the row: leave it out.")
+    return without_none(value)
+
+
+def with_template_kwargs(tokenizer: Any, given: Any, option: str = "--chat_template_kwargs") -> Any:
+    """A copy of a tokenizer whose chat template is rendered with these variables; what a row names goes before them.
+
+    Args:
+        tokenizer: the target's.
+        given (`dict` or `str`, *optional*): see [`check_template_kwargs`]; without any the tokenizer is returned as it is.
+        option (`str`): by which it was given, for errors.
+
+    Raises:
+        ValueError: for variables that the chat template does not read.
+    """
+    kwargs = check_template_kwargs(given, option)
+    if not kwargs:
+        return tokenizer
+    templates = getattr(tokenizer, "chat_template", None) or ""
+    text = " ".join(templates.values()) if isinstance(templates, dict) else templates
+    if unread := sorted(name for name in kwargs if not re.search(rf"\b{re.escape(name)}\b", text)):
+        raise ValueError(f"{option} sets {unread[0]}, which this target's chat template does not read: leave it out.")
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.coral_template_kwargs = kwargs
+    return tokenizer
+
+
+def template_kwargs_of(tokenizer: Any) -> dict[str, Any]:
+    """What [`with_template_kwargs`] set."""
+    return getattr(tokenizer, "coral_template_kwargs", {})
+
+
+_EXAMPLE = '{"enable_thinking": false}'
+_DECIDED = {"messages", "conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message"}
+_DECIDED |= {"chat_template", "return_dict", "return_tensors"}
+
+
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, **kwargs: Any) -> str:
     """Messages as text: by the chat template, or for a target without one as paragraphs of plain text.
 
@@ -112,20 +203,21 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, **
         tokenizer: the target's.
         messages (`Sequence[dict]`): see [`check_messages`].
         where (`str`): their place, for errors.
-        **kwargs: `tools` and `add_generation_prompt` of the chat template.
+        **kwargs: `tools`, `add_generation_prompt` and other variables of the chat template.
 
     Raises:
-        ValueError: naming `where`, if the template refuses them.
+        UnusableRow: naming `where`, if the template refuses them.
     """
     if not getattr(tokenizer, "chat_template", None):
         return "\n\n".join(message["content"] for message in messages)
     from jinja2 import TemplateError
 
+    kwargs = {**template_kwargs_of(tokenizer), **kwargs}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    except TemplateError as error:
+        return tokenizer.apply_chat_template([_for_templates(one) for one in messages], tokenize=False, **kwargs)
+    except (TemplateError, TypeError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
+        raise UnusableRow(
             f"{where}: the target's chat template refuses the roles {roles} ({error}). Put a system text in front of the "
             "first user turn, and let user and assistant take turns."
         ) from error
@@ -137,18 +229,28 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
 
 
-def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str) -> list[int]:
+def encode_messages(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
     """Ids of a conversation up to the point where the next answer begins."""
-    return tokenize(tokenizer, render(tokenizer, messages, where, add_generation_prompt=True))
+    kwargs = template_kwargs or {}
+    return tokenize(tokenizer, render(tokenizer, messages, where, add_generation_prompt=True, **kwargs))
 
 
 __all__ = [
     "ASSISTANT",
+    "THINK_END",
+    "THINK_START",
+    "UnusableRow",
     "build_messages",
     "check_messages",
     "check_system",
+    "check_template_kwargs",
     "check_tools",
     "encode_messages",
+    "reasoning_of",
     "render",
+    "template_kwargs_of",
     "tokenize",
+    "with_template_kwargs",
 ]

@@ -3,7 +3,15 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from .chat import ASSISTANT, build_messages, check_messages, check_system, check_tools
+from .chat import (
+    ASSISTANT,
+    UnusableRow,
+    build_messages,
+    check_messages,
+    check_system,
+    check_template_kwargs,
+    check_tools,
+)
 from .response_masks import Chat, encode_chat
 
 
@@ -47,21 +55,45 @@ def listed(row: Mapping[str, Any]) -> dict[str, Any]:
 def encode_row(
     row: dict[str, Any], tokenizer: Any = None, where: str = "row", eos_ids: Collection[int] = ()
 ) -> tuple[list[int], list[bool]]:
-    """One training row -> token ids and response mask, both of length S.
+    """One training row that is trained in one piece -> token ids and response mask, both of length S.
+
+    Raises:
+        ValueError: as [`encode_row_parts`], and if its answers are trained apart, or one of them cannot be.
+    """
+    parts, unusable = encode_row_parts(row, tokenizer, where, eos_ids)
+    if unusable:
+        raise unusable[0]
+    if len(parts) > 1:
+        raise ValueError(f"{where}: its answers are trained in {len(parts)} rows; use encode_row_parts.")
+    return parts[0]
+
+
+def encode_row_parts(
+    row: dict[str, Any], tokenizer: Any = None, where: str = "row", eos_ids: Collection[int] = ()
+) -> tuple[list[tuple[list[int], list[bool]]], list[UnusableRow]]:
+    """One training row -> rows of token ids and response mask, each pair of one length.
+
+    There is one, but for conversations whose earlier answers the chat template renders differently later (Qwen3 and
+    GLM-4.5 leave out their thinking): there each answer is trained behind its own prompt.
 
     Args:
         row (`dict`): by schema: `prompt_ids` and `response_ids`; `input_ids` and `response_mask`; `turns` and `responses`
             (texts, with an optional `system` text, `finish_reasons`, of which all but "stop" and its like say that a
             response was cut and does not end there, and `first_turn`, before which responses are context only); `messages`
             of `role` and `content` (a text or a list of text parts; or `tool_calls`), of which the assistant's are
-            trained; or `text`, all of it trained. A `tools` column goes to the chat template.
+            trained; or `text`, all of it trained. The columns `tools` and `chat_template_kwargs` (`enable_thinking`, ...) go to
+            the chat template, `reasonings` of responses and `reasoning_content` of messages are the thinking before an answer.
         tokenizer (*optional*): the target's tokenizer, for rows of text.
         where (`str`): the row's place, for errors.
         eos_ids (`Collection[int]`): the ids with which the target ends an answer, for rows of text; without them the
             tokenizer's EOS counts.
 
+    Returns:
+        `tuple`: the rows; and why answers are not in them.
+
     Raises:
-        ValueError: if lengths disagree, or if no token is a response token.
+        ValueError: if lengths disagree.
+        UnusableRow: if no token is a response token.
     """
     schema, row = schema_of(row, where), listed(row)
     if schema == "ids":
@@ -77,7 +109,10 @@ def encode_row(
         ids = list(tokenizer(row["text"])["input_ids"])
         mask = [True] * len(ids)
     else:
-        ids, mask = encode_chat(chat_of(row, schema, where), tokenizer, where, eos_ids)
+        parts, unusable = encode_chat(chat_of(row, schema, where), tokenizer, where, eos_ids)
+        if not parts and not unusable:
+            raise _nothing_trained(where)
+        return parts, unusable
     if len(ids) != len(mask):
         raise ValueError(f"{where}: {len(ids)} input_ids but {len(mask)} response_mask entries; they must align.")
     strange = [token for token in ids if not isinstance(token, int) or not 0 <= token < _MOST_IDS]
@@ -86,8 +121,12 @@ def encode_row(
             f"{where}: token ids must be integers from 0 on, below 2**31; got {strange[0]!r} in {str(ids)[:60]}."
         )
     if not any(mask):
-        raise ValueError(f"{where}: empty response mask, so there is nothing to train on; check the row's response.")
-    return ids, mask
+        raise _nothing_trained(where)
+    return [(ids, mask)], []
+
+
+def _nothing_trained(where: str) -> UnusableRow:
+    return UnusableRow(f"{where}: empty response mask, so there is nothing to train on; check the row's response.")
 
 
 # Messages ------------------------------------------------------------------------------------------------------
@@ -112,7 +151,12 @@ def chat_of(row: dict[str, Any], schema: str, where: str) -> Chat:
         for text in (*turns, *responses):
             if not isinstance(text, str):
                 raise ValueError(f"{where}: turns and responses must be strings; got {text!r}.")
-        messages, n_responses = build_messages(turns, responses, system), len(responses)
+        reasonings = row.get("reasonings") or []
+        if reasonings and (
+            len(reasonings) != len(responses) or not all(isinstance(text, str | None) for text in reasonings)
+        ):
+            raise ValueError(f"{where}: reasonings must be a text or null for each of its {len(responses)} responses.")
+        messages, n_responses = build_messages(turns, responses, system, reasonings), len(responses)
     reasons = row.get("finish_reasons") or []
     if reasons and len(reasons) != n_responses:
         raise ValueError(f"{where}: {len(reasons)} finish_reasons but {n_responses} responses; they must align.")
@@ -120,7 +164,8 @@ def chat_of(row: dict[str, Any], schema: str, where: str) -> Chat:
     if type(first) is not int or not 0 <= first <= n_responses:
         raise ValueError(f"{where}: first_turn must be a number from 0 to its {n_responses} responses; got {first!r}.")
     cut = [was_cut(reason) for reason in reasons] or [False] * n_responses
-    return Chat(messages, cut, first, check_tools(row, where))
+    kwargs = check_template_kwargs(row.get("chat_template_kwargs"), f"{where}: chat_template_kwargs")
+    return Chat(messages, cut, first, check_tools(row, where), kwargs)
 
 
 def was_cut(finish_reason: str | None) -> bool:
@@ -135,6 +180,7 @@ __all__ = [
     "check_messages",
     "check_system",
     "encode_row",
+    "encode_row_parts",
     "listed",
     "schema_of",
 ]

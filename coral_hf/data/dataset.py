@@ -5,8 +5,12 @@ from typing import Any
 
 import torch
 
-from .conversations import encode_row
+from .chat import UnusableRow
+from .conversations import encode_row, encode_row_parts
 from .sources import read_rows
+
+
+_REASONS_KEPT = 3
 
 
 def encode_rows(
@@ -19,21 +23,48 @@ def encode_rows(
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Rows -> ids and response masks, cut at `max_length`; adds what was cut and left out to `counts`.
 
-    `on_drop` gets the name of each row that is left out, having no trainable token within `max_length`.
+    Args:
+        rows, tokenizer, max_length, eos_ids: see [`ConversationDataset`].
+        counts (`dict`): `truncated`, `dropped` and `unusable`, see [`no_counts`].
+        on_drop (`Callable`, *optional*): gets why each row, or answer of one, is left out.
     """
+    tell = on_drop or (lambda reason: None)
     for index, row in enumerate(rows):
         name = f"row {(row.get('id', index) if isinstance(row, Mapping) else index)!r}"
-        ids, mask = encode_row(row, tokenizer, name, eos_ids)
-        if max_length is not None and len(ids) > max_length:
-            ids, mask = ids[:max_length], mask[:max_length]
-            counts["truncated"] += 1
-        # The first trainable row predicts x_2.
-        if any(mask[2:]):
-            yield ids, mask
-        else:
-            counts["dropped"] += 1
-            if on_drop is not None:
-                on_drop(name)
+        try:
+            parts, unusable = encode_row_parts(row, tokenizer, name, eos_ids)
+        except UnusableRow as error:
+            parts, unusable = [], [error]
+        for reason in unusable:
+            counts["unusable"] += 1
+            tell(str(reason))
+        for ids, mask in parts:
+            if max_length is not None and len(ids) > max_length:
+                ids, mask = ids[:max_length], mask[:max_length]
+                counts["truncated"] += 1
+            # The first trainable row predicts x_2.
+            if any(mask[2:]):
+                yield ids, mask
+            else:
+                counts["dropped"] += 1
+                tell(f"{name}: within max_length={max_length} it has no response token that a drafter predicts.")
+
+
+def no_counts() -> dict[str, int]:
+    """What [`encode_rows`] counts: conversations cut, those left without a response token, and unusable answers."""
+    return {"truncated": 0, "dropped": 0, "unusable": 0}
+
+
+def describe_counts(counts: Mapping[str, int], max_length: int | None) -> str | None:
+    """One line about what was cut and left out; None if nothing was."""
+    if not any(counts.values()):
+        return None
+    line = (
+        f"{counts['truncated']} conversations cut at max_length={max_length}; {counts['dropped']} left out, without a response "
+        "token within it that a drafter predicts"
+    )
+    unusable = counts["unusable"]
+    return f"{line}; {unusable} answers left out that cannot be trained on" if unusable else line
 
 
 class ConversationDataset(torch.utils.data.Dataset):
@@ -43,7 +74,8 @@ class ConversationDataset(torch.utils.data.Dataset):
         rows (`list[dict]`): training rows, see [`encode_row`].
         tokenizer (*optional*): the target's tokenizer, for rows of text.
         max_length (`int`, *optional*): longer rows are cut there and counted in `truncated`; a row whose response
-            begins later is left out and counted in `dropped`.
+            begins later is left out and counted in `dropped`. Answers that cannot be trained on are left out as well
+            and counted in `unusable`.
         eos_ids (`Collection[int]`): see [`encode_row`].
 
     Raises:
@@ -57,17 +89,30 @@ class ConversationDataset(torch.utils.data.Dataset):
         max_length: int | None = None,
         eos_ids: Collection[int] = (),
     ):
-        counts = {"truncated": 0, "dropped": 0}
+        self.counts = no_counts()
+        self.left_out: list[str] = []  # why, of the first few
         self.conversations: list[tuple[torch.Tensor, torch.Tensor]] = [
             (torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool))
-            for ids, mask in encode_rows(rows, tokenizer, max_length, counts, eos_ids)
+            for ids, mask in encode_rows(rows, tokenizer, max_length, self.counts, eos_ids, self._leave_out)
         ]
-        self.truncated, self.dropped = counts["truncated"], counts["dropped"]
         if not self.conversations:
-            raise ValueError(
-                f"No conversation has a response token within max_length={max_length}: nothing to train on. Raise it, or "
-                "give other rows."
-            )
+            raise nothing_to_train(max_length, self.left_out)
+
+    def _leave_out(self, reason: str) -> None:
+        if len(self.left_out) < _REASONS_KEPT:
+            self.left_out.append(reason)
+
+    @property
+    def truncated(self) -> int:
+        return self.counts["truncated"]
+
+    @property
+    def dropped(self) -> int:
+        return self.counts["dropped"]
+
+    @property
+    def unusable(self) -> int:
+        return self.counts["unusable"]
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -84,6 +129,15 @@ class ConversationDataset(torch.utils.data.Dataset):
         """How often each id occurs in the responses, `[V]`."""
         ids = torch.cat([ids[mask] for ids, mask in self.conversations])
         return torch.bincount(ids.long(), minlength=vocab_size)
+
+
+def nothing_to_train(max_length: int | None, reasons: list[str]) -> ValueError:
+    """The error for rows of which none is left, with the first reason why."""
+    why = f" ({reasons[0]})" if reasons else ""
+    return ValueError(
+        f"No conversation has a response token within max_length={max_length}: nothing to train on{why}. Raise it, or give "
+        "other rows."
+    )
 
 
 def check_ids(dataset: Any, vocab_size: int) -> None:
@@ -135,7 +189,10 @@ __all__ = [
     "ConversationDataset",
     "check_ids",
     "check_lengths",
+    "describe_counts",
     "encode_row",
+    "encode_row_parts",
+    "no_counts",
     "preview",
     "read_rows",
 ]

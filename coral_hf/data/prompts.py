@@ -2,14 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..utils.jsonl import read_jsonl
-from .chat import ASSISTANT, build_messages, check_messages, check_system, encode_messages
+from .chat import ASSISTANT, build_messages, check_messages, check_system, check_template_kwargs, encode_messages
 
 
 _ANSWERABLE = {"system", "user", ASSISTANT}
@@ -23,12 +23,14 @@ class Prompt:
         id (`str`), benchmark (`str`)
         turns (`tuple[str, ...]`): user turns.
         system (`str`, *optional*): the text that stands before them.
+        template_kwargs (`dict`): of the chat template, the row's `chat_template_kwargs`.
     """
 
     id: str
     benchmark: str
     turns: tuple[str, ...]
     system: str | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def read_prompt_row(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -51,6 +53,7 @@ def read_prompt_row(row: dict[str, Any], where: str) -> dict[str, Any]:
             f"{str(turns)[:60]!r}."
         )
     check_system(row, where)
+    check_template_kwargs(row.get("chat_template_kwargs"), f"{where}: chat_template_kwargs")
     return row
 
 
@@ -97,7 +100,8 @@ def read_prompts(paths: Sequence[str | Path], limit: int | None = None) -> list[
                     '"benchmark", or the file another name.'
                 )
             given = number if row.get("id") is None else row["id"]
-            prompts.append(Prompt(str(given), name, tuple(row["turns"]), row.get("system")))
+            kwargs = check_template_kwargs(row.get("chat_template_kwargs"), str(path))
+            prompts.append(Prompt(str(given), name, tuple(row["turns"]), row.get("system"), kwargs))
             count += 1
             if count == limit:
                 break
@@ -114,14 +118,17 @@ def encode_context(
     responses: Sequence[str] = (),
     system: str | None = None,
     where: str = "prompt",
+    template_kwargs: dict[str, Any] | None = None,
 ) -> torch.Tensor:
     """Ids `[1, L]` of a conversation whose last user turn is to be answered."""
-    return torch.tensor([encode_messages(tokenizer, build_messages(turns, responses, system), where)])
+    messages = build_messages(turns, responses, system)
+    return torch.tensor([encode_messages(tokenizer, messages, where, template_kwargs)])
 
 
 def encode_first_turn(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
     """Ids `[1, L]` of a prompt's first turn, which is to be answered."""
-    return encode_context(tokenizer, prompt.turns[:1], (), prompt.system, f"prompt {prompt.id!r}")
+    where = f"prompt {prompt.id!r}"
+    return encode_context(tokenizer, prompt.turns[:1], (), prompt.system, where, prompt.template_kwargs)
 
 
 def check_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> None:
@@ -143,9 +150,8 @@ def answer_turns(tokenizer: Any, prompt: Prompt, answer: Callable[[torch.Tensor]
     """
     responses: list[str] = []
     for turn in range(len(prompt.turns)):
-        ids = encode_context(
-            tokenizer, prompt.turns[: turn + 1], responses, prompt.system, f"prompt {prompt.id!r}, turn {turn + 1}"
-        )
+        where, turns = f"prompt {prompt.id!r}, turn {turn + 1}", prompt.turns[: turn + 1]
+        ids = encode_context(tokenizer, turns, responses, prompt.system, where, prompt.template_kwargs)
         responses.append(tokenizer.decode(answer(ids), skip_special_tokens=True))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .dataset import encode_rows, too_long, unknown_id
+from .dataset import describe_counts, encode_rows, no_counts, nothing_to_train, too_long, unknown_id
 from .packing import join, pack_lengths
 from .response_origin import Origin, WatchedRows
 
@@ -63,21 +63,19 @@ class StreamedConversations(torch.utils.data.IterableDataset):
         self.seed, self.buffer_size, self.packing = seed, buffer_size, packing
         self.positions, self.eos_ids = positions, eos_ids
         self._told: set[str] = set()
+        self._left_out: list[str] = []  # the first reason
 
     @cached_property
     def head(self) -> list[dict[str, torch.Tensor]]:
         """The first conversations of the stream, by which it is recognised."""
         head = list(itertools.islice(self.conversations_in_order(), HEAD))
         if not head:
-            raise ValueError(
-                f"The stream holds no conversation with a response token within max_length={self.max_length}. Raise "
-                "it, or give other rows."
-            )
+            raise nothing_to_train(self.max_length, self._left_out)
         return head
 
     def conversations_in_order(self, counts: dict[str, int] | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """One pass over the stream as it comes; adds what is cut and left out to `counts`."""
-        counts = {"truncated": 0, "dropped": 0} if counts is None else counts
+        counts = no_counts() if counts is None else counts
         rows = encode_rows(self.rows, self.tokenizer, self.max_length, counts, self.eos_ids, self._tell_of_drop)
         for ids, mask in rows:
             if max(ids) >= self.vocab_size:
@@ -88,12 +86,9 @@ class StreamedConversations(torch.utils.data.IterableDataset):
                 self._tell("cut", f"Conversations longer than max_length={self.max_length} are cut there.")
             yield {"input_ids": torch.tensor(ids), "response_mask": torch.tensor(mask, dtype=torch.bool)}
 
-    def _tell_of_drop(self, name: str) -> None:
-        self._tell(
-            "dropped",
-            f"{name} is left out, and so are others like it: within max_length={self.max_length} it has no response token "
-            "that a drafter predicts.",
-        )
+    def _tell_of_drop(self, reason: str) -> None:
+        self._left_out = self._left_out or [reason]
+        self._tell("dropped", f"Left out, and so are others like it: {reason}")
 
     def _tell(self, what: str, text: str) -> None:
         """Says something once."""
@@ -102,12 +97,8 @@ class StreamedConversations(torch.utils.data.IterableDataset):
             print(text, flush=True)
 
     def _count(self, when: str, counts: dict[str, int]) -> None:
-        if any(counts.values()):
-            print(
-                f"{when}: {counts['truncated']} conversations cut at max_length={self.max_length}, {counts['dropped']} left out "
-                "because no response token remained.",
-                flush=True,
-            )
+        if (line := describe_counts(counts, self.max_length)) is not None:
+            print(f"{when}: {line}.", flush=True)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
@@ -118,7 +109,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
         self.head  # noqa: B018  (raises for an empty stream, which would be read without end)
         for number in itertools.count():
             shuffle = random.Random(self.seed * 1_000_003 + number).shuffle
-            counts = {"truncated": 0, "dropped": 0}
+            counts = no_counts()
             conversations = self.conversations_in_order(counts)
             when = "In the pass over the stream that ends here"
             try:

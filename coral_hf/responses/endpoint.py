@@ -17,17 +17,16 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..data.chat import build_messages
-from ..data.response_origin import Origin, check_same_run
-from ..utils.jsonl import read_jsonl
-from .job_queue import Answered, Conversation, prompt_hash, unanswered
-from .response_files import AnswerWriter, exclusive
+from ..data.response_origin import Origin
+from .endpoint_rows import Answer, EndpointWriter, answers_on_file
+from .job_queue import Conversation, unanswered
+from .response_files import exclusive
 
 
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -41,17 +40,6 @@ class PromptTooLong(Exception):
 
 class Stopped(Exception):
     """Another request failed for good."""
-
-
-@dataclass
-class Answer:
-    """One completion: its text, why it ended, its tokens if the server counted them, and their ids if it was asked."""
-
-    text: str
-    finish_reason: str | None
-    n_tokens: int
-    prompt_ids: list[int] | None = None
-    response_ids: list[int] | None = None
 
 
 class ChatEndpoint:
@@ -83,7 +71,6 @@ class ChatEndpoint:
         self.url, self.model, self.token_ids = url.rstrip("/") + "/chat/completions", model, token_ids
         self.attempts, self.pause, self.timeout = attempts, pause, timeout
         self.stopped = threading.Event()
-        self._told_of_reasoning = threading.Lock()  # taken once
 
     def complete(self, messages: list[dict[str, str]], **settings: Any) -> Answer:
         """The answer to messages.
@@ -146,13 +133,7 @@ class ChatEndpoint:
                 f"{self.url} returned no token ids (vLLM does, for return_token_ids): leave --endpoint_token_ids out and "
                 "keep texts."
             )
-        if reasoning and not self.token_ids and self._told_of_reasoning.acquire(blocking=False):
-            print(
-                "warning: the server gives the answers' reasoning apart (reasoning_content), and it is left out of the texts, so a "
-                "drafter will not be trained on it: --endpoint_token_ids true keeps all that the target said.",
-                flush=True,
-            )
-        return Answer(text, finish_reason, count or len(ids or ()), prompt_ids, ids)
+        return Answer(text, finish_reason, count or len(ids or ()), prompt_ids, ids, reasoning)
 
 
 def regenerate_from_endpoint(
@@ -171,12 +152,14 @@ def regenerate_from_endpoint(
     attempts: int = 6,
     pause: float = 1.0,
     progress: bool = True,
+    template_kwargs: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> dict[str, Any]:
     """
     Lets a server answer every prompt, each turn after the answer to the one before, and appends the answers to a file.
 
-    Texts are kept one conversation a row, `{"id", "target", "turns", "responses", "finish_reasons"}` with `system` and
-    `temperature` where they are set (`target` is the model); training tokenises them, and learns no end from a response that was cut
+    Texts are kept one conversation a row, `{"id", "target", "turns", "responses", "finish_reasons"}` with `system`,
+    `temperature` and `chat_template_kwargs` where they are set and `reasonings` where the server gives them apart (`target` is the model); training tokenises them, and learns no end from a response that was cut
     ("length"). With `token_ids` a row is one turn, as [`regenerate`] writes it, and its text. An `output` that exists is
     continued; a row of texts that goes on with a conversation names its `first_turn`, before which the answers stand in
     an earlier row and are context only.
@@ -189,14 +172,19 @@ def regenerate_from_endpoint(
         concurrency (`int`): requests under way at one time.
         token_ids (`bool`): keep the token ids that the server returns.
         max_turns (`int`, *optional*), exclude (`Iterable[str]`), progress (`bool`): as for [`regenerate`].
+        template_kwargs (`dict`, *optional*): variables of the chat template, sent as `chat_template_kwargs` (vLLM, SGLang); a
+            row's own go before them.
+        tokenizer (*optional*): the target's. With it, each text is checked as training will read it: those that it cannot
+            use are counted, and end the run where there are only such.
 
     Returns:
         `dict`: `n_responses`, `n_response_tokens` (as the server counts them), `n_resumed` (turns found on file),
-        `n_excluded`, `n_too_long`, `n_empty` (conversations that ended early), `seconds`, `tokens_per_second`.
+        `n_excluded`, `n_too_long`, `n_empty` (conversations that ended early), `n_unusable` (answers that training leaves
+        out), `seconds`, `tokens_per_second`.
 
     Raises:
-        ValueError: on settings out of range, duplicate ids, a request that the server refuses, or an `output` that holds
-            other rows or is being written by another process.
+        ValueError: on settings out of range, duplicate ids, a request that the server refuses, answers that cannot be
+            trained on, or an `output` that holds other rows or is being written by another process.
         ConnectionError: if the server stops answering; what was answered is on file.
     """
     for name, value in {"max_new_tokens": max_new_tokens, "concurrency": concurrency}.items():
@@ -210,10 +198,10 @@ def regenerate_from_endpoint(
         settings["seed"] = seed
     origin = Origin(model)
     with exclusive(output):
-        on_file = _answers_on_file(output, temperature, token_ids, origin)
-        conversations, n_excluded = unanswered(prompts, on_file, set(exclude), max_turns)
+        on_file = answers_on_file(output, temperature, token_ids, origin)
+        conversations, n_excluded = unanswered(prompts, on_file, set(exclude), max_turns, template_kwargs)
         common = {**({"temperature": temperature} if temperature else {}), **origin.columns}
-        writer = _EndpointWriter(output, conversations, common, token_ids, progress)
+        writer = EndpointWriter(output, conversations, common, token_ids, progress, tokenizer)
         pool = ThreadPoolExecutor(concurrency)
         futures: list[Future] = []
         try:
@@ -236,7 +224,7 @@ def regenerate_from_endpoint(
 
 
 def _converse(
-    endpoint: ChatEndpoint, conversation: Conversation, settings: dict[str, Any], writer: "_EndpointWriter"
+    endpoint: ChatEndpoint, conversation: Conversation, settings: dict[str, Any], writer: EndpointWriter
 ) -> None:
     """Answers the turns of one conversation that are not on file."""
     new: list[Answer] = []
@@ -245,10 +233,10 @@ def _converse(
             if endpoint.stopped.is_set():
                 raise Stopped
             turns = conversation.turns[: len(conversation.answers) + 1]
+            messages = build_messages(turns, conversation.answers, conversation.system)
+            asked = {"chat_template_kwargs": kwargs} if (kwargs := conversation.template_kwargs) else {}
             try:
-                answer = endpoint.complete(
-                    build_messages(turns, conversation.answers, conversation.system), **settings
-                )
+                answer = endpoint.complete(messages, **settings, **asked)
             except PromptTooLong:
                 writer.ended("n_too_long", conversation)
                 break
@@ -257,74 +245,13 @@ def _converse(
                 break
             if writer.token_ids:
                 writer.turn(conversation, answer)
+            else:
+                writer.check(conversation, answer)
             conversation.answers.append(answer.text)
             new.append(answer)
     finally:  # also what a failure, here or of another request, left unfinished
         if new and not writer.token_ids:
             writer.conversation(conversation, new)
-
-
-class _EndpointWriter(AnswerWriter):
-    """Writes answers line by line, from any thread."""
-
-    def __init__(
-        self, output: Path, conversations: list[Conversation], common: dict[str, Any], token_ids: bool, progress: bool
-    ):
-        super().__init__(output, conversations, progress, ("n_too_long", "n_empty"))
-        self.lock = threading.Lock()
-        self.common, self.token_ids = common, token_ids
-
-    def turn(self, conversation: Conversation, answer: Answer) -> None:
-        """A row of one answer's ids."""
-        turn = len(conversation.answers)
-        row = {"id": conversation.id, "turn": turn, **self.common}
-        row["prompt_hash"] = prompt_hash(conversation.system, conversation.turns[: turn + 1])
-        row |= {"prompt_ids": answer.prompt_ids, "response_ids": answer.response_ids, "response": answer.text}
-        self._write(row, [answer])
-
-    def conversation(self, conversation: Conversation, new: list[Answer]) -> None:
-        """A row of texts, of which the `new` answers are the last."""
-        row: dict[str, Any] = {"id": conversation.id, **self.common}
-        if conversation.system is not None:
-            row["system"] = conversation.system
-        row |= {"turns": conversation.turns[: len(conversation.answers)], "responses": conversation.answers}
-        first = len(conversation.answers) - len(new)
-        if first:
-            row["first_turn"] = first
-        self._write({**row, "finish_reasons": [None] * first + [answer.finish_reason for answer in new]}, new)
-
-    def ended(self, name: str, conversation: Conversation) -> None:
-        with self.lock:
-            self.counts[name] += 1
-            self.bar.total -= len(conversation.turns) - len(conversation.answers)
-
-    def _write(self, row: dict[str, Any], answers: list[Answer]) -> None:
-        with self.lock:
-            self.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
-            for answer in answers:
-                self.count_answer(answer.n_tokens)
-
-
-def _answers_on_file(
-    output: Path, temperature: float, token_ids: bool, origin: Origin
-) -> dict[str, dict[int, Answered]]:
-    """Texts on file by id and turn; refuses a file of other rows, temperatures or models."""
-    answers: dict[str, dict[int, Answered]] = {}
-    if not output.exists():
-        return answers
-    columns = ("turn", "response_ids", "response") if token_ids else ("turns", "responses")
-    for number, row in read_jsonl(output):
-        where = f"{output}, line {number}"
-        if "id" not in row or any(column not in row for column in columns):
-            raise ValueError(f"{where} is no row of such a run ({', '.join(columns)}); give another output file.")
-        check_same_run(row, where, temperature, origin)
-        found = answers.setdefault(row["id"], {})
-        if token_ids:
-            found[row["turn"]] = Answered(row["response"], row.get("prompt_hash"))
-            continue
-        for turn, text in enumerate(row["responses"]):
-            found[turn] = Answered(text, prompt_hash(row.get("system"), row["turns"][: turn + 1]))
-    return answers
 
 
 def _seconds(text: str | None) -> float:

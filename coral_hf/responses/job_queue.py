@@ -5,13 +5,13 @@ import itertools
 import json
 import random
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.chat import build_messages, encode_messages
+from ..data.chat import build_messages, check_template_kwargs, encode_messages
 
 
 # Prompts are sorted by length inside windows of this many per slot: rows that are live together are of similar length,
@@ -21,20 +21,23 @@ WINDOW_PER_SLOT = 8
 
 @dataclass
 class Conversation:
-    """One prompt row and the target's answers so far: ids, or the texts that an endpoint gave."""
+    """One prompt row, the variables of its chat template, and the target's answers so far: ids, or an endpoint's texts."""
 
     id: str
     turns: list[str]
     system: str | None = None
     answers: list[Any] = field(default_factory=list)
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer on file, ids or text, and which prompt it answers (see [`prompt_hash`]) where that is known."""
+    """An answer on file, ids or text, which prompt it answers (see [`prompt_hash`]) where that is known, and how that was
+    rendered."""
 
     answer: Any
     prompt: str | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def prompt_hash(system: str | None, turns: Sequence[str]) -> str:
@@ -58,7 +61,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, eos_
         ids = answer[:-1] if answer and answer[-1] in eos_ids else answer
         texts.append(tokenizer.decode(ids, skip_special_tokens=True))
     messages = build_messages(conversation.turns[: len(texts) + 1], texts, conversation.system)
-    return encode_messages(tokenizer, messages, f"prompt {conversation.id!r}")
+    return encode_messages(tokenizer, messages, f"prompt {conversation.id!r}", conversation.template_kwargs)
 
 
 def unanswered(
@@ -66,8 +69,11 @@ def unanswered(
     on_file: dict[str, dict[int, Answered]],
     excluded: set[str],
     max_turns: int | None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[Conversation], int]:
     """The conversations with turns to answer, holding the answers on file, and how many were excluded.
+
+    `template_kwargs` are the chat template's variables where a row does not name its own.
 
     Raises:
         ValueError: if an id occurs twice, or an answer on file is to another text.
@@ -82,7 +88,11 @@ def unanswered(
         if row["id"] in excluded:
             n_excluded += 1
             continue
-        conversation = Conversation(row["id"], list(row["turns"][:max_turns]), row.get("system"))
+        own = check_template_kwargs(row.get("chat_template_kwargs"), f"prompt {row['id']!r}: chat_template_kwargs")
+        kwargs = {**(template_kwargs or {}), **own}
+        conversation = Conversation(
+            row["id"], list(row["turns"][:max_turns]), row.get("system"), template_kwargs=kwargs
+        )
         answers = on_file.get(row["id"], {})
         for turn in range(len(conversation.turns)):
             if (found := answers.get(turn)) is None:
@@ -91,6 +101,11 @@ def unanswered(
                 raise ValueError(
                     f"prompt {conversation.id!r} has another text than the one whose turn {turn} is answered on file: give the "
                     "changed prompt another id, or give another output file."
+                )
+            if found.template_kwargs != kwargs:
+                raise ValueError(
+                    f"prompt {conversation.id!r} is answered on file with chat_template_kwargs {found.template_kwargs}, this run "
+                    f"has {kwargs}; give another output file."
                 )
             conversation.answers.append(found.answer)
         if len(conversation.answers) < len(conversation.turns):

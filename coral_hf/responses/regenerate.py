@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.chat import check_template_kwargs, template_kwargs_of
 from ..data.response_masks import eos_ids_of
 from ..data.response_origin import Origin, check_same_run
 from ..generation.key_values.slot_cache import SlotCache
 from .job_queue import WINDOW_PER_SLOT, Answered, Conversation, Job, PromptQueue, prompt_hash, unanswered
-from .response_files import AnswerWriter, exclusive, iter_prompts, iter_responses, write_shards
+from .response_files import TEMPLATE_COLUMN, AnswerWriter, exclusive, iter_prompts, iter_responses, write_shards
 
 
 __all__ = ["iter_prompts", "iter_responses", "regenerate", "write_shards"]
@@ -36,7 +37,9 @@ def _ids_on_file(output: Path, temperature: float, origin: Origin) -> dict[str, 
         return answers
     for row in iter_responses(output):
         check_same_run(row, str(output), temperature, origin)
-        answers.setdefault(row["id"], {})[row["turn"]] = Answered(row["response_ids"], row.get("prompt_hash"))
+        kwargs = check_template_kwargs(row.get(TEMPLATE_COLUMN), f"{output}: {TEMPLATE_COLUMN}")
+        found = Answered(row["response_ids"], row.get("prompt_hash"), kwargs)
+        answers.setdefault(row["id"], {})[row["turn"]] = found
     return answers
 
 
@@ -82,10 +85,10 @@ def regenerate(
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer. Without a chat template the turns are taken as plain text.
         prompts (`Iterable[dict]`):
-            Rows `{"id", "turns"}`, with a `system` text or without, as from [`iter_prompts`].
+            Rows `{"id", "turns"}`, with a `system` text and `chat_template_kwargs` or without, as from [`iter_prompts`].
         output (`str` or `os.PathLike`):
             JSONL file; a row is `{"id", "turn", "prompt_ids", "response_ids"}`, `"temperature"` if sampled, a
-            `"prompt_hash"` of the texts, and the target: `"target"` (name), `"target_revision"` (commit, if it is of the
+            `"prompt_hash"` of the texts, `"chat_template_kwargs"` if there are any, and the target: `"target"` (name), `"target_revision"` (commit, if it is of the
             Hub) and `"target_weights"` (a hash of a sample).
             `prompt_ids` is the whole context up to the generation prompt, `response_ids` ends with EOS if it came.
         max_new_tokens (`int`, defaults to 512):
@@ -139,7 +142,7 @@ def regenerate(
     with exclusive(output):
         on_file = _ids_on_file(output, temperature, origin)
         n_resumed = sum(len(answers) for answers in on_file.values())
-        conversations, n_excluded = unanswered(prompts, on_file, excluded, max_turns)
+        conversations, n_excluded = unanswered(prompts, on_file, excluded, max_turns, template_kwargs_of(tokenizer))
         # The order is the seed's; the draws of a resumed run are not those that are on file already.
         queue = PromptQueue(
             conversations, tokenizer, eos_ids, slots * WINDOW_PER_SLOT, max_prompt_tokens, random.Random(seed)
@@ -179,6 +182,7 @@ class _TurnWriter(AnswerWriter):
         conversation = job.conversation
         turn = len(conversation.answers)
         row: dict[str, Any] = {"id": conversation.id, "turn": turn, **self.common}
+        row |= {TEMPLATE_COLUMN: conversation.template_kwargs} if conversation.template_kwargs else {}
         row["prompt_hash"] = prompt_hash(conversation.system, conversation.turns[: turn + 1])
         row |= {"prompt_ids": job.prompt_ids, "response_ids": job.response_ids}
         self.append(json.dumps(row, separators=(",", ":")))

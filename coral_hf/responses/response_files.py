@@ -1,6 +1,7 @@
 """The files around regeneration: prompts in, response rows out (JSONL while it runs, Parquet shards to keep)."""
 
 import contextlib
+import json
 import os
 import struct
 import time
@@ -82,7 +83,8 @@ def _checked_response(row: dict[str, Any], where: str) -> dict[str, Any]:
     return row
 
 
-_OPTIONAL = (*COLUMNS, "prompt_hash")  # columns of shards whose rows have them
+TEMPLATE_COLUMN = "chat_template_kwargs"
+_OPTIONAL = (*COLUMNS, "prompt_hash", TEMPLATE_COLUMN)  # columns of shards whose rows have them
 
 
 @contextlib.contextmanager
@@ -269,7 +271,7 @@ def write_shards(
             final = directory / f"responses-{next_number + index:05d}.parquet"
             beside = directory / f".{final.name}.partial"
             partial.append((beside, final))
-            chunk = [{"temperature": 0.0, **row} for row in rows[start : start + rows_per_shard]]
+            chunk = [_shard_row(row) for row in rows[start : start + rows_per_shard]]
             table = pyarrow.Table.from_pylist(chunk, schema=schema)
             pyarrow.parquet.write_table(
                 table, beside, compression="zstd", compression_level=19, use_dictionary=["id", *COLUMNS]
@@ -280,6 +282,13 @@ def write_shards(
         for beside, _ in partial:
             beside.unlink(missing_ok=True)
     return [final for _, final in partial]
+
+
+def _shard_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as shards hold it: an object of any keys is no column of theirs."""
+    kwargs = row.get(TEMPLATE_COLUMN)
+    text = json.dumps(kwargs) if isinstance(kwargs, dict) else kwargs
+    return {"temperature": 0.0, **row, TEMPLATE_COLUMN: text}
 
 
 def _answer_key(row: dict[str, Any]) -> tuple[str, int, float]:

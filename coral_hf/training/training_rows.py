@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.trainer_utils import has_length
 
-from ..data.dataset import ConversationDataset
+from ..data.dataset import ConversationDataset, describe_counts
 from ..data.packing import PackedConversations
 from ..data.response_masks import eos_ids_of
 from ..data.response_origin import Origin, WatchedRows
@@ -26,11 +26,9 @@ def encode_dataset(
     if (origin := _origin(target, args)) is not None:
         rows = WatchedRows(rows, origin)
     encoded = ConversationDataset(rows, tokenizer, args.max_length, _eos_ids(target))
-    if (encoded.truncated or encoded.dropped) and args.process_index == 0:
-        print(
-            f"{encoded.truncated} conversations cut at max_length={args.max_length}; {encoded.dropped} left out, "
-            "without a response token within it that a drafter predicts."
-        )
+    line = describe_counts(encoded.counts, args.max_length)
+    if line is not None and args.process_index == 0:
+        print(f"{line}. The first: {encoded.left_out[0]}" if encoded.left_out else f"{line}.")
     return encoded
 
 

@@ -74,7 +74,7 @@ def test_what_is_cut_and_left_out_is_counted(capsys):
     rows = [{"prompt_ids": [5] * 3, "response_ids": [6] * 9}, {"prompt_ids": [5] * 9, "response_ids": [6]}]
     items = list(itertools.islice(stream(rows, max_length=8), 3))
     assert [len(item["input_ids"]) for item in items] == [8, 8, 8]
-    assert "2 conversations cut at max_length=8, 1 left out" in capsys.readouterr().out
+    assert "2 conversations cut at max_length=8; 1 left out" in capsys.readouterr().out
 
 
 def test_what_is_left_out_is_told_before_the_end_of_a_pass(capsys):
@@ -83,10 +83,10 @@ def test_what_is_left_out_is_told_before_the_end_of_a_pass(capsys):
     items = iter(stream(rows, max_length=8))
     next(items)
     told = capsys.readouterr().out
-    assert told.count("row 'late' is left out, and so are others like it: within max_length=8") == 1
+    assert told.count("Left out, and so are others like it: row 'late': within max_length=8") == 1
     assert "'later'" not in told and "pass" not in told
     items.close()
-    assert ", 2 left out because no response token remained." in capsys.readouterr().out
+    assert "; 2 left out, without a response token within it" in capsys.readouterr().out
 
 
 def test_a_training_that_ends_within_a_pass_says_what_was_left_out(tmp_path, capsys):
@@ -98,7 +98,7 @@ def test_a_training_that_ends_within_a_pass_says_what_was_left_out(tmp_path, cap
 def test_streams_that_cannot_be_trained_on():
     with pytest.raises(ValueError, match="an iterator, which can be read once only"):
         stream(iter(random_rows(2)))
-    with pytest.raises(ValueError, match="The stream holds no conversation"):
+    with pytest.raises(ValueError, match="No conversation has a response token"):
         next(iter(stream([])))
     with pytest.raises(ValueError, match="token id 128, but the target's vocabulary ends at 127"):
         next(iter(stream([{"prompt_ids": [128], "response_ids": [4, 5, 6]}])))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from helpers.chat_server import serve
+from helpers.thinking_templates import thinking_tokenizer
 from helpers.tiny_models import make_tokenizer
 
 from coral_hf.cli import main
@@ -83,12 +84,53 @@ def test_cut_answers_are_marked(server, tmp_path):
     assert (row["responses"], row["finish_reasons"]) == (["echo"], ["length"])
 
 
-def test_reasoning_that_is_left_out_is_told_of_once(server, tmp_path, capsys):
+def test_reasoning_that_the_server_takes_out_is_kept_beside_the_texts(server, tmp_path):
     server.reasons = True
-    ask(server, PROMPTS, tmp_path / "out.jsonl")
-    assert capsys.readouterr().out.count("reasoning apart (reasoning_content), and it is left out") == 1
+    ask(server, PROMPTS[:3], tmp_path / "out.jsonl", max_turns=1)
+    ask(server, PROMPTS[:3], tmp_path / "out.jsonl")
+    rows = read(tmp_path / "out.jsonl")
+    assert [row["reasonings"] for row in rows if row["id"] == "p2"] == [
+        ["let me think"],
+        [None] + ["let me think"] * 2,
+    ]
+    assert all("reasoning" not in message for body in server.requests for message in body["messages"])
+    tokenizer = thinking_tokenizer("qwen3")
+    dataset = ConversationDataset(read_rows(tmp_path / "out.jsonl"), tokenizer)
+    texts = [tokenizer.decode(ids[mask]) for ids, mask in dataset.conversations]
+    assert len(texts) == 6 and all(text.startswith("<think> let me think </think> echo(") for text in texts)
     ask(server, PROMPTS, tmp_path / "ids.jsonl", token_ids=True)
-    assert "reasoning" not in capsys.readouterr().out
+    assert all("reasonings" not in row for row in read(tmp_path / "ids.jsonl"))
+
+
+def test_answers_that_training_cannot_use_end_a_run_early(server, tmp_path):
+    prompts = [{"id": f"p{index}", "turns": [f"q{index}"]} for index in range(40)]
+    with pytest.raises(ValueError, match=r"prompt 'p\d+', turn 0: .*thinking.*the row has none.*--endpoint_token_ids"):
+        ask(server, prompts, tmp_path / "out.jsonl", tokenizer=thinking_tokenizer("deepseek_r1"))
+    assert len(server.requests) < 15
+    server.reasons = True  # what it takes out it gives apart
+    stats = ask(server, prompts, tmp_path / "good.jsonl", tokenizer=thinking_tokenizer("deepseek_r1"))
+    assert (stats["n_responses"], stats["n_unusable"]) == (40, 0)
+    server.reasons = False
+    stats = ask(server, PROMPTS, tmp_path / "qwen.jsonl", tokenizer=thinking_tokenizer("qwen3"))
+    assert (stats["n_responses"], stats["n_unusable"]) == (18, 0)
+    assert ConversationDataset(read_rows(tmp_path / "qwen.jsonl"), thinking_tokenizer("qwen3")).num_response_tokens
+
+
+def test_the_mode_is_sent_and_kept(server, tmp_path):
+    output, off = tmp_path / "out.jsonl", {"enable_thinking": False}
+    prompts = [PROMPTS[0], {**PROMPTS[1], "chat_template_kwargs": {"enable_thinking": True}}]
+    ask(server, prompts, output, template_kwargs=off)
+    modes = {body["messages"][0]["content"]: body["chat_template_kwargs"] for body in server.requests}
+    assert modes == {"q0": off, "q1": {"enable_thinking": True}}
+    assert {row["id"]: row["chat_template_kwargs"]["enable_thinking"] for row in read(output)} == {
+        "p0": False,
+        "p1": True,
+    }
+    assert ask(server, prompts, output, template_kwargs=off)["n_responses"] == 0
+    with pytest.raises(
+        ValueError, match=r"'p0' is answered on file with chat_template_kwargs .*, this run has \{\}; give"
+    ):
+        ask(server, prompts, output)
 
 
 def test_conversations_that_end_early_are_counted(server, tmp_path):
@@ -213,3 +255,16 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
     assert main([*arguments[:4], "new.jsonl", *arguments[5:], "--endpoint-attempts", "1"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("coral-hf regenerate: ") and "run the same command again" in error
+
+
+def test_the_named_target_checks_what_the_command_gets(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": f"p{index}", "turns": [f"q{index}"]} for index in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    thinking_tokenizer("deepseek_r1").save_pretrained("target")
+    arguments = ["regenerate", "--prompts", "prompts.jsonl", "--output", "out.jsonl", "--max-new-tokens", "40"]
+    arguments += ["--endpoint", server.url, "--endpoint-model", "big-model", "--endpoint-concurrency", "1"]
+    assert main([*arguments, "--target", "target"]) == 2
+    assert "and the row has none" in capsys.readouterr().err and len(server.requests) < 12
+    assert main(arguments) == 0
+    assert "note: there is no tokenizer under the name 'big-model' here" in capsys.readouterr().out
