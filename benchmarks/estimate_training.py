@@ -1,8 +1,9 @@
 """What training a drafter will cost, on paper: from the target's config alone, without its weights.
 
 python benchmarks/estimate_training.py --target examples/recipes/llama-3-8b-instruct.config.json --tokens 40000000 \
-    --epochs 2 --flops_per_second 4e14
-Every figure is an estimate; `coral-hf train --estimate` measures two real steps instead.
+    --flops_per_second 4e14
+Settings that are not given are those that `coral-hf train` would choose on an accelerator. Every figure is an estimate;
+`coral-hf train --estimate` measures two real steps instead.
 """
 
 import json
@@ -12,6 +13,7 @@ from transformers import AutoConfig
 
 from coral_hf.commands.outputs import check_output_file
 from coral_hf.commands.scripts import parse_script, run_script
+from coral_hf.training.recipe import choose_recipe, drafter_settings
 from coral_hf.training.report.estimate import estimate_on_paper
 
 
@@ -19,11 +21,11 @@ from coral_hf.training.report.estimate import estimate_on_paper
 class ScriptArguments:
     target: str = field(metadata={"help": "Hub id, folder or config.json of the target."})
     tokens: int = field(metadata={"help": "Tokens in the data, prompts included."})
-    epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
-    batch_size: int = field(default=2, metadata={"help": "Conversations in a micro-batch on one device."})
+    epochs: float | None = field(default=None, metadata={"help": "Passes over the data."})
+    batch_size: int | None = field(default=None, metadata={"help": "Conversations in a micro-batch on one device."})
     length: int = field(default=2048, metadata={"help": "Their longest length in tokens."})
-    rollout_steps: int = field(default=3, metadata={"help": "K, the deepest."})
     activation_checkpointing: bool = field(default=False, metadata={"help": "As in training."})
+    rollout_steps: int | None = field(default=None, metadata={"help": "K, the deepest."})
     tokens_per_second: float | None = field(default=None, metadata={"help": "Speed of all devices together."})
     flops_per_second: float | None = field(default=None, metadata={"help": "Or what they reach in practice."})
     json: str | None = field(default=None, metadata={"help": "Write the figures here too."})
@@ -32,21 +34,29 @@ class ScriptArguments:
 def main() -> None:
     (script,) = parse_script(ScriptArguments)
     check_output_file(script.json)
-    estimate = estimate_on_paper(
-        AutoConfig.from_pretrained(script.target),
-        batch_size=script.batch_size,
-        length=script.length,
-        num_steps=script.rollout_steps,
-        tokens=script.tokens,
-        epochs=script.epochs,
-        tokens_per_second=script.tokens_per_second,
-        flops_per_second=script.flops_per_second,
-        activation_checkpointing=script.activation_checkpointing,
-    )
+    config = AutoConfig.from_pretrained(script.target)
+    settings = {
+        "batch_size": script.batch_size,
+        "length": script.length,
+        "num_steps": script.rollout_steps,
+        "tokens": script.tokens,
+        "epochs": script.epochs,
+        "tokens_per_second": script.tokens_per_second,
+        "flops_per_second": script.flops_per_second,
+    }
+    estimate = estimate_on_paper(config, **settings, activation_checkpointing=script.activation_checkpointing)
     print(f"Estimate for {script.target}:", *estimate.lines(), sep="\n")
     if script.json is not None:
+        text = config.get_text_config()
+        recipe = choose_recipe(
+            text.hidden_size, text.vocab_size, response_tokens=script.tokens, device_type="cuda"
+        ).to_dict()
+        checkpointed = estimate_on_paper(config, **settings, activation_checkpointing=True).memory["peak"]
+        record = {**asdict(estimate), "hours": estimate.hours, "peak_with_activation_checkpointing": checkpointed}
+        record |= {"drafter": drafter_settings(config), "recipe": recipe}
+        given = {name: value for name, value in asdict(script).items() if name != "json"}
         with open(script.json, "w") as file:
-            json.dump({**asdict(estimate), "hours": estimate.hours, "settings": asdict(script)}, file, indent=2)
+            json.dump({**record, "settings": given}, file, indent=2)
             file.write("\n")
 
 

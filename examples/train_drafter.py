@@ -1,8 +1,8 @@
 """Train a drafter for a target on its own responses.
 
 coral-hf regenerate --prompts prompts.jsonl --output responses.jsonl
-python examples/train_drafter.py --data responses.jsonl --output_dir outputs/drafter --max_steps 100
-accelerate launch examples/train_drafter.py --data responses.jsonl --output_dir outputs/drafter   # several GPUs
+python examples/train_drafter.py --data responses.jsonl --output outputs/drafter --max_steps 100
+accelerate launch examples/train_drafter.py --data responses.jsonl --output outputs/drafter   # several GPUs
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.data.dataset import read_rows
 from coral_hf.data.held_out import hold_out
 from coral_hf.training.arguments import CoralTrainingArguments
+from coral_hf.training.recipe import drafter_settings
 from coral_hf.training.trainer import CoralTrainer
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     rows, held_out = hold_out(read_rows(script.data), script.eval_rows)
     set_seed(args.seed)  # the trainer seeds after the new drafter's weights are drawn
     trainer = CoralTrainer(
-        model=CoralDraftModel.from_target(target, tokenizer),
+        model=CoralDraftModel.from_target(target, tokenizer, **drafter_settings(target.config)),
         target_model=target,
         args=args,
         train_dataset=rows,

@@ -10,6 +10,8 @@ from transformers import set_seed
 
 from ..drafter.hub_names import hub_commit
 from ..drafter.modeling_coral import CoralDraftModel
+from ..training.recipe import drafter_settings, shortlist_size
+from .after_training import tune_trained
 from .loading import DrafterOptions, TargetOptions, load_drafter, resolve_dtype
 from .outputs import check_output_folder
 
@@ -18,7 +20,7 @@ from .outputs import check_output_folder
 class TrainCommand(TargetOptions, DrafterOptions):
     """Train a drafter on the target's own responses. Takes the flags of TrainingArguments as well.
 
-    Example: coral-hf train --target demo --data responses.jsonl --output_dir outputs/drafter --preset coral
+    Example: coral-hf train --target demo --data responses.jsonl --output outputs/drafter
     """
 
     REFUSED: ClassVar[dict[str, str]] = {
@@ -46,7 +48,12 @@ class TrainCommand(TargetOptions, DrafterOptions):
         metadata={"help": "Dtype of the frozen target; auto: bfloat16 where the hardware multiplies it natively."},
     )
     drafter: str | None = field(default=None, metadata={"help": "Go on from this drafter instead of a new one."})
-    shape: str | None = field(default=None, metadata={"help": "Shape of a new drafter: eagle or eagle3."})
+    shape: str | None = field(
+        default=None,
+        metadata={
+            "help": "Shape of a new drafter: eagle or eagle3 (default: eagle3 over four of the target's features)."
+        },
+    )
     router_groups: int | None = field(
         default=None, metadata={"help": "With --stage router: give the drafter a new router of this many groups."}
     )
@@ -56,7 +63,10 @@ class TrainCommand(TargetOptions, DrafterOptions):
     )
     shortlist_size: int | None = field(
         default=None,
-        metadata={"help": "Also give the drafter a shortlist of this many ids, the most frequent in the responses."},
+        metadata={
+            "help": "Give the drafter a shortlist of this many ids, the most frequent in the responses (default: for a new "
+            "drafter a sixth of the vocabulary, in thousands; 0: none)."
+        },
     )
     config_overrides: str | None = field(
         default=None,
@@ -75,6 +85,12 @@ class TrainCommand(TargetOptions, DrafterOptions):
     check_overlap: list[str] = field(
         default_factory=list,
         metadata={"help": "Evaluation prompts: warn of training prompts that are among them (as with --eval_data)."},
+    )
+    tune: bool = field(
+        default=True,
+        metadata={
+            "help": "Then measure which draft size pays here, on held-out conversations, and save it in the drafter's config."
+        },
     )
     estimate: bool = field(
         default=False,
@@ -107,7 +123,7 @@ class TrainCommand(TargetOptions, DrafterOptions):
             raise ValueError(f"--router_grouping {self.router_grouping} is of a new router: name its --router_groups.")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        if self.streaming and (self.estimate or self.shortlist_size is not None):
+        if self.streaming and (self.estimate or self.shortlist_size):
             name = "--estimate" if self.estimate else f"--shortlist_size {self.shortlist_size}"
             raise ValueError(f"{name} goes over all rows first: leave --streaming out.")
         rows, eval_rows = self._read()
@@ -128,8 +144,7 @@ class TrainCommand(TargetOptions, DrafterOptions):
                 drafter.config.target_name_or_path = target.config._name_or_path
                 drafter.config.target_revision = commit
         else:
-            overrides = self._overrides()
-            drafter = CoralDraftModel.from_target(target, tokenizer, **overrides)
+            drafter = CoralDraftModel.from_target(target, tokenizer, **self._settings(target.config))
         if self.router_groups is not None:
             drafter.add_router(self.router_groups, grouping=self.router_grouping or "consecutive")
         trainer_class = CoralRouterTrainer if router_stage else CoralTrainer
@@ -144,16 +159,16 @@ class TrainCommand(TargetOptions, DrafterOptions):
             processing_class=tokenizer,
         )
         trainer.data_names = self.data
-        if self.shortlist_size is not None:
-            drafter.add_shortlist(
-                trainer.train_dataset.response_counts(drafter.config.vocab_size), self.shortlist_size
-            )
+        if size := self._shortlist_size(trainer):
+            drafter.add_shortlist(trainer.train_dataset.response_counts(drafter.config.vocab_size), size)
         if self.router_groups is not None:
             trainer.start_router()
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         metrics = trainer.evaluate() if eval_rows else {}
         trainer.save_model()
         trainer.save_state()
+        if self.tune and not router_stage:
+            tune_trained(trainer)
         if trainer.is_world_process_zero():
             print(json.dumps(metrics))
         trainer.end_training()  # several processes leave together
@@ -172,24 +187,36 @@ class TrainCommand(TargetOptions, DrafterOptions):
             return rows, read_rows(self.eval_data, self.split)
         return hold_out(rows, self.eval_rows)
 
-    def _overrides(self) -> dict[str, Any]:
-        """`--shape` and `--config_overrides` as settings of a new drafter."""
+    def _shortlist_size(self, trainer: Any) -> int:
+        """Ids of the shortlist that the drafter gets before its training; 0: none."""
+        if self.shortlist_size is not None:
+            return self.shortlist_size
+        config = trainer.model.config
+        new = self.drafter is None and not self.streaming and config.draft_vocab_size is None
+        return shortlist_size(config.vocab_size) if new and trainer.adapter.has_rows else 0
+
+    def _settings(self, target_config: Any) -> dict[str, Any]:
+        """Settings of a new drafter: `--shape` and `--config_overrides`, and the recipe's where they leave it to it."""
         try:
             overrides = json.loads(self.config_overrides or "{}")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"--config_overrides {self.config_overrides!r} is no JSON: {error}.") from error
         if not isinstance(overrides, dict):
             raise ValueError(f"--config_overrides {self.config_overrides!r} must be a JSON object of settings.")
-        return overrides if self.shape is None else {**overrides, "shape": self.shape}
+        if self.shape is not None:
+            overrides["shape"] = self.shape
+        best = drafter_settings(target_config)
+        return {**best, **overrides} if overrides.get("shape", best["shape"]) == best["shape"] else overrides
 
 
 def _print_estimate(trainer_class: type, drafter: Any, target: Any, args: Any, rows: Any, tokenizer: Any) -> int:
     from ..training.report.estimate import measure_training, without_traces
 
-    steps, epochs = args.max_steps, args.num_train_epochs
+    steps = args.max_steps
     with tempfile.TemporaryDirectory() as folder:
         without_traces(args, folder)
         trainer = trainer_class(drafter, target, args, train_dataset=rows, processing_class=tokenizer)
+        epochs = args.num_train_epochs
         if steps > 0:
             epochs = steps * trainer._global_batch() / len(trainer.train_dataset)
         estimate = measure_training(trainer, epochs)

@@ -24,6 +24,7 @@ class Prompt:
         turns (`tuple[str, ...]`): user turns.
         system (`str`, *optional*): the text that stands before them.
         template_kwargs (`dict`): of the chat template, the row's `chat_template_kwargs`.
+        ids (`tuple[int, ...]`, *optional*): the first turn as the target reads it, where it was encoded before.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Prompt:
     turns: tuple[str, ...]
     system: str | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    ids: tuple[int, ...] | None = None
 
 
 def read_prompt_row(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -127,6 +129,8 @@ def encode_context(
 
 def encode_first_turn(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
     """Ids `[1, L]` of a prompt's first turn, which is to be answered."""
+    if prompt.ids is not None:
+        return torch.tensor([prompt.ids])
     where = f"prompt {prompt.id!r}"
     return encode_context(tokenizer, prompt.turns[:1], (), prompt.system, where, prompt.template_kwargs)
 

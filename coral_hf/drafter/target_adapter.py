@@ -142,6 +142,15 @@ class TargetAdapter:
             logits = self.head(features.to(device=weight.device, dtype=self.head_dtype))
         return self.transform_logits(logits)
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether single rows of the head can be scored, as a shortlist or router does."""
+        try:
+            self.check_rows()
+        except ValueError:
+            return False
+        return True
+
     def check_rows(self) -> None:
         """Raises `ValueError` if rows of the head cannot be taken: a quantised weight's are codes, or packed together, and
         those below an adapter are not what the target computes."""

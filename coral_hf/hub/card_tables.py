@@ -324,6 +324,9 @@ def _stage(stage: dict[str, Any]) -> str:
     if stage["arguments"]:
         arguments = ", ".join(f"`{key}={value}`" for key, value in sorted(stage["arguments"].items()))
         lines.append(f"Settings other than the defaults: {arguments}.")
+    if stage.get("chosen"):  # records of before there was a recipe lack it
+        chosen = ", ".join(f"`{key}={value}`" for key, value in sorted(stage["chosen"].items()))
+        lines.append(f"Chosen for this target, data and device: {chosen}.")
     return " ".join(lines)
 
 

@@ -8,15 +8,21 @@ from transformers import TrainingArguments
 
 from ..utils.hardware import native_bfloat16
 from .losses.terms import TERMS
+from .recipe import Recipe, choose_recipe
 from .run.unused_settings import check_arguments
 
 
-PRESETS = {
-    # preset: (rollout schedule, CSRA weight); equal in data, steps and loss weights otherwise
-    "eagle": ("1", 0.0),
-    "hass": ("1:0.6,3:0.4", 0.0),
-    "coral": ("1:0.6,3:0.4", 0.05),
+PRESETS: dict[str, dict[str, Any]] = {
+    # the paper's methods, equal in everything else
+    "eagle": {"rollout_schedule": "1", "csra_weight": 0.0, "feature_noise": 0.0},
+    "hass": {"rollout_schedule": "1:0.6,3:0.4", "csra_weight": 0.0, "feature_noise": 0.0},
+    "coral": {"rollout_schedule": "1:0.6,3:0.4", "csra_weight": 0.05, "feature_noise": 0.0},
+    # the best known: `recipe.choose_recipe` decides
+    "recipe": {},
 }
+# a setting that nobody gave: `choose_recipe` decides it, see `CoralTrainingArguments.settle`
+CHOSEN: Any = None
+_BY_TARGET = "(default: by target, data and device, see docs/training.md)"
 # EAGLE's and HASS's published weights; on SmolLM2-135M they train far slower than the defaults.
 PAPER_REGRESSION_WEIGHT, PAPER_CLASSIFICATION_WEIGHT = 1.0, 0.1
 
@@ -28,15 +34,23 @@ class CoralTrainingArguments(TrainingArguments):
     Fields that would do nothing here (`label_smoothing_factor`, `neftune_noise_alpha`, those of collected predictions, ...)
     are refused with what to do instead; `unused_settings.ARGUMENTS` lists them.
 
-    Defaults that differ from `TrainingArguments`: learning rate, AdamW beta2, clipping, bf16, sampling by length,
-    kept columns and logging.
+    Learning rate, batch, warm-up, epochs, weight decay, feature noise, rollout schedule, CSRA's weight and chunk size follow
+    the target, the data and the device where they are not given: [`CoralTrainer`] settles them by
+    `training.recipe.choose_recipe`, and prints what was chosen. Until then they hold the values for a small target.
+
+    Defaults that differ from `TrainingArguments` otherwise: AdamW beta2, clipping, bf16, sampling by length, kept columns and
+    logging.
     """
 
+    output_dir: str | None = field(
+        default=None,
+        metadata={"aliases": ["--output"], "help": "Folder for the drafter, its records and its checkpoints."},
+    )
     preset: str = field(
-        default="coral",
+        default="recipe",
         metadata={
-            "help": "eagle (K=1), hass (K=3, no CSRA) or coral (K=3 with CSRA): sets rollout_schedule and csra_weight "
-            "where they are not given."
+            "help": "recipe (the best known), or a method of the papers: eagle (K=1), hass (K=3, no CSRA) or coral (K=3 with "
+            "CSRA), without feature noise. Sets rollout_schedule, csra_weight and feature_noise where they are not given."
         },
     )
     stage: str = field(
@@ -46,8 +60,8 @@ class CoralTrainingArguments(TrainingArguments):
             "mass per group, after the drafter (CORAL section 3.2)."
         },
     )
-    rollout_schedule: str | None = field(
-        default=None,
+    rollout_schedule: str = field(
+        default=CHOSEN,
         metadata={"help": "Rollout steps K over training, as 'K' or 'K:fraction,K:fraction', e.g. '1:0.6,3:0.4'."},
     )
     regression_loss_weight: float = field(
@@ -65,16 +79,16 @@ class CoralTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Use EAGLE's and HASS's loss weights: regression 1.0, classification 0.1."}
     )
     feature_noise: float = field(
-        default=0.0,
+        default=CHOSEN,
         metadata={
             "help": "Uniform noise on the features in training, up to this share of their rms (EAGLE's data "
-            "augmentation): against memorising few conversations over several epochs."
+            f"augmentation): against memorising few conversations over several epochs {_BY_TARGET}."
         },
     )
     step_decay: float = field(
         default=1.0, metadata={"help": "Step k's loss is weighted step_decay ** (k - 1) (EAGLE-3: 0.8)."}
     )
-    csra_weight: float | None = field(default=None, metadata={"help": "Weight of CSRA (coral preset: 0.05)."})
+    csra_weight: float = field(default=CHOSEN, metadata={"help": "Weight of CSRA (0.05 but for eagle and hass)."})
     csra_temperature: float = field(default=0.07, metadata={"help": "Temperature of CSRA (ours; usual for the loss)."})
     csra_include_target: bool = field(
         default=True, metadata={"help": "Add the target's feature as one more, detached view in CSRA (ours)."}
@@ -93,8 +107,8 @@ class CoralTrainingArguments(TrainingArguments):
         default=4096,
         metadata={"help": "With loss_vocab_size: tokens drawn per batch to stand for the rest of the vocabulary."},
     )
-    loss_chunk_size: int | None = field(
-        default=None,
+    loss_chunk_size: int = field(
+        default=CHOSEN,
         metadata={
             "help": "Rows whose fp32 logits exist at one time (default: 256 on a CPU; on an accelerator, where few large "
             "products are faster, 2048, or fewer where those would be over 1 GiB)."
@@ -136,7 +150,22 @@ class CoralTrainingArguments(TrainingArguments):
     )
     eval_chain_depth: int = field(default=5, metadata={"help": "Depth of the chain simulated at evaluation."})
 
-    learning_rate: float = field(default=2e-3, metadata={"help": "Initial learning rate."})
+    learning_rate: float = field(default=CHOSEN, metadata={"help": f"Initial learning rate {_BY_TARGET}."})
+    per_device_train_batch_size: int = field(
+        default=CHOSEN, metadata={"help": f"Conversations that a device computes at one time {_BY_TARGET}."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=CHOSEN,
+        metadata={
+            "help": "Batches that a step adds up (default: by target, data and device; 1 where "
+            "per_device_train_batch_size is given)."
+        },
+    )
+    num_train_epochs: float = field(default=CHOSEN, metadata={"help": f"Passes over the data {_BY_TARGET}."})
+    warmup_steps: float = field(
+        default=CHOSEN, metadata={"help": f"Steps of warm-up, or below 1 their share of all steps {_BY_TARGET}."}
+    )
+    weight_decay: float = field(default=CHOSEN, metadata={"help": f"AdamW's weight decay {_BY_TARGET}."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 (HASS)."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Gradient clipping (HASS)."})
     bf16: bool | None = field(
@@ -157,15 +186,24 @@ class CoralTrainingArguments(TrainingArguments):
             if entry.init
         }
         self._given = {name for name, default in defaults.items() if getattr(self, name) != default}
+        if self.output_dir is None:
+            raise ValueError("Nothing says where the drafter goes: give a folder with --output (output_dir=...).")
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is unknown; choose one of {list(PRESETS)}.")
         if self.stage not in ("drafter", "router"):
             raise ValueError(f"stage={self.stage!r} is unknown; choose drafter or router.")
-        schedule, csra_weight = PRESETS[self.preset]
-        if self.rollout_schedule is None:
-            self.rollout_schedule = schedule
-        if self.csra_weight is None:
-            self.csra_weight = csra_weight if self.stage == "drafter" else 0.0  # a router's loss has no such term
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value if self.stage == "drafter" or name != "csra_weight" else 0.0)
+        if self.per_device_train_batch_size is not None and self.gradient_accumulation_steps is None:
+            self.gradient_accumulation_steps = 1
+        if self.rollout_schedule == "1" and self.csra_weight is None:
+            self.csra_weight = 0.0  # it compares steps
+        # whoever reads an argument finds a number, and `settle` puts the target's in its place
+        provisional = choose_recipe(stage=self.stage).to_dict()
+        self._open = {name: value for name, value in provisional.items() if getattr(self, name) is None}
+        for name, value in self._open.items():
+            setattr(self, name, value)
         if self.paper_weights:
             self.regression_loss_weight = PAPER_REGRESSION_WEIGHT
             self.classification_loss_weight = PAPER_CLASSIFICATION_WEIGHT
@@ -211,6 +249,29 @@ class CoralTrainingArguments(TrainingArguments):
         """The arguments that were given a value other than their default, and those that were changed since."""
         now = self.to_dict()
         return {name: value for name, value in now.items() if name in self._given or value != self._settled.get(name)}
+
+    def settle(self, recipe: Recipe) -> dict[str, Any]:
+        """Takes from a recipe what was neither given nor set since.
+
+        Args:
+            recipe ([`Recipe`]): see `training.recipe.choose_recipe`.
+
+        Returns:
+            `dict`: the settings that it decided.
+        """
+        values = recipe.to_dict()
+        chosen = {name: values[name] for name, value in self._open.items() if getattr(self, name) == value}
+        self._open = chosen  # for another trainer with the same arguments
+        for name, value in chosen.items():
+            setattr(self, name, value)
+            self._settled[name] = value
+        if "rollout_schedule" in chosen:
+            self.rollout = parse_schedule(recipe.rollout_schedule)
+        return chosen
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Rounded down, so that a training of a few steps begins to learn with its first."""
+        return int(self.warmup_steps * (1 if self.warmup_steps >= 1 else num_training_steps))
 
     def rollout_steps_at(self, progress: float) -> int:
         """K at a point of training, `progress` in [0, 1]."""

@@ -17,11 +17,12 @@ from ..drafter.target_adapter import TargetAdapter
 from ..utils.compat import hidden_states_to_ask
 from .arguments import CoralTrainingArguments
 from .feature_cache import FeatureCache
-from .losses.chunked_pass import Comparison, PassResult, chunked_pass, default_chunk_size
+from .losses.chunked_pass import Comparison, PassResult, chunked_pass
 from .losses.classification import cross_entropy
 from .losses.loss_term import LossBatch
 from .losses.loss_tokens import LossTokens
 from .losses.terms import comparisons, weighted_sum
+from .recipe import settle_arguments
 from .report.chain_evaluation import ChainTotals, EvaluationMixin
 from .report.learning_curve import DrawLearningCurve
 from .report.metrics import CountTokens, WeightedMeans, chain_length
@@ -116,6 +117,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         for dataset in (conversations, *eval_sets.values()):
             check_ids(dataset, self.adapter.vocab_size)
             check_lengths(dataset, positions)
+        self.chosen = settle_arguments(args, model, self.adapter, conversations, train_dataset)
         collator = kwargs.pop("data_collator", None) or CoralDataCollator(self._pad_token_id(processing_class))
         super().__init__(
             model=model,
@@ -135,7 +137,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         if args.learning_curve:
             self.add_callback(DrawLearningCurve())
         self._metrics = WeightedMeans()
-        self._chunk_size = args.loss_chunk_size or default_chunk_size(args.device.type, self.adapter.vocab_size)
+        self._chunk_size = args.loss_chunk_size
         self._loss_tokens = LossTokens(args, self.train_dataset, self.adapter.vocab_size)
         self._tokens = CountTokens()
         self.add_callback(self._tokens)

@@ -180,6 +180,8 @@ def test_regenerate_train_benchmark(folder, capsys, monkeypatch):
             "2",
             "--eval_rows",
             "2",
+            "--tune",
+            str(preset == "coral"),
             "--save_steps",
             "4",
         ]

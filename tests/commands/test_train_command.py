@@ -6,6 +6,7 @@ import torch
 
 from coral_hf.cli import main
 from coral_hf.drafter.weight_files import file_sha256
+from coral_hf.training import recipe
 
 
 def test_settings_and_evaluation_data_of_a_new_drafter(folder, capsys, monkeypatch):
@@ -47,6 +48,34 @@ def test_settings_and_evaluation_data_of_a_new_drafter(folder, capsys, monkeypat
     assert "has its own" in capsys.readouterr().err
 
 
+def test_the_default_is_the_best_recipe_known(folder, capsys, monkeypatch):
+    """The shape, features, shortlist and tuned draft size of README's table; a preset changes the method alone."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(recipe, "SHORTLIST_UNIT", 8)  # of 128 ids, not of 49,152
+    rows = [{"id": str(i), "prompt_ids": [5, 6, 7], "response_ids": [9, 8, 7, 6 + i, 3]} for i in range(20)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["train", "--target", "target", "--dtype", "float32", "--data", "rows.jsonl", "--report_to", "none"]
+    common += ["--max_steps", "1", "--save_strategy", "no"]
+    assert main([*common, "--output", "best"]) == 0
+    told = capsys.readouterr().out
+    assert "Settings for a new drafter, a target of width 32" in told and "learning_rate 0.001" in told
+    assert "Draft size saved in best/config.json" in told
+    saved = json.loads((folder / "best" / "config.json").read_text())
+    assert saved["shape"] == "eagle3" and saved["target_feature_layers"] == [1, 2, 3] and saved["shortlist_size"] == 16
+    tuned = json.loads((folder / "best" / "training" / "tune.json").read_text())
+    assert saved["draft_calibration"] == tuned["calibration"] and tuned["n_prompts"] == 2
+    record = json.loads((folder / "best" / "training" / "training.json").read_text())
+    assert record["chosen"]["learning_rate"] == 0.001 and record["arguments"]["preset"] == "recipe"
+    assert "`learning_rate=0.001`" in (folder / "best" / "README.md").read_text()
+    eagle = [*common, "--preset", "eagle", "--shape", "eagle", "--shortlist_size", "0", "--learning_rate", "1e-4"]
+    assert main([*eagle, "--eval_rows", "0", "--output", "papers"]) == 0
+    assert "was not tuned (nothing was held out): coral-hf tune --drafter papers" in capsys.readouterr().out
+    saved = json.loads((folder / "papers" / "config.json").read_text())
+    assert saved["shape"] == "eagle" and saved["shortlist_size"] == 0 and saved["draft_calibration"] is None
+    record = json.loads((folder / "papers" / "training" / "training.json").read_text())
+    assert record["arguments"]["learning_rate"] == 1e-4 and "rollout_schedule" not in record["chosen"]
+
+
 def test_the_seed_decides_new_weights(folder, monkeypatch):
     monkeypatch.chdir(folder)
     rows = [{"id": str(i), "prompt_ids": [5, 6, 7], "response_ids": [9, 8, 7, 6 + i]} for i in range(3)]
@@ -67,7 +96,18 @@ def test_streamed_packed_and_compared_with_evaluation_prompts(folder, capsys, mo
     rows = [{"turns": [f"w{i} w{i + 1} w{i + 2}"], "responses": ["ok so be it"], "system": "be"} for i in range(5, 12)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["train", "--target", "target", "--dtype", "float32", "--data", "rows.jsonl", "--output_dir", "out"]
-    arguments += ["--report_to", "none", "--eval_rows", "2", "--check_overlap", "prompts.jsonl", "--max_length", "64"]
+    arguments += [
+        "--report_to",
+        "none",
+        "--tune",
+        "false",
+        "--eval_rows",
+        "2",
+        "--check_overlap",
+        "prompts.jsonl",
+        "--max_length",
+        "64",
+    ]
     assert main([*arguments, "--streaming", "true"]) == 2
     assert "set max_steps" in capsys.readouterr().err
     arguments += ["--max_steps", "2", "--packing", "true"]

@@ -9,6 +9,7 @@ from helpers.tiny_models import make_target, make_tokenizer
 from helpers.tiny_trainings import make_trainer, quick_drafter, random_rows
 
 from coral_hf import CoralDraftConfig, CoralDraftModel, cli, demo
+from coral_hf.training.recipe import drafter_settings
 from coral_hf.training.report import estimate
 from coral_hf.training.report.estimate import estimate_on_paper, measure_training, rollout_bytes
 
@@ -31,11 +32,11 @@ def test_train_estimate_prints_and_leaves_nothing(tmp_path, monkeypatch, capsys)
     before = {name: value.clone() for name, value in target.state_dict().items()}
     assert cli.main(["train", *arguments]) == 0
     output = capsys.readouterr().out
-    drafter = CoralDraftModel.from_target(target)
+    drafter = CoralDraftModel.from_target(target, **drafter_settings(target.config))
     assert f"drafter {sum(p.numel() for p in drafter.parameters()):,}" in output
     for text in ("peak memory (measured)", "speed (measured)", "time (estimate)", "disk (estimate)", "(frozen)"):
         assert text in output, text
-    # three epochs of TrainingArguments' default over the response tokens
+    # three epochs, the recipe's for little data, over the response tokens
     assert f"for {3 * sum(len(row['response_ids']) for row in random_rows(16)):,} tokens" in output
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())

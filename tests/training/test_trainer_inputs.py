@@ -246,7 +246,7 @@ def test_chunks_of_the_loss_by_device(tmp_path):
 def test_the_recipe_is_what_was_given(tmp_path):
     """Not what a default was turned into, by other arguments or by the machine."""
     where = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
-    assert recipe(CoralTrainingArguments(**where)) == {"preset": "coral"}
+    assert recipe(CoralTrainingArguments(**where)) == {"preset": "recipe"}
     given = {"preset": "hass", "learning_rate": 1e-3, "rollout_schedule": "3", "lr_scheduler_type": "constant"}
     assert recipe(CoralTrainingArguments(**where, **given, packing=False)) == given
     trainer = make_trainer(tmp_path, make_target(dtype=torch.float32), max_steps=1)

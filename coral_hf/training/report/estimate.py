@@ -11,7 +11,7 @@ from ...drafter.configuration_coral import CoralDraftConfig
 from ...drafter.modeling_coral import CoralDraftModel
 from ...utils.compat import enable_checkpointing
 from ...utils.hardware import synchronized_clock
-from ..losses.chunked_pass import default_chunk_size
+from ..recipe import choose_recipe, drafter_settings
 from ..run.checkpoints import checkpoint_bytes
 
 
@@ -72,11 +72,11 @@ def estimate_on_paper(
     target_config: Any,
     drafter_config: CoralDraftConfig | None = None,
     *,
-    batch_size: int,
-    length: int,
-    num_steps: int = 3,
+    batch_size: int | None = None,
+    length: int = 2048,
+    num_steps: int | None = None,
     tokens: int = 0,
-    epochs: float = 1.0,
+    epochs: float | None = None,
     tokens_per_second: float | None = None,
     flops_per_second: float | None = None,
     loss_chunk_size: int | None = None,
@@ -89,26 +89,33 @@ def estimate_on_paper(
 
     Args:
         target_config (`PreTrainedConfig`)
-        drafter_config ([`CoralDraftConfig`], *optional*): defaults to that of a new drafter.
-        batch_size (`int`), length (`int`): of one micro-batch on one device.
-        num_steps (`int`): K, the deepest.
-        tokens (`int`): tokens of the data set; epochs (`float`): passes over it.
+        drafter_config ([`CoralDraftConfig`], *optional*): defaults to that of a new drafter (`recipe.drafter_settings`).
+        batch_size (`int`, *optional*), length (`int`): of one micro-batch on one device.
+        num_steps (`int`, *optional*): K, the deepest.
+        tokens (`int`): tokens of the data set; epochs (`float`, *optional*): passes over it.
         tokens_per_second (`float`, *optional*): speed of all devices; otherwise from flops_per_second.
         flops_per_second (`float`, *optional*): what the devices reach in practice, together.
         loss_chunk_size (`int`, *optional*), activation_checkpointing (`bool`): see [`CoralTrainingArguments`].
+
+    What is not given is what a training on an accelerator would choose (`recipe.choose_recipe`).
 
     Returns:
         [`TrainingEstimate`]
     """
     text = target_config.get_text_config()
-    drafter_config = CoralDraftConfig.from_target(target_config) if drafter_config is None else drafter_config
+    if drafter_config is None:
+        drafter_config = CoralDraftConfig.from_target(target_config, **drafter_settings(target_config))
+    recipe = choose_recipe(text.hidden_size, text.vocab_size, response_tokens=tokens, device_type="cuda")
+    batch_size = recipe.per_device_train_batch_size if batch_size is None else batch_size
+    num_steps = recipe.deepest if num_steps is None else num_steps
+    epochs = recipe.num_train_epochs if epochs is None else epochs
     with torch.device("meta"):
         drafter = CoralDraftModel(drafter_config)
         target = AutoModelForCausalLM.from_config(target_config, dtype=torch.bfloat16)
     drafter_size, target_size = count(drafter), count(target)
     rows, hidden, vocabulary = batch_size * length, text.hidden_size, text.vocab_size
     layers = drafter_config.target_feature_layers
-    chunk = loss_chunk_size or default_chunk_size("cuda", vocabulary)
+    chunk = loss_chunk_size or recipe.loss_chunk_size
     read = hidden * (len(layers) if layers[-1] == -1 else len(layers) + 1)
     memory = {
         "target weights": 2 * target_size,
@@ -193,7 +200,8 @@ def without_traces(args: Any, folder: str) -> None:
     args.report_to, args.push_to_hub, args.cache_features, args.learning_curve = [], False, None, False
     args.load_best_model_at_end = args.eval_on_start = False
     args.disable_tqdm, args.logging_steps = True, STEPS + 1
-    args.rollout = [(max(steps for steps, _ in args.rollout), 1.0)]
+    args.rollout_schedule = str(max(steps for steps, _ in args.rollout))
+    args.rollout = [(int(args.rollout_schedule), 1.0)]
 
 
 def measure_training(trainer: Any, epochs: float) -> TrainingEstimate:

@@ -33,6 +33,7 @@ class PublishingMixin(Trainer):
 
     # what `--data` named, for the record; None where rows came from elsewhere
     data_names: list[str] | None = None
+    chosen: dict[str, Any]  # settings that the recipe decided, see `training.recipe`
     _earlier_stages: list[bytes] | None = None
     _folder: RunFolder | None
 
@@ -147,6 +148,7 @@ class PublishingMixin(Trainer):
             "conversations": _conversations(self.train_dataset),
             "response_tokens_seen": self.tokens_seen,
             "arguments": recipe(self.args),
+            "chosen": self.chosen,
             "environment": {
                 "device": device_name(self.args.device),
                 "torch": torch.__version__,

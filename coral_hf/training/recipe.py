@@ -1,0 +1,215 @@
+"""Which settings a training takes where none are given: by the target's width, the size of the data and the device.
+
+The tables below are those of docs/training.md, which `docs/build_recipe.py` writes from them. Everything that states a
+setting (`CoralTrainer`, `coral-hf train`, `--estimate`, the recipes) asks `choose_recipe` and `drafter_settings`.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .losses.chunked_pass import default_chunk_size
+
+
+# Learning rates: target width, rate at 8 conversations per step, rate at 64, source. Between two rows and between the two
+# columns: interpolated in logarithms. Beyond the ends: the nearest.
+LEARNING_RATES = (
+    (
+        576,
+        1e-3,
+        2e-3,
+        "ours: training/ablation.json (batches of 8) and training/log.jsonl (64) of the shipped drafter",
+    ),
+    (4096, 3e-5, 5e-5, "EAGLE and HASS 3e-5, EAGLE-3 5e-5, on 7B and 8B targets"),
+)
+FEW, MANY = 8, 64
+# Share of the rate for a drafter that is trained further (ours: 5e-4 and 2e-4 to 4e-4 after 1e-3 and 2e-3)
+CONTINUED_SHARE = 0.25
+# The router's rate at a width of 576 (ours), lowered as 1 / width: no other has been measured.
+ROUTER_RATE = 1e-3
+
+# Response tokens below which a step takes so many conversations (ours: 8 at 0.2 million tokens, 64 at 22 million)
+BATCHES = ((1_000_000, 8), (5_000_000, 16), (20_000_000, 32), (None, 64))
+CPU_BATCH = 16  # at most: ours took 8 to 16 there
+# Widths up to which an accelerator takes so many conversations at one time (memory, see `--estimate`)
+MICRO_BATCHES = ((1024, 16), (2048, 8), (3072, 4), (None, 2))
+CPU_MICRO_BATCH = 8
+# Response tokens below which the data is read so many times, for targets narrower than WIDE and for others: HASS reads 68k
+# conversations 40 times, speculators advise 2 to 3 epochs of 500k; a small drafter learns few conversations by heart
+EPOCHS = ((5_000_000, 3.0, 10.0), (50_000_000, 2.0, 10.0), (500_000_000, 1.0, 3.0), (None, 1.0, 2.0))
+WIDE = 2048
+
+WARMUP = 0.03  # of all steps (ours: 30 of 1,684 and 448, 10 to 20 of 250)
+WEIGHT_DECAY = 0.05  # the shipped drafter's
+FEATURE_NOISE = 0.1  # the shipped drafter's first and last stages
+NEW_SCHEDULE = "1:0.5,3:0.5"  # the shipped drafter's first two stages together
+CONTINUED_SCHEDULE = "3"  # its later stages
+CSRA_WEIGHT = 0.05
+
+# One id of so many is in the shortlist (the shipped drafter: 8,192 of 49,152; FR-Spec keeps 8k to 32k of 128k)
+SHORTLIST_SHARE, SHORTLIST_UNIT = 6, 1024
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a training, under their names in [`CoralTrainingArguments`].
+
+    Args:
+        learning_rate (`float`), per_device_train_batch_size (`int`), gradient_accumulation_steps (`int`)
+        warmup_steps (`float`): below 1 a share of all steps.
+        num_train_epochs (`float`), weight_decay (`float`), feature_noise (`float`)
+        rollout_schedule (`str`), csra_weight (`float`), loss_chunk_size (`int`)
+    """
+
+    learning_rate: float
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    warmup_steps: float
+    num_train_epochs: float
+    weight_decay: float
+    feature_noise: float
+    rollout_schedule: str
+    csra_weight: float
+    loss_chunk_size: int
+
+    @property
+    def deepest(self) -> int:
+        """The largest K of the schedule."""
+        return max(int(part.partition(":")[0]) for part in self.rollout_schedule.split(","))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def choose_recipe(
+    hidden_size: int = LEARNING_RATES[0][0],
+    vocab_size: int = 49152,
+    *,
+    response_tokens: int | None = None,
+    device_type: str = "cpu",
+    num_processes: int = 1,
+    rows_per_conversation: float = 1.0,
+    stage: str = "drafter",
+    continued: bool = False,
+) -> Recipe:
+    """The settings of a training that nobody chose.
+
+    Args:
+        hidden_size (`int`), vocab_size (`int`): of the target.
+        response_tokens (`int`, *optional*): in one pass over the data; None (a stream) counts as many.
+        device_type (`str`): `"cpu"`, `"cuda"`, ...
+        num_processes (`int`): which share a step's conversations.
+        rows_per_conversation (`float`): below 1 where conversations are packed into rows, which batches then count.
+        stage (`str`): `"drafter"` or `"router"`.
+        continued (`bool`): the drafter was trained before.
+
+    Returns:
+        [`Recipe`]
+    """
+    on_cpu = device_type == "cpu"
+    total: int = _below(BATCHES, response_tokens)[1]
+    micro: int = CPU_MICRO_BATCH if on_cpu else _below(MICRO_BATCHES, hidden_size, inclusive=True)[1]
+    if on_cpu:
+        total = min(total, CPU_BATCH)
+    micro = max(1, min(micro, total // num_processes))
+    steps = max(1, round(total / (micro * num_processes)))
+    router = stage == "router"
+    rate = ROUTER_RATE * LEARNING_RATES[0][0] / hidden_size if router else _learning_rate(hidden_size, total)
+    if continued and not router:
+        rate *= CONTINUED_SHARE
+    epochs = _below(EPOCHS, response_tokens)
+    return Recipe(
+        learning_rate=float(f"{rate:.1e}"),
+        per_device_train_batch_size=max(1, round(micro * rows_per_conversation)),
+        gradient_accumulation_steps=steps,
+        warmup_steps=WARMUP,
+        num_train_epochs=1.0 if router else epochs[1] if hidden_size < WIDE else epochs[2],
+        weight_decay=WEIGHT_DECAY,
+        feature_noise=0.0 if router else FEATURE_NOISE,
+        rollout_schedule=CONTINUED_SCHEDULE if continued or router else NEW_SCHEDULE,
+        csra_weight=0.0 if router else CSRA_WEIGHT,
+        loss_chunk_size=default_chunk_size(device_type, vocab_size),
+    )
+
+
+def _learning_rate(hidden_size: int, batch: int) -> float:
+    (narrow, *low, _), (wide, *high, _) = LEARNING_RATES
+    place = _place(hidden_size, narrow, wide)
+    few, many = (math.exp((1 - place) * math.log(a) + place * math.log(b)) for a, b in zip(low, high, strict=True))
+    share = _place(batch, FEW, MANY)
+    return math.exp((1 - share) * math.log(few) + share * math.log(many))
+
+
+def _place(value: float, start: float, end: float) -> float:
+    """Where `value` lies between two others, in logarithms, within [0, 1]."""
+    return min(1.0, max(0.0, math.log(value / start) / math.log(end / start)))
+
+
+def _below(table: tuple, value: int | None, inclusive: bool = False) -> tuple:
+    """The first row of a table whose bound is above `value`."""
+    for row in table:
+        if row[0] is None or (value is not None and (value < row[0] or (inclusive and value == row[0]))):
+            return row
+    raise AssertionError("a table ends without a bound")
+
+
+def settle_arguments(args: Any, drafter: Any, adapter: Any, conversations: Any, rows: Any) -> dict[str, Any]:
+    """Settles a trainer's arguments; the first process prints what was chosen.
+
+    Args:
+        args ([`CoralTrainingArguments`]): changed in place.
+        drafter ([`CoralDraftModel`]), adapter ([`TargetAdapter`])
+        conversations ([`ConversationDataset`], *optional*): None for a stream.
+        rows: what batches are made of, packed conversations or the same.
+
+    Returns:
+        `dict`: what was chosen, by its name in `args`.
+    """
+    tokens = None if conversations is None else conversations.num_response_tokens
+    continued = bool(drafter.config._name_or_path)
+    recipe = choose_recipe(
+        adapter.hidden_size,
+        adapter.vocab_size,
+        response_tokens=tokens,
+        device_type=args.device.type,
+        num_processes=args.world_size,
+        rows_per_conversation=1.0 if conversations is None else len(rows) / len(conversations),
+        stage=args.stage,
+        continued=continued,
+    )
+    chosen = args.settle(recipe)
+    if chosen and args.process_index == 0 and rows is not None:
+        size = "a stream" if tokens is None else f"{tokens:,} response tokens"
+        kind = "a trained drafter" if continued else "a new drafter"
+        values = ", ".join(f"{name} {_shown(value)}" for name, value in chosen.items())
+        print(f"Settings for {kind}, a target of width {adapter.hidden_size}, {size}, {args.device.type}: {values}")
+    return chosen
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def drafter_settings(target_config: Any) -> dict[str, Any]:
+    """Settings of [`CoralDraftConfig`] for a new drafter: the shipped one's shape, over four features.
+
+    Args:
+        target_config (`PreTrainedConfig`)
+
+    Returns:
+        `dict`: shape and feature layers: the inputs of a layer at a tenth of the target's depth, at its half, of the fourth
+        from the end and of the last, all of which serving engines capture. Of a target of two layers or fewer, its last
+        hidden state alone.
+    """
+    depth = getattr(target_config.get_text_config(), "num_hidden_layers", None) or 0
+    layers = sorted({max(1, depth // 10), depth // 2, depth - 4, depth - 1})
+    layers = [layer for layer in layers if layer >= 1]
+    return {"shape": "eagle3", **({"target_feature_layers": layers} if len(layers) > 1 else {})}
+
+
+def shortlist_size(vocab_size: int) -> int:
+    """Ids of a new drafter's shortlist, in thousands; 0 (none) where the vocabulary is small."""
+    return vocab_size // SHORTLIST_SHARE // SHORTLIST_UNIT * SHORTLIST_UNIT
+
+
+__all__ = ["Recipe", "choose_recipe", "drafter_settings", "settle_arguments", "shortlist_size"]
