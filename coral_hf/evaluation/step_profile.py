@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ from unittest.mock import patch
 import torch
 
 from ..data.prompts import Prompt, describe_prompts, encode_first_turn
-from ..drafter.draft_head import DraftHead
 from ..generation.candidate_generator import CoralCandidateGenerator
-from ..generation.draft_tree import DraftTreeBuilder
 from ..utils.hardware import synchronized_clock
 from .environment import describe_environment
 from .methods import Method, describe_methods, measure
+from .step_parts import wrapped_parts
 
 
 def profile_step(
@@ -86,42 +85,33 @@ def profile_methods(
 @contextmanager
 def _timers(target: Any, drafter: Any, spent: dict[str, float]) -> Iterator[None]:
     clock = partial(synchronized_clock, [target.device])
-    proposing = False
+    timed = ("target_forward", "drafter_layer", "draft_head", "tree")
+    proposing = inside = False
 
-    def timed(function, name):
+    def wrap(function, part):
         @wraps(function)  # generation reads the forward's signature
         def run(*args, **kwargs):
-            start = clock()
-            result = function(*args, **kwargs)
-            # before the first proposal of a call the target prefills
-            spent[name if proposing or name != "target_forward" else "prefill"] += clock() - start
-            return result
+            nonlocal proposing, inside
+            proposing |= part == "draft"
+            if part not in timed or inside:  # a part in another is the other's
+                return function(*args, **kwargs)
+            start, inside = clock(), True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                inside = False
+                # before the first proposal of a call the target prefills
+                spent[part if proposing or part != "target_forward" else "prefill"] += clock() - start
 
         return run
-
-    def propose(self, *args, **kwargs):
-        nonlocal proposing
-        proposing = True
-        return original_propose(self, *args, **kwargs)
 
     def start_call(self, *args, **kwargs):
         nonlocal proposing
         proposing = False
         return original_init(self, *args, **kwargs)
 
-    original_propose, original_init = CoralCandidateGenerator.propose, CoralCandidateGenerator.__init__
-    with ExitStack() as stack:
-        for owner, attribute, name in (
-            (target, "forward", "target_forward"),
-            (drafter, "draft", "drafter_layer"),
-            (DraftHead, "top_k", "draft_head"),
-            (DraftHead, "argmax", "draft_head"),
-            (DraftTreeBuilder, "add_level", "tree"),
-            (DraftTreeBuilder, "build", "tree"),
-        ):
-            stack.enter_context(patch.object(owner, attribute, timed(getattr(owner, attribute), name)))
-        stack.enter_context(patch.object(CoralCandidateGenerator, "propose", propose))
-        stack.enter_context(patch.object(CoralCandidateGenerator, "__init__", start_call))
+    original_init = CoralCandidateGenerator.__init__
+    with wrapped_parts(target, drafter, wrap), patch.object(CoralCandidateGenerator, "__init__", start_call):
         yield
 
 

@@ -1,0 +1,47 @@
+"""The parts of a decoding step, for what looks at each of them: timers, counters of operations."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from ..drafter.draft_head import DraftHead
+from ..generation import decoding
+from ..generation.candidate_generator import CoralCandidateGenerator
+from ..generation.draft_tree import DraftTreeBuilder
+from ..generation.target_forward import TargetForward
+from ..generation.tree_size import TreeSizeRule
+
+
+@contextmanager
+def wrapped_parts(target: Any, drafter: Any, wrap: Callable[[Callable, str], Callable]) -> Iterator[None]:
+    """Within it the functions that a step consists of are replaced.
+
+    Parts lie inside one another: `target_forward` in `verify`; `drafter_layer`, `draft_head` and `tree` in `draft`.
+
+    Args:
+        target (`PreTrainedModel`), drafter ([`CoralDraftModel`], *optional*)
+        wrap (`Callable`): a function and the name of its part -> what is called in its place.
+    """
+    parts: list[tuple[Any, str, str]] = [(target, "forward", "target_forward")]
+    if drafter is not None:
+        parts += [
+            (drafter, "draft", "drafter_layer"),
+            (DraftHead, "top_k", "draft_head"),
+            (DraftHead, "argmax", "draft_head"),
+            (DraftTreeBuilder, "add_level", "tree"),
+            (DraftTreeBuilder, "build", "tree"),
+            (TreeSizeRule, "repays_level", "tree"),
+            (TreeSizeRule, "best_size", "tree"),
+            (CoralCandidateGenerator, "propose", "draft"),
+            (TargetForward, "verify", "verify"),
+            (decoding, "_accept", "acceptance"),
+            (decoding, "compact_cache", "compaction"),
+        ]
+    with ExitStack() as stack:
+        for owner, attribute, part in parts:
+            stack.enter_context(patch.object(owner, attribute, wrap(getattr(owner, attribute), part)))
+        yield
+
+
+__all__ = ["wrapped_parts"]

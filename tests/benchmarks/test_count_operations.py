@@ -1,0 +1,66 @@
+"""A step asks of a device what the committed table says: no change adds an operation or a wait unnoticed."""
+
+import json
+import runpy
+
+import pytest
+import torch
+from helpers.scripts import BENCHMARKS
+
+from coral_hf.evaluation.operation_counts import OperationCounter
+
+
+RECORD = json.loads((BENCHMARKS / "records" / "operations_tiny.json").read_text())
+SCRIPT = "python benchmarks/count_operations.py --tiny true --json benchmarks/records/operations_tiny.json"
+
+
+@pytest.fixture(scope="module")
+def found():
+    script = runpy.run_path(str(BENCHMARKS / "count_operations.py"))
+    return script["count"](*script["tiny_pair"](), RECORD["max_new_tokens"])
+
+
+@pytest.mark.parametrize("method", RECORD["methods"])
+def test_counts_are_the_committed_table(method, found):
+    """Other releases of torch and Transformers spell an operation otherwise; waits are ours to leave out on any."""
+    expected, now = RECORD["methods"][method], found[method]
+    renew = f"{now['outside']} a step, not {expected['outside']}: fewer, or a cost that is wanted? Then run {SCRIPT}"
+    versions = RECORD["environment"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert now["tokens_per_step"] == expected["tokens_per_step"]
+    if method != "prompt_lookup":  # Transformers' own loop
+        assert now["outside"]["waits"] == pytest.approx(expected["outside"]["waits"], abs=0.01), renew
+        if versions:
+            for kind in ("operations", "kernels", "uploads"):
+                assert now["outside"][kind] == pytest.approx(expected["outside"][kind], rel=0.01, abs=0.1), renew
+
+
+def counts_of(function) -> dict[str, int]:
+    counter = OperationCounter()
+    with counter.counting():
+        function()
+    return dict(counter.counts["prefill"])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_kinds_by_hand(mode):
+    x, weight = torch.randn(2, 3), torch.randn(4, 3)
+    with mode():
+        assert counts_of(lambda: x.t().view(-1, 2)[0]) == {"operations": 3}  # views launch nothing
+        assert counts_of(lambda: torch.nn.functional.linear(x, weight))["kernels"] == 1
+        assert counts_of(lambda: (x + 1).sum().item()) == {"operations": 3, "kernels": 2, "waits": 1}
+        assert counts_of(lambda: (x + 1).tolist())["waits"] == 1
+        assert counts_of(lambda: torch.tensor([1, 2]))["uploads"] == 1
+        assert counts_of(lambda: x[x > 0])["waits"] == 1
+        assert "waits" not in counts_of(lambda: x[:, [0, 1]] + x.argmax(dim=1)[:, None])
+
+
+def test_parts_lie_in_their_phase():
+    counter = OperationCounter()
+    inner = counter.wrap(lambda x: x + 1, "target_forward")
+    outer = counter.wrap(lambda x: inner(x * 2) * 3, "verify")
+    with counter.counting():
+        outer(torch.ones(1))  # the prefill
+        outer(torch.ones(1))
+        torch.ones(1) + 1
+    found = {phase: counts["kernels"] for phase, counts in counter.counts.items()}
+    assert found == {"prefill": 3, "masks": 2, "target_forward": 1, "bookkeeping": 3}
