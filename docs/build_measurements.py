@@ -6,6 +6,7 @@ python docs/build_measurements.py
 from statistics import mean, stdev
 
 from measured import AVX2, OWN, RECORDS, ROOT, SETS, answers, listed, machine, percent, read, rows_of, times
+from operations import operations
 
 from coral_hf.hub.card_tables import table
 
@@ -308,7 +309,7 @@ def with_results(readme: str) -> str:
 
 def page() -> str:
     sections = (
-        step_time, tree_sizes, predictions_7b, two_runs, training_step, recipes, shapes, regeneration, draft_heads,
+        step_time, operations, tree_sizes, predictions_7b, two_runs, training_step, recipes, shapes, regeneration, draft_heads,
     )  # fmt: skip
     head = """# Measurements
 

@@ -1,6 +1,6 @@
 """The parts of a decoding step, for what looks at each of them: timers, counters of operations."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +14,9 @@ from ..generation.tree_size import TreeSizeRule
 
 
 @contextmanager
-def wrapped_parts(target: Any, drafter: Any, wrap: Callable[[Callable, str], Callable]) -> Iterator[None]:
+def wrapped_parts(
+    target: Any, drafter: Any, wrap: Callable[[Callable, str], Callable], names: Container[str] | None = None
+) -> Iterator[None]:
     """Within it the functions that a step consists of are replaced.
 
     Parts lie inside one another: `target_forward` in `verify`; `drafter_layer`, `draft_head` and `tree` in `draft`.
@@ -22,6 +24,7 @@ def wrapped_parts(target: Any, drafter: Any, wrap: Callable[[Callable, str], Cal
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`], *optional*)
         wrap (`Callable`): a function and the name of its part -> what is called in its place.
+        names (`Container[str]`, *optional*): the parts that are wanted; None: all.
     """
     parts: list[tuple[Any, str, str]] = [(target, "forward", "target_forward")]
     if drafter is not None:
@@ -40,7 +43,8 @@ def wrapped_parts(target: Any, drafter: Any, wrap: Callable[[Callable, str], Cal
         ]
     with ExitStack() as stack:
         for owner, attribute, part in parts:
-            stack.enter_context(patch.object(owner, attribute, wrap(getattr(owner, attribute), part)))
+            if names is None or part in names:
+                stack.enter_context(patch.object(owner, attribute, wrap(getattr(owner, attribute), part)))
         yield
 
 

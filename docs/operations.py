@@ -1,0 +1,65 @@
+"""The section of docs/measurements.md on what a step asks of a device."""
+
+from typing import Any
+
+from measured import RECORDS, machine, read
+
+from coral_hf.hub.card_tables import table
+
+
+NAMES = {
+    "plain": "plain `generate`",
+    "prompt_lookup": "Transformers' prompt lookup",
+    "chain_of_5": "chain of 5",
+    "tree_of_16": "tree of 16 (depth 5)",
+    "default": "shipped default (cost-aware)",
+    "tree_of_60": "tree of 60 (depth 6)",
+}
+KINDS = ("operations", "kernels", "uploads", "waits")
+PHASES = ("draft", "tree", "masks", "acceptance", "compaction", "bookkeeping")
+
+
+def number(value: float) -> str:
+    """Waits and uploads are few, operations many."""
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def operations_of(row: dict[str, Any], phase: str) -> str:
+    return number(row["phases"][phase]["operations"]) if phase in row["phases"] else ""
+
+
+def operations() -> str:
+    record = read(f"{RECORDS}/operations.json")
+    before = read(f"{RECORDS}/operations_before.json")["methods"]
+    methods = record["methods"]
+    plain = methods["plain"]["phases"]["target_forward"]["operations"]
+
+    def extra(row: dict[str, Any]) -> str:
+        return f"{100 * (row['phases']['target_forward']['operations'] / plain - 1):.1f} %"
+
+    rows = []
+    for name, label in NAMES.items():
+        now, then = methods[name], before[name]
+        pairs = [f"{number(then['outside'][kind])} / {number(now['outside'][kind])}" for kind in KINDS]
+        rows.append([label, *pairs, f"{extra(then)} / {extra(now)}"])
+    drafted = [name for name in NAMES if name not in ("plain", "prompt_lookup")]
+    phases = [[NAMES[name], *(operations_of(methods[name], phase) for phase in PHASES)] for name in drafted]
+    return f"""## What a step asks of a device
+
+On a GPU a step of one sequence costs what its launches and waits cost. Per decoding step of the demo pair, outside the target's
+forward: operations as PyTorch dispatches them, the kernels among them (views launch none), tensors uploaded from Python values,
+and times that the host waits for a value; in the last column what the target's forward (plain: {plain:,.0f} operations) has more
+than in plain `generate`. Each as it was at commit {read(f"{RECORDS}/operations_before.json")["environment"]["commit"]} and as it is. One run of `python benchmarks/count_operations.py
+--json FILE` (`{RECORDS}/operations.json`, {machine(record)}; before: `operations_before.json`):
+
+{table(["draft", *KINDS, "forward over plain's"], rows)}
+
+The operations by what they are for: drafting, building the tree and deciding its size, masks, acceptance, the cache's compaction,
+the rest.
+
+{table(["draft", *PHASES], phases)}
+
+`tests/benchmarks/test_count_operations.py` holds the counts of a tiny pair to `{RECORDS}/operations_tiny.json`."""
+
+
+__all__ = ["operations"]
