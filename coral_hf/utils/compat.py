@@ -49,13 +49,15 @@ def hidden_states_to_ask(target: Any, layers: Iterable[int]) -> list[int] | bool
     decoder = target.get_decoder() if hasattr(target, "get_decoder") else target
     recorded = (getattr(decoder, "_can_record_outputs", None) or {}).get("hidden_states")
     layer_class = getattr(recorded, "target_class", recorded)
-    count = getattr(decoder.config.get_text_config(), "num_hidden_layers", None)
+    config = decoder.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None)
     if _selection is None or not isinstance(layer_class, type) or count is None:
         return True
-    # States are counted as they are recorded. Another number of them than layers (shared layers, other blocks of the same
-    # class, no state of the embedding) would shift the indices.
+    # States are counted as they are recorded. Another number of them than layers (shared layers, layers that run in a loop as
+    # Dory's, other blocks of the same class, no state of the embedding) would shift the indices.
     found = sum(isinstance(module, layer_class) for module in decoder.modules())
-    if found != count or not getattr(recorded, "capture_initial_hidden_state", True):
+    loops = any("loop" in name and isinstance(value, int) and value > 1 for name, value in vars(config).items())
+    if loops or found != count or not getattr(recorded, "capture_initial_hidden_state", True):
         return True
     return sorted({layer % (count + 1) for layer in layers})
 

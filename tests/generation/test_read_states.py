@@ -94,6 +94,9 @@ def test_a_target_whose_states_are_not_one_per_layer_is_asked_for_all():
     longer = copy.deepcopy(target)
     longer.model.layers.append(copy.deepcopy(longer.model.layers[0]))
     assert hidden_states_to_ask(longer, [-1]) is True
+    looping = copy.deepcopy(target)
+    looping.model.config.n_recurrent_loops = 2  # Dory's: its layers run twice, and have a state each time
+    assert hidden_states_to_ask(looping, [-1]) is True
     other = copy.deepcopy(target)
     other.model._can_record_outputs = {}
     assert hidden_states_to_ask(other, [-1]) is True
