@@ -24,6 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .drafter.weight_files import follow_umask
 from .utils.hardware import native_bfloat16
 from .utils.user_cache import cache_dir
 
@@ -276,6 +277,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     # The GGUF's title ("Smollm2 135M 8k Lc100K Mix1 Ep2"), which from_pretrained would not read back.
     vars(model.config).pop("_model_name_or_path", None)
     model.save_pretrained(folder)
+    follow_umask(folder)
     tokenizer.save_pretrained(folder)
     record = {
         "name": TARGET_NAME,

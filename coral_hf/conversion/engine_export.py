@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..drafter.configuration_coral import FC_NORMS, FEATURE_LAYER_LAST, CoralDraftConfig
 from ..drafter.target_adapter import TargetAdapter
+from ..drafter.weight_files import follow_umask
 from .checkpoint_files import CONFIG_FILE, HOT_TOKENS_FILE, check_output_folder, staged_folder
 from .eagle_config import CORAL_KEY, CORAL_SETTINGS, default_feature_layers, write_rope
 from .schema import LAYER, check_export, load_schemas
@@ -84,6 +85,7 @@ def export_drafter(
     with staged_folder(folder) as scratch:
         (scratch / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+        follow_umask(scratch)
         if hot_tokens is not None:
             torch.save(hot_tokens, scratch / HOT_TOKENS_FILE)
     folder = Path(folder)

@@ -5,6 +5,7 @@ handful of rows with a preallocated KV cache (generation). The target's embeddin
 module: callers go through `TargetAdapter`.
 """
 
+import os
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -26,7 +27,7 @@ from .draft_layer import (
     shift_rows,
 )
 from .package_methods import PackageMethods
-from .weight_files import check_before_loading, check_shapes, loading
+from .weight_files import check_before_loading, check_shapes, follow_umask, loading
 
 
 class CoralDraftModel(PackageMethods, PreTrainedModel):
@@ -75,6 +76,12 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         self.last_stats: Any = None
         self.gradient_checkpointing = False
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As every model's, with weights that whoever may read the config may read as well."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        follow_umask(save_directory)
+        return saved
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, tokenizer: Any = None, **overrides: Any) -> "CoralDraftModel":

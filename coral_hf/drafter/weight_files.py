@@ -3,11 +3,12 @@
 A flat sibling of the model, so that it travels with a published drafter's code.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,28 @@ def file_sha256(path: str | os.PathLike) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def follow_umask(path: str | os.PathLike) -> None:
+    """Gives weights the mode of any new file beside them.
+
+    safetensors writes for the owner alone, whatever the umask: a server under another user could not read them.
+
+    Args:
+        path (`str` or `os.PathLike`): a safetensors file, or a folder whose safetensors files are meant.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.exists() else []
+    if not files:
+        return
+    # a file of its own asks for the mode: to read the umask is to change it, for every thread
+    probe = files[0].parent / f".mode-{uuid.uuid4().hex}"
+    probe.touch(exist_ok=False)
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in files:
+        with contextlib.suppress(PermissionError):  # another user's, which nobody has just written
+            file.chmod(mode)
 
 
 def drafter_sha256(drafter: Any) -> str | None:
@@ -68,7 +91,7 @@ def drafter_sha256(drafter: Any) -> str | None:
     return file_sha256(path)
 
 
-@contextmanager
+@contextlib.contextmanager
 def loading(name: Any) -> Iterator[None]:
     """What a damaged file makes of Transformers' and safetensors' own errors is a `ValueError` that says which it is."""
     remedy = "Fetch it again, or save the drafter again with drafter.save_pretrained(folder)."
@@ -223,6 +246,7 @@ __all__ = [
     "check_weights",
     "drafter_sha256",
     "file_sha256",
+    "follow_umask",
     "loading",
     "most_bytes",
 ]

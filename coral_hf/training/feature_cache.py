@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..data.response_origin import weight_sample
 from ..drafter.target_adapter import TargetAdapter
-from ..drafter.weight_files import file_sha256
+from ..drafter.weight_files import file_sha256, follow_umask
 from ..utils.jsonl import read_json
 
 
@@ -243,6 +243,7 @@ class FeatureCache:
         places = [[_key(row), start, len(row)] for row, start in zip(rows, starts, strict=True)]
         try:
             save_file({"features": features.to(torch.bfloat16)}, part)
+            follow_umask(part)
             checksum = file_sha256(part)
             os.replace(part, weights)
             _write_whole(index, json.dumps(_index_of(places, checksum)))

@@ -10,6 +10,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, A
 from ...drafter.hub_names import hub_commit
 from ...drafter.modeling_coral import CoralDraftModel
 from ...drafter.target_adapter import TargetAdapter
+from ...drafter.weight_files import follow_umask
 from ...hub.model_card import CARD_FILE
 
 
@@ -75,6 +76,7 @@ def save_merged(model: Any, folder: str | Path) -> CoralDraftModel:
         [`CoralDraftModel`]: the merged drafter.
     """
     model.save_pretrained(Path(folder) / ADAPTER_FOLDER)
+    follow_umask(Path(folder) / ADAPTER_FOLDER)
     # PEFT's card of them: an empty form but for the path of the drafter that they were begun on
     (Path(folder) / ADAPTER_FOLDER / CARD_FILE).unlink(missing_ok=True)
     merged = copy.deepcopy(model).merge_and_unload()

@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from ...drafter.hub_names import hub_commit
-from ...drafter.weight_files import WEIGHTS_FILE
+from ...drafter.weight_files import WEIGHTS_FILE, follow_umask
 from ...utils.jsonl import read_json
 from ..losses.terms import TERMS
 from .adapters import is_peft
@@ -128,6 +128,7 @@ class CheckpointMixin(Trainer):
     def _finish_staged(self, staging: Path, name: str, final: Path) -> None:
         progress = {**self._progress(), "run": self._run_folder(staging.parent).run}
         (staging / name / PROGRESS_FILE).write_text(json.dumps(progress))
+        follow_umask(staging / name)  # of adapters, which are not saved by the drafter
         # `Trainer` takes the best checkpoint for where this one is written now
         if self.state.best_model_checkpoint == str(staging / name):
             self.state.best_model_checkpoint = str(final)
