@@ -1,6 +1,7 @@
 """`coral-hf convert`: EAGLE-family checkpoints in, serving engines' checkpoints out."""
 
 import contextlib
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -8,6 +9,7 @@ from .loading import DEMO, TargetOptions, load_drafter, load_target_config, load
 
 
 DTYPE = "bfloat16"
+FORMATS = ("eagle",)
 
 
 @dataclass
@@ -52,18 +54,16 @@ class ConvertCommand(TargetOptions):
     )
 
     def run(self, positional) -> int:
-        from ..conversion.checkpoint_files import check_output_folder
-        from ..conversion.convert_folder import convert_from, convert_to
-        from ..conversion.engine_export import meta_target
-        from ..drafter.modeling_coral import CoralDraftModel
+        from ..conversion.checkpoint_files import check_new_folder
+        from ..conversion.engine_export import export_drafter, meta_target
 
         if self.from_format is not None and self.to is None:
             self._refuse("draft_depth", "draft_top_k", "draft_total_tokens", of="--to")
-            check_output_folder(positional.output)
+            check_new_folder(positional.output)
             target = load_target_ends(self.target or DEMO, self.dtype or DTYPE, **self.loading_arguments)
             layers = self.target_feature_layers
             places = (positional.input, positional.output)
-            convert_from(CoralDraftModel, self.from_format, *places, target, layers, self.revision)
+            import_checkpoint(self.from_format, *places, target, layers, self.revision)
             return 0
         if self.to is None or self.from_format is not None:
             given = (
@@ -72,7 +72,7 @@ class ConvertCommand(TargetOptions):
             raise ValueError(f"Give one of --from FORMAT and --to ENGINE; {given}.")
         self._refuse("revision", "target_feature_layers", of="--from")
         self._check_sizes()
-        check_output_folder(positional.output)
+        check_new_folder(positional.output)
         drafter = load_drafter(positional.input)
         self._resize(drafter.config)
         target = None
@@ -93,7 +93,9 @@ class ConvertCommand(TargetOptions):
             )
         if target is None or target.device.type == "meta":
             self._refuse("dtype", of="a target that is loaded, and this export loads none")
-        convert_to(self.to, drafter, positional.output, target, None if self.target == DEMO else self.target)
+        name = None if self.target == DEMO else self.target
+        export = export_drafter(drafter, self.to, positional.output, target=target, target_name=name)
+        print(*export.notes, export.command, sep="\n")
         return 0
 
     def _refuse(self, *names: str, of: str) -> None:
@@ -142,3 +144,42 @@ class ConvertCommand(TargetOptions):
             )
         for name in ("draft_depth", "draft_top_k", "draft_total_tokens", "draft_cost_aware"):
             setattr(config, name, getattr(settings, name))
+
+
+def import_checkpoint(
+    source: str,
+    path: str,
+    output: str | os.PathLike,
+    target: Any,
+    target_feature_layers: list[int] | None = None,
+    revision: str | None = None,
+) -> None:
+    """Writes an EAGLE-family checkpoint as a CORAL folder.
+
+    Args:
+        source (`str`): one of `FORMATS`.
+        path (`str`): folder or Hub id of the checkpoint.
+        output (`str` or `os.PathLike`): new or empty folder.
+        target (`PreTrainedModel`): the model it drafts for.
+        target_feature_layers (`list[int]`, *optional*): see [`CoralDraftConfig`]; by default what the checkpoint says.
+        revision (`str`, *optional*): branch, tag or commit of the checkpoint's Hub repository.
+
+    Raises:
+        ValueError: as `CoralDraftModel.from_eagle`, or if the folder is taken. Nothing is written.
+    """
+    from ..conversion.checkpoint_files import check_new_folder, staged_folder
+    from ..conversion.eagle_import import load_eagle
+    from ..drafter.modeling_coral import CoralDraftModel
+
+    if source not in FORMATS:
+        raise ValueError(f"--from {source!r} is unknown; choose one of {list(FORMATS)}.")
+    check_new_folder(output)
+    overrides: dict[str, Any] = (
+        {} if target_feature_layers is None else {"target_feature_layers": target_feature_layers}
+    )
+    drafter = load_eagle(CoralDraftModel, path, target, revision, **overrides)
+    with staged_folder(output) as scratch:
+        drafter.save_pretrained(scratch)
+    config = drafter.config
+    head = "the target's head" if config.draft_vocab_size is None else f"a head of {config.draft_vocab_size} ids"
+    print(f"{output}: shape {config.shape}, target features {config.target_feature_layers}, {head}.")

@@ -157,7 +157,7 @@ def load_plain_pickle(path: Path) -> Any:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {_FETCH_AGAIN}") from error
 
 
-def check_output_folder(folder: str | os.PathLike) -> Path:
+def check_new_folder(folder: str | os.PathLike) -> Path:
     """Raises `ValueError` unless a folder can be created here: absent or empty."""
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -168,7 +168,7 @@ def check_output_folder(folder: str | os.PathLike) -> Path:
 @contextmanager
 def staged_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """A scratch folder beside `folder` that takes its name when the block ends well and vanishes when it does not."""
-    folder = check_output_folder(folder)
+    folder = check_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     scratch.mkdir()
@@ -183,7 +183,7 @@ def staged_folder(folder: str | os.PathLike) -> Iterator[Path]:
 __all__ = [
     "CONFIG_FILE",
     "HOT_TOKENS_FILE",
-    "check_output_folder",
+    "check_new_folder",
     "load_plain_pickle",
     "read_config",
     "read_tensors",

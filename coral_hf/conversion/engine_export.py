@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..drafter.configuration_coral import FC_NORMS, FEATURE_LAYER_LAST, CoralDraftConfig
 from ..drafter.target_adapter import TargetAdapter
 from ..drafter.weight_files import follow_umask
-from .checkpoint_files import CONFIG_FILE, HOT_TOKENS_FILE, check_output_folder, staged_folder
+from .checkpoint_files import CONFIG_FILE, HOT_TOKENS_FILE, check_new_folder, staged_folder
 from .eagle_config import CORAL_KEY, CORAL_SETTINGS, default_feature_layers, write_rope
 from .schema import LAYER, check_export, load_schemas
 from .serving import export_notes, serve_command
@@ -64,7 +64,7 @@ def export_drafter(
     """
     if engine not in ENGINES:
         raise ValueError(f"Unknown engine {engine!r}; choose one of {list(ENGINES)}.")
-    check_output_folder(folder)
+    check_new_folder(folder)
     config = drafter.config
     problems = _obstacles(config, engine, target)
     if engine != "sglang" and _is_permuted(drafter.draft_head, config.vocab_size):

@@ -113,7 +113,7 @@ class CoralDraftConfig(PreTrainedConfig):
             Size of a draft: levels below the root, branches per node (1: a chain), nodes verified with the root. See
             `generation.settings.DraftSettings`, also for overriding them per call.
         draft_cost_aware (`bool`, defaults to `False`):
-            Decide a draft's size anew at every step within that box, by measured costs (`generation.tuning`).
+            Decide a draft's size anew at every step within that box, by measured costs (`generation.tree_size`).
         draft_calibration (`list[list[float]]`, *optional*):
             One row per depth (the last holds for all below): observed acceptance at the path probabilities
             `CALIBRATION_KNOTS`, as `coral-hf tune` fits it. None: drafted probabilities are taken as they are.

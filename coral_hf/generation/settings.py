@@ -26,7 +26,7 @@ class DraftSettings:
         draft_scoring (`str`): log q from the "active" logits, or from the "router" times the softmax in the group.
         draft_stock_loop (`bool`): run Transformers' own assisted loop (chains only) instead of ours.
         draft_cost_aware (`bool`): decide depth and nodes anew at every step, by measured costs (see
-            `generation.tuning`); depth, top_k and total_tokens are then the most that is drafted. A call that names
+            `generation.tree_size`); depth, top_k and total_tokens are then the most that is drafted. A call that names
             sizes drafts exactly those, unless it sets this as well.
     """
 

@@ -3,7 +3,7 @@
 `generate` on a padded batch pays for its slowest row. Here a fixed number of slots share one preallocated key-value
 buffer and a finished slot takes the next prompt at once (continuous batching):
 
-    >>> from coral_hf.training.regenerate import iter_prompts, regenerate
+    >>> from coral_hf.responses.regenerate import iter_prompts, regenerate
     >>> stats = regenerate(target, tokenizer, iter_prompts("prompts.jsonl"), "responses.jsonl", max_new_tokens=224)
 
 The output is append-only JSONL, one whole line per answered turn, so a killed run continues where it stopped.

@@ -1,4 +1,7 @@
-"""Conversations -> drafter."""
+"""Rows -> drafter: the trainers, their arguments and feature cache; losses, runs and reports in rooms of their own.
+
+Knows nothing of the command line; generation never imports it.
+"""
 
 from ..data.dataset import ConversationDataset, read_rows
 from ..data.held_out import hold_out

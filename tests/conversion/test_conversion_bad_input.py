@@ -11,8 +11,8 @@ from helpers.eagle_checkpoints import HIDDEN, LLAMA, VOCAB, eagle1_tensors, eagl
 from helpers.tiny_models import make_target
 
 from coral_hf import CoralDraftModel
+from coral_hf.commands.convert import import_checkpoint
 from coral_hf.conversion.checkpoint_files import read_weight_file
-from coral_hf.conversion.convert_folder import convert_from
 
 
 DRAFT_IDS = torch.tensor([3, 5, 6, 20, 21])
@@ -32,7 +32,7 @@ def refuse(path, target, *parts):
     for part in parts:
         assert part in str(error.value), error.value
     with pytest.raises(ValueError):
-        convert_from(CoralDraftModel, "eagle", str(path), path.parent / "out", target)
+        import_checkpoint("eagle", str(path), path.parent / "out", target)
     assert sorted(path.parent.iterdir()) == before
 
 
@@ -332,7 +332,7 @@ def test_folders(target, tmp_path):
         CoralDraftModel.from_eagle("nobody/no-such-drafter", target)
     path = write(tmp_path / "good", LLAMA, eagle1_tensors())
     with pytest.raises(ValueError, match="exists already"):
-        convert_from(CoralDraftModel, "eagle", str(path), path, target)
+        import_checkpoint("eagle", str(path), path, target)
 
 
 def test_hot_tokens_are_checked(target, tmp_path):

@@ -1,6 +1,6 @@
 """vLLM's own classes load what is exported for it and draft with it as the drafter does: skipped unless vLLM is installed.
 
-Its wheel needs no GPU for this: `CUDA_VISIBLE_DEVICES= python -m pytest tests/test_engine_loaders*.py` in an environment
+Its wheel needs no GPU for this: `CUDA_VISIBLE_DEVICES= python -m pytest tests/engines/test_engine_loaders*.py` in an environment
 with vLLM; SGLang and speculators have files of their own. Only attention over the paged cache is replaced. Versions and
 results of the last run: `benchmarks/records/engine_loaders.json`.
 """

@@ -1,6 +1,6 @@
 """SGLang's own classes load what is exported for it and draft with it as the drafter does: skipped unless it is installed.
 
-In an environment with SGLang and without vLLM: `CUDA_VISIBLE_DEVICES= python -m pytest tests/test_engine_loaders*.py`.
+In an environment with SGLang and without vLLM: `CUDA_VISIBLE_DEVICES= python -m pytest tests/engines/test_engine_loaders*.py`.
 On a CPU `sgl_kernel` (GPU kernels) and torchvision are imported on the way to the models but not called here: stubs stand
 in for them where they are missing. Only attention over the paged cache is replaced. Versions and results of the last run:
 `benchmarks/records/engine_loaders.json`.

@@ -1,6 +1,6 @@
 """speculators' own classes load what is exported for it and draft as the drafter does: skipped unless it is installed.
 
-`CUDA_VISIBLE_DEVICES= python -m pytest tests/test_engine_loaders*.py`. Versions and results of the last run:
+`CUDA_VISIBLE_DEVICES= python -m pytest tests/engines/test_engine_loaders*.py`. Versions and results of the last run:
 `benchmarks/records/engine_loaders.json`.
 """
 
