@@ -8,7 +8,8 @@ import torch
 from helpers.tiny_models import make_drafter, make_target
 from helpers.tiny_trainings import make_args, random_rows
 
-from coral_hf.conversion.convert_folder import convert_from, convert_to
+from coral_hf.commands.convert import import_checkpoint
+from coral_hf.conversion import export_drafter
 from coral_hf.conversion.engine_export import ENGINES
 from coral_hf.drafter.weight_files import follow_umask
 from coral_hf.training.trainer import CoralTrainer
@@ -33,16 +34,14 @@ def export(engine, folder):
     target = make_target(dtype=torch.float32)
     layers = {"shape": "eagle"} if engine == "eagle" else {"shape": "eagle3", "target_feature_layers": [1, 2, 3]}
     drafter = make_drafter(target, **layers)
-    convert_to(engine, drafter, folder / "out", target, target_name="org/target")
+    export_drafter(drafter, engine, folder / "out", target, target_name="org/target")
 
 
 def convert(folder):
     from helpers.eagle_checkpoints import LLAMA, eagle1_tensors, write
 
-    from coral_hf import CoralDraftModel
-
     checkpoint = write(folder.parent / f"{folder.name}-eagle", LLAMA, eagle1_tensors())
-    convert_from(CoralDraftModel, "eagle", str(checkpoint), folder / "out", make_target(dtype=torch.float32))
+    import_checkpoint("eagle", str(checkpoint), folder / "out", make_target(dtype=torch.float32))
 
 
 def train(folder, **settings):
