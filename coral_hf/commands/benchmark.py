@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from .loading import DEMO, DrafterOptions, PlacedTargetOptions, load_drafter, load_target, require
+from .loading import DEMO, DrafterOptions, load_drafter, load_target, require
 from .outputs import OutputOptions, check_output_folder
+from .rendering import RenderingOptions
 
 
 # what --quick sets where nothing else is asked for: a few minutes on two cores with a target of 135 M parameters
@@ -16,7 +17,7 @@ MAX_NEW_TOKENS = 128
 
 
 @dataclass
-class BenchmarkCommand(PlacedTargetOptions, DrafterOptions, OutputOptions):
+class BenchmarkCommand(RenderingOptions, DrafterOptions, OutputOptions):
     r"""Time plain decoding and other methods side by side; write benchmark.json and plots.
 
     Example: coral-hf benchmark --target demo --drafter demo --data mt_bench.jsonl --limit 10 \
@@ -65,7 +66,7 @@ class BenchmarkCommand(PlacedTargetOptions, DrafterOptions, OutputOptions):
 
     def run(self) -> int:
         from ..evaluation.benchmark import describe_run, differences, print_table, run_benchmark
-        from ..evaluation.methods import check_temperatures, parse_methods
+        from ..evaluation.methods import check_temperatures, other_mode, parse_methods
         from ..evaluation.plots import plot_benchmark
         from ..evaluation.step_profile import profile_methods
 
@@ -92,6 +93,8 @@ class BenchmarkCommand(PlacedTargetOptions, DrafterOptions, OutputOptions):
         target, tokenizer = self.load_target(self.dtype)
         for drafter in drafters.values():
             drafter.to(device=target.device, dtype=target.dtype)
+            if (line := other_mode(drafter, tokenizer)) is not None:
+                print(line, file=sys.stderr)
         assistant = None
         if self.assistant is not None:
             place, trusted = str(target.device), self.trust_remote_code
@@ -100,7 +103,7 @@ class BenchmarkCommand(PlacedTargetOptions, DrafterOptions, OutputOptions):
             )
         methods = parse_methods(texts, drafters, assistant)
         path = Path(self.output) / "benchmark.json"
-        self.check_record(path, describe_run(target, methods, prompts, tokens, self.temperature, self.seed))
+        self.check_record(path, describe_run(target, tokenizer, methods, prompts, tokens, self.temperature, self.seed))
         try:
             record = run_benchmark(
                 target, tokenizer, methods, prompts, self.output, tokens, self.temperature, self.seed, self.repeats

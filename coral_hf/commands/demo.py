@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 
 from .loading import resolve_device, resolve_dtype
-from .outputs import check_output_file
+from .outputs import OutputOptions, check_output_file
 
 
 @dataclass
-class DemoCommand:
+class DemoCommand(OutputOptions):
     """Generate with and without the shipped drafter on a real small model.
 
     Example: coral-hf demo --max-new-tokens 128
@@ -38,6 +38,8 @@ class DemoCommand:
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {self.max_new_tokens} must be at least 1.")
         check_output_file(self.json)
+        if self.json is not None:
+            self.check_record(self.json, {"max_new_tokens": self.max_new_tokens}, "json")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = resolve_device(self.device)

@@ -18,16 +18,17 @@ class OutputOptions:
         default=False, metadata={"help": "Replace what another run wrote there. Without it, that is refused."}
     )
 
-    def check_record(self, path: str | Path, measured: Mapping[str, Any]) -> None:
+    def check_record(self, path: str | Path, measured: Mapping[str, Any], option: str = "output") -> None:
         """Raises `ValueError` where a record is there already that this run would not merely measure again.
 
         Args:
             path (`str` or `Path`): the JSON file to write.
             measured (`dict`): keys of the record that say what it measures and how; those that the record on file lacks (an
                 older version's) are not compared.
+            option (`str`): by which it is given.
         """
         found = None if not Path(path).exists() else _other_record(Path(path), json.loads(json.dumps(measured)))
-        remedies = "give another --output, or replace it with --overwrite true"
+        remedies = f"give another --{option}, or replace it with --overwrite true"
         check_replaceable(path, found, self.overwrite, remedies)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from .loading import DEMO, PlacedTargetOptions, require
+from .loading import DEMO, require
 from .outputs import check_output_file, check_output_folder
+from .rendering import RenderingOptions
 
 
 _SLOTS = 128
@@ -18,7 +19,7 @@ _PROMPT_TOKENS = 2048  # the buffer of keys and values is as long as the longest
 
 
 @dataclass
-class RegenerateCommand(PlacedTargetOptions):
+class RegenerateCommand(RenderingOptions):
     """Make the target answer prompts; resumes where an earlier run stopped.
 
     Example: coral-hf regenerate --prompts prompts.jsonl --output responses.jsonl
@@ -133,6 +134,7 @@ class RegenerateCommand(PlacedTargetOptions):
         )
 
     def _ask_endpoint(self, prompts: list[dict[str, Any]], common: dict[str, Any]) -> dict[str, Any]:
+        from ..data.chat import check_template_kwargs
         from ..responses.endpoint import regenerate_from_endpoint
 
         return regenerate_from_endpoint(
@@ -143,6 +145,7 @@ class RegenerateCommand(PlacedTargetOptions):
             concurrency=self.endpoint_concurrency,
             token_ids=self.endpoint_token_ids,
             attempts=self.endpoint_attempts,
+            template_kwargs=check_template_kwargs(self.chat_template_kwargs, "--chat_template_kwargs"),
             tokenizer=None if self.endpoint_token_ids else self._tokenizer(),
             **common,
         )

@@ -1,17 +1,19 @@
 """`coral-hf tune`: which draft size pays for a target and a drafter on this machine?"""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from .. import demo
-from .loading import DEMO, DrafterOptions, PlacedTargetOptions, load_drafter, require
+from .loading import DEMO, DrafterOptions, load_drafter, require
 from .outputs import OutputOptions, check_output_folder
+from .rendering import RenderingOptions
 
 
 @dataclass
-class TuneCommand(PlacedTargetOptions, DrafterOptions, OutputOptions):
+class TuneCommand(RenderingOptions, DrafterOptions, OutputOptions):
     r"""Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
 
     The costs that generate keeps for cost-aware drafts of the drafter's own sizes are measured anew.
@@ -40,7 +42,7 @@ class TuneCommand(PlacedTargetOptions, DrafterOptions, OutputOptions):
 
     def run(self) -> int:
         from ..data.prompts import read_prompts
-        from ..evaluation.methods import check_temperatures
+        from ..evaluation.methods import check_temperatures, other_mode
         from ..evaluation.tune import (
             RECORD_FILE,
             chosen_settings,
@@ -78,8 +80,10 @@ class TuneCommand(PlacedTargetOptions, DrafterOptions, OutputOptions):
         drafter = load_drafter(self.drafter, self.drafter_revision)
         target, tokenizer = self.load_target(self.dtype)
         drafter.to(device=target.device, dtype=target.dtype)
+        if (line := other_mode(drafter, tokenizer)) is not None:
+            print(line, file=sys.stderr)
         how = (self.max_new_tokens, self.temperature)
-        self.check_record(Path(self.output) / RECORD_FILE, describe_run(target, drafter, prompts, *how))
+        self.check_record(Path(self.output) / RECORD_FILE, describe_run(target, tokenizer, drafter, prompts, *how))
         record = tune(target, tokenizer, drafter, prompts, box, *how, self.seed)
         print_record(record)
         print(write_record(record, self.output))

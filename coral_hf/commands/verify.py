@@ -1,16 +1,18 @@
 """`coral-hf verify`: are a drafter's answers plain `generate`'s, token by token?"""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from .loading import DEMO, DrafterOptions, PlacedTargetOptions, load_drafter, require
+from .loading import DEMO, DrafterOptions, load_drafter, require
 from .outputs import OutputOptions, check_output_folder
+from .rendering import RenderingOptions
 
 
 @dataclass
-class VerifyCommand(PlacedTargetOptions, DrafterOptions, OutputOptions):
+class VerifyCommand(RenderingOptions, DrafterOptions, OutputOptions):
     r"""Compare a drafter's answers with plain decoding turn by turn, token by token; exit status 1 if any differs.
 
     Example: coral-hf verify --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 10 \
@@ -36,7 +38,7 @@ class VerifyCommand(PlacedTargetOptions, DrafterOptions, OutputOptions):
 
     def run(self) -> int:
         from ..data.prompts import read_prompts
-        from ..evaluation.methods import check_temperatures, parse_methods
+        from ..evaluation.methods import check_temperatures, other_mode, parse_methods
         from ..evaluation.verify import check_file, describe_run, print_checks, verify
 
         require("rich")
@@ -51,9 +53,11 @@ class VerifyCommand(PlacedTargetOptions, DrafterOptions, OutputOptions):
         methods = parse_methods(self.method, {self.drafter: drafter})
         target, tokenizer = self.load_target(self.dtype)
         drafter.to(device=target.device, dtype=target.dtype)
+        if (line := other_mode(drafter, tokenizer)) is not None:
+            print(line, file=sys.stderr)
         for method in methods if self.output is not None else ():
             path = check_file(Path(self.output or ""), method)
-            self.check_record(path, describe_run(target, method, prompts, self.max_new_tokens))
+            self.check_record(path, describe_run(target, tokenizer, method, prompts, self.max_new_tokens))
         checks = verify(
             target, tokenizer, methods, prompts, self.max_new_tokens, self.temperature, self.seed, self.output
         )

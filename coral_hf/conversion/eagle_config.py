@@ -15,6 +15,7 @@ CORAL_SETTINGS = (
     "target_num_hidden_layers",
     "target_vocab_hash",
     "target_embedding_scale",
+    "chat_template_kwargs",
     "target_feature_layers",
     "bos_token_id",
     "eos_token_id",

@@ -1,5 +1,6 @@
 """Schemas of training rows, and one row -> token ids and response mask."""
 
+import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from .chat import (
     check_system,
     check_template_kwargs,
     check_tools,
+    template_kwargs_of,
 )
 from .response_masks import Chat, encode_chat
 
@@ -168,6 +170,16 @@ def chat_of(row: dict[str, Any], schema: str, where: str) -> Chat:
     return Chat(messages, cut, first, check_tools(row, where), kwargs)
 
 
+def template_mode(row: Mapping[str, Any], tokenizer: Any) -> str | None:
+    """The variables of the chat template that a row was or is rendered with, as JSON; None where that is not known."""
+    if "text" in row or not getattr(tokenizer, "chat_template", None):
+        return None
+    kwargs = check_template_kwargs(row.get("chat_template_kwargs"), "chat_template_kwargs")
+    if "prompt_ids" in row or "input_ids" in row:  # rendered already; `regenerate` says how
+        return json.dumps(kwargs, sort_keys=True) if kwargs or row.get("target") is not None else None
+    return json.dumps({**template_kwargs_of(tokenizer), **kwargs}, sort_keys=True)
+
+
 def was_cut(finish_reason: str | None) -> bool:
     """Whether a response ended by anything else ("length", "abort", "content_filter") than the target's own end."""
     return finish_reason is not None and str(finish_reason).lower() not in _ENDED
@@ -183,4 +195,5 @@ __all__ = [
     "encode_row_parts",
     "listed",
     "schema_of",
+    "template_mode",
 ]

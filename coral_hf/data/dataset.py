@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .chat import UnusableRow
-from .conversations import encode_row, encode_row_parts
+from .conversations import encode_row, encode_row_parts, template_mode
 from .sources import read_rows
 
 
@@ -20,6 +20,7 @@ def encode_rows(
     counts: dict[str, int],
     eos_ids: Collection[int] = (),
     on_drop: Callable[[str], None] | None = None,
+    modes: set[str] | None = None,
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Rows -> ids and response masks, cut at `max_length`; adds what was cut and left out to `counts`.
 
@@ -27,6 +28,7 @@ def encode_rows(
         rows, tokenizer, max_length, eos_ids: see [`ConversationDataset`].
         counts (`dict`): `truncated`, `dropped` and `unusable`, see [`no_counts`].
         on_drop (`Callable`, *optional*): gets why each row, or answer of one, is left out.
+        modes (`set[str]`, *optional*): gets the variables of the chat template of each row, as JSON, where they are known.
     """
     tell = on_drop or (lambda reason: None)
     for index, row in enumerate(rows):
@@ -35,6 +37,8 @@ def encode_rows(
             parts, unusable = encode_row_parts(row, tokenizer, name, eos_ids)
         except UnusableRow as error:
             parts, unusable = [], [error]
+        if modes is not None and parts and (mode := template_mode(row, tokenizer)) is not None:
+            modes.add(mode)
         for reason in unusable:
             counts["unusable"] += 1
             tell(str(reason))
@@ -90,10 +94,13 @@ class ConversationDataset(torch.utils.data.Dataset):
         eos_ids: Collection[int] = (),
     ):
         self.counts = no_counts()
+        self.modes: set[str] = set()
         self.left_out: list[str] = []  # why, of the first few
         self.conversations: list[tuple[torch.Tensor, torch.Tensor]] = [
             (torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool))
-            for ids, mask in encode_rows(rows, tokenizer, max_length, self.counts, eos_ids, self._leave_out)
+            for ids, mask in encode_rows(
+                rows, tokenizer, max_length, self.counts, eos_ids, self._leave_out, self.modes
+            )
         ]
         if not self.conversations:
             raise nothing_to_train(max_length, self.left_out)

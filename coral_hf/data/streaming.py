@@ -63,6 +63,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
         self.seed, self.buffer_size, self.packing = seed, buffer_size, packing
         self.positions, self.eos_ids = positions, eos_ids
         self._told: set[str] = set()
+        self.modes: set[str] = set()
         self._left_out: list[str] = []  # the first reason
 
     @cached_property
@@ -76,7 +77,9 @@ class StreamedConversations(torch.utils.data.IterableDataset):
     def conversations_in_order(self, counts: dict[str, int] | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """One pass over the stream as it comes; adds what is cut and left out to `counts`."""
         counts = no_counts() if counts is None else counts
-        rows = encode_rows(self.rows, self.tokenizer, self.max_length, counts, self.eos_ids, self._tell_of_drop)
+        rows = encode_rows(
+            self.rows, self.tokenizer, self.max_length, counts, self.eos_ids, self._tell_of_drop, self.modes
+        )
         for ids, mask in rows:
             if max(ids) >= self.vocab_size:
                 raise unknown_id(max(ids), self.vocab_size)

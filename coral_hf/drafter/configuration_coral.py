@@ -107,6 +107,9 @@ class CoralDraftConfig(PreTrainedConfig):
         target_embedding_scale (`float`, *optional*):
             What the target multiplies its embedding by ([`TargetAdapter.embedding_scale`] when the drafter was made; 1.0:
             nothing): serving engines hand drafters the unscaled one. None, which is not written: not recorded.
+        chat_template_kwargs (`dict`, *optional*):
+            Variables of the target's chat template (`enable_thinking`, ...) in the conversations that the drafter was trained
+            on last; empty for the template's defaults. None, which is not written: not recorded, or several.
         bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*), pad_token_id (`int`, *optional*):
             The target's special ids, by which `pipeline` tells that both share a tokenizer.
         draft_depth (`int`, defaults to 5), draft_top_k (`int`, defaults to 1), draft_total_tokens (`int`, *optional*):
@@ -164,6 +167,7 @@ class CoralDraftConfig(PreTrainedConfig):
     target_num_hidden_layers: int | None = None
     target_vocab_hash: str | None = None
     target_embedding_scale: float | None = None
+    chat_template_kwargs: dict | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -221,6 +225,8 @@ class CoralDraftConfig(PreTrainedConfig):
         for name in ("target_embedding_scale", *FC_NORMS):
             if not settings.get(name):
                 settings.pop(name, None)
+        if settings.get("chat_template_kwargs") is None:
+            settings.pop("chat_template_kwargs", None)
         return settings
 
     @classmethod

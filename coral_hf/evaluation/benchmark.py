@@ -23,6 +23,7 @@ from .methods import (
     check_drafter,
     check_temperatures,
     describe_methods,
+    describe_rendering,
     describe_target,
     draft_settings,
     first_difference,
@@ -127,7 +128,7 @@ def run_benchmark(
     folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "environment": describe_environment(target.device, target.dtype),
-        **describe_run(target, methods[1:], prompts, max_new_tokens, temperatures, seed),
+        **describe_run(target, tokenizer, methods[1:], prompts, max_new_tokens, temperatures, seed),
         "repeats": repeats,
         "draft_settings": {method.name: draft_settings(method) for method in methods if method.is_coral},
         "partial": True,
@@ -148,6 +149,7 @@ def run_benchmark(
 
 def describe_run(
     target: Any,
+    tokenizer: Any,
     methods: Sequence[Method],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
@@ -157,6 +159,7 @@ def describe_run(
     """What a benchmark measures and how, as its record says it; arguments as for [`run_benchmark`]."""
     return {
         **describe_target(target),
+        **describe_rendering(tokenizer),
         **describe_methods(methods),
         **describe_prompts(prompts),
         "max_new_tokens": max_new_tokens,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from ..data.chat import template_kwargs_of
 from ..drafter.configuration_coral import check_vocabulary
 from ..drafter.hub_names import hub_commit, public_name
 from ..drafter.target_adapter import TargetAdapter
@@ -257,10 +258,27 @@ def check_drafter(target: Any, tokenizer: Any, method: Method) -> None:
             )
 
 
+def other_mode(drafter: Any, tokenizer: Any) -> str | None:
+    """A line that says so where a drafter was trained with other variables of the chat template than those of this run."""
+    trained, here = drafter.config.chat_template_kwargs, template_kwargs_of(tokenizer)
+    if trained is None or trained == here:
+        return None
+    name = public_name(drafter.config._name_or_path) or "the drafter"
+    return (
+        f"warning: {name} was trained with the chat template's variables {json.dumps(trained)}, and this run has "
+        f"{json.dumps(here)}: it may accept fewer tokens than in its own mode (--chat_template_kwargs '{json.dumps(trained)}')."
+    )
+
+
 def describe_target(target: Any) -> dict[str, Any]:
     """Which target a record measured: its name and, if it is of the Hub, its commit."""
     config = target.config
     return {"target": public_name(config._name_or_path), "target_revision": hub_commit(config)}
+
+
+def describe_rendering(tokenizer: Any) -> dict[str, Any]:
+    """In which mode a record measured: the variables of the chat template, a prompt's own aside."""
+    return {"chat_template_kwargs": template_kwargs_of(tokenizer)}
 
 
 def describe_drafter(drafter: Any) -> dict[str, Any]:
@@ -304,9 +322,11 @@ __all__ = [
     "check_temperatures",
     "describe_drafter",
     "describe_methods",
+    "describe_rendering",
     "describe_target",
     "draft_settings",
     "first_difference",
     "measure",
+    "other_mode",
     "parse_methods",
 ]

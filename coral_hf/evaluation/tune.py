@@ -14,7 +14,7 @@ from ..generation.settings import DraftSettings
 from ..generation.tree_size import Calibration, DraftCosts, TreeSizeRule
 from .draft_traces import DraftTrace, fit_calibration, record_traces, replay_all
 from .environment import describe_environment
-from .methods import Method, check_drafter, describe_drafter, describe_target
+from .methods import Method, check_drafter, describe_drafter, describe_rendering, describe_target
 from .prediction import predict_speedup
 
 
@@ -52,7 +52,7 @@ def tune(
     check_drafter(target, tokenizer, Method("tune", drafter))
     record: dict[str, Any] = {
         "environment": describe_environment(target.device, target.dtype),
-        **describe_run(target, drafter, prompts, max_new_tokens, temperature),
+        **describe_run(target, tokenizer, drafter, prompts, max_new_tokens, temperature),
         "drafting": [],
         "fixed": [],
         "cost_aware": [],
@@ -85,11 +85,12 @@ def tune(
 
 
 def describe_run(
-    target: Any, drafter: Any, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float
+    target: Any, tokenizer: Any, drafter: Any, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float
 ) -> dict[str, Any]:
     """What is measured, as the record says it; arguments as for [`tune`]."""
     return {
         **describe_target(target),
+        **describe_rendering(tokenizer),
         **describe_drafter(drafter),
         "n_prompts": len(prompts),
         **describe_prompts(prompts),

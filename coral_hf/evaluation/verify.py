@@ -22,6 +22,7 @@ from .methods import (
     check_drafter,
     check_temperatures,
     describe_drafter,
+    describe_rendering,
     describe_target,
     draft_settings,
     first_difference,
@@ -183,7 +184,7 @@ def verify(
         method.name: {
             "settings": draft_settings(method),
             "environment": describe_environment(target.device, target.dtype),
-            **describe_run(target, method, prompts, max_new_tokens),
+            **describe_run(target, tokenizer, method, prompts, max_new_tokens),
         }
         for method in methods
     }
@@ -201,11 +202,14 @@ def verify(
     return checks
 
 
-def describe_run(target: Any, method: Method, prompts: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
+def describe_run(
+    target: Any, tokenizer: Any, method: Method, prompts: Sequence[Prompt], max_new_tokens: int
+) -> dict[str, Any]:
     """What the check of a method compares, as its record says it; arguments as for [`verify`]."""
     return {
         "max_new_tokens": max_new_tokens,
         **describe_target(target),
+        **describe_rendering(tokenizer),
         **describe_drafter(method.drafter),
         **describe_prompts(prompts),
     }

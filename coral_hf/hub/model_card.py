@@ -1,5 +1,6 @@
 """The card of a drafter, made from its config, its weights and its records: nothing in it is typed."""
 
+import json
 import math
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ..drafter.configuration_coral import CoralDraftConfig
 from ..drafter.weight_files import WEIGHTS_FILE
 from .card_tables import NOT_MEASURED, headline_rows, measured_section, reading, training_section
-from .records import Records, check_stated, read_records
+from .records import RECORD_FOLDER, Records, check_stated, read_records
 
 
 TAGS = ["coral", "speculative-decoding", "drafter"]
@@ -181,9 +182,19 @@ def _target_section(records: Records, config: CoralDraftConfig, target: str | No
         f"- Type and size: `{config.target_model_type}`, {config.target_num_hidden_layers} layers, hidden "
         f"{config.hidden_size}, vocabulary {config.vocab_size:,}",
     ]
+    lines += _modes(records, config.chat_template_kwargs)
     if records.stated.get("target"):
         lines.append(f"- {records.stated['target']}")
     return "\n".join(lines)
+
+
+def _modes(records: Records, trained: dict[str, Any] | None) -> list[str]:
+    """The chat template's variables in the training, and those of benchmarks in another mode."""
+    lines = [f"- Chat template's variables in the training: `{json.dumps(trained)}`"] if trained else []
+    for name, record in records.benchmarks if trained is not None else ():
+        if (measured := record.get("chat_template_kwargs")) not in (None, trained):
+            lines.append(f"- In `{RECORD_FOLDER}/{name}`, which measured another mode: `{json.dumps(measured)}`")
+    return lines
 
 
 __all__ = ["CARD_FILE", "NOT_MEASURED", "foreign_card", "render_card", "write_card"]

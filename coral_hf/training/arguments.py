@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..data.chat import check_template_kwargs
 from ..utils.hardware import native_bfloat16
 from .losses.terms import TERMS
 from .recipe import Recipe, choose_recipe
@@ -115,6 +116,13 @@ class CoralTrainingArguments(TrainingArguments):
         },
     )
     max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut here (and counted)."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Variables of the target's chat template, as JSON on the command line ('{\"enable_thinking\": false}'); a "
+            "row's own column of that name goes before them."
+        },
+    )
     packing: bool = field(
         default=False,
         metadata={
@@ -237,6 +245,7 @@ class CoralTrainingArguments(TrainingArguments):
         for name in ("csra_temperature", "step_decay"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        self.chat_template_kwargs = check_template_kwargs(self.chat_template_kwargs, "chat_template_kwargs") or None
         if self.bf16 is None:
             self.bf16 = not self.fp16 and native_bfloat16("cpu" if self.use_cpu else None)
         if not torch.accelerator.is_available():

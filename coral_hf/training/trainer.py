@@ -8,6 +8,7 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 from transformers import PreTrainedModel, Trainer, set_seed
 
+from ..data.chat import with_template_kwargs
 from ..data.collator import IGNORED_LABEL, CoralDataCollator
 from ..data.dataset import check_ids, check_lengths, preview
 from ..drafter.configuration_coral import check_vocabulary
@@ -34,7 +35,7 @@ from .run.placement import check_devices, check_packing, end_processes, place_ta
 from .run.publishing import PublishingMixin
 from .run.stages import train_in_float32, train_stage
 from .run.unused_settings import check_parameters
-from .training_rows import encode_dataset, encode_training_dataset, first_item
+from .training_rows import encode_dataset, encode_training_dataset, first_item, template_kwargs
 
 
 class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
@@ -107,12 +108,11 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             check_packing(self.adapter)
         positions = getattr(self.adapter.text_config, "max_position_embeddings", None)
         eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        eval_sets = {
-            name: encode_dataset(rows, processing_class, args, target_model) for name, rows in eval_sets.items()
-        }
+        tokenizer = processing_class and with_template_kwargs(processing_class, args.chat_template_kwargs)
+        eval_sets = {name: encode_dataset(rows, tokenizer, args, target_model) for name, rows in eval_sets.items()}
         eval_dataset = eval_sets if isinstance(eval_dataset, dict) else eval_sets[""]
         conversations, train_dataset = encode_training_dataset(
-            train_dataset, processing_class, args, self.adapter.vocab_size, positions, target_model
+            train_dataset, tokenizer, args, self.adapter.vocab_size, positions, target_model
         )
         for dataset in (conversations, *eval_sets.values()):
             check_ids(dataset, self.adapter.vocab_size)
@@ -143,6 +143,9 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         self.add_callback(self._tokens)
         if args.cache_features is not None:
             self._fill_cache(args.cache_features, [conversations, *eval_sets.values()])
+        if train_dataset is not None:
+            first_item(train_dataset)  # of a stream: its head is read
+            model.config.chat_template_kwargs = template_kwargs(train_dataset, args)
         if processing_class is not None and train_dataset is not None and self.is_world_process_zero():
             sample = preview(first_item(train_dataset), processing_class)
             print(f"First sample, trained tokens between ⟦ and ⟧:\n{sample}")

@@ -1,9 +1,11 @@
 """What a trainer is given as data -> the data set it trains on."""
 
+import json
 from typing import Any
 
 from transformers.trainer_utils import has_length
 
+from ..data.chat import check_template_kwargs
 from ..data.dataset import ConversationDataset, describe_counts
 from ..data.packing import PackedConversations
 from ..data.response_masks import eos_ids_of
@@ -91,6 +93,16 @@ def _stream(
     )
 
 
+def template_kwargs(dataset: Any, args: CoralTrainingArguments) -> dict[str, Any] | None:
+    """The variables of the chat template that all rows read so far have; None where they are several, or not known."""
+    modes: set[str] = getattr(getattr(dataset, "dataset", dataset), "modes", set())
+    if len(modes) > 1:
+        if args.process_index == 0:
+            print(f"The rows are of {len(modes)} modes of the chat template: {', '.join(sorted(modes))}.")
+        return None
+    return json.loads(next(iter(modes))) if modes else check_template_kwargs(args.chat_template_kwargs, "") or None
+
+
 def _eos_ids(target: Any) -> frozenset[int]:
     return frozenset() if target is None else eos_ids_of(target)
 
@@ -105,4 +117,4 @@ def first_item(dataset: Any) -> dict[str, Any]:
     return dataset[0] if has_length(dataset) else dataset.head[0]
 
 
-__all__ = ["encode_dataset", "encode_training_dataset", "first_item"]
+__all__ = ["encode_dataset", "encode_training_dataset", "first_item", "template_kwargs"]

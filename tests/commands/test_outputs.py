@@ -35,6 +35,16 @@ def test_a_record_of_something_else_stays(folder, monkeypatch, capsys, verb):
     assert path.read_bytes() == before
 
 
+def test_the_demos_figures_replace_nothing_else(tmp_path, capsys):
+    path = tmp_path / "mine.json"
+    path.write_text('{"mine": 1}')
+    assert main(["demo", "--json", str(path)]) == 2
+    assert "mine.json contains something else than a record, which this run would replace: give another --json" in (
+        capsys.readouterr().err
+    )
+    assert path.read_text() == '{"mine": 1}'
+
+
 def test_a_text_of_ones_own_is_no_card(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     card = folder / "drafter" / "README.md"

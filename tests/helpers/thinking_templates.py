@@ -7,6 +7,16 @@ prompt opens, and how tool calls and their results look. Line breaks are spaces 
 from helpers.tiny_models import make_tokenizer
 
 
+# An answer as its thinking, which may stand beside it or in it, and its content.
+_PARTS = """\
+{%- set content = m.content -%}
+{%- set thinking = m.reasoning_content if m.reasoning_content is string else '' -%}
+{%- if not thinking and '</think>' in content -%}
+  {%- set thinking = content.split('</think>')[0].split('<think>')[-1].strip() -%}
+  {%- set content = content.split('</think>')[-1].strip() -%}
+{%- endif -%}
+"""
+
 # Thinking is rendered after the last question only; there, an answer without any gets an empty block. With
 # enable_thinking=false the prompt brings the empty block.
 QWEN3 = """\
@@ -17,12 +27,7 @@ QWEN3 = """\
 {%- if tools %}{{ '{s}tools:' }}{% for t in tools %}{{ t.function.name }};{% endfor %}{{ '{e} ' }}{% endif -%}
 {%- for m in messages -%}
   {%- if m.role == 'assistant' -%}
-    {%- set content = m.content -%}
-    {%- set thinking = m.reasoning_content if m.reasoning_content is string else '' -%}
-    {%- if not thinking and '</think>' in content -%}
-      {%- set thinking = content.split('</think>')[0].split('<think>')[-1].strip() -%}
-      {%- set content = content.split('</think>')[-1].strip() -%}
-    {%- endif -%}
+    PARTS
     {{- '{s}assistant ' -}}
     {%- if loop.index0 > ns.last and (loop.last or thinking) -%}
       {{- '<think> ' ~ thinking.strip() ~ ' </think> ' -}}
@@ -53,12 +58,7 @@ GLM45 = """\
   {%- if m.role == 'user' -%}{{- '|user|' ~ m.content -}}
     {%- if enable_thinking is defined and not enable_thinking -%}{{- '/nothink' -}}{%- endif -%}
   {%- elif m.role == 'assistant' -%}
-    {%- set content = m.content -%}
-    {%- set thinking = m.reasoning_content if m.reasoning_content is string else '' -%}
-    {%- if not thinking and '</think>' in content -%}
-      {%- set thinking = content.split('</think>')[0].split('<think>')[-1].strip() -%}
-      {%- set content = content.split('</think>')[-1].strip() -%}
-    {%- endif -%}
+    PARTS
     {{- '|assistant| <think>' ~ (thinking.strip() if loop.index0 > ns.last else '') ~ '</think>' -}}
     {%- if content.strip() -%}{{- ' ' ~ content.strip() -}}{%- endif -%}
     {%- for call in m.tool_calls or [] -%}
@@ -123,7 +123,12 @@ HARMONY = """\
 {%- if add_generation_prompt -%}{{- '|start|assistant' -}}{%- endif -%}
 """
 
-TEMPLATES = {"qwen3": QWEN3, "glm45": GLM45, "deepseek_r1": DEEPSEEK_R1, "harmony": HARMONY}
+TEMPLATES = {
+    "qwen3": QWEN3.replace("PARTS", _PARTS),
+    "glm45": GLM45.replace("PARTS", _PARTS),
+    "deepseek_r1": DEEPSEEK_R1,
+    "harmony": HARMONY,
+}
 
 
 def thinking_tokenizer(family: str):

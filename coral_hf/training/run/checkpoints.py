@@ -169,6 +169,10 @@ class CheckpointMixin(Trainer):
             # the last part only: the same target may lie in another folder
             "target": Path(name).name if (name := self.model.config.target_name_or_path) else None,
             "target_revision": self.target_revision,
+            # text, because nothing is less than nothing known
+            "chat_template_kwargs": None
+            if (mode := self.model.config.chat_template_kwargs) is None
+            else json.dumps(mode),
             "vocabulary": self.model.config.target_vocab_hash,
         }
 
