@@ -8,7 +8,7 @@ import torch
 
 from .loading import DEMO, DrafterOptions, load_drafter, load_target, require
 from .outputs import OutputOptions, check_output_folder
-from .rendering import RenderingOptions
+from .rendering import FORMATS_HELP, DataOptions, RenderingOptions
 
 
 # what --quick sets where nothing else is asked for: a few minutes on two cores with a target of 135 M parameters
@@ -17,7 +17,7 @@ MAX_NEW_TOKENS = 128
 
 
 @dataclass
-class BenchmarkCommand(RenderingOptions, DrafterOptions, OutputOptions):
+class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
     r"""Time plain decoding and other methods side by side; write benchmark.json and plots.
 
     Example: coral-hf benchmark --target demo --drafter demo --data mt_bench.jsonl --limit 10 \
@@ -28,7 +28,7 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, OutputOptions):
     output: str = field(metadata={"help": "Folder for benchmark.json and the plots."})
     data: list[str] = field(
         default_factory=list,
-        metadata={"help": "JSONL files of {'id', 'turns'} rows or of chat messages (default: the demo's prompts)."},
+        metadata={"help": f"Prompts to answer: {FORMATS_HELP} (default: the demo's prompts)."},
     )
     drafter: list[str] = field(
         default_factory=lambda: [DEMO], metadata={"help": "Paths or Hub ids of drafters, or 'demo'."}
@@ -131,5 +131,5 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, OutputOptions):
 
         limit = QUICK["limit"] if self.quick and self.limit is None else self.limit
         if self.data:
-            return read_prompts(self.data, limit)
+            return read_prompts(self.data, limit, **self.reading)
         return [Prompt(f"demo-{index}", "demo", (text,)) for index, text in enumerate(PROMPTS[:limit])]

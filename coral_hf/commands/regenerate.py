@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from .loading import DEMO, require
 from .outputs import check_output_file, check_output_folder
-from .rendering import RenderingOptions
+from .rendering import FORMATS_HELP, DataOptions, RenderingOptions
 
 
 _SLOTS = 128
@@ -19,22 +19,19 @@ _PROMPT_TOKENS = 2048  # the buffer of keys and values is as long as the longest
 
 
 @dataclass
-class RegenerateCommand(RenderingOptions):
+class RegenerateCommand(RenderingOptions, DataOptions):
     """Make the target answer prompts; resumes where an earlier run stopped.
 
     Example: coral-hf regenerate --prompts prompts.jsonl --output responses.jsonl
     """
 
     prompts: str = field(
-        metadata={
-            "help": "JSONL file or data set of {'id', 'turns'} rows, or of chat messages whose user turns count."
-        }
+        metadata={"help": f"Prompts to answer: {FORMATS_HELP}; of conversations the user's turns count."}
     )
     output: str = field(metadata={"help": "JSONL file of responses, appended to."})
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of the target; auto: bfloat16 where it is computed natively."}
     )
-    split: str = field(default="train", metadata={"help": "Split of data sets that have several."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest response."})
     max_prompt_tokens: int | None = field(
         default=None,
@@ -99,7 +96,7 @@ class RegenerateCommand(RenderingOptions):
             require("pyarrow", extra="train")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        prompts = list(iter_prompts(self.prompts, self.split))
+        prompts = list(iter_prompts(self.prompts, **self.reading))
         if self.check_overlap:
             warn_of_overlap(prompts, self.check_overlap)
         common = {

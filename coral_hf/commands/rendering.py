@@ -1,4 +1,4 @@
-"""How the verbs that generate render conversations."""
+"""How verbs read their data, and those that generate render it."""
 
 from dataclasses import dataclass, field
 
@@ -6,6 +6,12 @@ import torch
 
 from ..data.chat import check_template_kwargs, with_template_kwargs
 from .loading import PlacedTargetOptions
+
+
+FORMATS_HELP = (
+    "JSON lines, a JSON array, CSV, Parquet, text with a prompt a line, or data sets on the Hub "
+    "(org/name[@revision][:config]), in any format of docs/data_formats.md"
+)
 
 
 @dataclass(kw_only=True)
@@ -29,4 +35,22 @@ class RenderingOptions(PlacedTargetOptions):
         return target, with_template_kwargs(tokenizer, self.chat_template_kwargs)
 
 
-__all__ = ["RenderingOptions"]
+@dataclass(kw_only=True)
+class DataOptions:
+    """Which split and columns a verb reads."""
+
+    split: str = field(default="train", metadata={"help": "Split of data sets that have several."})
+    columns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Columns of other names, as NAME=COLUMN: prompt=query reads the prompts from query."},
+    )
+
+    @property
+    def reading(self) -> dict:
+        """The arguments of a reader beside the data; `ValueError` for malformed `--columns`."""
+        from ..data.row_reader import parse_columns
+
+        return {"split": self.split, "columns": parse_columns(self.columns)}
+
+
+__all__ = ["FORMATS_HELP", "DataOptions", "RenderingOptions"]

@@ -14,10 +14,11 @@ from ..training.recipe import drafter_settings, shortlist_size
 from .after_training import tune_trained
 from .loading import DrafterOptions, TargetOptions, load_drafter, resolve_dtype
 from .outputs import check_output_folder
+from .rendering import FORMATS_HELP, DataOptions
 
 
 @dataclass
-class TrainCommand(TargetOptions, DrafterOptions):
+class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
     """Train a drafter on the target's own responses. Takes the flags of TrainingArguments as well.
 
     Example: coral-hf train --target demo --data responses.jsonl --output outputs/drafter
@@ -30,12 +31,8 @@ class TrainCommand(TargetOptions, DrafterOptions):
     }
 
     data: list[str] = field(
-        metadata={
-            "help": "Response files (.jsonl, .jsonl.gz, .parquet), folders of Parquet shards or of save_to_disk, or data "
-            "sets on the Hub (org/name[@revision][:config])."
-        }
+        metadata={"help": f"Prompts with answers: {FORMATS_HELP}; or a folder of shards or of save_to_disk."}
     )
-    split: str = field(default="train", metadata={"help": "Split of data sets that have several."})
     streaming: bool = field(
         default=False,
         metadata={
@@ -126,7 +123,7 @@ class TrainCommand(TargetOptions, DrafterOptions):
         if self.streaming and (self.estimate or self.shortlist_size):
             name = "--estimate" if self.estimate else f"--shortlist_size {self.shortlist_size}"
             raise ValueError(f"{name} goes over all rows first: leave --streaming out.")
-        rows, eval_rows = self._read()
+        rows, eval_rows = self._read(tell=args.process_index == 0)
         if not self.eval_data and self.eval_rows != 0 and args.process_index == 0:
             print(told(rows, eval_rows), flush=True)
         # the trainer places the target, on every rank's own device
@@ -174,7 +171,7 @@ class TrainCommand(TargetOptions, DrafterOptions):
         trainer.end_training()  # several processes leave together
         return 0
 
-    def _read(self) -> tuple[Any, list[dict[str, Any]]]:
+    def _read(self, tell: bool) -> tuple[Any, list[dict[str, Any]]]:
         """Rows to train on and to evaluate on."""
         from ..data.dataset import read_rows
         from ..data.held_out import hold_out
@@ -182,9 +179,9 @@ class TrainCommand(TargetOptions, DrafterOptions):
 
         if self.eval_rows is not None and self.eval_rows < 0:
             raise ValueError(f"--eval_rows {self.eval_rows} must be 0 or more.")
-        rows: Any = RowStream(self.data, self.split) if self.streaming else read_rows(self.data, self.split)
+        rows: Any = (RowStream if self.streaming else read_rows)(self.data, **self.reading, tell=tell)
         if self.eval_data:
-            return rows, read_rows(self.eval_data, self.split)
+            return rows, read_rows(self.eval_data, **self.reading, tell=tell)
         return hold_out(rows, self.eval_rows)
 
     def _shortlist_size(self, trainer: Any) -> int:

@@ -9,11 +9,11 @@ import torch
 from .. import demo
 from .loading import DEMO, DrafterOptions, load_drafter, require
 from .outputs import OutputOptions, check_output_folder
-from .rendering import RenderingOptions
+from .rendering import FORMATS_HELP, DataOptions, RenderingOptions
 
 
 @dataclass
-class TuneCommand(RenderingOptions, DrafterOptions, OutputOptions):
+class TuneCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
     r"""Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
 
     The costs that generate keeps for cost-aware drafts of the drafter's own sizes are measured anew.
@@ -23,9 +23,7 @@ class TuneCommand(RenderingOptions, DrafterOptions, OutputOptions):
     """
 
     output: str = field(metadata={"help": "Folder for tune.json."})
-    data: list[str] = field(
-        metadata={"help": "JSONL files of {'id', 'turns'} rows or of chat messages; first turns are answered."}
-    )
+    data: list[str] = field(metadata={"help": f"Prompts, whose first turns are answered: {FORMATS_HELP}."})
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of the models; auto: bfloat16 where it is computed natively."}
@@ -76,7 +74,7 @@ class TuneCommand(RenderingOptions, DrafterOptions, OutputOptions):
             )
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        prompts = read_prompts(self.data, self.limit)
+        prompts = read_prompts(self.data, self.limit, **self.reading)
         drafter = load_drafter(self.drafter, self.drafter_revision)
         target, tokenizer = self.load_target(self.dtype)
         drafter.to(device=target.device, dtype=target.dtype)

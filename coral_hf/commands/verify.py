@@ -8,18 +8,18 @@ import torch
 
 from .loading import DEMO, DrafterOptions, load_drafter, require
 from .outputs import OutputOptions, check_output_folder
-from .rendering import RenderingOptions
+from .rendering import FORMATS_HELP, DataOptions, RenderingOptions
 
 
 @dataclass
-class VerifyCommand(RenderingOptions, DrafterOptions, OutputOptions):
+class VerifyCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
     r"""Compare a drafter's answers with plain decoding turn by turn, token by token; exit status 1 if any differs.
 
     Example: coral-hf verify --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 10 \
         --method coral chain_of_5:draft_depth=5,draft_top_k=1 --temperature 1 --output outputs/drafter/training
     """
 
-    data: list[str] = field(metadata={"help": "JSONL files of {'id', 'turns'} rows or of chat messages."})
+    data: list[str] = field(metadata={"help": f"Prompts to answer: {FORMATS_HELP}."})
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
     method: list[str] = field(
         default_factory=lambda: ["coral"],
@@ -46,7 +46,7 @@ class VerifyCommand(RenderingOptions, DrafterOptions, OutputOptions):
         check_temperatures(self.temperature)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        prompts = read_prompts(self.data, self.limit)
+        prompts = read_prompts(self.data, self.limit, **self.reading)
         # by its name, before any model loads, so that a slip of the pen costs nothing
         parse_methods(self.method, {self.drafter: self.drafter})
         drafter = load_drafter(self.drafter, self.drafter_revision)

@@ -1,4 +1,4 @@
-"""Schemas of training rows, and one row -> token ids and response mask."""
+"""One training row -> token ids and response mask."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -14,44 +14,14 @@ from .chat import (
     check_tools,
     template_kwargs_of,
 )
+from .formats import Format
 from .response_masks import Chat, encode_chat
+from .row_reader import check_answered, read_row
 
-
-# The columns by which a row's schema is recognised, in this order.
-SCHEMAS = {
-    "ids": ("prompt_ids", "response_ids"),
-    "masked": ("input_ids", "response_mask"),
-    "text": ("turns", "responses"),
-    "messages": ("messages",),
-    "plain": ("text",),
-}
 
 _MOST_IDS = 2**31  # conversations are kept in int32
 # Finish reasons of an answer that the target ended, as OpenAI, TGI and others call them.
 _ENDED = {"stop", "eos", "eos_token", "end_turn", "tool_calls", "function_call"}
-
-
-def schema_of(row: dict[str, Any], where: str) -> str:
-    """Which of [`SCHEMAS`] a row follows; `ValueError` naming `where` if none."""
-    if not isinstance(row, Mapping):
-        raise ValueError(
-            f"{where} is {str(row)[:60]!r}, of type {type(row).__name__}: give objects with the columns of one of "
-            f"{list(SCHEMAS.values())}; a text is {{'text': ...}}."
-        )
-    row = listed(row)
-    for name, columns in SCHEMAS.items():
-        kind = str if name == "plain" else list
-        if all(isinstance(row.get(column), kind) for column in columns):
-            return name
-    raise ValueError(
-        f"{where} has columns {sorted(row)}: expected one of {list(SCHEMAS.values())}, lists except for text "
-        "(prompts alone are answered by `coral-hf regenerate`)."
-    )
-
-
-def listed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose tensors and arrays (data sets with a format have them) are lists."""
-    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
 
 
 def encode_row(
@@ -79,12 +49,12 @@ def encode_row_parts(
     GLM-4.5 leave out their thinking): there each answer is trained behind its own prompt.
 
     Args:
-        row (`dict`): by schema: `prompt_ids` and `response_ids`; `input_ids` and `response_mask`; `turns` and `responses`
-            (texts, with an optional `system` text, `finish_reasons`, of which all but "stop" and its like say that a
-            response was cut and does not end there, and `first_turn`, before which responses are context only); `messages`
-            of `role` and `content` (a text or a list of text parts; or `tool_calls`), of which the assistant's are
-            trained; or `text`, all of it trained. The columns `tools` and `chat_template_kwargs` (`enable_thinking`, ...) go to
-            the chat template, `reasonings` of responses and `reasoning_content` of messages are the thinking before an answer.
+        row (`dict`): of any format of docs/data_formats.md, with an answer. Beside `turns` and `responses` or `messages` may
+            stand a `system` text, `finish_reasons`, of which all but "stop" and its like say that a response was cut and does
+            not end there, and `first_turn`, before which responses are context only. Of messages (a text or a list of text
+            parts; or `tool_calls`) the assistant's are trained, of `text` all of it. The columns `tools` and
+            `chat_template_kwargs` (`enable_thinking`, ...) go to the chat template, `reasonings` of responses and
+            `reasoning_content` of messages are the thinking before an answer.
         tokenizer (*optional*): the target's tokenizer, for rows of text.
         where (`str`): the row's place, for errors.
         eos_ids (`Collection[int]`): the ids with which the target ends an answer, for rows of text; without them the
@@ -97,21 +67,21 @@ def encode_row_parts(
         ValueError: if lengths disagree.
         UnusableRow: if no token is a response token.
     """
-    schema, row = schema_of(row, where), listed(row)
-    if schema == "ids":
+    known, row = read_row(row, where)
+    if known.kind == "ids":
         ids = [*row["prompt_ids"], *row["response_ids"]]
         mask = [False] * len(row["prompt_ids"]) + [True] * len(row["response_ids"])
-    elif schema == "masked":
+    elif known.kind == "masked":
         ids, mask = list(row["input_ids"]), [bool(flag) for flag in row["response_mask"]]
         if strange := [flag for flag in row["response_mask"] if flag not in (0, 1)]:
             raise ValueError(f"{where}: response_mask must hold 0 and 1, or false and true; got {strange[0]!r}.")
     elif tokenizer is None:
-        raise ValueError(f"{where}: text rows (schema {schema!r}) need the target's tokenizer (processing_class).")
-    elif schema == "plain":
+        raise ValueError(f"{where}: text rows ({known.name}) need the target's tokenizer (processing_class).")
+    elif known.kind == "text":
         ids = list(tokenizer(row["text"])["input_ids"])
         mask = [True] * len(ids)
     else:
-        parts, unusable = encode_chat(chat_of(row, schema, where), tokenizer, where, eos_ids)
+        parts, unusable = encode_chat(chat_of(row, known, where), tokenizer, where, eos_ids)
         if not parts and not unusable:
             raise _nothing_trained(where)
         return parts, unusable
@@ -134,25 +104,24 @@ def _nothing_trained(where: str) -> UnusableRow:
 # Messages ------------------------------------------------------------------------------------------------------
 
 
-def chat_of(row: dict[str, Any], schema: str, where: str) -> Chat:
-    """The conversation in a row of texts."""
+def chat_of(row: dict[str, Any], known: Format, where: str) -> Chat:
+    """The conversation in a row of turns or messages; `ValueError` if it has no answer."""
     system = check_system(row, where)
-    if schema == "messages":
+    if known.kind == "messages":
         messages = check_messages(row["messages"], where)
         if system is not None:
             if messages and messages[0]["role"] == "system":
                 raise ValueError(f"{where} has a system text beside a system message; keep one of them.")
             messages = [{"role": "system", "content": system}, *messages]
+        check_answered(known, row, where)
         n_responses = sum(message["role"] == ASSISTANT for message in messages)
     else:
+        check_answered(known, row, where)
         turns, responses = row["turns"], row["responses"]
         if len(turns) != len(responses):
             raise ValueError(
                 f"{where}: {len(turns)} turns but {len(responses)} responses; every turn needs its response."
             )
-        for text in (*turns, *responses):
-            if not isinstance(text, str):
-                raise ValueError(f"{where}: turns and responses must be strings; got {text!r}.")
         reasonings = row.get("reasonings") or []
         if reasonings and (
             len(reasonings) != len(responses) or not all(isinstance(text, str | None) for text in reasonings)
@@ -186,14 +155,11 @@ def was_cut(finish_reason: str | None) -> bool:
 
 
 __all__ = [
-    "SCHEMAS",
     "build_messages",
     "chat_of",
     "check_messages",
     "check_system",
     "encode_row",
     "encode_row_parts",
-    "listed",
-    "schema_of",
     "template_mode",
 ]

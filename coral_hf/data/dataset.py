@@ -7,7 +7,7 @@ import torch
 
 from .chat import UnusableRow
 from .conversations import encode_row, encode_row_parts, template_mode
-from .sources import read_rows
+from .sources import given_rows, read_rows
 
 
 _REASONS_KEPT = 3
@@ -75,7 +75,7 @@ class ConversationDataset(torch.utils.data.Dataset):
     """Encoded conversations: item i is `{"input_ids": LongTensor [S], "response_mask": BoolTensor [S]}`.
 
     Args:
-        rows (`list[dict]`): training rows, see [`encode_row`].
+        rows: training rows (see [`encode_row`]), or what [`read_rows`] reads: a path, a Hub id, a DataFrame.
         tokenizer (*optional*): the target's tokenizer, for rows of text.
         max_length (`int`, *optional*): longer rows are cut there and counted in `truncated`; a row whose response
             begins later is left out and counted in `dropped`. Answers that cannot be trained on are left out as well
@@ -88,7 +88,7 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        rows: Iterable[dict[str, Any]],
+        rows: Any,
         tokenizer: Any = None,
         max_length: int | None = None,
         eos_ids: Collection[int] = (),
@@ -99,7 +99,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         self.conversations: list[tuple[torch.Tensor, torch.Tensor]] = [
             (torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool))
             for ids, mask in encode_rows(
-                rows, tokenizer, max_length, self.counts, eos_ids, self._leave_out, self.modes
+                given_rows(rows), tokenizer, max_length, self.counts, eos_ids, self._leave_out, self.modes
             )
         ]
         if not self.conversations:

@@ -1,12 +1,9 @@
 """Rows held out for evaluation: whole conversations, the same ones in every run and whatever the order of the files."""
 
-import hashlib
 import itertools
-import json
 from typing import Any
 
-from .chat import ASSISTANT, check_messages
-from .conversations import schema_of
+from .row_reader import conversation_key
 from .sources import RowStream
 
 
@@ -61,23 +58,6 @@ def hold_out(rows: Any, count: int | None = None) -> tuple[Any, list[dict[str, A
     return [row for row, key in zip(known, keys, strict=True) if key not in chosen], held_out
 
 
-def conversation_key(row: dict[str, Any]) -> str:
-    """A hash of what rows of one conversation share: the id, or else the prompt."""
-    name = row.get("id")
-    if name is not None:
-        content: Any = str(name)
-    else:
-        schema = schema_of(row, "a row")
-        if schema == "messages":
-            content = [message for message in check_messages(row["messages"], "a row") if message["role"] != ASSISTANT]
-        else:
-            columns = {"ids": "prompt_ids", "masked": "input_ids", "text": "turns", "plain": "text"}
-            content = row[columns[schema]]
-    return hashlib.sha256(
-        json.dumps(content, sort_keys=True, default=lambda value: value.tolist()).encode()
-    ).hexdigest()
-
-
 def told(train_rows: Any, held_out: list[dict[str, Any]]) -> str:
     """One line about the rows that were held out."""
     ids = len({conversation_key(row) for row in held_out})
@@ -87,4 +67,4 @@ def told(train_rows: Any, held_out: list[dict[str, Any]]) -> str:
     )
 
 
-__all__ = ["conversation_key", "hold_out", "told"]
+__all__ = ["hold_out", "told"]

@@ -3,13 +3,13 @@
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .chat import check_messages
-from .conversations import schema_of
-from .sources import RowStream, iter_source
+from .row_reader import read_row
+from .sources import Reading, RowStream
 
 
 PREFIX = 80  # normalised characters that count as the same beginning
@@ -99,7 +99,7 @@ def warn_of_overlap(rows: Iterable[dict[str, Any]], files: list[str], tokenizer:
     if isinstance(rows, RowStream):
         rows = itertools.islice(rows, STREAM_ROWS)
     between = _turn_pattern(tokenizer)
-    prompts = (turn for path in files for _, row in iter_source(path) for turn in user_turns(row, tokenizer, between))
+    prompts = (turn for _, _, row in Reading(files) for turn in user_turns(row, tokenizer, between))
     found = find_overlap(rows, prompts, tokenizer)
     if (warning := found.warning(", ".join(map(os.fspath, files)))) is not None:
         print(warning, flush=True)
@@ -107,19 +107,19 @@ def warn_of_overlap(rows: Iterable[dict[str, Any]], files: list[str], tokenizer:
 
 
 def user_turns(row: dict[str, Any], tokenizer: Any, between: re.Pattern | None) -> Iterator[str]:
-    """The user's texts in a row of any schema; of ids, what stands `between` the template's marks."""
-    if isinstance(row.get("turns"), list):
-        yield from (turn for turn in row["turns"] if isinstance(turn, str))
-        return
-    schema = schema_of(row, f"row {row.get('id', '')!r}")
-    if schema == "messages":
-        for message in check_messages(row["messages"], f"row {row.get('id', '')!r}"):
-            if message["role"] == "user":
-                yield message["content"]
-    elif schema == "plain":
+    """The user's texts in a row of any format; of ids, what stands `between` the template's marks."""
+    where = f"row {row.get('id', '')!r}" if isinstance(row, Mapping) else "a row"
+    known, row = read_row(row, where)
+    if known.kind == "turns":
+        yield from row["turns"]
+    elif known.kind == "messages":
+        yield from (
+            message["content"] for message in check_messages(row["messages"], where) if message["role"] == "user"
+        )
+    elif known.kind == "text":
         yield row["text"]
     elif tokenizer is not None:
-        text = tokenizer.decode(row["prompt_ids"] if schema == "ids" else row["input_ids"])
+        text = tokenizer.decode(row["prompt_ids"] if known.kind == "ids" else row["input_ids"])
         if between is None:
             yield text
         else:

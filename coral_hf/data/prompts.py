@@ -1,15 +1,18 @@
 """Prompts: a row as everything that answers or measures it reads it (turns, or chat messages), and files of them."""
 
 import itertools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..utils.jsonl import read_jsonl
 from .chat import ASSISTANT, build_messages, check_messages, check_system, check_template_kwargs, encode_messages
+from .formats import Format
+from .row_reader import row_id
+from .sources import Reading
 
 
 _ANSWERABLE = {"system", "user", ASSISTANT}
@@ -35,25 +38,26 @@ class Prompt:
     ids: tuple[int, ...] | None = None
 
 
-def read_prompt_row(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """A row of `turns`, or of chat `messages`, as one of turns with a `system` text where it has one.
+def as_prompt(known: Format, row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row of [`read_row`] as one of turns, with a `system` text where it has one.
 
     Of messages the user's are the turns: what the assistant said is left for the target to say. Other keys are kept.
 
     Args:
-        row (`dict`), where (`str`): its place, for errors.
+        known ([`Format`]), row (`dict`): as it was read.
+        where (`str`): its place, for errors.
 
     Raises:
-        ValueError: if there are no turns, or they or the system text are not strings.
+        ValueError: if it holds no text, no user turn, or a system text that is no string.
     """
-    if isinstance(row.get("messages"), list) and not isinstance(row.get("turns"), list):
-        row = _user_turns(row, where)
-    turns = row.get("turns")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+    if known.kind in ("ids", "masked"):
         raise ValueError(
-            f'{where}: "turns" must be a non-empty list of strings, or "messages" hold those of a user; got '
-            f"{str(turns)[:60]!r}."
+            f'{where} holds {known.name}, which are not answered again: give prompts, such as {{"prompt": "Hi!"}}.'
         )
+    if known.kind == "messages":
+        row = _user_turns(row, where)
+    elif known.kind == "text":
+        row = {**{name: value for name, value in row.items() if name != "text"}, "turns": [row["text"]]}
     check_system(row, where)
     check_template_kwargs(row.get("chat_template_kwargs"), f"{where}: chat_template_kwargs")
     return row
@@ -67,6 +71,8 @@ def _user_turns(row: dict[str, Any], where: str) -> dict[str, Any]:
         )
     row = {key: value for key, value in row.items() if key != "messages"}
     row["turns"] = [message["content"] for message in messages if message["role"] == "user"]
+    if not row["turns"]:
+        raise ValueError(f"{where}: no message is a user's, so there is nothing to answer; leave the row out.")
     leading = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
     if any(message["role"] == "system" for message in messages[len(leading) :]):
         raise ValueError(
@@ -80,37 +86,40 @@ def _user_turns(row: dict[str, Any], where: str) -> dict[str, Any]:
     return row
 
 
-def read_prompts(paths: Sequence[str | Path], limit: int | None = None) -> list[Prompt]:
-    """Reads JSONL files of `{"id", "turns", "benchmark"}` rows, the first `limit` of each.
+def read_prompts(
+    data: Any, limit: int | None = None, split: str = "train", columns: Mapping[str, str] | None = None
+) -> list[Prompt]:
+    """Reads prompts to measure on in any format of docs/data_formats.md, the first `limit` of each source.
 
-    Rows may have a `system` text, and chat `messages` in the place of turns, as those of `coral-hf regenerate`.
+    A row's `benchmark` is by default the name of its file; its id a hash of its texts where it has none.
+
+    Args:
+        data, split (`str`), columns (`dict[str, str]`, *optional*): see [`Reading`].
+        limit (`int`, *optional*)
 
     Raises:
-        ValueError: on a missing or empty file, a malformed line (with its number), or a benchmark named "all".
+        ValueError: on a missing or empty source, a malformed line (with its number), or a benchmark named "all".
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1.")
+    reading = Reading(data, split, columns=columns)
     prompts: list[Prompt] = []
-    for path in paths:
-        count = 0
-        for number, row in read_jsonl(path):
-            row = read_prompt_row(row, f"{path}, line {number}")
-            name = str(row.get("benchmark") or Path(path).name.split(".")[0])
+    for source in reading.sources:
+        default = Path(source).name.split(".")[0] if isinstance(source, str | os.PathLike) else "given"
+        rows = list(itertools.islice(reading.rows_of(source), limit))
+        for where, known, found in rows:
+            row = as_prompt(known, found, where)
+            name = str(row.get("benchmark") or default)
             if name == "all":
                 raise ValueError(
-                    f'{path}, line {number}: "all" is what records call the sum over benchmarks; give the row another '
+                    f'{where}: "all" is what records call the sum over benchmarks; give the row another '
                     '"benchmark", or the file another name.'
                 )
-            given = number if row.get("id") is None else row["id"]
-            kwargs = check_template_kwargs(row.get("chat_template_kwargs"), str(path))
-            prompts.append(Prompt(str(given), name, tuple(row["turns"]), row.get("system"), kwargs))
-            count += 1
-            if count == limit:
-                break
-        if not count:
-            raise ValueError(
-                f'{path} holds no prompts: give a file with one {{"id": ..., "turns": ["..."]}} object a line.'
-            )
+            kwargs = check_template_kwargs(row.get("chat_template_kwargs"), where)
+            prompts.append(Prompt(row_id(found, where)[0], name, tuple(row["turns"]), row.get("system"), kwargs))
+        if not rows:
+            raise ValueError(f'{source} holds no prompts: give a file with rows such as {{"prompt": "Hi!"}}.')
+    print(reading.told(), flush=True)
     return prompts
 
 
@@ -170,10 +179,10 @@ def describe_prompts(prompts: Sequence[Prompt]) -> dict[str, Any]:
 __all__ = [
     "Prompt",
     "answer_turns",
+    "as_prompt",
     "check_prompts",
     "describe_prompts",
     "encode_context",
     "encode_first_turn",
-    "read_prompt_row",
     "read_prompts",
 ]

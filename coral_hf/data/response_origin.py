@@ -85,11 +85,11 @@ def weight_sample(target: nn.Module, dtype: torch.dtype = torch.float32) -> str:
 
 
 class WatchedRows:
-    """Training rows; tells of the first that holds an answer of another target than `origin`."""
+    """Training rows; tells once of an answer that another target than `origin` gave, and of one whose author is unknown."""
 
     def __init__(self, rows: Iterable[Any], origin: Origin):
         self.rows, self.origin = rows, origin
-        self._told = False
+        self._told = self._told_of_unknown = False
 
     def __iter__(self) -> Iterator[Any]:
         for row in self.rows:
@@ -99,6 +99,15 @@ class WatchedRows:
 
     def _look_at(self, row: Mapping[str, Any]) -> None:
         found = Origin.read(row)
+        ids = row.get("prompt_ids") is not None or row.get("input_ids") is not None
+        if found == Origin() and not ids and not self._told_of_unknown:
+            self._told_of_unknown = True
+            print(
+                f"note: row {row.get('id', '')!r}, and maybe others, does not say which model wrote its answer. A drafter learns "
+                "best from its own target's answers: give this file's prompts to `coral-hf regenerate --prompts FILE --output "
+                "responses.jsonl`, and train on responses.jsonl.",
+                flush=True,
+            )
         # an endpoint's name for a model is no name of a target
         if Origin(None, found.target_revision, found.target_weights).contradicts(self.origin):
             self._told = True

@@ -5,51 +5,62 @@ import json
 import os
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from ..data.prompts import read_prompt_row
+from ..data.prompts import as_prompt
 from ..data.response_origin import COLUMNS, Origin
-from ..data.sources import iter_source
+from ..data.row_reader import row_id
+from ..data.sources import Reading
 from ..utils.jsonl import read_jsonl
 from ..utils.replacing import check_replaceable
 from .job_queue import Conversation
 
 
-def iter_prompts(path: str | os.PathLike, split: str = "train") -> Iterator[dict[str, Any]]:
+def iter_prompts(
+    data: Any, split: str = "train", columns: Mapping[str, str] | None = None
+) -> Iterator[dict[str, Any]]:
     """
-    Reads conversations, user turns only.
+    Reads conversations, user turns only, in any format of docs/data_formats.md.
 
     Args:
-        path (`str` or `os.PathLike`):
-            A file or data set (see `sources.iter_source`) of `{"id": str, "turns": [str, ...]}` rows, or of chat
-            `messages`, of which the user's are the turns; a `system` text may stand beside either. Other keys are kept.
-            Rows of messages need no id: it is then the row's place.
+        data:
+            One source or several; see [`Reading`]. Of `messages` the user's are the turns; a `system` text may stand beside
+            them. Other keys are kept. Rows without an id get one, a hash of their texts; their repetitions are left out.
         split (`str`, defaults to `"train"`):
             Of data sets with several splits.
+        columns (`dict[str, str]`, *optional*):
+            Names that the formats know, each with the data's own name for it.
 
     Returns:
-        `Iterator[dict]`: the rows in file order, with `id`, `turns` and `system` where there is one.
+        `Iterator[dict]`: the rows in their order, with `id`, `turns` and `system` where there is one.
 
     Raises:
-        ValueError: if the file is missing, or a line is malformed or repeats an id (with its number).
+        ValueError: if a source is missing, or a line is malformed or repeats an id (with its number).
     """
     seen: dict[str, str] = {}
-    for number, (where, row) in enumerate(iter_source(path, split)):
-        if row.get("id") is None and isinstance(row.get("messages"), list):
-            row = {**row, "id": f"row{number}"}
-        if not isinstance(row.get("id"), str) or not row["id"]:
-            raise ValueError(f'{where}: "id" must be a non-empty string, got {row.get("id")!r}.')
-        row = read_prompt_row(row, where)
-        place = where.removeprefix(f"{path}, ")
-        if row["id"] in seen:
-            raise ValueError(f"{where}: id {row['id']!r} already stands on {seen[row['id']]}; ids must be unique.")
-        seen[row["id"]] = place
-        yield row
+    n_repeated = 0
+    reading = Reading(data, split, columns=columns)
+    for where, known, found in reading:
+        name, is_made = row_id(found, where)
+        if is_made and name in seen:
+            n_repeated += 1
+            continue
+        if name in seen:
+            raise ValueError(
+                f"{where}: id {name!r} already stands on {seen[name]}; ids must be unique (--columns id=COLUMN takes another)."
+            )
+        seen[name] = where
+        yield {**as_prompt(known, found, where), "id": name}
+    if not seen:
+        raise ValueError(f'{reading.names} holds no prompts: give a file with rows such as {{"prompt": "Hi!"}}.')
+    print(reading.told(), flush=True)
+    if n_repeated:
+        print(f"{n_repeated:,} rows repeat an earlier prompt and are left out.", flush=True)
 
 
 def iter_responses(path: str | os.PathLike) -> Iterator[dict[str, Any]]:

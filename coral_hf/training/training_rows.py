@@ -10,6 +10,7 @@ from ..data.dataset import ConversationDataset, describe_counts
 from ..data.packing import PackedConversations
 from ..data.response_masks import eos_ids_of
 from ..data.response_origin import Origin, WatchedRows
+from ..data.sources import given_rows
 from ..data.streaming import StreamedConversations
 from .arguments import CoralTrainingArguments
 
@@ -25,6 +26,7 @@ def encode_dataset(
     """
     if rows is None or isinstance(rows, ConversationDataset):
         return rows
+    rows = given_rows(rows)
     if (origin := _origin(target, args)) is not None:
         rows = WatchedRows(rows, origin)
     encoded = ConversationDataset(rows, tokenizer, args.max_length, _eos_ids(target))

@@ -47,20 +47,31 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {problem}; give the path of a .jsonl or .jsonl.gz file.")
+    for number, line in read_lines(path):
+        yield number, _row(line, f"{path}, line {number}")
+
+
+def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+    """Yields (line number, line) of a text file, `.gz` or not, without its blank lines.
+
+    Raises:
+        ValueError: for a line that is too long, or a file that is not what its name says.
+    """
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rt", encoding=encoding) as lines:
             for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), ""), start=1):
                 if len(line) == LONGEST_LINE:
                     raise ValueError(
                         f"{path}, line {number}: longer than {LONGEST_LINE:,} characters, so no row. Write one row a line."
                     )
                 if line.strip():
-                    yield number, _row(line, f"{path}, line {number}")
+                    yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path}, after line {number}: the file is cut off or not what its name says ({error}). Fetch it again."
+            f"{path}, after line {number}: the file is cut off or not what its name says ({error}). Fetch it again, or "
+            "save it as UTF-8."
         ) from error
 
 
@@ -71,4 +82,4 @@ def _row(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-__all__ = ["parse_json", "read_json", "read_jsonl"]
+__all__ = ["LONGEST_LINE", "parse_json", "read_json", "read_jsonl", "read_lines"]

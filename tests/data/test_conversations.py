@@ -157,9 +157,9 @@ def test_training_and_generation_give_a_target_without_a_template_one_format():
         ({"prompt_ids": [1], "response_ids": [2**31]}, r"here: token ids .* below 2\*\*31; got 2147483648"),
         ({"input_ids": [1, 2], "response_mask": ["0", "1"]}, "here: response_mask must hold 0 and 1.*; got '0'"),
         ({"turns": ["hi", "you"], "responses": ["ok"]}, "here: 2 turns but 1 responses"),
-        ({"turns": ["hi"], "responses": [None]}, "here: turns and responses must be strings; got None"),
-        ({"turns": ["hi"]}, r"here has columns \['turns'\].*coral-hf regenerate"),
-        ({"prompt_ids": 3, "response_ids": [1]}, "here has columns"),
+        ({"turns": ["hi"], "responses": [None]}, r"here: \"responses\" must be a list of strings, got '\[None\]'"),
+        ({"turns": ["hi"]}, "here holds a prompt without an answer .*coral-hf regenerate"),
+        ({"prompt_ids": 3, "response_ids": [1]}, r"here is in none of the formats .*\['prompt_ids', 'response_ids'\]"),
     ],
 )
 def test_malformed_rows_name_their_place(row, message):
@@ -277,19 +277,23 @@ def test_plain_texts_are_trained_whole():
     assert words(ids) == ["hi", "you", "good"] and all(mask)
 
 
+ANSWERED = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"messages": [{"role": "user"}]}, "here: message 0 must be an object with the strings role and content"),
         ({"messages": [{"role": "user", "content": None}]}, "here: message 0 must .*tool_calls can stand for"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "here: message 0 .* type 'image_url'"),
-        ({"messages": [], "tools": "{"}, "here: tools is no JSON"),
-        ({"messages": [], "tools": 3}, "here: tools must be a list of tools; got '3'"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, "here: empty response mask"),
+        ({"messages": ANSWERED, "tools": "{"}, "here: tools is no JSON"),
+        ({"messages": ANSWERED, "tools": 3}, "here: tools must be a list of tools; got '3'"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "here holds a prompt without an answer"),
+        ({"messages": []}, 'here: "messages" must be a non-empty list of objects'),
         ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "here has a system text beside a system"),
         ({"turns": ["hi"], "responses": ["ok"], "system": 3}, "here: system must be a string; got 3"),
         ({"turns": ["hi"], "responses": ["ok"], "finish_reasons": ["stop"] * 2}, "here: 2 finish_reasons but 1 resp"),
-        ({"text": ["hi"]}, r"here has columns \['text'\]"),
+        ({"text": ["hi"]}, 'here: "text" must be a text, got .*An example'),
     ],
 )
 def test_malformed_texts_name_their_place(row, message):

@@ -81,11 +81,11 @@ def test_missing_empty_and_mixed_files(tmp_path):
     first = write_jsonl(tmp_path / "ids.jsonl", ROWS)
     second = write_jsonl(tmp_path / "text.jsonl", [{"turns": ["hi"], "responses": ["ok"]}])
     with pytest.raises(
-        ValueError, match=r"text\.jsonl, line 1 has the columns of schema 'text', but .*ids\.jsonl, line 1"
+        ValueError, match=r"text\.jsonl, line 1 is a row of turns and responses, but .*ids\.jsonl, line 1 is one of"
     ):
         read_rows([first, second])
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "turns": ["hi"]}])
-    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 1 has columns .*coral-hf regenerate"):
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 1 holds a prompt without .*coral-hf regenerate"):
         read_rows(prompts)
 
 
@@ -122,7 +122,7 @@ def test_saved_data_sets_and_their_splits(tmp_path):
     with pytest.raises(ValueError, match=r"two has no split 'dev'; its splits are train, test \(--split\)"):
         read_rows(tmp_path / "two", split="dev")
     write_jsonl(tmp_path / "text.jsonl", [{"turns": ["hi"], "responses": ["ok"]}])
-    with pytest.raises(ValueError, match=r"one, row 0 has the columns of schema 'ids', but .*text\.jsonl, line 1"):
+    with pytest.raises(ValueError, match=r"one, row 0 is a row of token ids.*, but .*text\.jsonl, line 1"):
         read_rows([tmp_path / "text.jsonl", tmp_path / "one"])
 
 

@@ -108,9 +108,10 @@ def test_system_texts_and_chat_messages_as_prompts(target, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     regenerate(target, tokenizer, iter_prompts(path), output, max_new_tokens=4, slots=2, progress=False)
     found = {(row["id"], row["turn"]): row["prompt_ids"] for row in read(output)}
-    assert set(found) == {("row0", 0), ("row0", 1), ("b", 0), ("b", 1)}
-    assert found["row0", 0] == found["b", 0] == tokenizer("[s]be kind[u]hello[a]")["input_ids"]
-    assert found["row0", 1] == found["b", 1]
+    (made,) = {name for name, _ in found} - {"b"}
+    assert set(found) == {(made, 0), (made, 1), ("b", 0), ("b", 1)}
+    assert found[made, 0] == found["b", 0] == tokenizer("[s]be kind[u]hello[a]")["input_ids"]
+    assert found[made, 1] == found["b", 1]
     path.write_text(json.dumps({"messages": [{"role": "tool", "content": "3"}]}))
     with pytest.raises(ValueError, match="line 1: messages of role tool cannot be answered again"):
         list(iter_prompts(path))

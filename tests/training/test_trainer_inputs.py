@@ -226,10 +226,17 @@ def test_what_was_left_out_is_said_once(tmp_path, capsys, monkeypatch):
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rows", [["a text", "another"], {"a": ["a text"]}])
-def test_rows_that_are_no_objects_are_refused(rows, tmp_path):
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["a text", "another"], "row 0 holds a prompt without an answer"),
+        ({"a": ["a text"]}, "row 0 holds a prompt without an answer"),
+        ([3], "row 0 is '3', of type int, where a row is an object or a string"),
+    ],
+)
+def test_rows_that_are_no_objects_are_refused(rows, message, tmp_path):
     given = {"eval_dataset": rows} if isinstance(rows, dict) else {"rows": rows}
-    with pytest.raises(ValueError, match=r"row 0 is 'a text', of type str: give objects with the columns"):
+    with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, make_target(dtype=torch.float32), **given)
 
 
