@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.oracle import oracle
 from helpers.parity import STOCK, TREES, Recorder, compare, config_of, prompt_of
-from helpers.tiny_models import FAMILIES, make_drafter, make_target
+from helpers.tiny_models import every_family, make_drafter, make_target
 from transformers import AutoModelForCausalLM, LlamaConfig, TextStreamer
 
 from coral_hf import coral_generate
@@ -16,7 +16,7 @@ from coral_hf.utils.compat import cache_kwarg, cache_of
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@every_family
 def test_families(family, attention):
     """Every family, prompts below and beyond the sliding window of 16, chain and tree."""
     target = make_target(family, attention=attention)

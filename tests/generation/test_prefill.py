@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.drafted_calls import DRAFTS, both, drafts
 from helpers.parity import CHAIN, config_of, prompt_of
-from helpers.tiny_models import FAMILIES, make_drafter, make_target
+from helpers.tiny_models import every_family, make_drafter, make_target
 from transformers import DynamicCache
 
 from coral_hf.generation.candidate_generator import CoralCandidateGenerator
@@ -59,7 +59,7 @@ def test_left_padding_and_own_positions(target, draft):
 
 
 @drafts
-@pytest.mark.parametrize("family", list(FAMILIES))
+@every_family
 def test_prefill_in_chunks(draft, family):
     """Also with padding and behind a prefilled cache; the states are plain's, those of the last chunk."""
     target = make_target(family)

@@ -111,7 +111,7 @@ def test_windows_that_are_global_take_trees():
         assert stats.n_accepted > stats.steps
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shared", [0, 2])
 def test_gemma_4(shared, attention):
     """Sizes that differ from layer to layer, with and without layers that share keys."""

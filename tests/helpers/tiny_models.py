@@ -1,5 +1,6 @@
 """Tiny random targets of every family, their drafters, and a tokenizer of one token a character."""
 
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -42,6 +43,12 @@ FAMILIES = {
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
     "olmo2": {},
 }
+
+# The default run takes those that differ most in what generation does; `-m ""` takes all.
+QUICK_FAMILIES = ("llama", "mistral", "gemma3_text", "qwen3")
+every_family = pytest.mark.parametrize(
+    "family", [name if name in QUICK_FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 
 
 def make_target(family: str = "llama", dtype: torch.dtype = torch.float64, attention: str = "sdpa", seed: int = 0):
