@@ -44,6 +44,11 @@ _RECORD = "coral_target.json"
 _SCRATCH_PREFIX = ".partial-"
 
 
+def converted_folder() -> Path:
+    """Where the target is kept once it is converted: the weights that the shipped drafter was trained for."""
+    return cache_dir() / _CONVERTED
+
+
 def load_target(
     dtype: torch.dtype | str = "auto", path: str | os.PathLike | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -69,7 +74,7 @@ def load_target(
         ImportError: if a conversion is needed and the `gguf` package is missing.
     """
     if path is None:
-        folder = cache_dir() / _CONVERTED
+        folder = converted_folder()
         if not _is_converted(folder):
             _convert(folder, source=None)
     else:
@@ -82,7 +87,7 @@ def load_target(
                 )
             folder = source
         elif source.is_file():
-            folder = cache_dir() / _CONVERTED
+            folder = converted_folder()
             _convert(folder, source)
         else:
             raise ValueError(f"{source} does not exist; give a folder or {TARGET_GGUF}, or no path to fetch it.")

@@ -44,7 +44,11 @@ class ConvertCommand(TargetOptions):
     )
 
     draft_depth: int | None = field(
-        default=None, metadata={"help": "With --to: levels that the engine drafts, instead of the drafter's own."}
+        default=None,
+        metadata={
+            "help": "With --to: levels that the engine drafts, instead of the drafter's own, "
+            "or of the chain that pays most where those are cost-aware."
+        },
     )
     draft_top_k: int | None = field(
         default=None, metadata={"help": "With --to sglang: branches per node, instead of the drafter's own."}
@@ -56,6 +60,7 @@ class ConvertCommand(TargetOptions):
     def run(self, positional) -> int:
         from ..conversion.checkpoint_files import check_new_folder
         from ..conversion.engine_export import export_drafter, meta_target
+        from ..demo import TARGET_REVISION, converted_folder
 
         if self.from_format is not None and self.to is None:
             self._refuse("draft_depth", "draft_top_k", "draft_total_tokens", of="--to")
@@ -94,6 +99,11 @@ class ConvertCommand(TargetOptions):
         if target is None or target.device.type == "meta":
             self._refuse("dtype", of="a target that is loaded, and this export loads none")
         name = None if self.target == DEMO else self.target
+        if name is None and drafter.config.target_revision == TARGET_REVISION:
+            # the Hub's model of that name has other weights
+            name = str(converted_folder())
+            if not converted_folder().is_dir():
+                print(f"The target is not in {name} yet: `coral-hf demo` fetches it.")
         export = export_drafter(drafter, self.to, positional.output, target=target, target_name=name)
         print(*export.notes, export.command, sep="\n")
         return 0
@@ -128,10 +138,18 @@ class ConvertCommand(TargetOptions):
                     )
 
     def _resize(self, config: Any) -> None:
-        """The sizes that are given, in the place of a drafter's own."""
+        """Replaces a drafter's own sizes by those that are given, or cost-aware ones by the chain that pays."""
         from ..generation.settings import DraftSettings
+        from ..generation.tree_size import chain_depth
 
-        if not (sizes := self._sizes):
+        sizes = self._sizes
+        if not sizes and config.draft_cost_aware and self.to in ("vllm", "speculators"):
+            sizes = {"draft_depth": chain_depth(config)}
+            print(
+                f"A chain of {sizes['draft_depth']} pays most by the drafter's calibration, of up to {config.draft_depth} that "
+                "it drafts with cost-aware sizes. Name another depth with --draft_depth; `coral-hf tune` ranks fixed sizes."
+            )
+        if not sizes:
             return
         if self.to != "sglang":  # a chain, whatever the drafter's own tree is
             sizes["draft_top_k"] = 1

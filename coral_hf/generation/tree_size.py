@@ -207,10 +207,39 @@ def smooth_times(measured: dict[int, float], count: int) -> tuple[float, ...]:
     return tuple(times)
 
 
+def chain_depth(config: Any) -> int:
+    """The depth, up to the drafter's own, at which a chain of one fixed length pays most, by its calibration.
+
+    What a machine's times are is not known here. A token is taken to cost the weights that are read for it, as it does
+    where decoding is bound by memory, and drafted probabilities to be spread evenly: with p for each token of a chain, its
+    d-th has the path probability p^d, whose calibrated chance is averaged over p.
+
+    Args:
+        config ([`CoralDraftConfig`])
+    """
+    calibration = calibration_of(config)
+    layer = config.hidden_size * (
+        2 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads) + 3 * config.intermediate_size
+    )
+    head = config.hidden_size * config.vocab_size
+    drafted = layer + config.hidden_size * (config.draft_vocab_size or config.vocab_size)
+    share = drafted / (
+        (config.target_num_hidden_layers or 1) * layer + head
+    )  # of a draft step in the target's forward
+    probabilities = (torch.arange(1000) + 0.5) / 1000
+    tokens, best, depth = 1.0, 0.0, 1
+    for level in range(1, config.draft_depth + 1):
+        chances = probabilities**level
+        tokens += float((chances if calibration is None else calibration(chances, level)).mean())
+        if (speed := tokens / (1 + level * share)) > best:
+            best, depth = speed, level
+    return depth
+
+
 def calibration_of(config: Any) -> Calibration | None:
     """The drafter's own calibration, None where it has none (drafters of other code may lack the setting)."""
     rows = getattr(config, "draft_calibration", None)
     return Calibration(rows) if rows else None
 
 
-__all__ = ["Calibration", "DraftCosts", "TreeSizeRule", "calibration_of", "isotonic", "smooth_times"]
+__all__ = ["Calibration", "DraftCosts", "TreeSizeRule", "calibration_of", "chain_depth", "isotonic", "smooth_times"]

@@ -20,6 +20,7 @@ from coral_hf.conversion import export_drafter
 from coral_hf.conversion.schema import check_export
 from coral_hf.data.prompts import encode_context
 from coral_hf.evaluation.demo_run import PROMPTS
+from coral_hf.generation.tree_size import chain_depth
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,24 @@ def test_command_line(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "drafter", "target", "vllm"]
 
 
+def test_the_shipped_drafter_is_served_with_the_file_it_was_trained_for(tmp_path, capsys, monkeypatch):
+    """Whose weights are not those of the Hub's model of that name; a target that is named counts for more."""
+    monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "--to", "vllm", "demo", "out"]) == 0
+    said = capsys.readouterr().out
+    words = shlex.split(said.splitlines()[-1])
+    assert words[2] == str(demo.converted_folder()) and "`coral-hf demo` fetches it" in said
+    assert json.loads(words[-1])["num_speculative_tokens"] == 3  # of up to 8
+    demo.converted_folder().mkdir(parents=True)
+    assert main(["convert", "--to", "speculators", "demo", "named"]) == 0
+    assert "fetches" not in capsys.readouterr().out
+    assert read(tmp_path / "named")[0]["speculators_config"]["verifier"]["name_or_path"] == words[2]
+    assert main(["convert", "--to", "vllm", "demo", "other", "--target", "org/other", "--draft_depth", "5"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[2] == "org/other" and json.loads(words[-1])["num_speculative_tokens"] == 5
+
+
 def test_cost_aware_sizes_are_left_out_with_a_note_and_named_anew(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = {"draft_depth": 8, "draft_top_k": 2, "draft_total_tokens": 12, "draft_cost_aware": True}
@@ -173,9 +192,11 @@ def test_cost_aware_sizes_are_left_out_with_a_note_and_named_anew(tmp_path, caps
         assert main(["convert", "--to", engine, "drafter", folder, *options]) == 0
         return capsys.readouterr().out.splitlines(), read(tmp_path / folder)[0]
 
-    lines, _ = converted("vllm", "upper")
-    assert "always drafts the largest of them, draft_depth=8. Name smaller ones with --draft_depth;" in lines[0]
-    assert '"num_speculative_tokens": 8' in lines[-1]
+    lines, config = converted("vllm", "chain-that-pays")
+    depth = chain_depth(drafter.config)
+    assert depth < 8 and f"A chain of {depth} pays most by the drafter's calibration, of up to 8" in lines[0]
+    assert len(lines) == 2 and f'"num_speculative_tokens": {depth}' in lines[-1]
+    assert config["coral_config"]["draft_depth"] == depth
     lines, _ = converted("sglang", "upper-sglang")
     assert (
         "draft_depth=8, draft_top_k=2, draft_total_tokens=12. Name smaller ones with --draft_depth, --dr" in lines[0]

@@ -8,7 +8,7 @@ import torch
 from coral_hf import CoralDraftConfig
 from coral_hf.drafter.configuration_coral import CALIBRATION_KNOTS
 from coral_hf.generation.draft_tree import DraftTreeBuilder
-from coral_hf.generation.tree_size import Calibration, DraftCosts, TreeSizeRule, isotonic, smooth_times
+from coral_hf.generation.tree_size import Calibration, DraftCosts, TreeSizeRule, chain_depth, isotonic, smooth_times
 
 
 STAIRS = DraftCosts((10.0, 16.0, 16.0, 16.0, 30.0, 30.0, 30.0, 30.0), first_level_ms=2.0, level_ms=3.0)
@@ -135,3 +135,19 @@ def test_bad_input():
     for row in ([0.0] * 7, [0.5] * 7 + [0.4], [0.0] * 7 + [1.5]):
         with pytest.raises(ValueError, match="draft_calibration"):
             CoralDraftConfig(draft_calibration=[row])
+
+
+def drafter_of(rows, layers=32, **settings):
+    """A drafter's config with a calibration, for a target of so many layers of the drafter's own size."""
+    sizes = {"hidden_size": 64, "vocab_size": 512, "target_num_hidden_layers": layers, "draft_depth": 8}
+    return CoralDraftConfig(**sizes, draft_calibration=rows, **settings)
+
+
+def test_a_chain_is_as_deep_as_its_tokens_pay():
+    knots = len(CALIBRATION_KNOTS)
+    assert chain_depth(drafter_of([[1.0] * knots])) == 8, "what is always accepted pays to the end"
+    assert chain_depth(drafter_of([[0.0] * knots])) == 1
+    assert chain_depth(drafter_of([[1.0] * knots] * 3 + [[0.0] * knots])) == 3
+    # the dearer a draft step is beside the target, the shorter the chain
+    depths = [chain_depth(drafter_of(None, layers)) for layers in (2, 8, 32, 128)]
+    assert depths == sorted(depths) and depths[0] < depths[-1]
