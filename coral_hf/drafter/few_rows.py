@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def few_row_linears(*models: nn.Module) -> Iterator[None]:
         for layer in layers:
             _users[layer] = _users.get(layer, 0) + 1
             if _users[layer] == 1:
-                vars(layer)["forward"] = partial(_forward, weakref.proxy(layer))
+                layer.__class__ = _FewRowLinear
     try:
         yield
     finally:
@@ -82,11 +82,19 @@ def few_row_linears(*models: nn.Module) -> Iterator[None]:
             for layer in layers:
                 _users[layer] -= 1
                 if not _users[layer]:
-                    del _users[layer], vars(layer)["forward"]
+                    del _users[layer]
+                    if type(layer) is _FewRowLinear:  # nobody has made another class of it meanwhile
+                        layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-def _forward(layer: Any, input: torch.Tensor) -> torch.Tensor:
-    return few_row_linear(input, layer.weight, layer.bias)
+class _FewRowLinear(nn.Linear):
+    """What a layer is while a call runs. Its copies and pickles, made by another thread meanwhile, are plain layers."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return few_row_linear(input, self.weight, self.bias)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return object.__new__, (nn.Linear,), self.__getstate__()
 
 
 def _layers(models: tuple[nn.Module, ...]) -> list[nn.Linear]:
@@ -94,7 +102,9 @@ def _layers(models: tuple[nn.Module, ...]) -> list[nn.Linear]:
     for model in models:
         compiled = {layer for part in model.modules() if _is_compiled(part) for layer in part.modules()}
         for layer in model.modules():
-            if type(layer) is not nn.Linear or layer in compiled or ("forward" in vars(layer) and layer not in _users):
+            if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, _FewRowLinear):
+                continue
+            if layer in compiled or "forward" in vars(layer):
                 continue
             # A subclass says float32 and multiplies in its own way.
             if not all(

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from .output_hooks import copied_without_hooks
+
 
 _DTYPES_OF_ROWS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -118,7 +120,8 @@ class TargetAdapter:
         decoder = self.target.get_decoder() if hasattr(self.target, "get_decoder") else self.target.base_model
         only_last = self.feature_layers == [-1]
         asked = False if only_last else self.output_hidden_states
-        outputs = decoder(input_ids=input_ids, use_cache=False, output_hidden_states=asked, **kwargs)
+        with copied_without_hooks(decoder):
+            outputs = decoder(input_ids=input_ids, use_cache=False, output_hidden_states=asked, **kwargs)
         return outputs.last_hidden_state if only_last else self.features_of(outputs.hidden_states)
 
     def logits(self, features: torch.Tensor, token_ids: torch.Tensor | slice | None = None) -> torch.Tensor:
@@ -221,7 +224,8 @@ class TargetAdapter:
         if not self._can_run():
             return
         ids = torch.tensor([[1, 2]], device=self.embedding.weight.device) % self.vocab_size
-        outputs = self.target(input_ids=ids, output_hidden_states=True, use_cache=False)
+        with copied_without_hooks(self.target):
+            outputs = self.target(input_ids=ids, output_hidden_states=True, use_cache=False)
         expected = outputs.logits.float()
         found = self.logits(outputs.hidden_states[-1]).float().to(expected.device)
         problem = f"has the shape {list(found.shape)}, not {list(expected.shape)} as"

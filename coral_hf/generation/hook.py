@@ -13,6 +13,7 @@ from transformers.generation import GenerationMode
 
 from ..drafter.configuration_coral import check_vocabulary
 from ..drafter.few_rows import few_row_linears
+from ..drafter.output_hooks import copied_without_hooks
 from ..drafter.target_adapter import TargetAdapter
 from ..utils.compat import CACHE_NAME, cache_of, default_generation_settings
 from .call_checks import check_call
@@ -153,13 +154,13 @@ def _wrap_decoding(original):
                 "draft_stock_loop=False, or drop the cache."
             )
         if settings.draft_stock_loop:
-            with few_row_linears(self, drafter):
+            with few_row_linears(self, drafter), copied_without_hooks(self):
                 return original(self, input_ids, *args, **kwargs)
         for name in ("synced_gpus", "inputs_tensor", "assistant_tokenizer", "tokenizer", "assistant_model"):
             kwargs.pop(name, None)
         kwargs["costs"] = draft_costs(self, drafter, settings) if settings.draft_cost_aware else None
         # Hugging Face's generate runs under no_grad already.
-        with few_row_linears(self, drafter):
+        with few_row_linears(self, drafter), copied_without_hooks(self):
             return coral_decoding(self, drafter, settings, input_ids, *args, **kwargs)
 
     setattr(_assisted_decoding, _MARK, original)
