@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..data.chat import with_template_kwargs
 from ..data.prompts import Prompt
 from ..drafter.modeling_coral import CoralDraftModel
 
@@ -41,7 +42,8 @@ def tune_trained(trainer: Any) -> None:
     drafter = CoralDraftModel.from_pretrained(folder, dtype=target.dtype).eval().to(target.device)
     box = DraftSettings(draft_depth=8, draft_top_k=4, draft_total_tokens=32)
     print(f"Measuring which draft size pays here, on {len(prompts)} held-out conversations.", flush=True)
-    record = tune(target, trainer.processing_class, drafter, prompts, box, MAX_NEW_TOKENS)
+    tokenizer = with_template_kwargs(trainer.processing_class, trainer.args.chat_template_kwargs)
+    record = tune(target, tokenizer, drafter, prompts, box, MAX_NEW_TOKENS)
     write_record(record, folder / RECORD_FOLDER)
     settings = chosen_settings(record)
     save_settings(folder, settings)

@@ -7,7 +7,7 @@ from helpers.thinking_templates import thinking_tokenizer
 
 from coral_hf import CoralDraftConfig
 from coral_hf.cli import main
-from coral_hf.data.chat import with_template_kwargs
+from coral_hf.data.chat import template_kwargs_of, with_template_kwargs
 from coral_hf.training.run.run_folder import PROGRESS_FILE
 
 
@@ -77,6 +77,20 @@ def test_the_mode_of_a_training_is_in_checkpoint_drafter_and_card(thinking, caps
     assert main(["card", "off"]) == 0
     card = (thinking / "off" / "README.md").read_text()
     assert "- In `training/benchmark.json`, which measured another mode: `{}`" in card
+
+
+def test_the_tuning_after_a_training_is_in_its_mode(thinking, monkeypatch):
+    rows = [{"turns": [f"w{i} w{i + 1}"], "responses": ["ok so be it"]} for i in range(6)]
+    (thinking / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+
+    def stop(target, tokenizer, *args):
+        seen.append(template_kwargs_of(tokenizer))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coral_hf.evaluation.tune.tune", stop)
+    assert train("off", "--chat-template-kwargs", OFF, "--eval_rows", "2") == 130
+    assert seen == [{"enable_thinking": False}]
 
 
 def test_a_rows_own_mode_goes_before_the_runs(thinking, capsys):

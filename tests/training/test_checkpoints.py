@@ -33,7 +33,7 @@ PROGRAM = Path(__file__).parents[1] / "helpers" / "training_process.py"
 
 def start(options: dict) -> subprocess.Popen:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(PROGRAM.parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(str(PROGRAM.parents[place]) for place in (2, 1))
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), json.dumps(options)], env=environment, stderr=subprocess.PIPE, text=True
     )

@@ -53,7 +53,7 @@ def launch(kind: str, program: Path, *arguments: str, port: int) -> str:
     command += [f"--main_process_port={port}", "--mixed_precision=no", "--dynamo_backend=no"]
     command += LAUNCH[kind]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["PYTHONPATH"] = str(PROGRAM.parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(str(PROGRAM.parents[place]) for place in (2, 1))
     # 10 seconds alone; beside other work on two cores, ranks that wait for each other have taken minutes
     result = subprocess.run(
         [*command, str(program), *arguments], env=environment, capture_output=True, text=True, timeout=450
@@ -135,7 +135,11 @@ def test_a_sharded_adapted_drafter_is_saved_merged(tmp_path):
     options = {"output": str(tmp_path / "two"), "settings": SETTINGS, "dtype": "float64", "lora_rank": 2}
     launch("fsdp", PROGRAM, json.dumps(options), port=29640)
     options |= {"output": str(tmp_path / "one"), "settings": {**SETTINGS, "per_device_train_batch_size": 4}}
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PROGRAM.parents[2])}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(str(PROGRAM.parents[place]) for place in (2, 1)),
+    }
     subprocess.run([sys.executable, PROGRAM, json.dumps(options)], env=environment, check=True, timeout=450)
     one, two = (CoralDraftModel.from_pretrained(tmp_path / name, dtype=torch.float64) for name in ("one", "two"))
     assert_same_weights(weights(one), weights(two), rtol=0, atol=1e-7)
