@@ -25,6 +25,14 @@ def active_adapters(layer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: weight for name, weight in weights.items() if active & set(name.split("."))}
 
 
+def active_prompt(model: Any) -> str | None:
+    """Kind of the learnt prompt that a PEFT wrapper puts before every text (PROMPT_TUNING, say); None where it has none."""
+    config: Any = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False):
+        return None
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
 class TargetAdapter:
     """The three views of a target model that drafting needs, for every Llama-shaped family, without forking a model.
 
@@ -43,6 +51,12 @@ class TargetAdapter:
 
     def __init__(self, target: Any, feature_layers: list[int] | None = None):
         # PEFT's wrapper keeps the adapters inside the base model's modules: the base model computes the same.
+        if (prompt := active_prompt(target)) is not None:
+            raise ValueError(
+                f"The active adapter of the target is a learnt prompt ({prompt}), which stands before its texts and not in its "
+                "layers: a drafter would learn another model. Pass the model below it (target.get_base_model()), or tune the "
+                "target with LoRA."
+            )
         base = target.get_base_model() if hasattr(target, "get_base_model") else target
         config = base.config
         if getattr(config, "is_encoder_decoder", False):

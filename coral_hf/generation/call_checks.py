@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
+from ..drafter.target_adapter import active_prompt
 from ..utils.compat import cache_of
 from .key_values.dynamic import check_cache
 from .settings import DraftSettings
@@ -70,6 +71,7 @@ def check_call(
                 "in device_map."
             )
     _check_adapters(target)
+    _check_prompts(target)
     _check_cross_attention(target, cache, model_kwargs)
     config = target.config.get_text_config()
     own = {type(layer) for layer in DynamicCache(config=config).layers}
@@ -116,6 +118,20 @@ def _check_adapters(target: PreTrainedModel) -> None:
                 f"The active adapter {sorted(active)[0]!r} is an aLoRA (alora_invocation_tokens), which PEFT applies to one "
                 "token at a time and not to drafts. Generate without assistant_model, or with another adapter."
             )
+
+
+def _check_prompts(target: PreTrainedModel) -> None:
+    """Raises `ValueError` within the `generate` of a PEFT wrapper with a learnt prompt.
+
+    Where PEFT 0.21 meets Transformers 5.24 it puts the prompt before the new token of every step that has a cache, and leaves
+    a prefix out, so that there is no right text to compare with.
+    """
+    wrapper = getattr(target.prepare_inputs_for_generation, "__self__", target)  # PEFT's own, while it generates
+    if wrapper is not target and (prompt := active_prompt(wrapper)) is not None:
+        raise ValueError(
+            f"The active adapter is a learnt prompt ({prompt}), which PEFT does not combine with a KV cache, and drafts need "
+            "one. Generate without assistant_model and with use_cache=False, or switch it off (disable_adapter())."
+        )
 
 
 def _check_cross_attention(target: PreTrainedModel, cache: Cache, model_kwargs: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Refusals of `generation/call_checks.py`."""
 
+import pytest
 import torch
 from helpers.parity import CHAIN, prompt_of
 from helpers.refusals import Call, refusal
@@ -118,6 +119,35 @@ def alora(monkeypatch):
         call()
 
     return call, {"Generate without assistant_model": call.plain(), "with another adapter": another}
+
+
+@refusal("The active adapter is a learnt prompt (")
+def prompt_tuned(monkeypatch):
+    """Its text is that of a forward over the whole sequence at every step, which `use_cache=False` gives."""
+    peft = pytest.importorskip("peft")
+    target, ids = make_target(), prompt_of(12)
+    drafter = make_drafter(target)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    wrapped = peft.get_peft_model(target, config).double().eval()
+    torch.nn.init.normal_(wrapped.prompt_encoder.default.embedding.weight)
+    call = Call(wrapped, drafter, ids=ids)
+
+    def without():
+        expected = ids
+        with torch.no_grad():
+            for _ in range(12):
+                logits = wrapped(expected, attention_mask=torch.ones_like(expected), use_cache=False).logits
+                expected = torch.cat([expected, logits[:, -1:].argmax(dim=-1)], dim=1)
+        kwargs = {"input_ids": ids, "max_new_tokens": 12, "do_sample": False}
+        assert torch.equal(wrapped.generate(**kwargs, use_cache=False), expected)
+        if CACHE_NAME == "cache":  # where this fails PEFT is mended, and such targets may be supported
+            assert not torch.equal(wrapped.generate(**kwargs), expected)
+
+    def switched_off():
+        with wrapped.disable_adapter():
+            call()
+
+    return call, {"without assistant_model and with use_cache=False": without, "disable_adapter()": switched_off}
 
 
 @refusal("by cross-attention, which ")

@@ -20,6 +20,21 @@ def _another():
     return Call(make_target())()
 
 
+@refusal("The active adapter of the target is a learnt prompt (")
+def a_prompt_before_every_text(monkeypatch):
+    peft = pytest.importorskip("peft")
+    target = make_target()
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    wrapped = peft.get_peft_model(target, config).double().eval()
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(make_target(), lora).double().eval()
+    remedies = {
+        "target.get_base_model()": lambda: Call(wrapped.get_base_model())(),
+        "tune the target with LoRA": lambda: Call(tuned)(),
+    }
+    return partial(make, wrapped), remedies
+
+
 @refusal("is an encoder-decoder; CORAL drafts for decoder-only causal LMs")
 def encoder_decoder(monkeypatch):
     target = T5ForConditionalGeneration(
