@@ -181,7 +181,9 @@ def _check(config: CoralDraftConfig, tensors: dict[str, torch.Tensor], biased: l
     if biased:
         required |= {name: shape for name, shape in optional.items() if name.endswith("_proj.bias")}
     check_tensors(tensors, required, optional, f"{where} is not a drafter of the {config.shape} shape for this target")
-    broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+    broken = sorted(
+        name for name, tensor in tensors.items() if not tensor.is_meta and not torch.isfinite(tensor).all()
+    )
     if broken:
         raise ValueError(
             f"{where} holds values that are not finite in {broken}: use another checkpoint of that training."
