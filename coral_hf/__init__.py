@@ -9,18 +9,30 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel
 
-from .drafter.configuration_coral import CoralDraftConfig
-from .drafter.modeling_coral import CoralDraftModel
-from .drafter.target_adapter import TargetAdapter
-from .generation.hook import coral_generate, install
-from .generation.statistics import DraftStats
-from .utils.code_version import __version__ as __version__
+from .utils.requirements import explained
+
+
+try:
+    from .drafter.configuration_coral import CoralDraftConfig
+    from .drafter.modeling_coral import CoralDraftModel
+    from .drafter.target_adapter import TargetAdapter
+    from .generation.hook import coral_generate, install
+    from .generation.statistics import DraftStats
+    from .utils.code_version import __version__ as __version__
+except ImportError as error:
+    raise explained(error) from error
 
 
 def _from_eagle(*args: Any, **kwargs: Any) -> CoralDraftModel:
     from .conversion import load_eagle
 
     return load_eagle(*args, **kwargs)
+
+
+def _write_code(folder: Any) -> None:
+    from .hub.publish import write_code
+
+    write_code(folder)
 
 
 def _push_to_hub(*args: Any, **kwargs: Any) -> str:
@@ -31,7 +43,7 @@ def _push_to_hub(*args: Any, **kwargs: Any) -> str:
 
 AutoConfig.register("coral", CoralDraftConfig, exist_ok=True)
 AutoModel.register(CoralDraftConfig, CoralDraftModel, exist_ok=True)
-CoralDraftModel.extensions.update(from_eagle=_from_eagle, push_to_hub=_push_to_hub)
+CoralDraftModel.extensions.update(from_eagle=_from_eagle, push_to_hub=_push_to_hub, write_code=_write_code)
 install()
 
 __all__ = ["CoralDraftConfig", "CoralDraftModel", "DraftStats", "TargetAdapter", "coral_generate"]

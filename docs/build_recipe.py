@@ -32,12 +32,12 @@ def page() -> str:
         ["drafter", f"{record['drafter_parameters'] / 1e6:.0f} million parameters"],
         ["memory per GPU", f"{_gib(memory['peak'])} GiB: {parts}, the rest {_gib(rest)}"],
         [
-            "the same with `--activation_checkpointing true`",
+            "the same with `--activation-checkpointing true`",
             f"{_gib(record['peak_with_activation_checkpointing'])} GiB",
         ],
         [
             "disk, one checkpoint",
-            f"{_gib(record['checkpoint_bytes'])} GiB (`--save_total_limit 2` needs room for three)",
+            f"{_gib(record['checkpoint_bytes'])} GiB (`--save-total-limit 2` needs room for three)",
         ],
         ["disk, `--cache-features`", f"{record['feature_cache_bytes'] / _GIB:,.0f} GiB"],
         ["time, one GPU", f"{record['hours']:.1f} hours ({record['tokens_per_second']:,.0f} tokens/s)"],
@@ -52,7 +52,7 @@ def page() -> str:
 ```bash
 # on paper, without the target's weights
 python benchmarks/estimate_training.py --target {settings["target"]} \\
-    --tokens {tokens} --flops_per_second {settings["flops_per_second"]:.0e}
+    --tokens {tokens} --flops-per-second {settings["flops_per_second"]:.0e}
 # measured on two real steps, with the target
 coral-hf train --estimate true --target meta-llama/Meta-Llama-3-8B-Instruct --data responses.jsonl --output outputs/drafter
 ```
@@ -70,7 +70,7 @@ Settings that a training on an accelerator chooses for this target and this data
 The drafter has the shape `{record["drafter"]["shape"]}` and reads the inputs of layers {layers}.
 
 Regeneration of the responses comes on top: `coral-hf regenerate` prints its tokens per second and the time left. If the
-target does not fit beside the drafter, start several processes with `--shard_target true`: its decoder layers are split
+target does not fit beside the drafter, start several processes with `--shard-target true`: its decoder layers are split
 over them, and embedding and head stay whole.
 """
 

@@ -16,6 +16,7 @@ from helpers.hub_server import TOKEN
 from transformers import HfArgumentParser
 
 from coral_hf import cli
+from coral_hf.commands.parsing.parser import parse_verb
 from coral_hf.hub.card_tables import tokens_seen
 
 
@@ -52,7 +53,7 @@ def documented_commands() -> list[tuple[str, list[str]]]:
         docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
         texts.append((path.name, "\n".join(line for line in docstring.splitlines() if "coral-hf " in line)))
     for verb, command in cli.COMMANDS.items():
-        example = inspect.cleandoc(command.__doc__).partition("Example:")[2]
+        example = inspect.cleandoc(command.__doc__).partition("Examples:")[2]
         texts.append((f"coral-hf {verb} --help", example))
     commands = [(place, words) for place, text in texts for words in command_lines(text)]
     # nothing else stands in an example of a verb: a line that is no command would be part of one
@@ -67,7 +68,9 @@ def documented_commands() -> list[tuple[str, list[str]]]:
 )
 def test_command_parses(place, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cli._parse(words[1], words[2:])  # SystemExit for what is no flag, ValueError for what is no setting
+    parse_verb(
+        words[1], cli.COMMANDS[words[1]], words[2:]
+    )  # SystemExit for what is no flag, ValueError for what is no setting
 
 
 def documented_scripts() -> list[tuple[str, str, tuple[str, ...]]]:

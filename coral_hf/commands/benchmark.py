@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .loading import DEMO, DrafterOptions, load_drafter, load_target, require
-from .outputs import OutputOptions, check_output_folder
+from .outputs import OutputOptions, check_output_folder, finished
 from .rendering import FORMATS_HELP, DataOptions, RenderingOptions
 
 
@@ -18,14 +18,15 @@ MAX_NEW_TOKENS = 128
 
 @dataclass
 class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
-    r"""Time plain decoding and other methods side by side; write benchmark.json and plots.
+    """Time plain decoding and other methods side by side; write benchmark.json and plots.
 
-    Example: coral-hf benchmark --target demo --drafter demo --data mt_bench.jsonl --limit 10 \
-        --method coral chain tree:draft_top_k=4,draft_total_tokens=16 prompt_lookup --temperature 0 1 \
-        --output outputs/bench
+    Examples:
+        coral-hf benchmark --quick --output outputs/quick
+        coral-hf benchmark --target your/model --drafter outputs/drafter --data prompts.jsonl --limit 10 --output outputs/bench
+        coral-hf benchmark --data mt_bench.jsonl --method coral chain prompt_lookup --temperature 0 1 --output outputs/bench
     """
 
-    output: str = field(metadata={"help": "Folder for benchmark.json and the plots."})
+    output: str = field(metadata={"aliases": ["--output_dir"], "help": "Folder for benchmark.json and the plots."})
     data: list[str] = field(
         default_factory=list,
         metadata={"help": f"Prompts to answer: {FORMATS_HELP} (default: the demo's prompts)."},
@@ -65,7 +66,7 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
-        from ..evaluation.benchmark import describe_run, differences, print_table, run_benchmark
+        from ..evaluation.benchmark import describe_run, differences, print_table, run_benchmark, slower_than_plain
         from ..evaluation.methods import check_temperatures, other_mode, parse_methods
         from ..evaluation.plots import plot_benchmark
         from ..evaluation.step_profile import profile_methods
@@ -123,6 +124,9 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
             print(picture)
         for line in differences(record):
             print(line, file=sys.stderr)
+        if (advice := slower_than_plain(record)) is not None:
+            print(advice)
+        finished(path, then=f"coral-hf card DRAFTER (reads {path.name} from DRAFTER/training)")
         return 0
 
     def _prompts(self):

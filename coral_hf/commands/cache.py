@@ -17,7 +17,10 @@ class CacheCommand:
 
     Everything in it is made again where it is needed.
 
-    Example: coral-hf cache --clear costs
+    Examples:
+        coral-hf cache
+        coral-hf cache --clear costs
+        coral-hf cache --clear all
     """
 
     clear: str | None = field(

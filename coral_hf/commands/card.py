@@ -12,7 +12,10 @@ from .outputs import OutputOptions
 class CardCommand(OutputOptions):
     """Write a drafter's model card from its config, weights and the records in its folder.
 
-    Example: coral-hf card outputs/drafter
+    Examples:
+        coral-hf card outputs/drafter
+        coral-hf card outputs/drafter --repo-id org/name
+        coral-hf card outputs/drafter --unmeasured true --curve true
     """
 
     POSITIONAL: ClassVar[dict[str, str]] = {"folder": "Folder of the drafter; its records are in FOLDER/training."}

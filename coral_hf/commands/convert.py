@@ -16,8 +16,10 @@ FORMATS = ("eagle",)
 class ConvertCommand(TargetOptions):
     """Turn an EAGLE, HASS or EAGLE-3 checkpoint into a drafter, or a drafter into a serving engine's checkpoint.
 
-    Example: coral-hf convert --from eagle org/EAGLE3-model outputs/drafter --target org/model
-        coral-hf convert --to vllm outputs/drafter outputs/for-vllm --draft_depth 3
+    Examples:
+        coral-hf convert --from eagle org/EAGLE3-model outputs/drafter --target org/model
+        coral-hf convert --to vllm outputs/drafter outputs/for-vllm --draft-depth 3
+        coral-hf convert --to sglang demo outputs/for-sglang
     """
 
     POSITIONAL: ClassVar[dict[str, str]] = {

@@ -15,7 +15,10 @@ from .outputs import OutputOptions, check_output_file
 class DemoCommand(OutputOptions):
     """Generate with and without the shipped drafter on a real small model.
 
-    Example: coral-hf demo --max-new-tokens 128
+    Examples:
+        coral-hf demo
+        coral-hf demo --prompt 'Why is the sky blue?' --max-new-tokens 64
+        coral-hf demo --threads 2 --json demo.json
     """
 
     REFUSED: ClassVar[dict[str, str]] = dict.fromkeys(

@@ -24,6 +24,8 @@ from .wrong_models import check_is_drafter, check_is_target
 DEMO = "demo"
 
 
+# what else dtypes are called
+_DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
 
 
@@ -326,11 +328,12 @@ def _named(role: str, name: str, revision: str | None = None):
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`'bfloat16'` -> `torch.bfloat16`; `'auto'`: bfloat16 where `device` multiplies it natively, else float32.
+    """`'bfloat16'` or `'bf16'` -> `torch.bfloat16`; `'auto'`: bfloat16 where `device` multiplies it natively, else float32.
 
     Raises:
         ValueError: for what is no floating-point dtype.
     """
+    name = _DTYPES.get(name.lower().removeprefix("torch."), name)
     if name == "auto":
         return torch.bfloat16 if native_bfloat16(device) else torch.float32
     dtype = getattr(torch, name, None)

@@ -60,6 +60,19 @@ def check_output_file(path: str | Path | None, option: str = "json", make_folder
         raise ValueError(f"--{option} {path}: its folder does not exist; make it first.")
 
 
+def finished(*wrote: str | Path | None, then: str | None = None) -> None:
+    """The last lines of a verb: what it wrote, and the command that usually follows.
+
+    Args:
+        *wrote (`str` or `Path`, *optional*): files and folders; None is left out.
+        then (`str`, *optional*): the command, complete but for words in capitals.
+    """
+    if any(wrote):
+        print(f"Wrote {', '.join(str(place) for place in wrote if place)}")
+    if then is not None:
+        print(f"Next: {then}")
+
+
 def _other_record(path: Path, measured: Mapping[str, Any]) -> str | None:
     """What a file contains that is not the same measurement's record."""
     try:
@@ -79,4 +92,4 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-__all__ = ["OutputOptions", "check_output_file", "check_output_folder"]
+__all__ = ["OutputOptions", "check_output_file", "check_output_folder", "finished"]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from .loading import DEMO, require
-from .outputs import check_output_file, check_output_folder
+from .outputs import check_output_file, check_output_folder, finished
 from .rendering import FORMATS_HELP, DataOptions, RenderingOptions
 
 
@@ -22,13 +22,16 @@ _PROMPT_TOKENS = 2048  # the buffer of keys and values is as long as the longest
 class RegenerateCommand(RenderingOptions, DataOptions):
     """Make the target answer prompts; resumes where an earlier run stopped.
 
-    Example: coral-hf regenerate --prompts prompts.jsonl --output responses.jsonl
+    Examples:
+        coral-hf regenerate --target your/model --prompts prompts.jsonl --output responses.jsonl
+        coral-hf regenerate --target your/model --prompts prompts.jsonl --output responses.jsonl --temperature 0.7 --shards shards
+        coral-hf regenerate --endpoint http://host:8000/v1 --endpoint-model your/model --prompts prompts.jsonl --output responses.jsonl
     """
 
     prompts: str = field(
         metadata={"help": f"Prompts to answer: {FORMATS_HELP}; of conversations the user's turns count."}
     )
-    output: str = field(metadata={"help": "JSONL file of responses, appended to."})
+    output: str = field(metadata={"aliases": ["--output_dir"], "help": "JSONL file of responses, appended to."})
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of the target; auto: bfloat16 where it is computed natively."}
     )
@@ -106,10 +109,21 @@ class RegenerateCommand(RenderingOptions, DataOptions):
             "max_turns": self.max_turns,
             "exclude": {name for path in self.exclude for name in _ids(path)},
         }
-        print(json.dumps(self._ask_endpoint(prompts, common) if self.endpoint else self._ask_target(prompts, common)))
+        stats = self._ask_endpoint(prompts, common) if self.endpoint else self._ask_target(prompts, common)
+        print(json.dumps(stats))
         if self.shards is not None:
             write_shards(self.output, self.shards)
+        target = "" if self.endpoint else f"--target {self.target} "
+        finished(
+            self.output,
+            self.shards,
+            then=f"coral-hf train {target or '--target TARGET '}--data {self.output} --output FOLDER",
+        )
         return 0
+
+    def after_interrupt(self) -> str:
+        """How to resume after Ctrl-C."""
+        return f"finished answers are in {self.output}, and the same command resumes"
 
     def _ask_target(self, prompts: list[dict[str, Any]], common: dict[str, Any]) -> dict[str, Any]:
         from ..responses.regenerate import regenerate

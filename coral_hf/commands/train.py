@@ -3,6 +3,7 @@
 import json
 import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +12,9 @@ from transformers import set_seed
 from ..drafter.hub_names import hub_commit
 from ..drafter.modeling_coral import CoralDraftModel
 from ..training.recipe import drafter_settings, shortlist_size
-from .after_training import tune_trained
 from .loading import DrafterOptions, TargetOptions, load_drafter, resolve_dtype
-from .outputs import check_output_folder
+from .making.after_training import tune_trained
+from .outputs import check_output_folder, finished
 from .rendering import FORMATS_HELP, DataOptions
 
 
@@ -21,7 +22,10 @@ from .rendering import FORMATS_HELP, DataOptions
 class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
     """Train a drafter on the target's own responses. Takes the flags of TrainingArguments as well.
 
-    Example: coral-hf train --target demo --data responses.jsonl --output outputs/drafter
+    Examples:
+        coral-hf train --target your/model --data responses.jsonl --output outputs/drafter
+        coral-hf train --target your/model --data responses.jsonl --output outputs/drafter --estimate true
+        coral-hf train --target your/model --data responses.jsonl --output outputs/drafter --resume-from-checkpoint last
     """
 
     REFUSED: ClassVar[dict[str, str]] = {
@@ -123,6 +127,7 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
         if self.streaming and (self.estimate or self.shortlist_size):
             name = "--estimate" if self.estimate else f"--shortlist_size {self.shortlist_size}"
             raise ValueError(f"{name} goes over all rows first: leave --streaming out.")
+        self._check_new_drafter()
         rows, eval_rows = self._read(tell=args.process_index == 0)
         if not self.eval_data and self.eval_rows != 0 and args.process_index == 0:
             print(told(rows, eval_rows), flush=True)
@@ -132,9 +137,6 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
             warn_of_overlap(rows, files, tokenizer)
         set_seed(args.seed)  # `Trainer` seeds after new weights are drawn
         if self.drafter is not None:
-            for name in ("shape", "config_overrides"):
-                if (value := getattr(self, name)) is not None:
-                    raise ValueError(f"--{name} {value} is for a new drafter; --drafter {self.drafter} has its own.")
             drafter = load_drafter(self.drafter, self.drafter_revision)
             commit = hub_commit(target.config)
             if commit is not None:  # a target of the Hub: from now on the drafter is trained for this commit
@@ -168,8 +170,20 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
             tune_trained(trainer)
         if trainer.is_world_process_zero():
             print(json.dumps(metrics))
+            check = f"coral-hf verify --target {self.target} --drafter {args.output_dir} --data PROMPTS"
+            finished(args.output_dir, then=check)
         trainer.end_training()  # several processes leave together
         return 0
+
+    def after_interrupt(self, args) -> str:
+        """How to resume after Ctrl-C."""
+        from ..training.run.run_folder import last_checkpoint, last_of_run
+
+        if last_of_run(args.output_dir) is None:
+            return f"{last_checkpoint(Path(args.output_dir))}, so the same command begins again"
+        return (
+            f"{last_checkpoint(Path(args.output_dir))}; resume with the same command and --resume-from-checkpoint last"
+        )
 
     def _read(self, tell: bool) -> tuple[Any, list[dict[str, Any]]]:
         """Rows to train on and to evaluate on."""
@@ -192,16 +206,29 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
         new = self.drafter is None and not self.streaming and config.draft_vocab_size is None
         return shortlist_size(config.vocab_size) if new and trainer.adapter.has_rows else 0
 
-    def _settings(self, target_config: Any) -> dict[str, Any]:
-        """Settings of a new drafter: `--shape` and `--config_overrides`, and the recipe's where they leave it to it."""
+    def _check_new_drafter(self) -> None:
+        """Refuses wrong settings of a new drafter before the target is loaded, as far as they can be told from it."""
+        if self.drafter is not None:
+            for name in ("shape", "config_overrides"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"--{name} {value} is for a new drafter; --drafter {self.drafter} has its own.")
+        if self.shape not in (None, "eagle", "eagle3"):
+            raise ValueError(f"--shape {self.shape!r} is unknown; choose eagle or eagle3.")
+        self._overrides()
+
+    def _overrides(self) -> dict[str, Any]:
+        """`--config_overrides` and `--shape` as settings."""
         try:
             overrides = json.loads(self.config_overrides or "{}")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"--config_overrides {self.config_overrides!r} is no JSON: {error}.") from error
         if not isinstance(overrides, dict):
             raise ValueError(f"--config_overrides {self.config_overrides!r} must be a JSON object of settings.")
-        if self.shape is not None:
-            overrides["shape"] = self.shape
+        return overrides if self.shape is None else {**overrides, "shape": self.shape}
+
+    def _settings(self, target_config: Any) -> dict[str, Any]:
+        """Settings of a new drafter: those that are given, and the recipe's where they leave it to it."""
+        overrides = self._overrides()
         best = drafter_settings(target_config)
         return {**best, **overrides} if overrides.get("shape", best["shape"]) == best["shape"] else overrides
 

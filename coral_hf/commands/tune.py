@@ -8,21 +8,23 @@ import torch
 
 from .. import demo
 from .loading import DEMO, DrafterOptions, load_drafter, require
-from .outputs import OutputOptions, check_output_folder
+from .outputs import OutputOptions, check_output_folder, finished
 from .rendering import FORMATS_HELP, DataOptions, RenderingOptions
 
 
 @dataclass
 class TuneCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
-    r"""Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
+    """Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
 
     The costs that generate keeps for cost-aware drafts of the drafter's own sizes are measured anew.
 
-    Example: coral-hf tune --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 8 \
-        --dtype float32 --output outputs/tune
+    Examples:
+        coral-hf tune --target your/model --drafter outputs/drafter --data prompts.jsonl --output outputs/tune --save true
+        coral-hf tune --data mt_bench.jsonl gsm8k.jsonl --limit 8 --dtype float32 --output outputs/tune
+        coral-hf tune --data prompts.jsonl --draft-depth 12 --draft-total-tokens 60 --output outputs/tune
     """
 
-    output: str = field(metadata={"help": "Folder for tune.json."})
+    output: str = field(metadata={"aliases": ["--output_dir"], "help": "Folder for tune.json."})
     data: list[str] = field(metadata={"help": f"Prompts, whose first turns are answered: {FORMATS_HELP}."})
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
     dtype: str = field(
@@ -84,7 +86,7 @@ class TuneCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
         self.check_record(Path(self.output) / RECORD_FILE, describe_run(target, tokenizer, drafter, prompts, *how))
         record = tune(target, tokenizer, drafter, prompts, box, *how, self.seed)
         print_record(record)
-        print(write_record(record, self.output))
+        path = write_record(record, self.output)
         settings = chosen_settings(record)
         shown = ", ".join(f"{name}={value}" for name, value in settings.items() if name != "draft_calibration")
         print(f"best by prediction: {shown}")
@@ -92,9 +94,10 @@ class TuneCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
             print(warning)
         if self.save:
             save_settings(folder, settings)
-            print(f"saved in {folder / 'config.json'}; measure again with `coral-hf benchmark`.")
             for name, value in settings.items():
                 setattr(drafter.config, name, value)
         # what was kept may be of a busier hour, or of before a change of this machine that its key does not show
         draft_costs(target, drafter, DraftSettings.resolve(drafter.config), refresh=True)
+        bench = f"coral-hf benchmark --target {self.target} --drafter {self.drafter} --data PROMPTS --output FOLDER"
+        finished(path, folder / "config.json" if self.save else None, then=bench)
         return 0

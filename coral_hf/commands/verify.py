@@ -7,16 +7,18 @@ from pathlib import Path
 import torch
 
 from .loading import DEMO, DrafterOptions, load_drafter, require
-from .outputs import OutputOptions, check_output_folder
+from .outputs import OutputOptions, check_output_folder, finished
 from .rendering import FORMATS_HELP, DataOptions, RenderingOptions
 
 
 @dataclass
 class VerifyCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
-    r"""Compare a drafter's answers with plain decoding turn by turn, token by token; exit status 1 if any differs.
+    """Compare a drafter's answers with plain decoding turn by turn, token by token; exit status 1 if any differs.
 
-    Example: coral-hf verify --target demo --drafter demo --data mt_bench.jsonl gsm8k.jsonl --limit 10 \
-        --method coral chain_of_5:draft_depth=5,draft_top_k=1 --temperature 1 --output outputs/drafter/training
+    Examples:
+        coral-hf verify --target your/model --drafter outputs/drafter --data prompts.jsonl --limit 10
+        coral-hf verify --data mt_bench.jsonl gsm8k.jsonl --limit 10 --output outputs/drafter/training
+        coral-hf verify --data prompts.jsonl --method coral chain_of_5:draft_depth=5,draft_top_k=1 --temperature 1
     """
 
     data: list[str] = field(metadata={"help": f"Prompts to answer: {FORMATS_HELP}."})
@@ -33,7 +35,9 @@ class VerifyCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions
     )
     seed: int = field(default=0, metadata={"help": "Seed of the sampled answers."})
     dtype: str = field(default="float32", metadata={"help": "float32 proves identity; bfloat16 has near-ties."})
-    output: str | None = field(default=None, metadata={"help": "Folder for one check_NAME.json per method."})
+    output: str | None = field(
+        default=None, metadata={"aliases": ["--output_dir"], "help": "Folder for one check_NAME.json per method."}
+    )
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
@@ -62,4 +66,7 @@ class VerifyCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions
             target, tokenizer, methods, prompts, self.max_new_tokens, self.temperature, self.seed, self.output
         )
         print_checks(checks, str(target.dtype).removeprefix("torch."))
+        data = " ".join(self.data)
+        bench = f"coral-hf benchmark --target {self.target} --drafter {self.drafter} --data {data} --output FOLDER"
+        finished(self.output, then=bench)
         return 1 if any(check.different or not check.n_turns for check in checks) else 0

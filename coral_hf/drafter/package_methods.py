@@ -1,6 +1,7 @@
-"""Methods of a drafter that the package implements above this room: conversion and publishing.
+"""Methods of a drafter that the package implements above this room: conversion, publishing, and the code in its folder.
 
-`import coral_hf` registers them. A drafter whose code came with it (`trust_remote_code=True`) has neither.
+`import coral_hf` registers them. A drafter whose code came with it (`trust_remote_code=True`) has neither of the first two,
+and Transformers itself takes its code along.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 
 class PackageMethods:
-    """`from_eagle` and `push_to_hub` of a drafter, by functions that were registered under their names."""
+    """What a drafter does by functions that were registered under their names; before `PreTrainedModel` in the bases."""
 
     extensions: ClassVar[dict[str, Callable[..., Any]]] = {}
 
@@ -34,6 +35,18 @@ class PackageMethods:
             OSError: if there is no such folder or repository.
         """
         return cls._extension("from_eagle")(cls, path_or_repo, target, revision, **overrides)
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        """Saves config, weights, and beside them the code and its `auto_map`, so that the folder loads wherever it is put.
+
+        Args:
+            save_directory (`str` or `os.PathLike`), is_main_process (`bool`): only that process writes.
+            **kwargs: as for [`~transformers.PreTrainedModel.save_pretrained`].
+        """
+        saving: Any = super()
+        saving.save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process and (write_code := self.extensions.get("write_code")) is not None:
+            write_code(save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Publishes the drafter with its card, its code and the records behind its figures.

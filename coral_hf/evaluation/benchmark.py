@@ -240,6 +240,23 @@ def differences(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def slower_than_plain(record: dict[str, Any]) -> str | None:
+    """What to try where the drafter, by its own settings, was slower than plain `generate`; None where it was not."""
+    slow = [
+        row
+        for row in record["runs"]
+        if row["benchmark"] == "all" and row.get("acceptance_length") and (row.get("speedup") or 1.0) < 1.0
+    ]
+    if not slow:
+        return None
+    row = min(slow, key=lambda row: row["speedup"])
+    return (
+        f"{row['method']} was slower than plain generate ({row['speedup']:.2f}x, {row['acceptance_length']:.2f} tokens a "
+        "forward). Let `coral-hf tune --save true` choose the draft size for this machine, train longer on more of the "
+        "target's own answers, or draft less (--method small:draft_depth=2,draft_top_k=1)."
+    )
+
+
 def print_table(record: dict[str, Any]) -> None:
     """Prints a record's rows as a table."""
     try:

@@ -6,6 +6,7 @@ A published folder holds, beside config and weights: the card; the records behin
 
 import itertools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -75,10 +76,7 @@ def push_drafter(
     """
     require_token(token)
     with tempfile.TemporaryDirectory() as folder:
-        # one file, as a published drafter's must be
-        drafter.save_pretrained(folder, max_shard_size="100GB")
-        _copy_records(drafter, record, Path(folder))
-        prepare_folder(folder, repo_id, stated)
+        write_publication(drafter, folder, repo_id, record, stated)
         with hub_errors(repo_id):
             api = HfApi(library_name="coral_hf", library_version=__version__)
             check_repository(repo_id, revision, token)
@@ -96,6 +94,28 @@ def push_drafter(
             )
 
 
+def write_publication(
+    drafter: Any,
+    folder: str | Path,
+    repo_id: str,
+    record: str | Path | None = None,
+    stated: dict[str, Any] | None = None,
+) -> None:
+    """Writes all that [`push_drafter`] sends into a folder.
+
+    Args:
+        drafter ([`CoralDraftModel`]), folder (`str` or `Path`): new or empty.
+        repo_id (`str`), record (`str` or `Path`, *optional*), stated (`dict`, *optional*): see [`push_drafter`].
+
+    Raises:
+        ValueError: for records of another drafter.
+    """
+    # one file, as a published drafter's must be
+    drafter.save_pretrained(folder, max_shard_size="100GB")
+    _copy_records(drafter, record, Path(folder))
+    prepare_folder(folder, repo_id, stated)
+
+
 def prepare_folder(folder: str | Path, repo_id: str | None = None, stated: dict[str, Any] | None = None) -> None:
     """Adds card, code and `custom_generate/` to a folder that `save_pretrained` wrote, and takes paths out of its files.
 
@@ -105,17 +125,24 @@ def prepare_folder(folder: str | Path, repo_id: str | None = None, stated: dict[
     folder = Path(folder)
     strip_paths(folder)
     write_card(folder, repo_id=repo_id, unmeasured=True, stated=stated)
+    write_code(folder)
+    custom = folder / "custom_generate"
+    custom.mkdir(exist_ok=True)
+    shutil.copyfile(Path(__file__).with_name("custom_generate") / "generate.py", custom / "generate.py")
+    (custom / "requirements.txt").write_text(f"coral-hf>={__version__}\n", encoding="utf-8")
+
+
+def write_code(folder: str | Path) -> None:
+    """Puts the model's code into a folder that `save_pretrained` wrote, and names it in its config (`auto_map`)."""
+    folder = Path(folder)
     source = modeling_coral.__file__
     for path in [source, *get_relative_import_files(source)]:
         shutil.copyfile(path, folder / Path(path).name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["auto_map"] = AUTO_MAP
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    custom = folder / "custom_generate"
-    custom.mkdir(exist_ok=True)
-    shutil.copyfile(Path(__file__).with_name("custom_generate") / "generate.py", custom / "generate.py")
-    (custom / "requirements.txt").write_text(f"coral-hf>={__version__}\n", encoding="utf-8")
+    part = folder / "config.json.part"
+    part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(part, folder / "config.json")
 
 
 def strip_paths(folder: str | Path) -> None:
@@ -213,4 +240,13 @@ def _copy_records(drafter: Any, record: str | Path | None, folder: Path) -> None
         )
 
 
-__all__ = ["check_repository", "hub_errors", "prepare_folder", "push_drafter", "require_token", "strip_paths"]
+__all__ = [
+    "check_repository",
+    "hub_errors",
+    "prepare_folder",
+    "push_drafter",
+    "require_token",
+    "strip_paths",
+    "write_code",
+    "write_publication",
+]

@@ -63,7 +63,10 @@ class CoralTrainingArguments(TrainingArguments):
     )
     rollout_schedule: str = field(
         default=CHOSEN,
-        metadata={"help": "Rollout steps K over training, as 'K' or 'K:fraction,K:fraction', e.g. '1:0.6,3:0.4'."},
+        metadata={
+            "help": "Rollout steps K over training, as 'K' or 'K:fraction,K:fraction', '1:0.6,3:0.4' for example "
+            f"{_BY_TARGET}."
+        },
     )
     regression_loss_weight: float = field(
         default=0.2,
@@ -148,6 +151,13 @@ class CoralTrainingArguments(TrainingArguments):
         metadata={
             "help": "Split the frozen target's decoder layers over the processes instead of keeping a whole copy on "
             "each; embedding and head stay whole."
+        },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Resume a training: 'last' (the folder's last checkpoint, or from the beginning where there is none), or the "
+            "folder of a checkpoint."
         },
     )
     learning_curve: bool = field(

@@ -16,10 +16,10 @@ output=$4
 coral-hf regenerate --target "$target" --prompts "$prompts" --output "$output/responses.jsonl" --max-new-tokens 1024
 
 accelerate launch -m coral_hf.cli train --target "$target" --data "$output/responses.jsonl" \
-    --check_overlap "$eval_prompts" --output "$output/drafter" --save_steps 500 --report_to none
+    --check-overlap "$eval_prompts" --output "$output/drafter" --save-steps 500 --report-to none
 
 accelerate launch -m coral_hf.cli train --target "$target" --data "$output/responses.jsonl" \
-    --drafter "$output/drafter" --output "$output/routed" --stage router --router-groups 64 --report_to none
+    --drafter "$output/drafter" --output "$output/routed" --stage router --router-groups 64 --report-to none
 
 coral-hf benchmark --target "$target" --drafter "$output/routed" --data "$eval_prompts" \
     --limit 20 --output "$output/routed/training" --method coral full:draft_head=full

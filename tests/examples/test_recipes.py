@@ -10,7 +10,8 @@ from helpers.published_targets import EAGLE_PARAMETERS, TARGETS
 from transformers import HfArgumentParser
 
 from coral_hf import CoralDraftConfig, CoralDraftModel
-from coral_hf.cli import COMMANDS, _underscores
+from coral_hf.cli import COMMANDS
+from coral_hf.commands.parsing.parser import underscores
 from coral_hf.training.arguments import CoralTrainingArguments
 
 
@@ -47,11 +48,11 @@ def test_the_recipe_uses_options_that_exist(tmp_path):
             assert words == [f"{tmp_path}/routed"]
             continue
         types = [COMMANDS[verb]] + ([CoralTrainingArguments] if verb == "train" else [])
-        parsed = HfArgumentParser(types).parse_args_into_dataclasses(args=_underscores(words))
+        parsed = HfArgumentParser(types).parse_args_into_dataclasses(args=underscores(words))
         assert parsed[0].target == "your/model"
         if verb == "benchmark":  # on prompts that nothing was trained on, and where the card looks for it
             assert parsed[0].data == ["$eval_prompts"] and parsed[0].output == f"{tmp_path}/routed/training"
     assert verbs == ["regenerate", "train", "train", "benchmark", "card"]
-    assert '--check_overlap "$eval_prompts"' in text
+    assert '--check-overlap "$eval_prompts"' in text
     named = re.findall(r"[\w-]+/([\w.-]+)", text.partition("TARGET: ")[2].splitlines()[0])
     assert [name.lower().removesuffix("-hf").removeprefix("meta-") for name in named] == list(TARGETS)

@@ -133,4 +133,4 @@ def test_pages_are_those_of_the_record_and_the_recipe(monkeypatch):
     recipe = choose_recipe(config.hidden_size, config.vocab_size, response_tokens=tokens, device_type="cuda")
     assert record["recipe"] == recipe.to_dict() and record["drafter"] == drafter_settings(config)
     script = (ROOT / "examples/recipes/paper_target.sh").read_text()
-    assert not [name for name in recipe.to_dict() if f"--{name}" in script]
+    assert not [name for name in recipe.to_dict() if f"--{name.replace('_', '-')}" in script]

@@ -85,6 +85,14 @@ def test_what_is_overwritten_goes_with_all_its_checkpoints(tmp_path, target):
     assert train(tmp_path, target, "last").state.global_step == 3
 
 
+def test_last_without_a_checkpoint_is_the_beginning(tmp_path, target, capsys):
+    assert train(tmp_path / "new", target, "last", max_steps=2).state.global_step == 2
+    told = "holds no checkpoint to resume from: the training starts from the beginning"
+    assert capsys.readouterr().out.count(told) == 1
+    assert train(tmp_path / "new", target, "last", max_steps=3).state.global_step == 3
+    assert told not in capsys.readouterr().out
+
+
 def test_last_is_never_a_checkpoint_of_another_run(tmp_path, target):
     """Also where an older version, or a copy, put two runs into one folder."""
     train(tmp_path / "a", target, max_steps=6)

@@ -66,6 +66,8 @@ class CheckpointMixin(Trainer):
         """
         output = Path(self.args.output_dir)
         folder = check_run_folder(output, resume_from_checkpoint, self.args.overwrite_output_dir)
+        if folder is None and resume_from_checkpoint and self.args.process_index == 0:
+            print(f"{output} holds no checkpoint to resume from: the training starts from the beginning.")
         self._tokens.start = self.tokens_seen
         if folder is not None:
             self.check_checkpoint(folder)

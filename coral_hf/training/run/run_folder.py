@@ -62,8 +62,10 @@ def last_checkpoint(folder: Path) -> str:
 def resume_folder(given: str | bool | None, output: Path) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` means: a folder, or with True, `"true"` or `"last"` the run's last one.
 
+    A folder without any checkpoint has no last one: None.
+
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such folder, or all checkpoints are other runs'.
     """
     if given is None or given is False:
         return None
@@ -71,7 +73,7 @@ def resume_folder(given: str | bool | None, output: Path) -> Path | None:
         if not Path(given).is_dir():
             raise ValueError(f"resume_from_checkpoint={str(given)!r} is no folder; {last_checkpoint(output)}.")
         return Path(given)
-    if (found := last_of_run(output)) is None:
+    if (found := last_of_run(output)) is None and checkpoints(output):
         raise ValueError(f"resume_from_checkpoint={given}: {last_checkpoint(output)}. Leave it out to start anew.")
     return found
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from ..data.chat import with_template_kwargs
-from ..data.prompts import Prompt
-from ..drafter.modeling_coral import CoralDraftModel
+from ...data.chat import with_template_kwargs
+from ...data.prompts import Prompt
+from ...drafter.modeling_coral import CoralDraftModel
 
 
 PROMPTS = 8
@@ -24,10 +24,10 @@ def tune_trained(trainer: Any) -> None:
     """
     if not trainer.is_world_process_zero():
         return
-    from ..evaluation.tune import chosen_settings, save_settings, slower_than_plain, tune, write_record
-    from ..generation.settings import DraftSettings
-    from ..hub.model_card import write_card
-    from ..hub.records import RECORD_FOLDER
+    from ...evaluation.tune import chosen_settings, save_settings, slower_than_plain, tune, write_record
+    from ...generation.settings import DraftSettings
+    from ...hub.model_card import write_card
+    from ...hub.records import RECORD_FOLDER
 
     folder = Path(trainer.args.output_dir)
     prompts = held_out_prompts(trainer.eval_dataset, trainer.adapter.text_config)

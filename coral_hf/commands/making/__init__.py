@@ -1,0 +1,1 @@
+"""The stages between a target's name and its drafter."""

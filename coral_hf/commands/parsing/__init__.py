@@ -1,0 +1,1 @@
+"""From words on the command line to a verb's options: the parser, its help and its one-line errors."""
