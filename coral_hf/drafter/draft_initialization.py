@@ -1,12 +1,13 @@
 """Starting weights of a drafter, scaled by its target's."""
 
+import os
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import AutoTokenizer
 
 from .configuration_coral import CoralDraftConfig, vocab_hash
-from .target_adapter import TargetAdapter
+from .target_adapter import TargetAdapter, resolve_target
 
 
 # Size of the embedding's part in the fused input, relative to the feature's. Embeddings are an order of magnitude
@@ -17,7 +18,7 @@ from .target_adapter import TargetAdapter
 EMBEDDING_SHARE = 0.25
 
 
-def initialize_from_target(model_class: type, target: nn.Module, tokenizer: Any, overrides: dict[str, Any]):
+def initialize_from_target(model_class: type, target: Any, tokenizer: Any, overrides: dict[str, Any]):
     """Builds an untrained drafter for `target`, see `CoralDraftModel.from_target`.
 
     The layer starts random (standard deviation `initializer_range`). In the `eagle` shape `fc` starts as the identity
@@ -28,6 +29,9 @@ def initialize_from_target(model_class: type, target: nn.Module, tokenizer: Any,
     Raises:
         ValueError: if the target is not a Llama-shaped causal LM, or makes its logits in an unknown way.
     """
+    name, target = target, resolve_target(target)
+    if tokenizer is None and isinstance(name, str | os.PathLike):
+        tokenizer = AutoTokenizer.from_pretrained(name)
     config = CoralDraftConfig.from_target(target.config, **overrides)
     adapter = TargetAdapter(target, config.target_feature_layers)
     adapter.check_identity()

@@ -84,12 +84,13 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         return saved
 
     @classmethod
-    def from_target(cls, target: PreTrainedModel, tokenizer: Any = None, **overrides: Any) -> "CoralDraftModel":
+    def from_target(cls, target: PreTrainedModel | str, tokenizer: Any = None, **overrides: Any) -> "CoralDraftModel":
         """Builds an untrained drafter for `target`: dimensions and starting weights from the target.
 
         Args:
-            target (`PreTrainedModel`): a Llama-shaped causal LM.
-            tokenizer (*optional*): the target's tokenizer; its vocabulary hash is recorded in the config.
+            target (`PreTrainedModel` or `str`): a Llama-shaped causal LM, or its path or Hub id.
+            tokenizer (*optional*): the target's tokenizer, whose vocabulary hash the config records; of a target given by name
+                it is loaded.
             **overrides: settings of [`CoralDraftConfig`].
 
         Returns:

@@ -1,10 +1,13 @@
 """TargetAdapter: what a drafter uses of its target - embedding, features and LM head, with their scaling."""
 
+import os
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from .configuration_coral import CoralDraftConfig
 from .output_hooks import copied_without_hooks
 
 
@@ -31,6 +34,37 @@ def active_prompt(model: Any) -> str | None:
     if not getattr(config, "is_prompt_learning", False):
         return None
     return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def resolve_target(target: Any, argument: str = "target") -> Any:
+    """A target, loaded in its checkpoint's dtype where it was given by its path or Hub id.
+
+    Args:
+        target (`PreTrainedModel`, `str` or `os.PathLike`), argument (`str`): as it is called, for errors.
+
+    Raises:
+        ValueError: if it is no model, or a CORAL drafter.
+        OSError: if there is no such folder or repository.
+    """
+    is_name = isinstance(target, str | os.PathLike)
+    try:
+        config = AutoConfig.from_pretrained(target) if is_name else getattr(target, "config", None)
+    except OSError as error:
+        raise OSError(
+            f"{argument}={os.fspath(target)!r} is no folder here, and could not be loaded from the Hub: check the path, or the "
+            f"spelling and your access. ({error})"
+        ) from error
+    if getattr(config, "model_type", None) == CoralDraftConfig.model_type:
+        named = f"{argument}={os.fspath(target)!r}" if is_name else argument
+        raise ValueError(f"{named} is a CORAL drafter: pass the causal LM that the drafter is for.")
+    if is_name:
+        return AutoModelForCausalLM.from_pretrained(target, dtype="auto").eval()
+    if not isinstance(target, torch.nn.Module) or config is None:
+        raise ValueError(
+            f"{argument} is of type {type(target).__name__}: pass a causal LM (AutoModelForCausalLM.from_pretrained(...)), or "
+            "its path or Hub id."
+        )
+    return target
 
 
 class TargetAdapter:

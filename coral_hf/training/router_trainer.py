@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .inputs import resolve_drafter
 from .losses.router import router_loss, target_group_mass
 from .report.metrics import WeightedMeans
 from .token_clusters import start_from_centroids
@@ -29,6 +30,7 @@ class CoralRouterTrainer(CoralTrainer):
     stage = "router"
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any):
+        model = resolve_drafter(model)
         if model.router is None:
             raise ValueError(
                 "stage='router' trains the router of a trained drafter, and this one has none: call "

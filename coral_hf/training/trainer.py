@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from ..data.chat import with_template_kwargs
 from ..data.collator import IGNORED_LABEL, CoralDataCollator
@@ -16,8 +16,8 @@ from ..drafter.hub_names import public_name
 from ..drafter.modeling_coral import CoralDraftModel
 from ..drafter.target_adapter import TargetAdapter
 from ..utils.compat import hidden_states_to_ask
-from .arguments import CoralTrainingArguments
 from .feature_cache import FeatureCache
+from .inputs import is_name, resolve_arguments, resolve_models
 from .losses.chunked_pass import Comparison, PassResult, chunked_pass
 from .losses.classification import cross_entropy
 from .losses.loss_term import LossBatch
@@ -43,12 +43,13 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
     CSRA (CORAL section 3).
 
     Args:
-        model ([`CoralDraftModel`]): the drafter; one in float16 or bfloat16 is cast to float32, in which it is trained and
+        model ([`CoralDraftModel`] or `str`): the drafter, or its path or Hub id; one in float16 or bfloat16 is cast to float32, in which it is trained and
             saved (a finished one: `drafter.to(torch.bfloat16).save_pretrained(folder)`).
-        target_model (`PreTrainedModel`): the frozen target; never saved, never trained.
-        args ([`CoralTrainingArguments`])
-        train_dataset, eval_dataset: [`ConversationDataset`], a `datasets.Dataset`, or a list of training rows (see
-            [`encode_row`]); `eval_dataset` also a `dict` of those. Rows without a length (`RowStream`, `datasets.IterableDataset`) are streamed in training,
+        target_model (`PreTrainedModel` or `str`): the frozen target, never saved, never trained; or its path or Hub id, to
+            load it, and its tokenizer, in the checkpoint's dtype.
+        args ([`CoralTrainingArguments`]): or plain `TrainingArguments`, of which what differs from their defaults is taken.
+        train_dataset, eval_dataset: [`ConversationDataset`], what [`read_rows`] reads (a path, a Hub id, a DataFrame), a
+            `datasets.Dataset`, or a list of training rows (see [`encode_row`]); `eval_dataset` also a `dict` of those. Rows without a length (`RowStream`, `datasets.IterableDataset`) are streamed in training,
             which needs `max_steps`, and read whole for evaluation.
         processing_class (*optional*): the target's tokenizer; its vocabulary hash must be the drafter's.
         peft_config (`PeftConfig`, *optional*): adapts the drafter to this (fine-tuned) target with adapters instead of
@@ -70,9 +71,9 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
 
     def __init__(
         self,
-        model: CoralDraftModel,
-        target_model: PreTrainedModel,
-        args: CoralTrainingArguments | None = None,
+        model: Any,
+        target_model: PreTrainedModel | str,
+        args: TrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -80,7 +81,10 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         **kwargs: Any,
     ):
         check_parameters(kwargs)
-        args = args or CoralTrainingArguments(output_dir="outputs/coral", stage=self.stage)
+        args = resolve_arguments(args, self.stage)
+        if is_name(train_dataset):
+            self.data_names = [str(train_dataset)]
+        model, target_model, processing_class = resolve_models(model, target_model, processing_class)
         if args.stage != self.stage:
             raise ValueError(
                 f"stage={args.stage!r}, but {type(self).__name__} trains stage {self.stage!r}: CoralTrainer is for the drafter, "

@@ -1,0 +1,80 @@
+"""What a trainer is given by name, or in the place of something else."""
+
+import os
+from dataclasses import fields
+from typing import Any
+
+from transformers import AutoTokenizer, TrainingArguments
+
+from ..drafter.configuration_coral import CoralDraftConfig
+from ..drafter.modeling_coral import CoralDraftModel
+from ..drafter.target_adapter import resolve_target
+from .arguments import CoralTrainingArguments
+
+
+def resolve_models(model: Any, target_model: Any, processing_class: Any) -> tuple[CoralDraftModel, Any, Any]:
+    """Drafter, target and tokenizer, each loaded where it was given by its path or Hub id.
+
+    The tokenizer of a target that was given by name is loaded with it.
+
+    Raises:
+        ValueError: if one is missing or something else, or drafter and target are swapped.
+    """
+    if is_drafter(target_model) and not is_drafter(model):
+        raise ValueError(
+            f"model and target_model are swapped: target_model is a CORAL drafter, and model a {type(model).__name__}. Pass "
+            "model=drafter, target_model=target."
+        )
+    drafter, target = resolve_drafter(model), resolve_target(target_model, "target_model")
+    if is_name(target_model) and processing_class is None:
+        processing_class = target_model
+    if is_name(processing_class):
+        processing_class = AutoTokenizer.from_pretrained(processing_class)
+    return drafter, target, processing_class
+
+
+def resolve_drafter(model: Any) -> CoralDraftModel:
+    """A drafter, loaded where it was given by its path or Hub id; `ValueError` for any other model."""
+    if is_name(model):
+        return CoralDraftModel.from_pretrained(model)
+    if is_drafter(model):
+        return model
+    kind = type(model).__name__
+    raise ValueError(
+        f"model is a {kind}, not a CORAL drafter: pass a new one, CoralDraftModel.from_target(target), one to train further, "
+        "CoralDraftModel.from_pretrained(folder), or its path or Hub id."
+    )
+
+
+def resolve_arguments(args: Any, stage: str) -> CoralTrainingArguments:
+    """Training arguments; of plain `TrainingArguments` what differs from their defaults.
+
+    Raises:
+        ValueError: for arguments of another trainer.
+    """
+    if args is None:
+        return CoralTrainingArguments(output_dir="outputs/coral", stage=stage)
+    if isinstance(args, CoralTrainingArguments):
+        return args
+    if type(args) is not TrainingArguments:
+        raise ValueError(
+            f"args is of type {type(args).__name__}: pass CoralTrainingArguments(output_dir=...), which has the fields of "
+            "TrainingArguments and those of a drafter's training."
+        )
+    defaults = TrainingArguments(output_dir=args.output_dir)
+    given = {entry.name: getattr(args, entry.name) for entry in fields(TrainingArguments) if entry.init}
+    changed = {name: value for name, value in given.items() if value != getattr(defaults, name)}
+    return CoralTrainingArguments(output_dir=args.output_dir, stage=stage, **changed)
+
+
+def is_name(given: Any) -> bool:
+    """Whether this is a path or Hub id."""
+    return isinstance(given, str | os.PathLike)
+
+
+def is_drafter(model: Any) -> bool:
+    """Whether a loaded model is a CORAL drafter, its own code or that of a folder."""
+    return getattr(getattr(model, "config", None), "model_type", None) == CoralDraftConfig.model_type
+
+
+__all__ = ["is_name", "resolve_arguments", "resolve_drafter", "resolve_models"]
