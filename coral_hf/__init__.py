@@ -16,6 +16,7 @@ try:
     from .drafter.configuration_coral import CoralDraftConfig
     from .drafter.modeling_coral import CoralDraftModel
     from .drafter.target_adapter import TargetAdapter
+    from .generation.attachment import attach, detach
     from .generation.hook import coral_generate, install
     from .generation.statistics import DraftStats
     from .utils.code_version import __version__ as __version__
@@ -46,4 +47,4 @@ AutoModel.register(CoralDraftConfig, CoralDraftModel, exist_ok=True)
 CoralDraftModel.extensions.update(from_eagle=_from_eagle, push_to_hub=_push_to_hub, write_code=_write_code)
 install()
 
-__all__ = ["CoralDraftConfig", "CoralDraftModel", "DraftStats", "TargetAdapter", "coral_generate"]
+__all__ = ["CoralDraftConfig", "CoralDraftModel", "DraftStats", "TargetAdapter", "attach", "coral_generate", "detach"]

@@ -17,7 +17,7 @@ from ..drafter.configuration_coral import check_vocabulary
 from ..drafter.hub_names import hub_commit, public_name
 from ..drafter.target_adapter import TargetAdapter
 from ..drafter.weight_files import drafter_sha256
-from ..generation.hook import is_coral_drafter
+from ..generation.drafter_checks import is_coral_drafter
 from ..generation.settings import DraftSettings
 from ..utils.hardware import synchronized_clock
 

@@ -3,8 +3,9 @@
 Knows nothing of training data, records or the Hub; trees and acceptance know tensors, not models.
 """
 
+from .attachment import attach, detach
 from .hook import coral_generate
 from .statistics import DraftStats
 
 
-__all__ = ["DraftStats", "coral_generate"]
+__all__ = ["DraftStats", "attach", "coral_generate", "detach"]

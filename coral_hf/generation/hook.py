@@ -3,7 +3,6 @@
 import copy
 import functools
 import inspect
-import os
 import weakref
 from typing import Any
 
@@ -16,10 +15,12 @@ from ..drafter.few_rows import few_row_linears
 from ..drafter.output_hooks import copied_without_hooks
 from ..drafter.target_adapter import TargetAdapter
 from ..utils.compat import CACHE_NAME, cache_of, default_generation_settings
+from .attachment import running, wrap_generate
 from .call_checks import check_call
 from .candidate_generator import CoralCandidateGenerator, padding_of
 from .cost_measurement import draft_costs
 from .decoding import coral_decoding
+from .drafter_checks import check_coral_drafter, check_loaded, check_whole, is_coral_drafter
 from .settings import DraftSettings
 
 
@@ -35,7 +36,10 @@ _DECODING_PARAMETERS = {
     "model_kwargs",
 }
 _GENERATOR_PARAMETERS = {"self", "generation_config", "input_ids", "model_kwargs", "assistant_model"}
+_SAMPLE_PARAMETERS = _DECODING_PARAMETERS - {"assistant_model"}
 _VALIDATION_PARAMETERS = {"self", "generation_mode", "generation_config", "generation_mode_kwargs"}
+# What Transformers hands to assisted decoding alone.
+_ASSISTED_ALONE = ("inputs_tensor", "assistant_tokenizer", "tokenizer", "assistant_model")
 # Settings of other ways to speculate or to decode, which a CORAL drafter leaves without effect, and what to do instead.
 _SIZES = "set draft_depth, draft_top_k and draft_total_tokens instead"
 _OTHER_DRAFTS = "drop it, or generate without a CORAL drafter"
@@ -59,11 +63,6 @@ _MARK = "_coral_hf_original"
 _problem: str | None = None
 
 
-def is_coral_drafter(model: Any) -> bool:
-    """By `model_type`, not by class: a class loaded as remote code is another one."""
-    return getattr(getattr(model, "config", None), "model_type", None) == "coral"
-
-
 def _check_settings_of_others(generation_config: GenerationConfig) -> None:
     """Raises `ValueError` for settings that Transformers would read with another assistant, and that do nothing here."""
     filled_in = default_generation_settings()
@@ -74,24 +73,6 @@ def _check_settings_of_others(generation_config: GenerationConfig) -> None:
                 f"{name}={value!r} has no effect with a CORAL drafter: {remedy}. (Where no call sets it, it stands in "
                 f"the target's own settings: target.generation_config.{name} = None.)"
             )
-
-
-def _check_loaded(drafter: Any) -> None:
-    """Raises `ValueError` for a drafter's name or folder in its place."""
-    if isinstance(drafter, str | os.PathLike):
-        raise ValueError(
-            f"assistant_model={str(drafter)!r} is the name of a drafter: load it first, with "
-            f"AutoModel.from_pretrained({str(drafter)!r})."
-        )
-
-
-def _check_whole(drafter: Any) -> None:
-    """Raises `ValueError` for a drafter of which a device map left parts on the disk: a draft step calls parts of it."""
-    if any(parameter.is_meta for parameter in drafter.parameters()):
-        raise ValueError(
-            "Weights of the drafter are offloaded (on the meta device), but every draft step needs them all: load it without "
-            'device_map, or with one device in it (device_map={"": 0}).'
-        )
 
 
 def _check_tokenizer(drafter: Any, tokenizer: Any) -> None:
@@ -106,9 +87,9 @@ def _check_tokenizer(drafter: Any, tokenizer: Any) -> None:
 def install() -> None:
     """Makes `generate(assistant_model=drafter)` use CORAL for CORAL drafters; idempotent.
 
-    Wraps `GenerationMixin._assisted_decoding`, `_get_candidate_generator` (for the stock loop) and
-    `_validate_generation_mode` (beam search would silently ignore the drafter). Every other assistant reaches the
-    original methods with the arguments as they came. If Transformers' signatures are not the known ones nothing is
+    Wraps `GenerationMixin._assisted_decoding`, `_get_candidate_generator` (for the stock loop),
+    `_validate_generation_mode` (beam search would silently ignore the drafter) and `generate` (for attached drafters). Every
+    other assistant reaches the original methods with the arguments as they came. If Transformers' signatures are not the known ones nothing is
     wrapped, and using a CORAL drafter through `coral_generate` raises.
     """
     global _problem
@@ -118,6 +99,8 @@ def install() -> None:
         ("_assisted_decoding", _DECODING_PARAMETERS),
         ("_get_candidate_generator", _GENERATOR_PARAMETERS),
         ("_validate_generation_mode", _VALIDATION_PARAMETERS),
+        ("_sample", _SAMPLE_PARAMETERS),
+        ("generate", {"self", "generation_config", "assistant_model", "kwargs"}),
     ):
         method = getattr(GenerationMixin, name, None)
         missing = needed - set(inspect.signature(method).parameters) if method is not None else needed
@@ -127,6 +110,8 @@ def install() -> None:
     GenerationMixin._assisted_decoding = _wrap_decoding(GenerationMixin._assisted_decoding)
     GenerationMixin._validate_generation_mode = _wrap_validation(GenerationMixin._validate_generation_mode)
     GenerationMixin._get_candidate_generator = _wrap_candidate_generator(GenerationMixin._get_candidate_generator)
+    GenerationMixin.generate = wrap_generate(GenerationMixin.generate, coral_generate)
+    setattr(GenerationMixin.generate, _MARK, GenerationMixin.generate.__wrapped__)
 
 
 def _wrap_decoding(original):
@@ -137,7 +122,16 @@ def _wrap_decoding(original):
         if not is_coral_drafter(drafter):
             return original(self, input_ids, *args, **kwargs)
         settings = DraftSettings.resolve(drafter.config, kwargs["generation_config"])
-        check_call(self, settings, input_ids, kwargs["generation_config"], kwargs)
+        try:
+            check_call(self, settings, input_ids, kwargs["generation_config"], kwargs)
+        except ValueError as error:
+            if (attachment := running.get()) is None or attachment.drafter is not drafter:
+                raise
+            # The caller asked for no drafter. Nothing has run yet, and a streamer has its prompt.
+            attachment.tell(str(error))
+            for name in _ASSISTED_ALONE:
+                kwargs.pop(name, None)
+            return self._sample(input_ids, *args, **kwargs)
         if kwargs.get("synced_gpus"):
             raise ValueError(
                 "synced_gpus=True: CORAL's ranks take different numbers of steps and would wait for each other. Gather "
@@ -156,7 +150,7 @@ def _wrap_decoding(original):
         if settings.draft_stock_loop:
             with few_row_linears(self, drafter), copied_without_hooks(self):
                 return original(self, input_ids, *args, **kwargs)
-        for name in ("synced_gpus", "inputs_tensor", "assistant_tokenizer", "tokenizer", "assistant_model"):
+        for name in ("synced_gpus", *_ASSISTED_ALONE):
             kwargs.pop(name, None)
         kwargs["costs"] = draft_costs(self, drafter, settings) if settings.draft_cost_aware else None
         # Hugging Face's generate runs under no_grad already.
@@ -171,10 +165,11 @@ def _wrap_validation(original):
     @functools.wraps(original)
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         drafter = generation_mode_kwargs.get("assistant_model")
-        _check_loaded(drafter)
+        check_loaded(drafter)
         if is_coral_drafter(drafter):
-            _check_settings_of_others(generation_config)
-            _check_whole(drafter)
+            if running.get() is None:  # a caller who knows of no drafter may set what it leaves without effect
+                _check_settings_of_others(generation_config)
+            check_whole(drafter)
             if generation_mode != GenerationMode.ASSISTED_GENERATION:
                 raise ValueError(
                     f"CORAL drafts for greedy decoding and sampling, not for {generation_mode.value} "
@@ -244,12 +239,7 @@ def coral_generate(
             f"coral_generate was given a tensor of shape {tuple(drafter.shape)} as its drafter: call "
             "coral_generate(target, drafter, input_ids=...)."
         )
-    _check_loaded(drafter)
-    if not is_coral_drafter(drafter):
-        raise ValueError(
-            f"coral_generate drafts with a CORAL drafter, and was given {type(drafter).__name__}: load one with "
-            "AutoModel.from_pretrained(name), or call target.generate(...), which takes any assistant_model or none."
-        )
+    check_coral_drafter(drafter, "coral_generate")
     # A copy: the caller's config, or the target's own defaults, stay as they are.
     generation_config = copy.deepcopy(target.generation_config if generation_config is None else generation_config)
     for key in [key for key in kwargs if key.startswith("draft_")]:

@@ -14,6 +14,7 @@ FILES = (
     "generation/call_checks.py",
     "generation/key_values/dynamic.py",
     "generation/hook.py",
+    "generation/drafter_checks.py",
     "drafter/target_adapter.py",
 )
 

@@ -13,6 +13,7 @@ _PASSING_ON = (
     "/torch/nn/modules/module.py",
     "/torch/utils/_contextlib.py",
     "/accelerate/hooks.py",
+    "/coral_hf/generation/attachment.py",
 )
 
 
