@@ -13,6 +13,7 @@ from .commands.parsing.parser import parse_verb
 from .commands.push import PushCommand
 from .commands.regenerate import RegenerateCommand
 from .commands.scripts import USER_ERRORS, one_line
+from .commands.serve import ServeCommand
 from .commands.train import TrainCommand
 from .commands.tune import TuneCommand
 from .commands.verify import VerifyCommand
@@ -29,6 +30,7 @@ COMMANDS: dict[str, type] = {
     "tune": TuneCommand,
     "verify": VerifyCommand,
     "convert": ConvertCommand,
+    "serve": ServeCommand,
     "card": CardCommand,
     "push": PushCommand,
     "cache": CacheCommand,

@@ -18,7 +18,7 @@ from ..drafter.modeling_coral import CoralDraftModel
 from ..drafter.weight_files import WEIGHTS_FILE, check_index
 from ..utils.hardware import default_device, native_bfloat16
 from ..utils.jsonl import read_json
-from .wrong_models import check_is_drafter, check_is_target
+from .parsing.wrong_models import check_is_drafter, check_is_target
 
 
 DEMO = "demo"

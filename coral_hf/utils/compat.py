@@ -1,6 +1,7 @@
 """What differs between the Transformers releases that the package runs on (5.17 to 5.x), found by inspection."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -75,6 +76,59 @@ def enable_checkpointing(model: Any) -> None:
     getattr(model, f"{checkpointing_argument()}_enable")()
 
 
+def openai_server(model: Any, tokenizer: Any, name: str) -> Callable[..., Any]:
+    """Transformers' OpenAI-compatible server (`transformers serve`) of a model that is loaded already.
+
+    Args:
+        model (`PreTrainedModel`): its `generate` answers the requests.
+        tokenizer (`PreTrainedTokenizerBase`)
+        name (`str`): what requests name the model.
+
+    Returns:
+        `Callable`: takes `host`, `port` and other settings of the server, and serves until it is interrupted; with
+        `non_blocking=True` it returns the server object at once, whose `kill_server()` ends it.
+
+    Raises:
+        ValueError: if this release of Transformers has no such server, or one of another form.
+    """
+    missing = []
+    try:
+        from transformers.cli import serve
+        from transformers.cli.serving import model_manager
+    except ImportError as error:
+        missing.append(str(error))
+    else:
+        taken = inspect.signature(serve.Serve.__init__).parameters
+        missing += [f"Serve({key})" for key in ("force_model", "host", "port", "non_blocking") if key not in taken]
+        manager = getattr(model_manager, "ModelManager", None)
+        loaders = ("_load_model", "_load_processor")
+        missing += [f"ModelManager.{method}" for method in loaders if not callable(getattr(manager, method, None))]
+    if missing:
+        raise ValueError(
+            f"The server of this Transformers release has another form (no {', '.join(missing)}): install a release that this "
+            "version of coral-hf was tested with (see its changelog), or serve with an engine (`coral-hf convert --to vllm`)."
+        )
+
+    class LoadedModel(manager):  # type: ignore[misc, valid-type]
+        """The server's manager of models, with one model, which it need not load."""
+
+        def _load_model(self, *_: Any, **__: Any) -> Any:
+            return model
+
+        def _load_processor(self, *_: Any, **__: Any) -> Any:
+            return tokenizer
+
+    def run(**settings: Any) -> Any:
+        # the server imports its manager by name when it is made, and builds everything else around it
+        model_manager.ModelManager = LoadedModel
+        try:
+            return serve.Serve(force_model=name, **settings)
+        finally:
+            model_manager.ModelManager = manager
+
+    return run
+
+
 __all__ = [
     "CACHE_NAME",
     "cache_kwarg",
@@ -83,4 +137,5 @@ __all__ = [
     "default_generation_settings",
     "enable_checkpointing",
     "hidden_states_to_ask",
+    "openai_server",
 ]

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from ..drafter.configuration_coral import CoralDraftConfig
-from ..utils.jsonl import read_json
+from ...drafter.configuration_coral import CoralDraftConfig
+from ...utils.jsonl import read_json
 
 
 # what configs of EAGLE's drafters have, as EAGLE, vLLM, SGLang and speculators write them, and ordinary models have not

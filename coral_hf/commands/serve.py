@@ -1,0 +1,54 @@
+"""`coral-hf serve`: Transformers' own OpenAI-compatible server, with a drafter attached to the target."""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+from .loading import DEMO, DrafterOptions, PlacedTargetOptions, load_drafter, require
+
+
+@dataclass
+class ServeCommand(PlacedTargetOptions, DrafterOptions):
+    """Serve a target with its drafter to OpenAI clients: Transformers' server, whose answers come sooner.
+
+    Requests are answered one at a time, with draft trees, and are the same as without the drafter. The API is the one that
+    `transformers serve` documents; a request names the model as --target does.
+
+    Example: coral-hf serve --target your/model --drafter outputs/drafter --port 8000
+    """
+
+    drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
+    dtype: str = field(default="auto", metadata={"help": "auto, bfloat16, float16 or float32."})
+    host: str = field(default="localhost", metadata={"help": "Address to listen on."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on."})
+    continuous_batching: bool = field(
+        default=False, metadata={"help": "Refused: a drafter drafts for one sequence at a time."}
+    )
+
+    def run(self) -> int:
+        from ..utils.compat import openai_server
+
+        if self.continuous_batching:
+            raise ValueError(
+                "--continuous_batching true: a drafter drafts for one sequence at a time. Leave it out, or serve many requests "
+                "at once with an engine (`coral-hf convert --to vllm` or `--to sglang`)."
+            )
+        if not 0 < self.port < 2**16:
+            raise ValueError(f"--port {self.port} must be between 1 and 65535.")
+        require("fastapi", "uvicorn", "openai", extra="serve")
+        drafter = load_drafter(self.drafter, self.drafter_revision)
+        target, tokenizer = self.load_target(self.dtype)
+        serve = openai_server(attached(target, drafter), tokenizer, self.target)
+        print(f"Serving {self.target} with {self.drafter} on http://{self.host}:{self.port}/v1")
+        serve(host=self.host, port=self.port)
+        return 0
+
+
+def attached(target: Any, drafter: Any) -> Any:
+    """The target, whose `generate` drafts with `drafter` from now on where a call names no other assistant."""
+    drafter.to(device=target.device, dtype=target.dtype)
+    target.generate = functools.partial(target.generate, assistant_model=drafter)
+    return target
+
+
+__all__ = ["ServeCommand", "attached"]
