@@ -9,6 +9,7 @@ from .commands.cache import CacheCommand
 from .commands.card import CardCommand
 from .commands.convert import ConvertCommand
 from .commands.demo import DemoCommand
+from .commands.making.make import MakeCommand
 from .commands.parsing.parser import parse_verb
 from .commands.push import PushCommand
 from .commands.regenerate import RegenerateCommand
@@ -24,6 +25,7 @@ from .utils.log_lines import log_lines
 
 COMMANDS: dict[str, type] = {
     "demo": DemoCommand,
+    "make": MakeCommand,
     "regenerate": RegenerateCommand,
     "train": TrainCommand,
     "benchmark": BenchmarkCommand,

@@ -21,7 +21,7 @@ from coral_hf.hub.card_tables import tokens_seen
 
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/training.md", "docs/serving.md", "docs/measurements.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/training.md", "docs/serving.md", "docs/faq.md", "docs/measurements.md")
 PAGES += ("examples/space/README.md", "examples/recipes/llama-3-8b-instruct.md")
 # modules whose __all__ is promised, and single names of modules that hold more
 PUBLIC_MODULES = ("coral_hf", "coral_hf.demo", "coral_hf.training")

@@ -30,7 +30,7 @@ class ConvertCommand(TargetOptions):
     from_format: str | None = field(default=None, metadata={"aliases": ["--from"], "help": "Read this format: eagle."})
     to: str | None = field(default=None, metadata={"help": "Write for vllm, sglang, speculators or eagle."})
     target: str | None = field(  # type: ignore[assignment]  # with --to none is needed
-        default=None, metadata={"help": "Path or Hub id of the target, or 'demo' (the default with --from)."}
+        default=None, metadata={"help": "Path or Hub id of the target, or 'demo'; needed with --from."}
     )
     dtype: str | None = field(
         default=None, metadata={"help": f"Dtype the target is loaded in, where it is needed ({DTYPE} unless given)."}
@@ -67,7 +67,12 @@ class ConvertCommand(TargetOptions):
         if self.from_format is not None and self.to is None:
             self._refuse("draft_depth", "draft_top_k", "draft_total_tokens", of="--to")
             check_new_folder(positional.output)
-            target = load_target_ends(self.target or DEMO, self.dtype or DTYPE, **self.loading_arguments)
+            if self.target is None:
+                raise ValueError(
+                    f"--from {self.from_format} reads a drafter of some model: name its target with --target (the shipped demo "
+                    "target is --target demo)."
+                )
+            target = load_target_ends(self.target, self.dtype or DTYPE, **self.loading_arguments)
             layers = self.target_feature_layers
             places = (positional.input, positional.output)
             import_checkpoint(self.from_format, *places, target, layers, self.revision)

@@ -333,7 +333,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     Raises:
         ValueError: for what is no floating-point dtype.
     """
-    name = _DTYPES.get(name.lower().removeprefix("torch."), name)
+    name = name.removeprefix("torch.")
+    name = _DTYPES.get(name.lower(), name)
     if name == "auto":
         return torch.bfloat16 if native_bfloat16(device) else torch.float32
     dtype = getattr(torch, name, None)

@@ -111,6 +111,10 @@ class RegenerateCommand(RenderingOptions, DataOptions):
         }
         stats = self._ask_endpoint(prompts, common) if self.endpoint else self._ask_target(prompts, common)
         print(json.dumps(stats))
+        if stats["n_resumed"]:
+            print(
+                f"{stats['n_resumed']} answers to these prompts were on file already, {stats['n_responses']} are new."
+            )
         if self.shards is not None:
             write_shards(self.output, self.shards)
         target = "" if self.endpoint else f"--target {self.target} "

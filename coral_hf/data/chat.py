@@ -1,14 +1,23 @@
 """Conversations as messages, and as the text that a target's chat template makes of them."""
 
 import copy
+import functools
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+logger = logging.getLogger(__name__)
+
 ASSISTANT = "assistant"
 THINK_START, THINK_END = "<think>", "</think>"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 class UnusableRow(ValueError):
@@ -209,6 +218,10 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, **
         UnusableRow: naming `where`, if the template refuses them.
     """
     if not getattr(tokenizer, "chat_template", None):
+        _say_once(
+            "The tokenizer has no chat template: messages are joined by blank lines, as plain text. For a chat model set "
+            "tokenizer.chat_template, or take the model's own tokenizer."
+        )
         return "\n\n".join(message["content"] for message in messages)
     from jinja2 import TemplateError
 

@@ -1,6 +1,7 @@
 """Whose answers rows hold: answers of two targets must not mix in a file, nor unnoticed in a training."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -68,7 +69,9 @@ def check_same_run(row: Mapping[str, Any], where: str, temperature: float, origi
         )
     if (other := Origin.read(row)).contradicts(origin):
         pinned = other.target_revision if other.target_revision != origin.target_revision else None
-        instead = "" if pinned is None else f", or go on with --target_revision {pinned}"
+        # other than the Hub's, the demo's say, no option takes
+        is_commit = pinned is not None and re.fullmatch(r"[0-9a-f]{4,64}", pinned)
+        instead = "" if not is_commit else f", or go on with --target_revision {pinned}"
         raise ValueError(
             f"{where} holds a response of {other}, this run's target is {origin}; give another output file{instead}."
         )

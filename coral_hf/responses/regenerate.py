@@ -110,7 +110,7 @@ def regenerate(
             Show a progress bar with tokens per second and the time left.
 
     Returns:
-        `dict`: `n_responses`, `n_response_tokens`, `n_prompt_tokens`, `n_resumed` (rows found on file), `n_excluded`,
+        `dict`: `n_responses`, `n_response_tokens`, `n_prompt_tokens`, `n_resumed` (answers to these prompts found on file), `n_excluded`,
         `n_too_long` and `too_long` (`(id, turn, tokens)` of what was left out), `seconds`, `tokens_per_second`.
 
     Raises:
@@ -141,13 +141,15 @@ def regenerate(
     cache = SlotCache(target, slots, max_prompt_tokens + max_new_tokens)
     with exclusive(output):
         on_file = _ids_on_file(output, temperature, origin)
-        n_resumed = sum(len(answers) for answers in on_file.values())
+        n_on_file = sum(len(answers) for answers in on_file.values())
+        prompts = list(prompts)
+        n_resumed = sum(len(on_file.get(row.get("id", ""), ())) for row in prompts)
         conversations, n_excluded = unanswered(prompts, on_file, excluded, max_turns, template_kwargs_of(tokenizer))
         # The order is the seed's; the draws of a resumed run are not those that are on file already.
         queue = PromptQueue(
             conversations, tokenizer, eos_ids, slots * WINDOW_PER_SLOT, max_prompt_tokens, random.Random(seed)
         )
-        sampler = _Sampler(temperature, seed + 1_000_003 * n_resumed, target.device)
+        sampler = _Sampler(temperature, seed + 1_000_003 * n_on_file, target.device)
         common = {**({"temperature": temperature} if temperature else {}), **origin.columns}
         writer = _TurnWriter(output, queue, common, conversations, progress)
         try:

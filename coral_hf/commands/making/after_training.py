@@ -24,9 +24,6 @@ def tune_trained(trainer: Any) -> None:
     """
     if not trainer.is_world_process_zero():
         return
-    from ...evaluation.tune import chosen_settings, save_settings, slower_than_plain, tune, write_record
-    from ...generation.settings import DraftSettings
-    from ...hub.model_card import write_card
     from ...hub.records import RECORD_FOLDER
 
     folder = Path(trainer.args.output_dir)
@@ -38,20 +35,38 @@ def tune_trained(trainer: Any) -> None:
             f"--output {folder / RECORD_FOLDER} --save true"
         )
         return
-    target = trainer.target_model
+    tokenizer = with_template_kwargs(trainer.processing_class, trainer.args.chat_template_kwargs)
+    print(f"Measuring which draft size pays here, on {len(prompts)} held-out conversations.", flush=True)
+    tune_folder(folder, trainer.target_model, tokenizer, prompts)
+
+
+def tune_folder(folder: Path, target: Any, tokenizer: Any, prompts: list[Prompt]) -> dict[str, Any]:
+    """Measures which draft size pays, and saves it in a drafter's config and the record beside its weights.
+
+    Args:
+        folder (`Path`): of the drafter.
+        target (`PreTrainedModel`), tokenizer, prompts (`list[Prompt]`)
+
+    Returns:
+        `dict`: the settings that were saved.
+    """
+    from ...evaluation.tune import chosen_settings, save_settings, slower_than_plain, tune, write_record
+    from ...generation.settings import DraftSettings
+    from ...hub.model_card import write_card
+    from ...hub.records import RECORD_FOLDER
+
     drafter = CoralDraftModel.from_pretrained(folder, dtype=target.dtype).eval().to(target.device)
     box = DraftSettings(draft_depth=8, draft_top_k=4, draft_total_tokens=32)
-    print(f"Measuring which draft size pays here, on {len(prompts)} held-out conversations.", flush=True)
-    tokenizer = with_template_kwargs(trainer.processing_class, trainer.args.chat_template_kwargs)
     record = tune(target, tokenizer, drafter, prompts, box, MAX_NEW_TOKENS)
     write_record(record, folder / RECORD_FOLDER)
     settings = chosen_settings(record)
     save_settings(folder, settings)
     write_card(folder, unmeasured=True, strict=False)
-    shown = ", ".join(f"{name}={value}" for name, value in settings.items() if name != "draft_calibration")
-    print(f"Draft size saved in {folder / 'config.json'}: {shown}.")
+    shown = {name: value for name, value in settings.items() if name != "draft_calibration"}
+    print(f"Draft size saved in {folder / 'config.json'}: {', '.join(f'{name}={shown[name]}' for name in shown)}.")
     if (warning := slower_than_plain(record)) is not None:
         print(warning)
+    return shown
 
 
 def held_out_prompts(dataset: Any, text_config: Any) -> list[Prompt]:
@@ -77,4 +92,4 @@ def held_out_prompts(dataset: Any, text_config: Any) -> list[Prompt]:
     return (short or found)[:PROMPTS]
 
 
-__all__ = ["held_out_prompts", "tune_trained"]
+__all__ = ["held_out_prompts", "tune_folder", "tune_trained"]

@@ -1,0 +1,70 @@
+"""One progress display for all stages of `coral-hf make`."""
+
+import time
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+
+class Display:
+    """A bar over the time of a make, with the stage, tokens per second and the acceptance so far.
+
+    Args:
+        seconds (`float`): what all stages are expected to take.
+    """
+
+    def __init__(self, seconds: float):
+        self.started = time.monotonic()
+        self.seconds = seconds
+        self.bar = tqdm(total=100, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}", dynamic_ncols=True)
+
+    def show(self, stage: str, **figures: str) -> None:
+        """Moves the bar to the time passed, and names the stage."""
+        spent = time.monotonic() - self.started
+        self.seconds = max(self.seconds, spent)
+        left = self.seconds - spent
+        self.bar.n = min(100, 100 * spent / max(self.seconds, 1e-9))
+        self.bar.set_description_str(f"make: {stage}", refresh=False)
+        rest = "".join(f", {value} {name}" for name, value in figures.items())
+        self.bar.set_postfix_str(f"{clock(left)} left{rest}")
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class ShowTraining(TrainerCallback):
+    """Shows what a training logs, and ends it when its time is over.
+
+    Args:
+        display ([`Display`])
+        seconds (`float`, *optional*): of the training; None lets it take its steps.
+    """
+
+    def __init__(self, display: Display, seconds: float | None):
+        self.display, self.seconds, self.started = display, seconds, time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.seconds is not None and time.monotonic() - self.started > self.seconds:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        figures = {}
+        passed = time.monotonic() - self.started
+        if logs and logs.get("response_tokens"):
+            figures["tokens/s"] = f"{logs['response_tokens'] / max(passed, 1e-9):,.0f}"
+        if logs and logs.get("acceptance_length"):
+            figures["tokens accepted a step"] = f"{logs['acceptance_length']:.2f}"
+        self.display.show(f"training, step {state.global_step} of {state.max_steps}", **figures)
+
+
+def clock(seconds: float) -> str:
+    """`5400` -> `1:30 h`, `90` -> `1:30 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes}:{rest:02d} min"
+
+
+__all__ = ["Display", "ShowTraining", "clock"]

@@ -1,0 +1,324 @@
+"""The stages of `coral-hf make`: each reads what the one before left in its folder, and notes what it found."""
+
+import contextlib
+import io
+import json
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from ...data.dataset import read_rows
+from ...data.held_out import hold_out
+from ...data.prompts import Prompt, encode_first_turn, read_prompts
+from ...drafter.modeling_coral import CoralDraftModel
+from ...hub.model_card import write_card
+from ...hub.records import RECORD_FOLDER
+from ...responses.regenerate import regenerate
+from ...responses.response_files import iter_prompts
+from ...training.arguments import CoralTrainingArguments
+from ...training.recipe import drafter_settings, shortlist_size
+from ...training.report.estimate import measure_training, without_traces
+from ...training.trainer import CoralTrainer
+from .after_training import tune_folder
+from .display import Display, ShowTraining
+from .plan import ANSWERS_SHARE, Plan, prompts_within, seconds_per_token
+from .state import MakeState
+
+
+FIRST_ANSWERS, MORE_ANSWERS = 16, 64  # prompts that are answered between two looks at the clock
+SLOTS = 64
+LONGEST_ANSWER = 512
+HELD_OUT_PROMPTS = 16
+# Steps are measured at the deepest K and on the longest rows; over a whole schedule they are faster by about this
+FASTER = 1.2
+CHECKED_TOKENS, MEASURED_TOKENS = 32, 64
+
+
+class Making:
+    """A make under way: its folder, its target and what it may take.
+
+    Args:
+        folder (`Path`), state ([`MakeState`]), display ([`Display`])
+        target (`PreTrainedModel`), tokenizer
+        seconds (`float`, *optional*): of the whole make; None: as long as the data and the recipe take.
+        tokens (`int`, *optional*): response tokens to be made at most.
+        seed (`int`)
+    """
+
+    def __init__(
+        self,
+        state: MakeState,
+        display: Display,
+        target: Any,
+        tokenizer: Any,
+        seconds: float | None,
+        tokens: int | None,
+        seed: int,
+    ):
+        self.state, self.display, self.target, self.tokenizer = state, display, target, tokenizer
+        self.seconds, self.tokens, self.seed = seconds, tokens, seed
+        self.folder = state.folder
+        self.train_prompts, self.held_out = (
+            self.folder / "prompts" / "train.jsonl",
+            self.folder / "prompts" / "held_out.jsonl",
+        )
+        self.answers, self.drafter = self.folder / "answers" / "responses.jsonl", self.folder / "drafter"
+        self.spent_before = state.seconds
+        self.started = time.monotonic()
+
+    @property
+    def left(self) -> float | None:
+        """Seconds of the budget that are left; None without one."""
+        return None if self.seconds is None else self.seconds - self.spent_before - (time.monotonic() - self.started)
+
+    # Prompts and answers -------------------------------------------------------------------------------------------
+
+    def read_prompts(self, data: Any, reading: dict[str, Any]) -> None:
+        """Parts the prompts into those to train on, in an order of chance, and those to measure on."""
+        if self.state.of("prompts") is not None:
+            return
+        rows = list(iter_prompts(data, **reading))
+        if len(rows) < 4:
+            raise ValueError(f"--data holds {len(rows)} prompts; a make needs 4 at least, and a drafter thousands.")
+        kept, held_out = hold_out(rows, min(HELD_OUT_PROMPTS, max(2, len(rows) // 10)))
+        random.Random(self.seed).shuffle(kept)
+        self.train_prompts.parent.mkdir(parents=True, exist_ok=True)
+        for path, chosen in ((self.train_prompts, kept), (self.held_out, held_out)):
+            path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+        self.state.finish("prompts", train=len(kept), held_out=len(held_out))
+
+    def answer(self, seconds: float | None, most: int | None = None) -> None:
+        """Answers prompts until the time or the tokens are spent, or none is left.
+
+        Args:
+            seconds (`float`, *optional*): from now.
+            most (`int`, *optional*): prompts of this call; the stage is then not finished.
+        """
+        if self.state.of("answers") is not None:
+            return
+        prompts = read_lines(self.train_prompts)
+        positions = getattr(self.target.config.get_text_config(), "max_position_embeddings", None) or 4096
+        longest = min(LONGEST_ANSWER, positions // 2)
+        begun, size = time.monotonic(), FIRST_ANSWERS
+        answered = {row["id"] for row in read_lines(self.answers)}
+        todo = [row for row in prompts if row["id"] not in answered][:most]
+        while todo and not self._enough(begun, seconds):
+            chunk, todo = todo[:size], todo[size:]
+            size = MORE_ANSWERS
+            stats = regenerate(
+                self.target,
+                self.tokenizer,
+                chunk,
+                self.answers,
+                max_new_tokens=longest,
+                max_prompt_tokens=min(2048, positions - longest),
+                slots=min(SLOTS, len(chunk)),
+                seed=self.seed,
+                progress=False,
+            )
+            speed = {"tokens/s": f"{stats['tokens_per_second']:,.0f}"}
+            self.display.show(f"answers, {self.response_tokens():,} tokens", **speed)
+        if most is None:
+            taken = self.first_seconds + time.monotonic() - begun
+            self.state.finish("answers", seconds=taken, response_tokens=self.response_tokens())
+
+    def _enough(self, begun: float, seconds: float | None) -> bool:
+        late = seconds is not None and time.monotonic() - begun >= seconds
+        return late or (self.tokens is not None and self.response_tokens() >= self.tokens)
+
+    def response_tokens(self) -> int:
+        """Of the answers on file."""
+        return sum(len(row["response_ids"]) for row in read_lines(self.answers))
+
+    first_seconds = 0.0  # of the answers that the plan was made from
+
+    # Training ------------------------------------------------------------------------------------------------------
+
+    def trainer(self, folder: str | Path, **settings: Any) -> CoralTrainer:
+        """A trainer of a new drafter on the answers so far."""
+        rows, held_out = hold_out(read_rows(str(self.answers)))
+        args = CoralTrainingArguments(
+            str(folder),
+            report_to="none",
+            disable_tqdm=True,
+            seed=self.seed,
+            logging_steps=5,
+            save_total_limit=1,
+            use_cpu=self.target.device.type == "cpu",
+            **settings,
+        )
+        set_seed(self.seed)
+        drafter = CoralDraftModel.from_target(self.target, self.tokenizer, **drafter_settings(self.target.config))
+        if settings.get("max_steps") == 0:
+            without_traces(args, str(folder))
+        trainer = CoralTrainer(
+            drafter,
+            self.target,
+            args,
+            train_dataset=rows,
+            eval_dataset=held_out or None,
+            processing_class=self.tokenizer,
+        )
+        trainer.data_names = [self.answers.name]
+        size = shortlist_size(drafter.config.vocab_size) if trainer.adapter.has_rows else 0
+        if size:
+            drafter.add_shortlist(trainer.train_dataset.response_counts(drafter.config.vocab_size), size)
+        return trainer
+
+    def plan(self) -> Plan:
+        """Answers the first prompts, runs two real steps of training on them, and computes the rest."""
+        begun = time.monotonic()
+        self.answer(None, most=FIRST_ANSWERS)
+        first, first_tokens = time.monotonic() - begun, max(1, self.response_tokens())
+        self.first_seconds = first
+        rows = read_lines(self.answers)
+        token = seconds_per_token(self.target, rows[0]["prompt_ids"][-64:])
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            trainer = self.trainer(folder, max_steps=0, save_strategy="no")
+            estimate = measure_training(trainer, 1.0)
+        n_prompts = prompts_within(self.seconds, token)
+        measuring = token * n_prompts * 64 * 12
+        total = len(read_lines(self.train_prompts))
+        found = self.state.of("answers") or {}
+        all_tokens = int(first_tokens * total / max(1, len({row["id"] for row in rows})))
+        if self.seconds is None:
+            tokens = min(all_tokens, self.tokens or all_tokens)
+            answers = first * tokens / first_tokens
+        else:
+            answers = min(ANSWERS_SHARE * max(0.0, self.seconds - measuring), first * all_tokens / first_tokens)
+            tokens = min(all_tokens, self.tokens or all_tokens, int(answers * first_tokens / first))
+        tokens = found.get("response_tokens", tokens)
+        speed = estimate.tokens_per_second or 1.0
+        training = tokens * trainer.args.num_train_epochs / speed
+        if self.seconds is not None:
+            training = max(1.0, self.seconds - measuring - answers)
+        disk = 3 * estimate.checkpoint_bytes + 12 * tokens
+        return Plan(answers, training, measuring, tokens, n_prompts, disk, estimate.memory["peak"])
+
+    def train(self, seconds: float | None) -> None:
+        """Trains until the steps of the recipe, or the time, are over; resumes from the last checkpoint."""
+        if self.state.of("training") is not None:
+            return
+        begun = time.monotonic()
+        settings = self.state.of("training_plan")
+        if settings is None:
+            steps = -1
+            if seconds is not None:
+                with tempfile.TemporaryDirectory() as folder, quiet():
+                    trainer = self.trainer(folder, max_steps=0, save_strategy="no")
+                    measured = measure_training(trainer, 1.0)
+                per_step = trainer._global_batch() * measured.tokens / len(trainer.train_dataset)
+                steps = max(1, int(FASTER * seconds * (measured.tokens_per_second or 1.0) / per_step))
+            settings = self.state.finish("training_plan", max_steps=steps)
+        left = None if seconds is None else max(1.0, seconds - (time.monotonic() - begun))
+        steps = settings["max_steps"]
+        saving = (
+            {"save_strategy": "steps", "save_steps": max(1, steps // 10)} if steps > 0 else {"save_strategy": "epoch"}
+        )
+        with quiet():
+            trainer = self.trainer(self.drafter, max_steps=steps, **saving)
+        trainer.add_callback(ShowTraining(self.display, left))
+        with quiet():
+            trainer.train(resume_from_checkpoint="last" if any(self.drafter.glob("checkpoint-*")) else None)
+            trainer.save_model()
+        for path in self.drafter.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        self.state.finish("training", seconds=time.monotonic() - begun, steps=trainer.state.global_step)
+
+    # Measuring -----------------------------------------------------------------------------------------------------
+
+    def held_out_prompts(self, count: int) -> list[Prompt]:
+        """Prompts that nothing was trained on, the shortest first."""
+        with quiet():
+            prompts = read_prompts(str(self.held_out))
+        return sorted(prompts, key=lambda prompt: encode_first_turn(self.tokenizer, prompt).shape[1])[:count]
+
+    def measure(self, stage: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Runs a stage unless it is finished, and notes its time."""
+        if (found := self.state.of(stage)) is not None:
+            return found
+        self.display.show(stage)
+        begun = time.monotonic()
+        with quiet():
+            found = run()
+        return self.state.finish(stage, **found, seconds=time.monotonic() - begun)
+
+    def tune(self, count: int) -> dict[str, Any]:
+        """The draft size that pays here, saved in the drafter's config."""
+        return {"sizes": tune_folder(self.drafter, self.target, self.tokenizer, self.held_out_prompts(count))}
+
+    def verify(self, count: int) -> dict[str, Any]:
+        """Whether answers are those of plain `generate`, in float32."""
+        from ...evaluation.methods import parse_methods
+        from ...evaluation.verify import verify
+
+        dtype, target = self.target.dtype, self.target.float()
+        drafter = CoralDraftModel.from_pretrained(self.drafter).eval().float().to(target.device)
+        methods = parse_methods(["coral"], {str(self.drafter): drafter})
+        prompts = self.held_out_prompts(max(1, count // 2))
+        try:
+            checks = verify(
+                target,
+                self.tokenizer,
+                methods,
+                prompts,
+                CHECKED_TOKENS,
+                [1.0],
+                self.seed,
+                self.drafter / RECORD_FOLDER,
+            )
+        finally:
+            self.target.to(dtype)
+        return {"different": sum(len(check.different) for check in checks), "answers": sum(c.n_turns for c in checks)}
+
+    def benchmark(self, count: int) -> dict[str, Any]:
+        """Speed beside plain `generate`, by the drafter's own settings and as a chain of 5."""
+        from ...evaluation.benchmark import run_benchmark
+        from ...evaluation.methods import parse_methods
+
+        drafter = CoralDraftModel.from_pretrained(self.drafter, dtype=self.target.dtype).eval().to(self.target.device)
+        texts = ["coral", "chain_of_5:draft_depth=5,draft_top_k=1"]
+        methods = parse_methods(texts, {str(self.drafter): drafter})
+        where = self.drafter / RECORD_FOLDER
+        record = run_benchmark(
+            self.target,
+            self.tokenizer,
+            methods,
+            self.held_out_prompts(count),
+            where,
+            MEASURED_TOKENS,
+            [0.0],
+            self.seed,
+        )
+        rows = {row["method"]: row for row in record["runs"] if row["benchmark"] == "all"}
+        return {
+            name: {key: rows[name][key] for key in ("speedup", "acceptance_length")}
+            for name in ("coral", "chain_of_5")
+        }
+
+    def card(self) -> dict[str, Any]:
+        """The model card from these records."""
+        return {"path": str(write_card(self.drafter))}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file of ours; a last line that a kill cut off is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines() if line]
+
+
+def quiet() -> Any:
+    """What the stages print of their own is not the display's."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+__all__ = ["Making", "read_lines"]

@@ -1,0 +1,62 @@
+"""What `coral-hf make` has done so far, in one file of its folder: a second call skips it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ...utils.jsonl import read_json
+
+
+STATE_FILE = "make.json"
+
+
+class MakeState:
+    """The settings of a make, and what each finished stage found.
+
+    Args:
+        folder (`str` or `Path`): the folder of all stages, new, empty or of an earlier call.
+        settings (`dict`): what decides the results; an earlier call must have had the same.
+
+    Raises:
+        ValueError: if the folder contains something else, or another make.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any]):
+        self.folder = Path(folder)
+        self.path = self.folder / STATE_FILE
+        self.stages: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            record = read_json(self.path)
+            earlier = record.get("settings") or {}
+            for name, value in json.loads(json.dumps(settings)).items():
+                if earlier.get(name) != value:
+                    raise ValueError(
+                        f"{folder} holds a make with {name}={earlier.get(name)!r}, here {value!r}: give the same to resume it, "
+                        "or another --output."
+                    )
+            self.stages = record["stages"]
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ValueError(f"{folder} holds something else than a make: give --output a new or an empty folder.")
+        self.settings = settings
+
+    def of(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage found; None where it is not finished."""
+        return self.stages.get(stage)
+
+    def finish(self, stage: str, **found: Any) -> dict[str, Any]:
+        """Notes that a stage is finished, beside and renamed."""
+        self.stages[stage] = found
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_name(f"{STATE_FILE}.part")
+        part.write_text(json.dumps({"settings": self.settings, "stages": self.stages}, indent=2) + "\n")
+        os.replace(part, self.path)
+        return found
+
+    @property
+    def seconds(self) -> float:
+        """Spent in the finished stages."""
+        return sum(found.get("seconds", 0.0) for found in self.stages.values())
+
+
+__all__ = ["STATE_FILE", "MakeState"]

@@ -1,0 +1,117 @@
+"""`coral-hf make` end to end on a tiny target: its stages, what it says, and that a second call does nothing twice."""
+
+import json
+
+import pytest
+
+from coral_hf.cli import main
+from coral_hf.commands.making import plan, stages
+from coral_hf.commands.making.plan import Plan, confirmed, prompts_within
+from coral_hf.commands.making.state import MakeState
+
+
+STAGES = ["prompts", "plan", "answers", "training_plan", "training", "tuning", "verification", "benchmark", "card"]
+
+
+@pytest.fixture
+def make(folder, monkeypatch):
+    """A command line for 24 short prompts and short answers."""
+    monkeypatch.chdir(folder)
+    rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}"} for i in range(24)]
+    (folder / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(stages, "LONGEST_ANSWER", 12)
+    monkeypatch.setattr(stages, "MEASURED_TOKENS", 8)
+    monkeypatch.setattr(stages, "CHECKED_TOKENS", 8)
+    monkeypatch.setattr(plan, "MOST_PROMPTS", 2)
+    return ["make", "--target", "target", "--dtype", "float32", "--data", "many.jsonl", "--output", "made"]
+
+
+def stages_of(folder) -> dict:
+    return json.loads((folder / "made" / "make.json").read_text())["stages"]
+
+
+def test_from_prompts_to_a_card(make, folder, capsys, monkeypatch):
+    assert main([*make, "--hours", "0.02", "--yes"]) == 0
+    told = capsys.readouterr().out.strip().splitlines()
+    assert told[0].startswith("Read 24 rows") and told[1].startswith("Plan: answers 0:")
+    assert [line.partition(":")[0] for line in told[-5:]] == ["Drafter", "Here", "Verified", "Use", "Publish"]
+    assert "all equal to plain generate" in told[-3] and "coral-hf push made/drafter org/name" in told[-1]
+    found = stages_of(folder)
+    assert list(found) == STAGES and found["verification"]["answers"] > 0 and found["training"]["steps"] > 0
+    drafter = folder / "made" / "drafter"
+    saved = json.loads((drafter / "config.json").read_text())
+    assert saved["shape"] == "eagle3" and saved["draft_calibration"] is not None and saved["auto_map"]
+    assert not list(drafter.glob("checkpoint-*"))
+    for name in ("training.json", "tune.json", "check_coral.json", "benchmark.json"):
+        assert (drafter / "training" / name).exists(), name
+    assert "| " in (drafter / "README.md").read_text()
+    train, held_out = (
+        {json.loads(line)["id"] for line in (folder / "made" / "prompts" / name).read_text().splitlines()}
+        for name in ("train.jsonl", "held_out.jsonl")
+    )
+    answered = {
+        json.loads(line)["id"] for line in (folder / "made" / "answers" / "responses.jsonl").read_text().splitlines()
+    }
+    assert answered <= train and not train & held_out and len(train | held_out) == 24
+    before = {path: path.stat().st_mtime_ns for path in (folder / "made").rglob("*")}
+    monkeypatch.setattr(stages, "regenerate", None)
+    assert main([*make, "--hours", "0.02", "--yes"]) == 0  # nothing is done twice
+    assert capsys.readouterr().out.strip().splitlines() == told[-5:]
+    assert {path: path.stat().st_mtime_ns for path in (folder / "made").rglob("*")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["answer", "train", "tune", "verify", "benchmark", "card"])
+def test_a_second_call_goes_on_where_the_first_was_stopped(stage, make, folder, capsys, monkeypatch):
+    command = [*make, "--tokens", "150", "--yes"]
+    whole = getattr(stages.Making, stage)
+
+    def stop(self, *args, **kwargs):
+        if stage != "answer" or kwargs.get("most") is None:
+            raise KeyboardInterrupt
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(stages.Making, stage, stop)
+    assert main(command) == 130
+    assert "finished stages are kept in made, and the same command resumes" in capsys.readouterr().err
+    kept = stages_of(folder)
+    answers = (folder / "made" / "answers" / "responses.jsonl").read_bytes()
+    monkeypatch.setattr(stages.Making, stage, whole)
+    assert main(command) == 0
+    found = stages_of(folder)
+    assert list(found) == STAGES and {name: found[name] for name in kept if name != "plan"} == {
+        name: value for name, value in kept.items() if name != "plan"
+    }
+    assert (folder / "made" / "answers" / "responses.jsonl").read_bytes().startswith(answers)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--hours", "0"], "--hours 0.0 must be above 0"),
+        (["--tokens", "-3"], "--tokens -3 must be above 0"),
+        (["--data", "prompts.jsonl", "missing.jsonl"], "missing.jsonl"),
+        (["--output", "."], "holds something else than a make"),
+    ],
+)
+def test_refusals_are_one_line(words, message, make, capsys):
+    assert main([*make, *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("coral-hf make: ") and message in error
+
+
+def test_another_make_in_the_folder_is_refused(tmp_path):
+    MakeState(tmp_path, {"target": "a", "data": ["x"]}).finish("prompts", train=3)
+    again = MakeState(tmp_path, {"target": "a", "data": ["x"]})
+    assert again.of("prompts") == {"train": 3} and again.of("answers") is None
+    with pytest.raises(ValueError, match=r"holds a make with target='a', here 'b': give the same to resume it"):
+        MakeState(tmp_path, {"target": "b", "data": ["x"]})
+
+
+def test_more_than_an_hour_is_asked_about_on_a_terminal(monkeypatch):
+    short, long = (Plan(seconds, 0.0, 0.0, 10, 2, 0, 0) for seconds in (60.0, 7200.0))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    for answer, started in (("y", True), ("", False)):
+        monkeypatch.setattr("builtins.input", lambda text, answer=answer: answer)
+        assert confirmed(long, False) is started and confirmed(long, True) and confirmed(short, False)
+    assert prompts_within(None, 1.0) == 8 and prompts_within(10.0, 1.0) == 2 and prompts_within(36000.0, 0.01) == 8
