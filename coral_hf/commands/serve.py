@@ -1,8 +1,6 @@
 """`coral-hf serve`: Transformers' own OpenAI-compatible server, with a drafter attached to the target."""
 
-import functools
 from dataclasses import dataclass, field
-from typing import Any
 
 from .loading import DEMO, DrafterOptions, PlacedTargetOptions, load_drafter, require
 
@@ -26,6 +24,7 @@ class ServeCommand(PlacedTargetOptions, DrafterOptions):
     )
 
     def run(self) -> int:
+        from ..generation.attachment import attach
         from ..utils.compat import openai_server
 
         if self.continuous_batching:
@@ -38,17 +37,11 @@ class ServeCommand(PlacedTargetOptions, DrafterOptions):
         require("fastapi", "uvicorn", "openai", extra="serve")
         drafter = load_drafter(self.drafter, self.drafter_revision)
         target, tokenizer = self.load_target(self.dtype)
-        serve = openai_server(attached(target, drafter), tokenizer, self.target)
+        attach(target, drafter.to(device=target.device, dtype=target.dtype))
+        serve = openai_server(target, tokenizer, self.target)
         print(f"Serving {self.target} with {self.drafter} on http://{self.host}:{self.port}/v1")
         serve(host=self.host, port=self.port)
         return 0
 
 
-def attached(target: Any, drafter: Any) -> Any:
-    """The target, whose `generate` drafts with `drafter` from now on where a call names no other assistant."""
-    drafter.to(device=target.device, dtype=target.dtype)
-    target.generate = functools.partial(target.generate, assistant_model=drafter)
-    return target
-
-
-__all__ = ["ServeCommand", "attached"]
+__all__ = ["ServeCommand"]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers.tiny_models import make_drafter, make_target, make_tokenizer
 
+from coral_hf import attach
 from coral_hf.cli import main
-from coral_hf.commands.serve import attached
+from coral_hf.generation.attachment import attachment_of
 from coral_hf.utils import compat
 from coral_hf.utils.compat import openai_server
 
@@ -34,16 +35,6 @@ def test_another_form_of_the_server_is_named(monkeypatch):
         openai_server(None, None, NAME)
 
 
-def test_a_call_may_name_another_assistant(target, prompt):
-    """The drafter is attached to `generate`; what a call names itself counts for more."""
-    calls = []
-    drafter = make_drafter(target)
-    target.generate = lambda *_, **settings: calls.append(settings["assistant_model"])
-    attached(target, drafter).generate(prompt)
-    target.generate(prompt, assistant_model=None)
-    assert calls == [drafter, None]
-
-
 def test_the_verb_serves_what_it_is_given(folder, monkeypatch, capsys):
     made = {}
 
@@ -57,7 +48,7 @@ def test_the_verb_serves_what_it_is_given(folder, monkeypatch, capsys):
     arguments = ["--target", target, "--drafter", drafter, "--dtype", "float32", "--device", "cpu", "--port", "8123"]
     assert main(["serve", *arguments]) == 0
     assert made["name"] == target and (made["host"], made["port"]) == ("localhost", 8123)
-    assert made["model"].generate.keywords["assistant_model"].dtype == torch.float32
+    assert attachment_of(made["model"]).drafter.dtype == torch.float32
     assert "http://localhost:8123/v1" in capsys.readouterr().out
 
 
@@ -69,12 +60,13 @@ def served():
         pytest.importorskip(module, reason=f"needs {module} (pip install 'coral-hf[serve]')")
     target, tokenizer = make_target(dtype=torch.float32), make_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    plain = target.generate
+    plain = make_target(dtype=torch.float32).generate  # of the same weights, with no drafter
     drafter = make_drafter(target)
+    attach(target, drafter)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = openai_server(attached(target, drafter), tokenizer, NAME)(host="127.0.0.1", port=port, non_blocking=True)
+    server = openai_server(target, tokenizer, NAME)(host="127.0.0.1", port=port, non_blocking=True)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60)
     wait_until_started(server)
 
