@@ -28,10 +28,21 @@ class RegenerateCommand(RenderingOptions, DataOptions):
         coral-hf regenerate --endpoint http://host:8000/v1 --endpoint-model your/model --prompts prompts.jsonl --output responses.jsonl
     """
 
-    prompts: str = field(
-        metadata={"help": f"Prompts to answer: {FORMATS_HELP}; of conversations the user's turns count."}
-    )
     output: str = field(metadata={"aliases": ["--output_dir"], "help": "JSONL file of responses, appended to."})
+    prompts: str | None = field(
+        default=None, metadata={"help": f"Prompts to answer: {FORMATS_HELP}; of conversations the user's turns count."}
+    )
+    self_prompts: int | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of --prompts: let the target write this many itself, kept beside --output in NAME.prompts.jsonl; "
+            "those that are in a file of --check_overlap are dropped."
+        },
+    )
+    text: bool | None = field(
+        default=None,
+        metadata={"help": "Write texts beside the token ids (default: where the file stays below 1 GB)."},
+    )
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of the target; auto: bfloat16 where it is computed natively."}
     )
@@ -75,6 +86,18 @@ class RegenerateCommand(RenderingOptions, DataOptions):
         from ..data.overlap import warn_of_overlap
         from ..responses.response_files import iter_prompts, write_shards
 
+        if (self.prompts is None) == (self.self_prompts is None):
+            raise ValueError(
+                "Give the prompts to answer with --prompts FILE, or let the target write N of its own with --self_prompts N: one of "
+                "the two."
+            )
+        if self.self_prompts is not None and self.self_prompts < 1:
+            raise ValueError(f"--self_prompts {self.self_prompts} must be at least 1.")
+        if self.endpoint is not None and self.self_prompts is not None:
+            raise ValueError(
+                f"--self_prompts {self.self_prompts} needs the target here, not behind --endpoint: write the prompts with --target "
+                "first, and give the endpoint the file NAME.prompts.jsonl with --prompts."
+            )
         if (self.endpoint is None) != (self.endpoint_model is None):
             raise ValueError(
                 f"--endpoint {self.endpoint} and --endpoint_model {self.endpoint_model} go together: give both or none."
@@ -85,7 +108,7 @@ class RegenerateCommand(RenderingOptions, DataOptions):
             )
         if self.endpoint is not None:
             here: dict[str, Any] = {"dtype": None if self.dtype == "auto" else self.dtype, "device": self.device}
-            here |= {"slots": self.slots, "max_prompt_tokens": self.max_prompt_tokens}
+            here |= {"text": self.text, "slots": self.slots, "max_prompt_tokens": self.max_prompt_tokens}
             for name, value in {**self.loading_arguments, **here}.items():
                 if value is not None and value is not False:
                     option = "target_revision" if name == "revision" else name
@@ -99,8 +122,8 @@ class RegenerateCommand(RenderingOptions, DataOptions):
             require("pyarrow", extra="train")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        prompts = list(iter_prompts(self.prompts, **self.reading))
-        if self.check_overlap:
+        prompts = list(iter_prompts(self.prompts, **self.reading)) if self.prompts is not None else []
+        if self.check_overlap and prompts:
             warn_of_overlap(prompts, self.check_overlap)
         common = {
             "max_new_tokens": self.max_new_tokens,
@@ -138,14 +161,28 @@ class RegenerateCommand(RenderingOptions, DataOptions):
             positions = getattr(target.config.get_text_config(), "max_position_embeddings", None)
             longest = _PROMPT_TOKENS if positions is None else min(_PROMPT_TOKENS, positions - self.max_new_tokens)
             longest = max(longest, 1)
+        slots = _SLOTS if self.slots is None else self.slots
+        if self.self_prompts is not None:
+            prompts = self._write_prompts(target, tokenizer, slots)
         return regenerate(
             target,
             tokenizer,
             prompts,
             self.output,
             max_prompt_tokens=longest,
-            slots=_SLOTS if self.slots is None else self.slots,
+            slots=slots,
+            text=self.text,
             **common,
+        )
+
+    def _write_prompts(self, target: Any, tokenizer: Any, slots: int) -> list[dict[str, Any]]:
+        from ..data.overlap import EvaluationPrompts
+        from ..responses.self_prompts import self_prompts_path, write_self_prompts
+
+        evaluation = EvaluationPrompts.read(self.check_overlap, tokenizer) if self.check_overlap else None
+        path = self_prompts_path(self.output)
+        return write_self_prompts(
+            target, tokenizer, self.self_prompts or 0, path, seed=self.seed, slots=slots, evaluation=evaluation
         )
 
     def _ask_endpoint(self, prompts: list[dict[str, Any]], common: dict[str, Any]) -> dict[str, Any]:

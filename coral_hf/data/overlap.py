@@ -51,7 +51,37 @@ class Overlap:
         return "\n".join(told) or None
 
 
-def find_overlap(rows: Iterable[dict[str, Any]], prompts: Iterable[str], tokenizer: Any = None) -> Overlap:
+class EvaluationPrompts:
+    """Evaluation prompts to compare texts with: case, punctuation and spacing ignored, as a whole and by beginnings.
+
+    Args:
+        prompts (`Iterable[str]`)
+    """
+
+    def __init__(self, prompts: Iterable[str]):
+        self.whole = {normalized for prompt in prompts if (normalized := _normalize(prompt))}
+        self.beginnings = {prompt[:PREFIX] for prompt in self.whole if len(prompt) >= PREFIX}
+        self.short = {prompt for prompt in self.whole if SHORTEST <= len(prompt) < PREFIX}
+        self.lengths = sorted({len(prompt) for prompt in self.short})
+
+    @classmethod
+    def read(cls, files: list[str], tokenizer: Any = None) -> "EvaluationPrompts":
+        """The user turns of files or data sets."""
+        between = _turn_pattern(tokenizer)
+        return cls(turn for _, _, row in Reading(files) for turn in user_turns(row, tokenizer, between))
+
+    def kind_of(self, turn: str) -> str | None:
+        """How a text meets a prompt: `"exact"`, `"prefix"` (by its beginning), or not."""
+        text = _normalize(turn)
+        if text in self.whole:
+            return "exact"
+        begins = any(text[:length] in self.short and text[length : length + 1] == " " for length in self.lengths)
+        return "prefix" if begins or text[:PREFIX] in self.beginnings else None
+
+
+def find_overlap(
+    rows: Iterable[dict[str, Any]], prompts: "Iterable[str] | EvaluationPrompts", tokenizer: Any = None
+) -> Overlap:
     """Compares user turns with evaluation prompts: case, punctuation and spacing ignored, as a whole and by beginnings.
 
     A beginning counts if the first 80 characters are equal, or if a turn begins with a whole evaluation prompt of 20 to
@@ -59,16 +89,13 @@ def find_overlap(rows: Iterable[dict[str, Any]], prompts: Iterable[str], tokeniz
 
     Args:
         rows (`Iterable[dict]`): training rows or prompt rows, see [`encode_row`].
-        prompts (`Iterable[str]`): evaluation prompts.
+        prompts (`Iterable[str]` or [`EvaluationPrompts`]): evaluation prompts.
         tokenizer (*optional*): the target's, for rows of ids: user turns are found by its chat template.
 
     Returns:
         [`Overlap`]
     """
-    whole = {normalized for prompt in prompts if (normalized := _normalize(prompt))}
-    beginnings = {prompt[:PREFIX] for prompt in whole if len(prompt) >= PREFIX}
-    short = {prompt for prompt in whole if SHORTEST <= len(prompt) < PREFIX}
-    lengths = sorted({len(prompt) for prompt in short})
+    known = prompts if isinstance(prompts, EvaluationPrompts) else EvaluationPrompts(prompts)
     between = _turn_pattern(tokenizer)
     found = Overlap()
     for index, row in enumerate(rows):
@@ -79,13 +106,8 @@ def find_overlap(rows: Iterable[dict[str, Any]], prompts: Iterable[str], tokeniz
             continue
         kinds: dict[str, Any] = {}
         for turn in turns:
-            text = _normalize(turn)
-            if text in whole:
-                kinds.setdefault("exact", turn)
-            elif text[:PREFIX] in beginnings or any(
-                text[:length] in short and text[length : length + 1] == " " for length in lengths
-            ):
-                kinds.setdefault("prefix", turn)
+            if (kind := known.kind_of(turn)) is not None:
+                kinds.setdefault(kind, turn)
         if kinds:
             kind = "exact" if "exact" in kinds else "prefix"
             setattr(found, kind, getattr(found, kind) + 1)
@@ -98,9 +120,7 @@ def warn_of_overlap(rows: Iterable[dict[str, Any]], files: list[str], tokenizer:
     """Prints a warning if `rows` overlap the prompts of evaluation files or data sets; of a stream, its first rows."""
     if isinstance(rows, RowStream):
         rows = itertools.islice(rows, STREAM_ROWS)
-    between = _turn_pattern(tokenizer)
-    prompts = (turn for _, _, row in Reading(files) for turn in user_turns(row, tokenizer, between))
-    found = find_overlap(rows, prompts, tokenizer)
+    found = find_overlap(rows, EvaluationPrompts.read(files, tokenizer), tokenizer)
     if (warning := found.warning(", ".join(map(os.fspath, files)))) is not None:
         print(warning, flush=True)
     return found
@@ -162,4 +182,4 @@ def _normalize(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-__all__ = ["Overlap", "find_overlap", "warn_of_overlap"]
+__all__ = ["EvaluationPrompts", "Overlap", "find_overlap", "warn_of_overlap"]

@@ -7,6 +7,7 @@ that a later run goes on with.
     >>> from coral_hf.responses.response_files import iter_prompts
     >>> prompts = iter_prompts("prompts.jsonl")
     >>> stats = regenerate_from_endpoint("http://host:8000/v1", "your/model", prompts, "responses.jsonl")
+    Read ... rows of prompts.jsonl as turns: prompts without answers.
 """
 
 import http.client

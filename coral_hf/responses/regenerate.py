@@ -5,6 +5,7 @@ buffer and a finished slot takes the next prompt at once (continuous batching):
 
     >>> from coral_hf.responses.regenerate import iter_prompts, regenerate
     >>> stats = regenerate(target, tokenizer, iter_prompts("prompts.jsonl"), "responses.jsonl", max_new_tokens=224)
+    Read ... rows of prompts.jsonl as turns: prompts without answers.
 
 The output is append-only JSONL, one whole line per answered turn, so a killed run continues where it stopped.
 """
@@ -27,7 +28,10 @@ from .job_queue import WINDOW_PER_SLOT, Answered, Conversation, Job, PromptQueue
 from .response_files import TEMPLATE_COLUMN, AnswerWriter, exclusive, iter_prompts, iter_responses, write_shards
 
 
-__all__ = ["iter_prompts", "iter_responses", "regenerate", "write_shards"]
+__all__ = ["TokenSampler", "decode_all", "iter_prompts", "iter_responses", "regenerate", "write_shards"]
+
+_READABLE = 10**9  # bytes of a file that is still written with its texts
+_BYTES_PER_TOKEN = 12  # an id and its text, in JSON
 
 
 def _ids_on_file(output: Path, temperature: float, origin: Origin) -> dict[str, dict[int, Answered]]:
@@ -43,7 +47,7 @@ def _ids_on_file(output: Path, temperature: float, origin: Origin) -> dict[str, 
     return answers
 
 
-class _Sampler:
+class TokenSampler:
     """The next token of every row: the argmax, or a draw at `temperature` from a generator of its own."""
 
     def __init__(self, temperature: float, seed: int, device: torch.device):
@@ -70,6 +74,7 @@ def regenerate(
     seed: int = 0,
     max_turns: int | None = None,
     exclude: Iterable[str] = (),
+    text: bool | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """
@@ -106,6 +111,9 @@ def regenerate(
             Answer at most so many turns of each conversation; all by default.
         exclude (`Iterable[str]`, defaults to `()`):
             Ids of prompts to leave out, because another file has their answers.
+        text (`bool`, *optional*):
+            Write the turn and its answer as `"prompt"` and `"response"` texts beside the ids. By default where the whole file
+            stays below 1 GB.
         progress (`bool`, defaults to `True`):
             Show a progress bar with tokens per second and the time left.
 
@@ -149,11 +157,14 @@ def regenerate(
         queue = PromptQueue(
             conversations, tokenizer, eos_ids, slots * WINDOW_PER_SLOT, max_prompt_tokens, random.Random(seed)
         )
-        sampler = _Sampler(temperature, seed + 1_000_003 * n_on_file, target.device)
+        sampler = TokenSampler(temperature, seed + 1_000_003 * n_on_file, target.device)
         common = {**({"temperature": temperature} if temperature else {}), **origin.columns}
-        writer = _TurnWriter(output, queue, common, conversations, progress)
+        n_turns = sum(len(item.turns) - len(item.answers) for item in conversations)
+        if text is None:
+            text = n_turns * max_new_tokens * _BYTES_PER_TOKEN < _READABLE
+        writer = _TurnWriter(output, queue, common, conversations, progress, tokenizer if text else None)
         try:
-            _decode(cache, queue, sampler, writer, eos_ids, max_new_tokens)
+            decode_all(cache, queue, sampler, writer, eos_ids, max_new_tokens)
         finally:
             writer.close()
     return {
@@ -175,10 +186,12 @@ class _TurnWriter(AnswerWriter):
         common: dict[str, Any],
         conversations: list[Conversation],
         progress: bool,
+        texts_of: PreTrainedTokenizerBase | None,
     ):
         super().__init__(output, conversations, progress, ("n_prompt_tokens",))
         self.queue = queue
         self.common = common
+        self.texts_of = texts_of
 
     def write(self, job: Job) -> None:
         conversation = job.conversation
@@ -187,7 +200,10 @@ class _TurnWriter(AnswerWriter):
         row |= {TEMPLATE_COLUMN: conversation.template_kwargs} if conversation.template_kwargs else {}
         row["prompt_hash"] = prompt_hash(conversation.system, conversation.turns[: turn + 1])
         row |= {"prompt_ids": job.prompt_ids, "response_ids": job.response_ids}
-        self.append(json.dumps(row, separators=(",", ":")))
+        if self.texts_of is not None:
+            row["prompt"] = conversation.turns[turn]
+            row["response"] = self.texts_of.decode(job.response_ids, skip_special_tokens=True)
+        self.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
         self.counts["n_prompt_tokens"] += len(job.prompt_ids)
         conversation.answers.append(job.response_ids)
         if len(conversation.answers) < len(conversation.turns):
@@ -197,15 +213,15 @@ class _TurnWriter(AnswerWriter):
 
 
 @torch.inference_mode()
-def _decode(
+def decode_all(
     cache: SlotCache,
-    queue: PromptQueue,
-    sampler: _Sampler,
-    writer: _TurnWriter,
+    queue: Any,
+    sampler: TokenSampler,
+    writer: Any,
     eos_ids: Collection[int],
     max_new_tokens: int,
 ) -> None:
-    """The loop: fill the free slots, step all, free the finished ones."""
+    """The loop: fill the free slots with jobs of `queue.pop`, step all, give finished ones to `writer.write`."""
     cache.share_prefix(queue.common_prefix())
     jobs: list[Job] = []  # jobs[i] lives in slot i
     # A forward on an accelerator costs the same for one prompt as for many: there, prompts wait for each other.

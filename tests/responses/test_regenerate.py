@@ -183,10 +183,10 @@ def test_sampling_is_seeded_recorded_and_kept_apart(target, tmp_path):
 
 
 def test_sampler_follows_the_softmax():
-    from coral_hf.responses.regenerate import _Sampler
+    from coral_hf.responses.regenerate import TokenSampler
 
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(20000, 3)
-    counts = torch.bincount(_Sampler(0.5, 0, torch.device("cpu"))(logits), minlength=3) / 20000
+    counts = torch.bincount(TokenSampler(0.5, 0, torch.device("cpu"))(logits), minlength=3) / 20000
     assert torch.allclose(counts, torch.softmax(logits[0] / 0.5, -1), atol=0.02)
 
 
@@ -307,7 +307,7 @@ def test_one_writer_at_a_time(target, tmp_path):
 def test_shards_round_trip_and_extend(target, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     output, shards = tmp_path / "out.jsonl", tmp_path / "shards"
-    regenerate(target, make_tokenizer(), make_prompts(), output, max_new_tokens=6, slots=4, progress=False)
+    regenerate(target, make_tokenizer(), make_prompts(), output, max_new_tokens=6, slots=4, text=False, progress=False)
     rows = read(output)
     paths = write_shards(output, shards, rows_per_shard=20)
     assert [path.name for path in paths] == [f"responses-{index:05d}.parquet" for index in range(-(-len(rows) // 20))]
