@@ -202,13 +202,13 @@ class DraftHead:
         """The k likeliest tokens of each row and their log q.
 
         Args:
-            hidden (`torch.Tensor` of shape `[1, T, H]`): drafter outputs.
+            hidden (`torch.Tensor` of shape `[B, T, H]`): drafter outputs.
             k (`int`).
-            weights (`torch.Tensor` of shape `[1, T]`, *optional*): the rows' path probabilities, for a shared choice
+            weights (`torch.Tensor` of shape `[B, T]`, *optional*): the rows' path probabilities, for a shared choice
                 of groups.
 
         Returns:
-            `tuple`: ids and log q, both `[1, T, min(k, active)]`.
+            `tuple`: ids and log q, both `[B, T, min(k, active)]`.
         """
         logits, groups, normalizer = self._active_logits(hidden, weights)
         if normalizer is None:
@@ -218,12 +218,12 @@ class DraftHead:
 
     @torch.inference_mode()
     def argmax(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The likeliest token of each row, `[1, T]` for `[1, T, H]`."""
+        """The likeliest token of each row, `[B, T]` for `[B, T, H]`."""
         logits, groups, _ = self._active_logits(hidden, None)
         return self._token_ids(logits.argmax(dim=-1, keepdim=True), groups)[..., 0]
 
     def _active_logits(self, hidden: torch.Tensor, weights: torch.Tensor | None):
-        """fp32 logits `[1, T, A]` (-inf where a slot holds no token), the active groups and log Z where it is known."""
+        """fp32 logits `[B, T, A]` (-inf where a slot holds no token), the active groups and log Z where it is known."""
         if self.router is None:
             return self._fixed_logits(hidden).float(), None, None
         group_logits = self.router(hidden).float().to(self.adapter.device)
@@ -249,7 +249,7 @@ class DraftHead:
         return self._transform(few_row_linear(features, self._listed_weight, self._listed_bias))
 
     def _select(self, group_logits: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """Group logits `[1, T, G]` -> active groups `[1, T, k]`, or `[1, 1, k]` when all rows share them."""
+        """Group logits `[B, T, G]` -> active groups `[B, T, k]`, or `[B, 1, k]` when all rows share them."""
         if group_logits.shape[1] > 1 and not self.per_row:
             mass = group_logits.softmax(-1)
             if weights is not None:
@@ -258,7 +258,7 @@ class DraftHead:
         return group_logits.topk(self.active_groups, dim=-1).indices
 
     def _token_ids(self, index: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
-        """Places `[1, T, n]` among the active logits -> token ids."""
+        """Places `[B, T, n]` among the active logits -> token ids."""
         if groups is None or self.router is None:
             return index if self._listed is None else self._listed[index]
         size, fixed = self.router.group_size, 0 if self._listed is None else self._listed.numel()

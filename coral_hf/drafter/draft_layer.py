@@ -17,11 +17,19 @@ class DraftKeyValues:
     """The drafter's KV cache: preallocated, written at given slots, so that a draft step has static shapes.
 
     Slots `[0, length)` hold rows built from true target features; whatever drafting writes behind them is scratch
-    that the next write overwrites.
+    that the next write overwrites. The rows of a batch share their slots: where one has fewer true features than another,
+    some of its slots hold nothing, which is a matter of the mask.
     """
 
-    def __init__(self, config: CoralDraftConfig, max_length: int, dtype: torch.dtype, device: torch.device | str):
-        shape = (1, config.num_key_value_heads, max_length, config.head_dim)
+    def __init__(
+        self,
+        config: CoralDraftConfig,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        batch_size: int = 1,
+    ):
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
@@ -31,12 +39,16 @@ class DraftKeyValues:
         return self.keys.shape[2]
 
     def write(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes `[1, kv_heads, T, head_dim]` at slots `[start, start + T)`, growing the buffer if it must."""
+        """Writes `[B, kv_heads, T, head_dim]` at slots `[start, start + T)`, growing the buffer if it must."""
         end = start + keys.shape[2]
         if end > self.max_length:
             self._grow(max(end, 2 * self.max_length))
         self.keys[:, :, start:end] = keys
         self.values[:, :, start:end] = values
+
+    def keep_rows(self, order: list[int]) -> None:
+        """Keeps these rows of the batch, in this order."""
+        self.keys, self.values = self.keys[order], self.values[order]
 
     def _grow(self, max_length: int) -> None:
         for name in ("keys", "values"):

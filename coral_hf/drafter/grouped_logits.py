@@ -92,15 +92,18 @@ def grouped_logits(adapter: Any, hidden: torch.Tensor, groups: torch.Tensor, siz
 
     Args:
         adapter ([`TargetAdapter`], or what `ordered_head` returns)
-        hidden (`torch.Tensor` of shape `[1, T, H]`).
-        groups (`torch.LongTensor` of shape `[1, T, k]` or, shared by all rows, `[1, 1, k]`).
+        hidden (`torch.Tensor` of shape `[B, T, H]`).
+        groups (`torch.LongTensor` of shape `[B, T, k]` or, shared by the T, `[B, 1, k]`).
         size (`int`): ids per group.
 
     Returns:
-        `torch.Tensor` of shape `[1, T, k, size]`, -inf past the end of the vocabulary.
+        `torch.Tensor` of shape `[B, T, k, size]`, -inf past the end of the vocabulary.
     """
     if groups.device.type != "cpu":
         return gathered_logits(adapter, hidden, groups, size)
+    if hidden.shape[0] > 1:
+        pairs = zip(hidden.split(1), groups.split(1), strict=True)
+        return torch.cat([grouped_logits(adapter, *pair, size) for pair in pairs])
     rows, shared = hidden.shape[1], groups.shape[1] == 1
     features = hidden.to(adapter.head_dtype)
     if shared or rows == 1:

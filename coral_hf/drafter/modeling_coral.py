@@ -289,16 +289,16 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         """One drafting step over T rows that are written to cache slots `[slot, slot + T)`.
 
         Args:
-            inputs_embeds (`torch.Tensor` of shape `[1, T, H]`): embeddings of the rows' tokens.
-            feature (`torch.Tensor` of shape `[1, T, H]`): projected true features ([`project_features`]), or the
+            inputs_embeds (`torch.Tensor` of shape `[B, T, H]`): embeddings of the rows' tokens.
+            feature (`torch.Tensor` of shape `[B, T, H]`): projected true features ([`project_features`]), or the
                 fed-back output of the rows' parents.
-            position_ids (`torch.LongTensor` of shape `[1, T]`).
+            position_ids (`torch.LongTensor` of shape `[B, T]`, or `[1, T]` for all rows).
             cache ([`DraftKeyValues`])
             slot (`int`): first cache slot to write.
-            mask (`torch.BoolTensor` of shape `[1, 1, T, slot + T]`, *optional*): what each row sees; None: causal.
+            mask (`torch.BoolTensor` of shape `[B, 1, T, slot + T]`, *optional*): what each row sees; None: causal.
 
         Returns:
-            `tuple`: input of the LM head and next step's feature, both `[1, T, H]`.
+            `tuple`: input of the LM head and next step's feature, both `[B, T, H]`.
         """
         length = inputs_embeds.shape[1]
         cos, sin = self.rotary_emb(inputs_embeds, position_ids)

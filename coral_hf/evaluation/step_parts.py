@@ -6,10 +6,10 @@ from typing import Any
 from unittest.mock import patch
 
 from ..drafter.draft_head import DraftHead
-from ..generation import decoding
 from ..generation.candidate_generator import CoralCandidateGenerator
 from ..generation.draft_tree import DraftTreeBuilder
 from ..generation.target_forward import TargetForward
+from ..generation.token_choice import TokenChoice
 from ..generation.tree_size import TreeSizeRule
 
 
@@ -38,8 +38,8 @@ def wrapped_parts(
             (TreeSizeRule, "best_size", "tree"),
             (CoralCandidateGenerator, "propose", "draft"),
             (TargetForward, "verify", "verify"),
-            (decoding, "_accept", "acceptance"),
-            (decoding, "compact_cache", "compaction"),
+            (TokenChoice, "accept", "acceptance"),
+            (TargetForward, "keep", "compaction"),
         ]
     with ExitStack() as stack:
         for owner, attribute, part in parts:

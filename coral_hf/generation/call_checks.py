@@ -1,6 +1,5 @@
 """What the decode loop does not support, refused before any forward."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -9,10 +8,10 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from ..drafter.target_adapter import active_prompt
 from ..utils.compat import cache_of
 from .key_values.dynamic import check_cache
+from .key_values.paths import ATTENTION_WITH_TREES, store_obstacle, tree_obstacle
 from .settings import DraftSettings
 
 
-ATTENTION_WITH_TREES = ("sdpa", "eager")
 # Tensors among `generate`'s arguments that a prefill in chunks knows how to split, or does not read.
 _SPLIT_INPUTS = {"attention_mask", "position_ids", "inputs_tensor"}
 _CROSS_ATTENTION_INPUTS = {
@@ -47,11 +46,6 @@ def check_call(
                 f"prefill_chunk_size={chunk} splits ids, positions and attention mask of a prompt, but no "
                 f"{', '.join(sorted(others))}. Set prefill_chunk_size=None."
             )
-    if input_ids.shape[0] != 1:
-        raise ValueError(
-            f"CORAL generates for one sequence at a time; got a batch of {input_ids.shape[0]}. Call generate once per "
-            "prompt (and with num_return_sequences=1)."
-        )
     if input_ids.shape[1] == 0:
         raise ValueError(
             "input_ids is empty, and CORAL drafts from token ids: pass a prompt of at least one token, not inputs_embeds."
@@ -79,6 +73,40 @@ def check_call(
     check_cache(cache, branches=not settings.is_chain, layer_types=kinds, own_layers=own)
     if not settings.is_chain:  # last: its remedy is a chain, which none of the above may refuse next
         _check_branches(target)
+    if input_ids.shape[0] > 1:
+        _check_batch(target, settings, cache, model_kwargs.get("attention_mask"), input_ids, generation_config)
+
+
+def _check_batch(
+    target: PreTrainedModel,
+    settings: DraftSettings,
+    cache: Cache,
+    mask: torch.Tensor | None,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+) -> None:
+    """Raises `ValueError` for a batch that is not padded on the left alone, or that no key-value store can hold."""
+    if settings.draft_stock_loop:
+        raise ValueError(
+            f"draft_stock_loop=True drafts for one sequence; got a batch of {len(input_ids)}. Leave draft_stock_loop=False, or "
+            "call generate once per prompt."
+        )
+    if mask is not None and mask.ndim == 2:
+        for row, tokens in enumerate(mask.tolist()):
+            if not any(tokens):
+                raise ValueError(
+                    f"Prompt {row} of the batch is empty: its attention mask is 0 everywhere. Leave it out."
+                )
+            if sorted(tokens) != tokens:
+                raise ValueError(
+                    f"Prompt {row} of the batch has padding, or a hole in its attention mask, behind its first token. Pad on "
+                    "the left (tokenizer.padding_side = 'left')."
+                )
+    if (problem := store_obstacle(target, cache, mask, generation_config.max_length)) is not None:
+        raise ValueError(
+            f"CORAL cannot draft for a batch of {len(input_ids)} with this target: {problem}. Call generate once per prompt, "
+            "or without assistant_model."
+        )
 
 
 def _check_branches(target: PreTrainedModel) -> None:
@@ -90,14 +118,7 @@ def _check_branches(target: PreTrainedModel) -> None:
             f"attn_implementation={attention!r} takes no tree mask. Load the target with attn_implementation='sdpa', "
             "or draft a chain with draft_top_k=1."
         )
-    obstacle = None
-    # the class's: what wraps an instance's forward (hooks, timers) need not show the signature
-    if "position_ids" not in inspect.signature(type(target).forward).parameters:
-        obstacle = "takes no position_ids"
-    elif getattr(config, "alibi", False):
-        obstacle = "counts distances by place, not by position (alibi=True)"
-    elif "local" in (getattr(config, "attention_layers", None) or ()):
-        obstacle = "keeps the windows of its local layers to itself (attention_layers)"
+    obstacle = tree_obstacle(target)
     if obstacle is not None:
         raise ValueError(
             f"{type(target).__name__} {obstacle}, so that it cannot verify a draft tree. Set draft_top_k=1 to verify chains."

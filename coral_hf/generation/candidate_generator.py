@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
@@ -29,7 +30,8 @@ class CoralCandidateGenerator(CandidateGenerator):
         target (`PreTrainedModel`): the model that verifies.
         settings ([`DraftSettings`])
         max_length (`int`): longest sequence this call can reach, for the cache and for shortening the last drafts.
-        num_padding (`int`): left padding of the prompt, which the drafter never sees ([`padding_of`]).
+        num_padding (`int` or `list[int]`): left padding of the prompt, or of each of a batch, which the drafter never sees
+            ([`padding_of`]).
         costs ([`DraftCosts`], *optional*): measured times (`cost_measurement.draft_costs`), for `draft_cost_aware`.
 
     Raises:
@@ -44,13 +46,14 @@ class CoralCandidateGenerator(CandidateGenerator):
         target: PreTrainedModel,
         settings: DraftSettings,
         max_length: int,
-        num_padding: int = 0,
+        num_padding: int | list[int] = 0,
         costs: DraftCosts | None = None,
     ):
         self.drafter = drafter
         self.settings = settings
         self.max_length = max_length
-        self.num_padding = num_padding
+        # of each row that is drafted for
+        self.padding = [num_padding] if isinstance(num_padding, int) else list(num_padding)
         self.adapter = TargetAdapter(target, drafter.config.target_feature_layers)
         self.adapter.check_drafter(drafter.config)
         self.adapter.output_hidden_states = hidden_states_to_ask(self.adapter.target, self.adapter.feature_layers)
@@ -68,41 +71,68 @@ class CoralCandidateGenerator(CandidateGenerator):
                 "draft_head='full'."
             )
         self.model_kwargs_overrides = {"output_hidden_states": True}
+        batch = len(self.padding)
         self.stats = DraftStats()
+        self.stats.rows = [DraftStats() for _ in range(batch)]
         # A drafter of another class (remote code) has the same interface; its parameters name device and dtype.
         parameter = next(drafter.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
         scratch = settings.draft_depth * settings.draft_top_k
-        self.cache = DraftKeyValues(drafter.config, min(max_length, 4096) + scratch + 1, self._dtype, self._device)
+        slots = min(max_length, 4096) + scratch + 1
+        self.cache = DraftKeyValues(drafter.config, slots, self._dtype, self._device, batch)
+        # which slots of the cache hold a true row, [B, slots]; None: all of them, of every row
+        self._filled: torch.Tensor | None = None
         # of the stock loop's last draft, which its verification is counted for; None until it has drafted
         self._unverified_depth: int | None = None
 
     # Drafting --------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def propose(self, input_ids: torch.Tensor, features: torch.Tensor, max_depth: int | None = None) -> DraftTree:
+    def propose(
+        self,
+        input_ids: torch.Tensor,
+        features: torch.Tensor,
+        max_depth: int | None = None,
+        lengths: list[int] | None = None,
+        counts: list[int] | None = None,
+    ) -> DraftTree:
         """Extends the cache with newly accepted rows and drafts from the last token.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `[1, L]`): everything accepted so far; the last token is the root,
+            input_ids (`torch.LongTensor` of shape `[B, L]`): everything accepted so far; the last token is the root,
                 whose feature the target has not computed yet.
-            features (`torch.Tensor` of shape `[1, n, F]`): the target's features of the n tokens before the root that
+            features (`torch.Tensor` of shape `[B, n, F]`): the target's features of the n tokens before the root that
                 are new since the last call.
             max_depth (`int`, *optional*): draft at most this deep.
+            lengths (`list[int]`, *optional*): tokens of each row of `input_ids`, its padding included; None: all L.
+            counts (`list[int]`, *optional*): how many of its features each row has, the others being behind them; None: n.
 
         Returns:
             [`DraftTree`] on the device of `input_ids`; only the root if `max_depth` is 0.
         """
-        hidden, feature = self._extend(input_ids, features)
+        batch, longest = input_ids.shape
+        lengths = [longest] * batch if lengths is None else lengths
+        counts = [features.shape[1]] * batch if counts is None else counts
+        hidden, feature = self._extend(input_ids, features, lengths, counts)
         depth = self.settings.max_levels if max_depth is None else min(self.settings.max_levels, max_depth)
         root = input_ids[:, -1:]
+        if min(lengths) < longest:
+            root = input_ids.gather(1, torch.tensor(lengths, device=input_ids.device)[:, None] - 1)
         if depth <= 0:
             return DraftTree.chain(root)
         # Row t holds token x_{t+1}: drafts of the root's children sit at the root's own index.
-        position = input_ids.shape[1] - 1 - self.num_padding
+        places = [length - 1 - padding for length, padding in zip(lengths, self.padding, strict=True)]
+        position = torch.tensor(places, device=self._device)[:, None]  # [B, 1]
         if self.settings.is_chain and self.rule is None:
             return self._draft_chain(root, hidden, feature, position, depth)
         return self._draft_tree(root, hidden, feature, position, depth)
+
+    def keep_rows(self, order: list[int]) -> None:
+        """Goes on with these rows of the batch, in this order."""
+        self.padding = [self.padding[row] for row in order]
+        self.cache.keep_rows(order)
+        if self._filled is not None:
+            self._filled = self._filled[order]
 
     def resume(self, cache: Cache, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Goes on from what the drafter read of the text in the target's cache, if this is the next turn of it.
@@ -115,7 +145,9 @@ class CoralCandidateGenerator(CandidateGenerator):
             `torch.Tensor` of shape `[1, m, F]`: the features for [`propose`], with those the drafter has yet to read.
         """
         known = input_ids.shape[1] - features.shape[1]
-        read = take_rows(cache, self.drafter, input_ids, known, self.num_padding)
+        if len(self.padding) > 1:
+            return features
+        read = take_rows(cache, self.drafter, input_ids, known, self.padding[0])
         if read is None:
             return features
         self.cache = read.rows
@@ -126,69 +158,103 @@ class CoralCandidateGenerator(CandidateGenerator):
         known = cache.get_seq_length()
         # Not of a call whose ids began behind what the cache held already, nor of one that ended before a draft.
         if known == input_ids.shape[1] - 1 and self.cache.length:
-            keep_rows(cache, self.drafter, ReadRows(input_ids[:, :known], self.num_padding, self.cache, features))
+            keep_rows(cache, self.drafter, ReadRows(input_ids[:, :known], self.padding[0], self.cache, features))
 
-    def features_of(self, hidden_states: tuple[torch.Tensor, ...], path: torch.Tensor | None = None) -> torch.Tensor:
-        """The target's features `[1, n, F]` on the drafter's device: with device_map each layer has its own.
+    def features_of(
+        self, hidden_states: tuple[torch.Tensor, ...], paths: list[list[int]] | None = None
+    ) -> torch.Tensor:
+        """The target's features `[B, n, F]` on the drafter's device: with device_map each layer has its own.
 
         Args:
-            hidden_states (`tuple` of `torch.Tensor` of shape `[1, N, H]`): of every layer, or None for those
+            hidden_states (`tuple` of `torch.Tensor` of shape `[B, N, H]`): of every layer, or None for those
                 that are not read.
-            path (`torch.LongTensor` of shape `[1, n]`, *optional*): the rows to take; None: all.
+            paths (`list[list[int]]`, *optional*): the nodes to take of each row, n at most; behind fewer stands anything.
+                None: all.
         """
         states = list(hidden_states)
         for layer in set(self.adapter.feature_layers):
-            if path is not None:
-                states[layer] = states[layer].index_select(1, path[0].to(states[layer].device))
+            if paths is not None:
+                states[layer] = nodes_of(states[layer], paths)
             states[layer] = states[layer].to(self._device)
         return self.adapter.features_of(tuple(states))
 
-    def _extend(self, input_ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the new true rows; returns the last row's head input and fed-back feature, both `[1, 1, H]`."""
-        count = features.shape[1]
-        first = input_ids.shape[1] - 1 - count  # index of the first new feature's token
-        if first < self.num_padding:
-            features = features[:, self.num_padding - first :]
-            count, first = features.shape[1], self.num_padding
-        embeds = self._embed(input_ids[:, first + 1 :])
+    def _extend(
+        self, input_ids: torch.Tensor, features: torch.Tensor, lengths: list[int], counts: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the new true rows; returns the last row's head input and fed-back feature, both `[B, 1, H]`."""
+        # index of each first new feature's token, and what of the features is padding in all rows
+        first = [length - 1 - count for length, count in zip(lengths, counts, strict=True)]
+        cut = max(0, min(padding - start for padding, start in zip(self.padding, first, strict=True)))
+        features = features[:, cut : max(counts)]
+        first, counts = [start + cut for start in first], [count - cut for count in counts]
+        width, slot = features.shape[1], self.cache.length
+        places = [start - padding for start, padding in zip(first, self.padding, strict=True)]
+        steps = torch.arange(width, device=self._device)[None]
+        alike = len(set(places)) == len(set(counts)) == len(set(first)) == 1
+        mask = valid = None
+        if alike:
+            tokens = input_ids[:, first[0] + 1 : first[0] + 1 + width]
+            positions = steps + places[0]
+        else:
+            rows = torch.tensor([first, places, counts], device=self._device)[..., None]  # [3, B, 1]
+            index = (rows[0] + 1 + steps).to(input_ids.device).clamp(max=input_ids.shape[1] - 1)
+            tokens = input_ids.gather(1, index)
+            positions = rows[1] + steps
+            valid = (positions >= 0) & (steps < rows[2])
+            positions = positions.clamp(min=0)
+        if valid is not None or self._filled is not None:
+            everywhere = torch.ones(len(counts), max(slot, width), dtype=torch.bool, device=self._device)
+            before = everywhere[:, :slot] if self._filled is None else self._filled
+            self._filled = torch.cat([before, everywhere[:, :width] if valid is None else valid], dim=1)
+            columns = torch.arange(slot + width, device=self._device)
+            causal = columns <= columns[slot:, None]  # [n, slot + n]
+            # a row that means nothing sees itself: no NaN
+            itself = columns == columns[slot:, None]
+            mask = (self._filled[:, None] & causal | itself)[:, None]
         projected = self.drafter.project_features(features.to(device=self._device, dtype=self._dtype))
-        positions = torch.arange(first, first + count, device=self._device)[None] - self.num_padding
-        hidden, feature = self.drafter.draft(embeds, projected, positions, self.cache, slot=self.cache.length)
-        self.cache.length += count
-        return hidden[:, -1:], feature[:, -1:]
+        hidden, feature = self.drafter.draft(self._embed(tokens), projected, positions, self.cache, slot, mask)
+        self.cache.length += width
+        if len(set(counts)) == 1:
+            return hidden[:, -1:], feature[:, -1:]
+        ends = [[count - 1] for count in counts]
+        return nodes_of(hidden, ends), nodes_of(feature, ends)
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.adapter.embed(ids).to(device=self._device, dtype=self._dtype)
 
-    def _draft_chain(self, root, hidden, feature, position: int, depth: int) -> DraftTree:
-        tokens = [root]
+    def _draft_chain(self, root, hidden, feature, position: torch.Tensor, depth: int) -> DraftTree:
+        tokens, length = [root], self.cache.length
         for step in range(depth):
-            token = self.head.argmax(hidden).to(root.device)  # [1, 1]
+            token = self.head.argmax(hidden).to(root.device)  # [B, 1]
             tokens.append(token)
             if step + 1 < depth:
-                positions = torch.full((1, 1), position + step, device=self._device)
+                mask = None
+                if self._filled is not None:
+                    mask = F.pad(self._filled, (0, step + 1), value=True)[:, None, None]
                 hidden, feature = self.drafter.draft(
-                    self._embed(token), feature, positions, self.cache, slot=self.cache.length + step
+                    self._embed(token), feature, position + step, self.cache, slot=length + step, mask=mask
                 )
         return DraftTree.chain(torch.cat(tokens, dim=1))
 
-    def _draft_tree(self, root, hidden, feature, position: int, depth: int) -> DraftTree:
-        top_k, length = self.settings.draft_top_k, self.cache.length
+    def _draft_tree(self, root, hidden, feature, position: torch.Tensor, depth: int) -> DraftTree:
+        top_k, length, batch = self.settings.draft_top_k, self.cache.length, root.shape[0]
         builder = DraftTreeBuilder(root, top_k, self.calibration)
         tokens, stored, parent = builder.add_level(*self._children(hidden, root.device))
         # feature of each expanded node's parent, and which scratch slots the node sees
-        feature = feature.expand(1, top_k, -1)
-        seen = torch.zeros(1, top_k, 0, dtype=torch.bool, device=self._device)
-        prefix = torch.ones(1, top_k, length, dtype=torch.bool, device=self._device)
-        itself = torch.eye(top_k, dtype=torch.bool, device=self._device)[None]
+        feature = feature.expand(batch, top_k, -1)
+        seen = torch.zeros(batch, top_k, 0, dtype=torch.bool, device=self._device)
+        prefix = torch.ones(batch, top_k, length, dtype=torch.bool, device=self._device)
+        if self._filled is not None:
+            prefix = self._filled[:, None].expand(-1, top_k, -1)
+        itself = torch.eye(top_k, dtype=torch.bool, device=self._device).expand(batch, -1, -1)
         origin = torch.zeros_like(stored)  # stored indices of the parents
         for step in range(depth - 1):
             if self.rule is not None:
                 chances = builder.chances(), builder.chances(stored), builder.chances(origin)
-                if not bool(self.rule.repays_level(*chances, levels=step + 1)):
+                if not bool(self.rule.repays_level(*chances, levels=step + 1).any()):
                     break
-            mask = torch.cat([prefix, seen, itself], dim=-1)[:, None]  # [1, 1, top_k, length + scratch]
-            positions = torch.full((1, top_k), position + step, device=self._device)
+            mask = torch.cat([prefix, seen, itself], dim=-1)[:, None]  # [B, 1, top_k, length + scratch]
+            positions = (position + step).expand(-1, top_k)
             hidden, fed_back = self.drafter.draft(
                 self._embed(tokens), feature, positions, self.cache, slot=length + step * top_k, mask=mask
             )
@@ -196,7 +262,7 @@ class CoralCandidateGenerator(CandidateGenerator):
             expanded = stored
             tokens, stored, parent = builder.add_level(*children, parents=expanded)
             origin = expanded.gather(1, parent)
-            # [1, top_k, ...]: each new node inherits from the expanded node that is its parent
+            # [B, top_k, ...]: each new node inherits from the expanded node that is its parent
             index = parent.to(self._device)[..., None]
             seen = torch.cat([seen, itself], dim=-1)
             seen = seen.gather(1, index.expand(-1, -1, seen.shape[-1]))
@@ -204,12 +270,12 @@ class CoralCandidateGenerator(CandidateGenerator):
         if self.rule is None:
             return builder.build(self.settings.draft_total_tokens)
         size, _ = self.rule.best_size(builder.chances(), builder.num_levels)
-        tree = builder.build(int(size))
+        tree = builder.build(int(size.max()))
         # one branch a node: a chain, for every attention and cache
         return DraftTree.chain(tree.tokens, tree.scores) if self.settings.is_chain else tree
 
     def _children(self, hidden, device, weights=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The `top_k` likeliest next tokens of each row: ids and log q, both `[1, W, top_k]`."""
+        """The `top_k` likeliest next tokens of each row: ids and log q, both `[B, W, top_k]`."""
         tokens, log_probs = self.head.top_k(hidden, self.settings.draft_top_k, weights)
         return tokens.to(device), log_probs.to(device)
 
@@ -245,9 +311,20 @@ class CoralCandidateGenerator(CandidateGenerator):
             self.stats.add_step(self._unverified_depth, int(num_matches))
 
 
-def padding_of(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> int:
-    """Padding among `input_ids` `[1, L]`, of a mask that may begin with what is in the cache and not passed again."""
-    return 0 if attention_mask is None else int((attention_mask[:, -input_ids.shape[1] :] == 0).sum())
+def padding_of(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> list[int]:
+    """Padding among each of `input_ids` `[B, L]`, of a mask that may begin with what is in the cache and not passed again."""
+    if attention_mask is None:
+        return [0] * input_ids.shape[0]
+    return (attention_mask[:, -input_ids.shape[1] :] == 0).sum(dim=1).tolist()
 
 
-__all__ = ["CoralCandidateGenerator", "padding_of"]
+def nodes_of(states: torch.Tensor, paths: list[list[int]]) -> torch.Tensor:
+    """Of states `[B, N, H]` the nodes of each row's path, `[B, n, H]` for the longest; shorter ones end in anything."""
+    batch, nodes, width = states.shape
+    longest = max(len(path) for path in paths)
+    index = [row * nodes + node for row, path in enumerate(paths) for node in [*path, *[0] * (longest - len(path))]]
+    picked = states.flatten(0, 1).index_select(0, torch.tensor(index, device=states.device))
+    return picked.view(batch, longest, width)
+
+
+__all__ = ["CoralCandidateGenerator", "nodes_of", "padding_of"]

@@ -30,7 +30,7 @@ from .acceptance import accept_greedy
 from .candidate_generator import CoralCandidateGenerator
 from .cost_files import KeptCosts, costs_folder, file_name, read_costs, write_costs
 from .draft_tree import DraftTree, ancestors_of
-from .key_values.dynamic import compact_cache
+from .key_values.paths import store_obstacle
 from .settings import DraftSettings
 from .target_forward import TargetForward
 from .tree_size import DraftCosts, smooth_times
@@ -261,11 +261,14 @@ def _bench(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSet
     generator = CoralCandidateGenerator(drafter, target, fixed, length + settings.draft_depth + 1)
     ids = (torch.arange(length, device=device) * 7919 % vocab_size)[None]
     cache = DynamicCache(config=target.config)
+    in_store = store_obstacle(target, cache, None, length + total) is None
     cache.activate_past_recording()
     asked = generator.adapter.output_hidden_states
     outputs = target(input_ids=ids, use_cache=True, output_hidden_states=asked, **cache_kwarg(cache))
     cache.crop(0)
     verifier = TargetForward(target, cache_kwarg(cache), asked)
+    if in_store:
+        verifier.enter_store([0])
     features = generator.features_of(outputs.hidden_states)
     ids = torch.cat([ids, ids[:, :1]], dim=1)  # the root follows the prefix
     generator.propose(ids, features, max_depth=0)
@@ -283,10 +286,10 @@ def _star(ids: torch.Tensor, size: int) -> DraftTree:
 def _verify(verifier: TargetForward, generator: CoralCandidateGenerator, tree: DraftTree) -> None:
     """What a step does with a tree, from its mask to the features of what it keeps; the cache is then as before."""
     outputs = verifier.verify(tree)
-    path, _ = accept_greedy(tree, outputs.logits.float().argmax(dim=-1).to(tree.tokens.device))
-    generator.features_of(outputs.hidden_states, path)
+    paths, _ = accept_greedy(tree, outputs.logits.float().argmax(dim=-1).to(tree.tokens.device))
+    generator.features_of(outputs.hidden_states, paths)
     # Nothing is kept: rows that a sliding window has dropped would not come back.
-    compact_cache(verifier.cache, path[:, :0], tree.num_nodes)
+    verifier.keep([[]], tree.num_nodes)
 
 
 def _propose(generator: CoralCandidateGenerator, ids: torch.Tensor, features: torch.Tensor, levels: int) -> None:

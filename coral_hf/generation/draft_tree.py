@@ -35,6 +35,10 @@ class DraftTree:
         # A chain's is known without asking its device.
         return self.num_nodes - 1 if self.is_chain else int(self.depths.max())
 
+    def row_depths(self) -> list[int]:
+        """The depth of each row's tree."""
+        return [self.depth] * len(self.tokens) if self.is_chain else self.depths.amax(dim=1).tolist()
+
     @classmethod
     def chain(cls, tokens: torch.Tensor, scores: torch.Tensor | None = None) -> "DraftTree":
         """A tree of width one from `[B, N]` tokens (root first)."""

@@ -187,6 +187,9 @@ def _wrap_validation(original):
             # There is one vocabulary. `pipeline` asks for a second tokenizer where special ids differ, and Transformers
             # then refuses it.
             generation_mode_kwargs.pop("assistant_tokenizer", None)
+            # Transformers' own assistants take no batch; `generate` repeats the prompts later, whatever the mode.
+            generation_config = copy.copy(generation_config)
+            generation_config.num_return_sequences = 1
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
 
     setattr(_validate_generation_mode, _MARK, original)

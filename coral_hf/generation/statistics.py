@@ -3,8 +3,16 @@
 from dataclasses import dataclass, field
 
 
+class _OfRows:
+    """Not among the counts: `vars` of them is what the metrics take."""
+
+    __slots__ = ("rows",)
+
+    rows: list["DraftStats"]
+
+
 @dataclass
-class DraftStats:
+class DraftStats(_OfRows):
     """Acceptance statistics of one call, as `drafter.last_stats`.
 
     Args:
@@ -14,6 +22,10 @@ class DraftStats:
         accepted_per_depth (`list[int]`): steps that accepted depth 1, 2, ...
         reached_per_depth (`list[int]`): steps that drafted to depth 1, 2, ... and accepted all depths before it. A count
             of its own: where depths differ from step to step, the other two do not tell which steps were both.
+
+    Attributes:
+        rows (`list[DraftStats]`): the same of each row of a batch, which the counts above pool: a forward over n rows is n
+            steps.
     """
 
     steps: int = 0
@@ -22,8 +34,13 @@ class DraftStats:
     accepted_per_depth: list[int] = field(default_factory=list)
     reached_per_depth: list[int] = field(default_factory=list)
 
-    def add_step(self, draft_depth: int, n_accepted: int) -> None:
-        """Records one verify step that drafted to `draft_depth` and accepted `n_accepted`."""
+    def __post_init__(self):
+        self.rows = []
+
+    def add_step(self, draft_depth: int, n_accepted: int, row: int = 0) -> None:
+        """Records one verify step (of a row of the batch) that drafted to `draft_depth` and accepted `n_accepted`."""
+        if self.rows:
+            self.rows[row].add_step(draft_depth, n_accepted)
         self.steps += 1
         self.n_accepted += n_accepted
         depths = {
@@ -38,7 +55,7 @@ class DraftStats:
                 counts[depth] += 1
 
     def merge(self, other: "DraftStats") -> "DraftStats":
-        """Pools two runs (tau is always pooled over steps, never averaged over samples)."""
+        """Pools two runs, without their rows (tau is always pooled over steps, never averaged over samples)."""
         merged = DraftStats(self.steps + other.steps, self.n_accepted + other.n_accepted)
         for name in ("drafted_per_depth", "accepted_per_depth", "reached_per_depth"):
             mine, theirs = getattr(self, name), getattr(other, name)

@@ -9,11 +9,17 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..utils.compat import cache_kwarg, cache_of
 from .draft_tree import DraftTree
-from .key_values.dynamic import tree_attention_mask
+from .key_values.dynamic import compact_cache, tree_attention_mask
+from .key_values.paths import layer_kinds, rope_limits
+from .key_values.store_forward import StoreForward, as_added
 
 
 class TargetForward:
     """Runs the target for one call of `generate`, on its KV cache and with its masks and positions.
+
+    The prompts are prefilled in a dynamic cache, as plain `generate` does it. [`enter_store`] then moves what it holds into
+    a key-value store, for calls that `paths.store_obstacle` finds nothing against; the others stay, one sequence at a time.
+
 
     Args:
         target (`PreTrainedModel`)
@@ -33,8 +39,11 @@ class TargetForward:
         self.num_padding = 0 if mask is None else int((mask == 0).sum())  # also what lies in the cache already
         # With device_map the layers lie elsewhere, but ids and masks enter where the embedding is.
         self.device = target.get_input_embeddings().weight.device
-        self.position_offset = -self.num_padding
-        self.rope_limits = _rope_limits(target.config.get_text_config())
+        self.position_offset: Any = -self.num_padding
+        self._in_store: StoreForward | None = None
+        self._offsets: list[int] | None = None  # of the rows of the store: positions that do not begin with 0
+        self._positions: torch.Tensor | None = None  # of the prompts
+        self.rope_limits = rope_limits(target.config.get_text_config())
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -92,6 +101,7 @@ class TargetForward:
                 f"After {expected} tokens the KV cache of {type(self.target).__name__} holds {self.cache.get_seq_length()}: "
                 "no draft can be verified with it. Generate without assistant_model."
             )
+        self._positions = positions
         if positions is not None:
             # The caller's own positions go on from the last one, as in plain generate.
             self.position_offset = _next_positions(positions) - self.cache.get_seq_length()
@@ -100,9 +110,20 @@ class TargetForward:
             self.mask = None
         return outputs, features[0] if len(features) == 1 else torch.cat(features, dim=1)
 
+    def enter_store(self, padding: list[int]) -> None:
+        """Goes on in a key-value store, which the prompts move to without their padding (of each, `[B]`)."""
+        total = self.cache.get_seq_length()
+        lengths = [total - count for count in padding]
+        if self._positions is not None:
+            last = self._positions[:, -1].expand(len(padding)).tolist()
+            offsets = [position + 1 - length for position, length in zip(last, lengths, strict=True)]
+            self._offsets = offsets if any(offsets) else None
+        self._in_store = StoreForward(self.target, len(padding))
+        self._in_store.store.load(self.cache, range(len(padding)), padding, lengths)
+
     def most_depth(self) -> int | None:
         """How deep a tree may be for one forward to turn all its nodes by the frequencies of plain single steps; None: any."""
-        if not self.rope_limits:
+        if not self.rope_limits or self._in_store is not None:
             return None
         length = self.cache.get_seq_length()
         position = length + int(torch.as_tensor(self.position_offset).max())
@@ -114,8 +135,16 @@ class TargetForward:
         ]
         return min(depths, default=None)
 
-    def verify(self, tree: DraftTree, input_ids: torch.Tensor | None = None) -> Any:
-        """One forward over the tree's nodes, `[1, N]`: the root, which is the last of `input_ids` `[1, L]`, and the drafts."""
+    def verify(self, tree: DraftTree, input_ids: torch.Tensor | None = None, most: int | None = None) -> Any:
+        """One forward over the nodes of every live row's tree, `[n, N]`.
+
+        Args:
+            tree ([`DraftTree`]): the roots are the last tokens of the rows.
+            input_ids (`torch.LongTensor` of shape `[1, L]`, *optional*): the text, which some targets read again.
+            most (`int`, *optional*): no text gets longer; in the store, where a row may end before its tree does.
+        """
+        if self._in_store is not None:
+            return self._in_store.run(tree, self._offsets, most, output_hidden_states=self.hidden_states)
         prefix_length = self.cache.get_seq_length()
         if input_ids is not None and any(prefix_length == limit for limit, _ in self.rope_limits):
             inputs = self.target.prepare_inputs_for_generation(
@@ -152,6 +181,26 @@ class TargetForward:
         outputs.hidden_states = tuple(None if s is None else s[:, -1:] for s in outputs.hidden_states)
         return outputs
 
+    def keep(self, paths: list[list[int]], num_nodes: int) -> None:
+        """Keeps each live row's accepted nodes, root first, of the N that the last forward read; the others are dropped."""
+        if self._in_store is None:
+            compact_cache(self.cache, paths[0], num_nodes)
+        else:
+            self._in_store.store.keep(paths)
+
+    def keep_rows(self, order: list[int]) -> None:
+        """Goes on with these live rows, in this order."""
+        if self._in_store is not None:
+            self._in_store.store.keep_rows(order)
+            if self._offsets is not None:
+                self._offsets = [self._offsets[row] for row in order]
+
+    def leave_store(self) -> None:
+        """Fills the dynamic cache of a single sequence again, for the caller."""
+        if self._in_store is not None:
+            self._in_store.store.copy_to(self.cache)
+            self._in_store = None
+
     def _prefix_mask(self, prefix_length: int) -> torch.Tensor | None:
         if self.mask is None:
             return None
@@ -167,14 +216,9 @@ class TargetForward:
                 if prefix_mask is None
                 else torch.cat([prefix_mask, prefix_mask.new_ones(tree.tokens.shape)], 1).long().to(self.device)
             )
-        config = self.target.config.get_text_config()
-        window = getattr(config, "sliding_window", None)
-        # Without layer_types a window holds for all layers (Mistral).
-        kinds = getattr(config, "layer_types", None) or []
-        default = "full_attention" if window is None else "sliding_attention"
+        window = getattr(self.target.config.get_text_config(), "sliding_window", None)
         by_kind: dict[str, torch.Tensor] = {}
-        for index, layer in enumerate(self.cache.layers):
-            kind = kinds[index] if index < len(kinds) else default
+        for kind, layer in zip(layer_kinds(self.target), self.cache.layers, strict=False):
             if kind not in by_kind:
                 by_kind[kind] = self._layer_mask(
                     tree, prefix_length, layer, prefix_mask, window if kind == "sliding_attention" else None
@@ -186,12 +230,7 @@ class TargetForward:
         # A cache made without the config keeps full layers; the window is the model's all the same.
         window = layer.sliding_window if layer.is_sliding else window
         mask = tree_attention_mask(tree, prefix_length, int(key_length), int(key_offset), window, prefix_mask)
-        mask = mask.to(self.device)
-        if self.target.config.get_text_config()._attn_implementation == "eager":
-            # eager adds the mask to the scores: a bool mask would be silently wrong
-            dtype = self.target.dtype
-            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-        return mask
+        return as_added(mask.to(self.device), self.target)
 
 
 def _chunks(inputs: dict[str, Any], size: int | None) -> Iterator[dict[str, Any]]:
@@ -208,18 +247,6 @@ def _chunks(inputs: dict[str, Any], size: int | None) -> Iterator[dict[str, Any]
         if mask is not None:
             chunk["attention_mask"] = mask[:, : mask.shape[1] - ids.shape[1] + end]
         yield chunk
-
-
-def _rope_limits(config: Any) -> list[tuple[int, bool]]:
-    """Lengths from which RoPE has other frequencies, and whether they stay the same then (longrope) or go on changing."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    limits = []
-    for kind in [value for value in rope.values() if isinstance(value, dict)] or [rope]:
-        if kind.get("rope_type") == "dynamic":
-            limits.append((config.max_position_embeddings, False))
-        elif kind.get("rope_type") == "longrope":
-            limits.append((kind["original_max_position_embeddings"], True))
-    return limits
 
 
 def _next_positions(positions: torch.Tensor) -> int | torch.Tensor:

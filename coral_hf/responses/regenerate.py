@@ -146,7 +146,7 @@ def regenerate(
 
     output, eos_ids, excluded = Path(output), eos_ids_of(target), set(exclude)
     origin = Origin.of(target)
-    cache = SlotCache(target, slots, max_prompt_tokens + max_new_tokens)
+    cache = SlotCache(target, slots)
     with exclusive(output):
         on_file = _ids_on_file(output, temperature, origin)
         n_on_file = sum(len(answers) for answers in on_file.values())

@@ -5,6 +5,17 @@ import torch
 from helpers.trees import TREE, tree_of
 
 from coral_hf.generation.acceptance import accept_greedy, accept_walk
+from coral_hf.generation.draft_tree import DraftTree
+
+
+def by(choices, last=None):
+    """The choice after every node, and the token that ends a row."""
+    rows = choices if isinstance(choices[0], list) else [choices]
+
+    def choose(live, nodes):
+        return [rows[row][node] for row, node in zip(live, nodes, strict=True)]
+
+    return choose, lambda live, tokens: [token == last for token in tokens]
 
 
 @pytest.mark.parametrize(
@@ -18,15 +29,30 @@ from coral_hf.generation.acceptance import accept_greedy, accept_walk
 )
 def test_greedy(choices, path, tokens):
     got_path, got_tokens = accept_greedy(TREE, torch.tensor([choices]))
-    assert (got_path.tolist(), got_tokens.tolist()) == ([path], [tokens])
-    walked = accept_walk(TREE, lambda node, _: torch.tensor([choices[node]]), lambda token: False)
-    assert (walked[0].tolist(), walked[1].tolist()) == ([path], [tokens])
+    assert (got_path, got_tokens) == ([path], [tokens])
+    assert accept_walk(TREE, *by(choices)) == ([path], [tokens])
 
 
 def test_walk_stops_inside_the_accepted_run():
     choices = [11, 0, 13, 0, 14, 50]
-    path, tokens = accept_walk(TREE, lambda node, _: torch.tensor([choices[node]]), lambda token: int(token) == 13)
-    assert (path.tolist(), tokens.tolist()) == ([[0, 2]], [[11, 13]])
+    assert accept_walk(TREE, *by(choices, last=13)) == ([[0, 2]], [[11, 13]])
+
+
+def test_rows_walk_down_trees_of_their_own():
+    """Alone, and in step: then each yields as many tokens as the first to be rejected; a row that has ended holds none up."""
+    other = tree_of([7, 10, 11, 12, 13, 14], [-1, 0, 1, 2, 3, 4])  # a chain
+    both = DraftTree(*(torch.cat(pair) for pair in zip(vars_of(TREE), vars_of(other), strict=True)))
+    rows = [[11, 0, 13, 0, 14, 50], [10, 11, 12, 99, 0, 0]]
+    paths, tokens = [[0, 2, 4, 5], [0, 1, 2, 3]], [[11, 13, 14, 50], [10, 11, 12, 99]]
+    assert accept_greedy(both, torch.tensor(rows)) == accept_walk(both, *by(rows)) == (paths, tokens)
+    rows[0][2] = 99
+    assert accept_walk(both, *by(rows)) == ([paths[0][:2], paths[1]], [[11, 99], tokens[1]])
+    assert accept_walk(both, *by(rows), in_step=True) == ([paths[0][:2], paths[1][:2]], [[11, 99], [10, 11]])
+    assert accept_walk(both, *by(rows, last=99), in_step=True) == ([paths[0][:2], paths[1]], [[11, 99], tokens[1]])
+
+
+def vars_of(tree):
+    return tree.tokens, tree.parents, tree.depths, tree.scores, tree.ancestors
 
 
 def _pairs(rule, draws: int = 20_000, seed: int = 0) -> torch.Tensor:
@@ -46,10 +72,10 @@ def _pairs(rule, draws: int = 20_000, seed: int = 0) -> torch.Tensor:
 
 
 def _ours(tree, p, generator):
-    def choose(node, _):
-        return torch.multinomial(p[tree.tokens[0, node]], 1, generator=generator)
+    def choose(rows, nodes):
+        return torch.multinomial(p[tree.tokens[0, nodes]], 1, generator=generator).flatten().tolist()
 
-    return accept_walk(tree, choose, lambda token: False)[1][0].tolist()
+    return accept_walk(tree, choose, lambda rows, tokens: [False])[1][0]
 
 
 def _broken(tree, p, generator):

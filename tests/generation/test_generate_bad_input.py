@@ -192,7 +192,7 @@ def test_attention_without_tree_masks_is_refused(target, attention):
 
 
 REFUSALS = {
-    "batch": ({}, {"ids": torch.full((2, 5), 7)}, "batch"),
+    "batch, stock": (STOCK, {"ids": torch.full((2, 5), 7)}, "a batch of 2"),
     "beams": ({}, {"num_beams": 2}, "num_beams"),
     "depth": ({"draft_depth": 0}, {}, "draft_depth=0"),
     "negative": ({"draft_top_k": -1}, {}, "draft_top_k=-1"),

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StoppingCriteria, pipeline, set_seed
 
 from coral_hf import CoralDraftModel, coral_generate
-from coral_hf.generation import decoding
+from coral_hf.generation.target_forward import TargetForward
+from coral_hf.generation.token_choice import TokenChoice
 from coral_hf.utils.compat import cache_of
 
 
@@ -104,9 +105,24 @@ def test_returned_dict_has_plain_layout(draft, do_sample, dtype):
 
 
 class _Questions(TorchDispatchMode):
-    """Counts what would make a GPU's host wait: `int`, `bool` and `item` of a tensor, and `nonzero`."""
+    """Counts what would make a GPU's host wait: `int`, `bool` and `item` of a tensor, `nonzero`, and lists but the first."""
 
     count = 0
+
+    def __enter__(self):
+        self.tolist, lists = torch.Tensor.tolist, []
+
+        def counted(tensor):
+            lists.append(tensor)
+            self.count += len(lists) > 1
+            return self.tolist(tensor)
+
+        torch.Tensor.tolist = counted
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.Tensor.tolist = self.tolist
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
@@ -116,7 +132,7 @@ class _Questions(TorchDispatchMode):
 @drafts
 @pytest.mark.parametrize("eos", [None, [126, 127]])
 def test_accepting_asks_the_device_once(target, draft, eos, monkeypatch):
-    """However many tokens are accepted; the one transfer, of lists, is not counted on a CPU."""
+    """However many tokens are accepted, in the store and in the dynamic cache."""
     questions = []
 
     def counted(function):
@@ -128,8 +144,8 @@ def test_accepting_asks_the_device_once(target, draft, eos, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(decoding, "_accept", counted(decoding._accept))
-    monkeypatch.setattr(decoding, "compact_cache", counted(decoding.compact_cache))
+    monkeypatch.setattr(TokenChoice, "accept", counted(TokenChoice.accept))
+    monkeypatch.setattr(TargetForward, "keep", counted(TargetForward.keep))
     both(target, make_drafter(target), draft, prompt_of(9), eos_token_id=eos)
     assert questions and not any(questions)
     both(target, make_drafter(target), draft, prompt_of(9), eos_token_id=eos, do_sample=True)

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from helpers.refusals import REFUSALS, of_caches, of_calls, of_the_hook, of_the_target  # noqa: F401  (register cases)
+from helpers.refusals import REFUSALS, of_batches, of_caches, of_calls, of_the_hook, of_the_target  # noqa: F401  (register cases)
 
 import coral_hf
 

@@ -9,7 +9,7 @@ import torch
 from helpers.chat_server import serve
 from helpers.tiny_models import FAMILIES, make_target, make_tokenizer
 
-from coral_hf.generation.key_values.slot_cache import _GROWTH
+from coral_hf.generation.key_values.store import BLOCK
 from coral_hf.responses import response_files
 from coral_hf.responses.endpoint import regenerate_from_endpoint
 from coral_hf.responses.regenerate import iter_prompts, regenerate, write_shards
@@ -237,7 +237,7 @@ def test_prompts_that_cannot_be_answered(target, tmp_path):
 
 def test_buffers_grow_with_the_longest_row(target, tmp_path):
     """Past the buffer's first size in the middle of an answer."""
-    prompts = [{"id": "long", "turns": ["x" * (_GROWTH - 10)]}, {"id": "short", "turns": ["y"]}]
+    prompts = [{"id": "long", "turns": ["x" * (BLOCK - 10)]}, {"id": "short", "turns": ["y"]}]
     regenerate(target, make_tokenizer(), prompts, tmp_path / "out", max_new_tokens=20, slots=2, progress=False)
     for row in read(tmp_path / "out"):
         assert row["response_ids"] == plain(target, row["prompt_ids"], 20)

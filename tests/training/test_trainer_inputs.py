@@ -292,7 +292,7 @@ def test_a_target_on_several_devices_is_refused(tmp_path):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, target)
     with pytest.raises(ValueError, match=message):
-        SlotCache(target, 2, 16)
+        SlotCache(target, 2)
 
 
 @pytest.mark.parametrize("streamed", [False, True])

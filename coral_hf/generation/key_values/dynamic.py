@@ -72,7 +72,7 @@ def _drops_drafts(layer: Any) -> bool:
 
 def tree_attention_mask(
     tree: DraftTree,
-    prefix_length: int,
+    prefix_length: int | torch.Tensor,
     key_length: int,
     key_offset: int,
     sliding_window: int | None = None,
@@ -82,20 +82,23 @@ def tree_attention_mask(
 
     Args:
         tree ([`DraftTree`]): N nodes, which follow the prefix in the cache.
-        prefix_length (`int`): tokens before the root.
+        prefix_length (`int`, or `torch.LongTensor` of shape `[B]`): tokens before the root, of all rows or of each.
         key_length (`int`), key_offset (`int`): the layer's keys, `cache.layers[i].get_mask_sizes(N)`: the first is
             that of token `key_offset`.
         sliding_window (`int`, *optional*): window of the layer; distances count depth in the tree, not slots.
-        prefix_mask (`torch.BoolTensor` of shape `[1, prefix_length]`, *optional*): False at padding.
+        prefix_mask (`torch.BoolTensor` of shape `[1, prefix_length]`, *optional*): False at padding; not with lengths of
+            each row.
 
     Returns:
-        `torch.BoolTensor` of shape `[1, 1, N, key_length]`, True where visible.
+        `torch.BoolTensor` of shape `[B, 1, N, key_length]`, True where visible.
     """
-    nodes = tree.num_nodes
+    batch, nodes = tree.tokens.shape
     device = tree.tokens.device
-    position = prefix_length + tree.depths  # [1, N], in slots of the prefix
+    if isinstance(prefix_length, torch.Tensor):
+        return _ragged_mask(tree, prefix_length, key_length, key_offset, sliding_window)
+    position = prefix_length + tree.depths  # [B, N], in slots of the prefix
     prefix = torch.arange(key_offset, key_offset + key_length - nodes, device=device)  # [P]
-    visible = torch.ones(1, nodes, prefix.numel(), dtype=torch.bool, device=device)
+    visible = torch.ones(batch, nodes, prefix.numel(), dtype=torch.bool, device=device)
     if prefix_mask is not None:
         visible = visible & prefix_mask[:, None, key_offset : key_offset + prefix.numel()].to(device)
     among = tree.ancestors
@@ -105,18 +108,31 @@ def tree_attention_mask(
     return torch.cat([visible, among], dim=-1)[:, None]
 
 
-def compact_cache(cache: Cache, path: torch.Tensor, num_nodes: int) -> None:
+def _ragged_mask(tree: DraftTree, lengths: torch.Tensor, keys: int, offset: int, window: int | None) -> torch.Tensor:
+    """[`tree_attention_mask`] of rows whose trees stand behind lengths `[B]` of their own."""
+    nodes, device = tree.num_nodes, tree.tokens.device
+    place = torch.arange(offset, offset + keys, device=device) - lengths.to(device)[:, None]  # [B, keys], 0: the root
+    node = place.clamp(0, nodes - 1)
+    in_tree = (place >= 0) & (place < nodes)
+    among = tree.ancestors.gather(2, node[:, None].expand(-1, nodes, -1)) & in_tree[:, None]  # [B, N, keys]
+    visible = (place < 0)[:, None] | among
+    if window is not None:
+        depth = torch.where(in_tree, tree.depths.gather(1, node), place)  # of each key, the root's being 0
+        visible = visible & (tree.depths[..., None] - depth[:, None] < window)
+    return visible[:, None]
+
+
+def compact_cache(cache: Cache, path: Sequence[int], num_nodes: int) -> None:
     """Keeps the accepted nodes' keys and values and drops the other drafts.
 
     Args:
         cache (`Cache`): dynamic, recording its past (`activate_past_recording`), with the N nodes as last rows.
-        path (`torch.LongTensor` of shape `[1, A + 1]`): accepted nodes, root first, in cache order; on the CPU, or comparing
-            it waits for its device.
+        path (`Sequence[int]`): accepted nodes, root first, in cache order.
         num_nodes (`int`): N.
     """
-    kept = path.shape[1]
+    kept = len(path)
     # A path 0, 1, 2, ... (a chain, or the best branch) already lies at the front.
-    if kept < num_nodes and path[0].tolist() != list(range(kept)):
+    if kept < num_nodes and list(path) != list(range(kept)):
         rows: dict[torch.device, torch.Tensor] = {}  # one copy for all layers of a device
         for layer in cache.layers:
             if not getattr(layer, "is_initialized", False) or layer.keys is None:
@@ -124,7 +140,7 @@ def compact_cache(cache: Cache, path: torch.Tensor, num_nodes: int) -> None:
             for states in (layer.keys, layer.values):
                 start = states.shape[-2] - num_nodes
                 if states.device not in rows:
-                    rows[states.device] = path[0].to(states.device)
+                    rows[states.device] = torch.tensor(path, device=states.device)
                 accepted = states.index_select(-2, start + rows[states.device])
                 states[..., start : start + kept, :] = accepted
     # Also when nothing is dropped: sliding layers shrink back to their window here. Not by `cache.crop`, which stumbles over
@@ -134,4 +150,13 @@ def compact_cache(cache: Cache, path: torch.Tensor, num_nodes: int) -> None:
             layer.crop(-(num_nodes - kept))
 
 
-__all__ = ["check_cache", "compact_cache", "tree_attention_mask"]
+def empty_layer(layer: DynamicLayer) -> None:
+    """Frees what a layer holds, so that it can be filled again."""
+    layer.keys = layer.values = None
+    layer.is_initialized = False
+    if layer.is_sliding:
+        layer.cumulative_length = 0
+        layer.record_past = False
+
+
+__all__ = ["check_cache", "compact_cache", "empty_layer", "tree_attention_mask"]

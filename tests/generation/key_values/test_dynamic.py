@@ -66,7 +66,7 @@ def test_compaction_rounds_equal_recomputation(family):
             node = int(torch.randint(TREE.num_nodes, (), generator=generator))
             path = TREE.ancestors[0, node].nonzero().T
             logits = verifier.verify(TREE).logits[:, node]
-            compact_cache(verifier.cache, path, TREE.num_nodes)
+            compact_cache(verifier.cache, path[0].tolist(), TREE.num_nodes)
             ids = torch.cat([ids, TREE.tokens[:, path[0]]], dim=1)
             assert verifier.cache.get_seq_length() == ids.shape[1]
             torch.testing.assert_close(logits, target(ids).logits[:, -1], rtol=1e-8, atol=1e-8)
@@ -115,7 +115,7 @@ def test_a_layer_without_keys_of_its_own_is_left_alone():
     cache.activate_past_recording()
     for layer in (0, 2):
         cache.update(*rows[:, :, :, 2:].clone(), layer)
-    compact_cache(cache, torch.tensor([[0, 2, 4]]), num_nodes=6)
+    compact_cache(cache, [0, 2, 4], num_nodes=6)
     assert not cache.layers[1].is_initialized
     assert torch.equal(cache.layers[2].keys, rows[0][:, :, [0, 1, 2, 4, 6]])
 

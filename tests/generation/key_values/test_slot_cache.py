@@ -11,7 +11,7 @@ def test_slots_move_and_refill_by_hand(target):
     """Four prompts through three slots, one freed and refilled in the middle: logits equal those of full forwards."""
     prompts = [[20, 21, 22], [30], [40, 41, 42, 43, 44, 45, 46], [50, 51]]
     with torch.inference_mode():
-        cache = SlotCache(target, 3, 64)
+        cache = SlotCache(target, 3)
         cache.prefill([0, 1, 2], prompts[:3])
         rows = [list(prompt) for prompt in prompts[:3]]
         for step in range(9):
@@ -38,7 +38,7 @@ def test_a_shared_prefix_is_run_once(family, attention):
         prefix = list(range(20, 20 + length))
         prompts = [[*prefix, 7, 9, 11], [*prefix, 50], [3, 4, 5], prefix, [*prefix, *range(60, 90)], [8]]
         with torch.inference_mode():
-            cache = SlotCache(target, len(prompts), 128)
+            cache = SlotCache(target, len(prompts))
             cache.share_prefix(prefix)
             cache.prefill(range(len(prompts)), prompts)
             for _ in range(3):

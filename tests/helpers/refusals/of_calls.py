@@ -33,16 +33,6 @@ def chunks_of_an_image(monkeypatch):
     return call, {"Set prefill_chunk_size=None": call.but(settings={"prefill_chunk_size": None})}
 
 
-@refusal("CORAL generates for one sequence at a time; got a batch of ")
-def batch(monkeypatch):
-    call = Call(make_target(), ids=torch.cat([prompt_of(12), prompt_of(12, seed=4)]))
-    single = {"num_return_sequences": 1}
-    return call, {
-        "Call generate once per prompt": lambda: [call.but(ids=row[None])() for row in call.ids],
-        "num_return_sequences=1": call.but(ids=prompt_of(12), settings=single),
-    }
-
-
 @refusal("input_ids is empty, and CORAL drafts from token ids")
 def embeddings_only(monkeypatch):
     target = make_target()

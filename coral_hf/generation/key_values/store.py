@@ -1,0 +1,232 @@
+"""One preallocated key-value store with a length per row: batched generation, regeneration and single sequences."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..draft_tree import DraftTree
+from .dynamic import empty_layer, tree_attention_mask
+
+
+# The store grows by so many places when the longest row asks for them: most texts never need their full length.
+BLOCK = 128
+
+
+class _Kind:
+    """The layers of one window: one buffer for all of them that share a shape, and the place that the buffers begin with."""
+
+    def __init__(self, window: int | None):
+        self.window = window
+        self.base = 0
+        self.buffers: list[
+            torch.Tensor
+        ] = []  # each [entries, rows, heads, places, d]; an entry is a layer's keys or values
+
+
+class _StoreLayer(CacheLayerMixin):
+    """One layer's view of the store, which says where a forward writes."""
+
+    is_sliding = False
+
+    def __init__(self, store: "KeyValueStore", kind: _Kind):
+        super().__init__()
+        self.store, self.kind = store, kind
+        self.entries: list[tuple[int, int]] = []  # (buffer, entry) of the keys, of the values
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: [`KeyValueStore.load`] has filled the buffers before the first forward."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        return self._write(0, key_states), self._write(1, value_states)
+
+    def _write(self, side: int, states: torch.Tensor) -> torch.Tensor:
+        """Writes `[n, heads, T, d]` behind each row's end and returns all that the rows hold, `[n, heads, places, d]`."""
+        store, base = self.store, self.kind.base
+        buffer, entry = self.entries[side]
+        held = self.kind.buffers[buffer][entry]
+        if store.places is None:
+            start = store.lengths[0] - base
+            held[: store.num_rows, :, start : start + states.shape[2]] = states
+        else:
+            held[store.row_index, :, store.places - base] = states.transpose(1, 2)  # [n, T, heads, d]
+        return held[: store.num_rows, :, : store.end - base]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.store.end - self.kind.base, self.kind.base
+
+    def get_seq_length(self) -> int:
+        return self.store.end
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class KeyValueStore(Cache):
+    """Keys and values of `capacity` rows of lengths of their own; the first `num_rows` of them are alive.
+
+    The token at place p of a row is its p-th, whatever padding stood before the text. A forward over T tokens of each row
+    writes them behind the row's own end ([`begin`], the forward, [`keep`]): of a draft tree the accepted nodes then move to
+    the front, by one gather and one scatter for all rows and all layers of a shape.
+
+    Args:
+        windows (`list` of `int` or `None`): the sliding window of each layer, None for full attention.
+        capacity (`int`): rows.
+        rolling (`bool`): rows only end, none begins later: sliding layers may forget what no window reaches.
+    """
+
+    def __init__(self, windows: Sequence[int | None], capacity: int, rolling: bool = True):
+        self.capacity, self.rolling = capacity, rolling
+        self.lengths = [0] * capacity
+        self.num_rows = capacity
+        self.kinds = {window: _Kind(window) for window in dict.fromkeys(windows)}
+        self.places: torch.Tensor | None = None  # [n, T] that the forward writes; None: the same slice of every row
+        self.row_index: Any = None
+        self.end = 0  # places of the longest row, with what the forward writes
+        super().__init__(layers=[_StoreLayer(self, self.kinds[window]) for window in windows])
+
+    # Filling ---------------------------------------------------------------------------------------------------
+
+    def load(self, cache: Cache, rows: Sequence[int], first: Sequence[int], lengths: Sequence[int]) -> None:
+        """Moves prefilled prompts into rows; the cache is empty afterwards.
+
+        Args:
+            cache (`Cache`): dynamic, of a batch of `len(rows)`; sliding layers may have dropped what is out of reach.
+            rows (`Sequence[int]`): where each row of the batch goes.
+            first (`Sequence[int]`): the column of each row's first token, behind its padding.
+            lengths (`Sequence[int]`): tokens of each row.
+        """
+        for row, length in zip(rows, lengths, strict=True):
+            self.lengths[row] = length
+        total = cache.get_seq_length()
+        if self.rolling:
+            for kind in self.kinds.values():
+                kind.base = 0 if kind.window is None else max(min(lengths) - kind.window + 1, 0)
+        self._make_buffers(cache.layers)
+        self._reserve(max(lengths))
+        device = cache.layers[0].keys.device
+        index = torch.tensor(rows, device=device)
+        starts = torch.tensor(first, device=device)
+        for layer, source in zip(self.layers, cache.layers, strict=True):
+            base = layer.kind.base
+            width = max(lengths) - base
+            dropped = total - source.keys.shape[2]  # columns that a sliding layer no longer has
+            columns = starts[:, None] + torch.arange(base, base + width, device=device) - dropped  # [b, width]
+            columns = columns.clamp(0, total - dropped - 1)
+            for (buffer, entry), states in zip(layer.entries, (source.keys, source.values), strict=True):
+                places = columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+                layer.kind.buffers[buffer][entry, index, :, :width] = states.gather(2, places)
+            empty_layer(source)  # layer by layer: never two copies of all
+
+    def _make_buffers(self, layers: Sequence[Any]) -> None:
+        """Empty buffers, one for all keys and values of a kind that share a shape, as they are in a dynamic cache."""
+        if self.layers[0].entries:
+            return
+        counts: dict[tuple, int] = {}  # entries of each shape, in the order of the buffers
+        for layer, source in zip(self.layers, layers, strict=True):
+            for states in (source.keys, source.values):
+                shape = (layer.kind.window, states.shape[1], states.shape[3])
+                entry = counts.get(shape, 0)
+                counts[shape] = entry + 1
+                layer.entries.append(
+                    ([shape for shape in counts if shape[0] == layer.kind.window].index(shape), entry)
+                )
+        for (window, heads, dim), count in counts.items():
+            self.kinds[window].buffers.append(layers[0].keys.new_zeros(count, self.capacity, heads, 0, dim))
+
+    def _reserve(self, end: int) -> None:
+        """Room for rows of `end` tokens."""
+        for kind in self.kinds.values():
+            if not kind.buffers or kind.buffers[0].shape[3] >= end - kind.base:
+                continue
+            held = kind.buffers[0].shape[3]
+            drop = 0
+            if self.rolling and kind.window is not None and held:
+                drop = max(min(self.lengths[: self.num_rows]) - kind.window + 1 - kind.base, 0)
+                drop = drop if drop >= BLOCK else 0
+            size = max(-(-(end - kind.base - drop) // BLOCK) * BLOCK, held)
+            for index, buffer in enumerate(kind.buffers):
+                # Zeros, not empty: a masked NaN is still a NaN after the product with its zero weight.
+                grown = buffer.new_zeros(*buffer.shape[:3], size, buffer.shape[4])
+                grown[..., : held - drop, :] = buffer[..., drop:, :]
+                kind.buffers[index] = grown
+            kind.base += drop
+
+    # Stepping --------------------------------------------------------------------------------------------------
+
+    def begin(self, count: int) -> None:
+        """Makes room for `count` tokens behind the end of every live row, where the next forward writes them."""
+        lengths = self.lengths[: self.num_rows]
+        self.end = max(lengths) + count
+        self._reserve(self.end)
+        self.places = self.row_index = None
+        if min(lengths) != max(lengths):
+            device = self.layers[0].kind.buffers[0].device
+            rows = torch.tensor([list(range(self.num_rows)), lengths], device=device)
+            self.row_index = rows[0, :, None]
+            self.places = rows[1, :, None] + torch.arange(count, device=device)
+
+    def masks(self, tree: DraftTree) -> dict[int | None, torch.Tensor]:
+        """What each node of each row may attend to, after [`begin`]: `[n, 1, N, places]` for every window."""
+        prefix: int | torch.Tensor = self.lengths[0] if self.places is None else self.places[:, 0]
+        return {
+            window: tree_attention_mask(tree, prefix, self.end - kind.base, kind.base, window)
+            for window, kind in self.kinds.items()
+        }
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keeps of what the last forward wrote each row's accepted nodes, root first; the rest is overwritten later.
+
+        Args:
+            paths (`Sequence[Sequence[int]]`): of each live row, in the order of the nodes.
+        """
+        moves = [
+            (row, self.lengths[row] + node, self.lengths[row] + place)
+            for row, path in enumerate(paths)
+            for place, node in enumerate(path)
+            if node != place  # a chain, or the best branch, already lies at the front
+        ]
+        if moves:
+            self._move(moves)
+        for row, path in enumerate(paths):
+            self.lengths[row] += len(path)
+        self.end = max(self.lengths[: self.num_rows], default=0)
+
+    def _move(self, moves: list[tuple[int, int, int]]) -> None:
+        for kind in self.kinds.values():
+            for buffer in kind.buffers:
+                rows, sources, places = torch.tensor(moves, device=buffer.device).T
+                buffer[:, rows, :, places - kind.base] = buffer[:, rows, :, sources - kind.base]
+
+    def keep_rows(self, order: Sequence[int]) -> None:
+        """Keeps these live rows, in this order; a row that moves takes the place of one that is gone."""
+        for row, source in enumerate(order):
+            if row != source:
+                self.move_row(source, row)
+        self.num_rows = len(order)
+        self.end = max(self.lengths[: self.num_rows], default=0)
+
+    def move_row(self, source: int, destination: int) -> None:
+        """Copies a row over another."""
+        length = self.lengths[destination] = self.lengths[source]
+        for kind in self.kinds.values():
+            for buffer in kind.buffers:
+                width = length - kind.base
+                buffer[:, destination, :, :width] = buffer[:, source, :, :width]
+
+    def copy_to(self, cache: Cache) -> None:
+        """Fills an emptied dynamic cache with the only row."""
+        (length,) = self.lengths[: self.num_rows]
+        for layer, destination in zip(self.layers, cache.layers, strict=True):
+            base = layer.kind.base
+            states = [
+                layer.kind.buffers[buffer][entry, :1, :, : length - base].clone() for buffer, entry in layer.entries
+            ]
+            destination.update(*states)
+            if base:  # it counts what it was given
+                destination.cumulative_length = length
+
+
+__all__ = ["BLOCK", "KeyValueStore"]

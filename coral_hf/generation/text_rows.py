@@ -1,0 +1,93 @@
+"""The texts of a batch while they grow: one buffer of ids, rows that end and leave."""
+
+import torch
+
+
+_GROWTH = 128
+
+
+class TextRows:
+    """Prompts and what was generated behind them; a row that has ended is padded.
+
+    Rows of the batch keep their index; `live` holds those that still grow, in the order of the key-value store's rows.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `[B, L]`): the prompts, padded on the left.
+        padding (`list[int]`): of each prompt.
+        pad_token_id (`int`): what stands behind the end of a row.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, padding: list[int], pad_token_id: int):
+        self.batch, self.prompt_length = input_ids.shape
+        self._ids, self._pad = input_ids, pad_token_id
+        self.padding = list(padding)
+        self.lengths = [self.prompt_length] * self.batch  # padding included
+        self.live = list(range(self.batch))
+
+    @property
+    def live_lengths(self) -> list[int]:
+        return [self.lengths[row] for row in self.live]
+
+    def ids(self, length: int | None = None) -> torch.Tensor:
+        """All rows `[B, length]`, by default as long as the longest."""
+        return self._ids[:, : max(self.lengths) if length is None else length]
+
+    def live_ids(self) -> torch.Tensor:
+        """The live rows `[n, L]`, as long as the longest of them."""
+        ids = self.ids(max(self.live_lengths))
+        return ids if self.live == list(range(self.batch)) else ids[self.live]
+
+    def text(self, row: int) -> torch.Tensor:
+        """One row of the batch, `[1, L]`."""
+        return self._ids[row : row + 1, : self.lengths[row]]
+
+    def append(self, rows: list[int], tokens: torch.Tensor) -> None:
+        """One token `[m]` behind each of these rows of the batch."""
+        lengths = [self.lengths[row] for row in rows]
+        self._reserve(max(lengths) + 1)
+        if len(rows) == self.batch == 1:
+            self._ids[:, lengths[0]] = tokens
+        else:
+            self._ids[rows, lengths] = tokens
+        for row in rows:
+            self.lengths[row] += 1
+
+    def extend(self, tokens: list[list[int]]) -> None:
+        """Several tokens behind each live row."""
+        starts = self.live_lengths
+        for row, new in zip(self.live, tokens, strict=True):
+            self.lengths[row] += len(new)
+        self._reserve(max(self.lengths))
+        if len(self.live) == 1:
+            self._ids[self.live[0], starts[0] : starts[0] + len(tokens[0])] = self._ids.new_tensor(tokens[0])
+            return
+        places = [
+            (row, start + index, token)
+            for row, start, new in zip(self.live, starts, tokens, strict=True)
+            for index, token in enumerate(new)
+        ]
+        rows, columns, values = torch.tensor(places, device=self._ids.device).T
+        self._ids[rows, columns] = values
+
+    def leave(self, ended: list[bool]) -> list[int]:
+        """Takes the live rows out that have ended; returns the indices of the others, in their new order.
+
+        The last live row takes the place of one that is gone, so that little is moved.
+        """
+        order = list(range(len(self.live)))
+        for index in reversed([index for index, end in enumerate(ended) if end]):
+            last = order.pop()
+            if index < len(order):
+                order[index] = last
+        self.live = [self.live[index] for index in order]
+        return order
+
+    def _reserve(self, length: int) -> None:
+        if length <= self._ids.shape[1]:
+            return
+        grown = self._ids.new_full((self.batch, length + _GROWTH), self._pad)
+        grown[:, : self._ids.shape[1]] = self._ids
+        self._ids = grown
+
+
+__all__ = ["TextRows"]
