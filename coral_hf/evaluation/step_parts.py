@@ -9,7 +9,7 @@ from ..drafter.draft_head import DraftHead
 from ..generation.candidate_generator import CoralCandidateGenerator
 from ..generation.draft_tree import DraftTreeBuilder
 from ..generation.target_forward import TargetForward
-from ..generation.token_choice import TokenChoice
+from ..generation.tokens.token_choice import TokenChoice
 from ..generation.tree_size import TreeSizeRule
 
 

@@ -10,12 +10,11 @@ from ..drafter.modeling_coral import CoralDraftModel
 from ..utils.compat import cache_kwarg, cache_of
 from .candidate_generator import CoralCandidateGenerator, padding_of
 from .draft_tree import DraftTree
-from .kept_states import KeptStates
 from .key_values.paths import store_obstacle
 from .settings import DraftSettings
 from .target_forward import TargetForward
-from .text_rows import TextRows
-from .token_choice import TokenChoice
+from .tokens.text_rows import KeptStates, TextRows
+from .tokens.token_choice import TokenChoice
 from .tree_size import DraftCosts
 
 

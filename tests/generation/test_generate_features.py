@@ -13,7 +13,7 @@ from transformers import StoppingCriteria, pipeline, set_seed
 
 from coral_hf import CoralDraftModel, coral_generate
 from coral_hf.generation.target_forward import TargetForward
-from coral_hf.generation.token_choice import TokenChoice
+from coral_hf.generation.tokens.token_choice import TokenChoice
 from coral_hf.utils.compat import cache_of
 
 

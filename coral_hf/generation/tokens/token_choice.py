@@ -7,8 +7,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process, stopping_criteria
 
-from .acceptance import accept_greedy, accept_walk
-from .draft_tree import DraftTree
+from ..acceptance import accept_greedy, accept_walk
+from ..draft_tree import DraftTree
 from .text_rows import TextRows
 
 
