@@ -50,7 +50,7 @@ On a GPU a step of one sequence costs what its launches and waits cost. Per deco
 forward: operations as PyTorch dispatches them, the kernels among them (views launch none), tensors uploaded from Python values,
 and times that the host waits for a value; in the last column what the target's forward (plain: {plain:,.0f} operations) has more
 than in plain `generate`. Each as it was at commit {read(f"{RECORDS}/operations_before.json")["environment"]["commit"]} and as it is. One run of `python benchmarks/count_operations.py
---json FILE` (`{RECORDS}/operations.json`, {machine(record)}; before: `operations_before.json`):
+--max_new_tokens {record["max_new_tokens"]} --json FILE` (`{RECORDS}/operations.json`, {machine(record)}; before, with 64 tokens: `operations_before.json`):
 
 {table(["draft", *KINDS, "forward over plain's"], rows)}
 
@@ -58,6 +58,8 @@ The operations by what they are for: drafting, building the tree and deciding it
 the rest.
 
 {table(["draft", *PHASES], phases)}
+
+The cost-aware rule is asked after every second level whether another one pays, and the host waits for each answer.
 
 `tests/benchmarks/test_count_operations.py` holds the counts of a tiny pair to `{RECORDS}/operations_tiny.json`."""
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .configuration_coral import group_count, group_size
 from .few_rows import few_row_linear
 from .grouped_logits import gathered_logits, grouped_logits, kept_copy, ordered_head
+from .target_adapter import placed
 
 
 class LMHeadRouter(nn.Module):
@@ -225,7 +226,8 @@ class DraftHead:
     def _active_logits(self, hidden: torch.Tensor, weights: torch.Tensor | None):
         """fp32 logits `[B, T, A]` (-inf where a slot holds no token), the active groups and log Z where it is known."""
         if self.router is None:
-            return self._fixed_logits(hidden).float(), None, None
+            logits = self._fixed_logits(hidden)
+            return placed(logits, logits.device, torch.float32), None, None
         group_logits = self.router(hidden).float().to(self.adapter.device)
         hidden = hidden.to(self.adapter.device)
         groups = self._select(group_logits, weights)
@@ -245,7 +247,7 @@ class DraftHead:
     def _fixed_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._listed_weight is None:
             return self.adapter.logits(hidden)
-        features = hidden.to(self._listed_weight)
+        features = placed(hidden, self._listed_weight.device, self._listed_weight.dtype)
         return self._transform(few_row_linear(features, self._listed_weight, self._listed_bias))
 
     def _select(self, group_logits: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

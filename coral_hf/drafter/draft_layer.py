@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
 from .configuration_coral import CoralDraftConfig
@@ -69,6 +69,26 @@ class CoralRotaryEmbedding(LlamaRotaryEmbedding):
         return self
 
 
+class CoralRMSNorm(LlamaRMSNorm):
+    """Llama's norm as one operation of PyTorch, which a GPU runs as one kernel."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype != self.weight.dtype:  # mixed precision: the result has the wider of the two
+            return super().forward(hidden_states)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def rotary_factors(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoPE's `[B, S, d]` cosines and sines as [`CoralAttention.project`] takes them, `[B, 1, S, d]`, sines with their sign."""
+    half = sin.shape[-1] // 2
+    return cos.unsqueeze(1), torch.cat([-sin[..., :half], sin[..., half:]], dim=-1).unsqueeze(1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE of `[B, heads, S, d]` by [`rotary_factors`]."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
 class CoralAttention(nn.Module):
     """Grouped-query attention of the drafter: projections here, the two attention patterns as methods."""
 
@@ -91,10 +111,8 @@ class CoralAttention(nn.Module):
         query = self.q_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
         key = self.k_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
         value = self.v_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        query = query * cos + rotate_half(query) * sin
-        key = key * cos + rotate_half(key) * sin
-        return query, key.to(value.dtype), value
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        return query, key if key.dtype == value.dtype else key.to(value.dtype), value
 
     def merge(self, attended: torch.Tensor) -> torch.Tensor:
         """`[B, heads, S, d]` -> `[B, S, H]`."""
@@ -104,8 +122,9 @@ class CoralAttention(nn.Module):
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None):
         """Plain attention with a bool mask `[B, 1, S, L]` (None: causal over S = L rows, or a single row that sees all)."""
         causal = mask is None and query.shape[2] > 1
+        query = query if query.dtype == value.dtype else query.to(value.dtype)
         return F.scaled_dot_product_attention(
-            query.to(value.dtype), key, value, mask, is_causal=causal, scale=self.scaling, enable_gqa=True
+            query, key, value, mask, is_causal=causal, scale=self.scaling, enable_gqa=True
         )
 
     def attend_rollout(
@@ -152,7 +171,7 @@ class CoralDraftLayer(nn.Module):
     def __init__(self, config: CoralDraftConfig, attention_input_size: int):
         super().__init__()
         self.self_attn = CoralAttention(config, attention_input_size)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = CoralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = CoralMLP(config)
 
     def inputs(
@@ -187,8 +206,8 @@ class Eagle3DraftLayer(CoralDraftLayer):
     def __init__(self, config: CoralDraftConfig):
         super().__init__(config, 2 * config.hidden_size)
         self.norm_before_residual = config.norm_before_residual
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = CoralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = CoralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def inputs(
         self, embedding: torch.Tensor, feature: torch.Tensor, fc: nn.Module
@@ -264,6 +283,7 @@ def rollout_rows(
 
 __all__ = [
     "CoralDraftLayer",
+    "CoralRMSNorm",
     "CoralRolloutOutput",
     "CoralRotaryEmbedding",
     "DraftKeyValues",
@@ -271,5 +291,6 @@ __all__ = [
     "EagleDraftLayer",
     "chain_rows",
     "rollout_rows",
+    "rotary_factors",
     "shift_rows",
 ]

@@ -100,7 +100,7 @@ class _FewRowLinear(nn.Linear):
 def _layers(models: tuple[nn.Module, ...]) -> list[nn.Linear]:
     found: dict[nn.Linear, None] = {}
     for model in models:
-        compiled = {layer for part in model.modules() if _is_compiled(part) for layer in part.modules()}
+        compiled = {layer for part in model.modules() if is_compiled(part) for layer in part.modules()}
         for layer in model.modules():
             if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, _FewRowLinear):
                 continue
@@ -118,7 +118,7 @@ def _layers(models: tuple[nn.Module, ...]) -> list[nn.Linear]:
     return list(found)
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     """By `torch.compile` of the module or of its forward, or by its method `compile`: a changed layer would compile it anew."""
     forward = vars(module).get("forward")
     return (
@@ -128,4 +128,4 @@ def _is_compiled(module: nn.Module) -> bool:
     )
 
 
-__all__ = ["few_row_linear", "few_row_linears"]
+__all__ = ["few_row_linear", "few_row_linears", "is_compiled"]

@@ -12,18 +12,19 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .configuration_coral import CoralDraftConfig
 from .draft_head import DraftVocabularyHead, FrequencyShortlist, LMHeadRouter
 from .draft_layer import (
     CoralDraftLayer,
+    CoralRMSNorm,
     CoralRolloutOutput,
     CoralRotaryEmbedding,
     DraftKeyValues,
     Eagle3DraftLayer,
     EagleDraftLayer,
     rollout_rows,
+    rotary_factors,
     shift_rows,
 )
 from .package_methods import PackageMethods
@@ -60,11 +61,11 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
             self.fc = nn.Linear(features * size, size, bias=False) if features > 1 else nn.Identity()
             # What stands before it is named as in the serving engines.
             if config.norm_before_fc:
-                self.input_norm = LlamaRMSNorm(features * size, eps=config.rms_norm_eps)
+                self.input_norm = CoralRMSNorm(features * size, eps=config.rms_norm_eps)
             if config.fc_norm:
-                self.fc_norm = nn.ModuleList(LlamaRMSNorm(size, eps=config.rms_norm_eps) for _ in range(features))
+                self.fc_norm = nn.ModuleList(CoralRMSNorm(size, eps=config.rms_norm_eps) for _ in range(features))
             self.layers = nn.ModuleList([Eagle3DraftLayer(config)])
-            self.norm = LlamaRMSNorm(size, eps=config.rms_norm_eps)
+            self.norm = CoralRMSNorm(size, eps=config.rms_norm_eps)
         self.rotary_emb = CoralRotaryEmbedding(config)
         self.router: Any = None
         if config.router_groups:
@@ -196,6 +197,10 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(features)
 
+    def rotary(self, position_ids: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What rows at positions `[B, S]` are turned by, `[B, 1, S, d]` each, on the device and in the dtype of `x`."""
+        return rotary_factors(*self.rotary_emb(x, position_ids))
+
     def _outputs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output -> (input of the LM head, next step's feature), both `[B, S, H]`."""
         normed = self.norm(hidden)
@@ -232,7 +237,7 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         rows = torch.arange(length, device=device)
         if position_ids is None:
             position_ids = rows.expand(batch, length)
-        cos, sin = self.rotary_emb(inputs_embeds, position_ids)
+        cos, sin = self.rotary(position_ids, inputs_embeds)
         same = None if document_ids is None else document_ids[:, :, None] == document_ids[:, None, :]  # [B, S, S]
 
         feature = self.project_features(features)
@@ -281,10 +286,11 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         feature: torch.Tensor,
-        position_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
         cache: DraftKeyValues,
         slot: int,
         mask: torch.Tensor | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One drafting step over T rows that are written to cache slots `[slot, slot + T)`.
 
@@ -295,13 +301,20 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
             position_ids (`torch.LongTensor` of shape `[B, T]`, or `[1, T]` for all rows).
             cache ([`DraftKeyValues`])
             slot (`int`): first cache slot to write.
-            mask (`torch.BoolTensor` of shape `[B, 1, T, slot + T]`, *optional*): what each row sees; None: causal.
+            mask (`torch.Tensor` of shape `[B, 1, T, slot + T]`, *optional*): what each row sees (bool), or what is added to its
+                scores; None: causal.
+            rotary (`tuple` of `torch.Tensor` of shape `[B or 1, 1, T, d]`, *optional*): of the positions, from [`rotary`], where
+                it is known already; `position_ids` are not read then.
 
         Returns:
             `tuple`: input of the LM head and next step's feature, both `[B, T, H]`.
         """
         length = inputs_embeds.shape[1]
-        cos, sin = self.rotary_emb(inputs_embeds, position_ids)
+        if rotary is None:
+            if position_ids is None:
+                raise ValueError("draft needs the rows' positions: pass position_ids, or what rotary makes of them.")
+            rotary = self.rotary(position_ids, inputs_embeds)
+        cos, sin = rotary
         attention_input, residual = self.layer.inputs(inputs_embeds, feature, self.fc)
         query, key, value = self.layer.self_attn.project(attention_input, cos, sin)
         cache.write(slot, key, value)

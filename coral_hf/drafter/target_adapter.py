@@ -14,6 +14,12 @@ from .output_hooks import copied_without_hooks
 _DTYPES_OF_ROWS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def placed(x: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`x` on a device and in a dtype; nothing is dispatched where it is so already."""
+    dtype = x.dtype if dtype is None else dtype
+    return x if x.device == device and x.dtype == dtype else x.to(device=device, dtype=dtype)
+
+
 def active_adapters(layer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Weights of the PEFT adapters that are computed beside a layer, by name: none where merged into it or switched off."""
     # PEFT's layers are around the target's own
@@ -150,7 +156,7 @@ class TargetAdapter:
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings as the target's first layer sees them, `[..., H]` for ids `[...]`."""
-        embeddings = self.embedding(ids.to(self.embedding.weight.device))
+        embeddings = self.embedding(placed(ids, self.embedding.weight.device))
         return embeddings * self._embedding_scale if self._embedding_scale != 1.0 else embeddings
 
     def features(self, outputs: Any) -> torch.Tensor:
@@ -190,7 +196,7 @@ class TargetAdapter:
             logits = F.linear(features.to(weight), weight, bias)
         else:
             # Through the module, so that quantised and offloaded heads work.
-            logits = self.head(features.to(device=weight.device, dtype=self.head_dtype))
+            logits = self.head(placed(features, weight.device, self.head_dtype))
         return self.transform_logits(logits)
 
     @property

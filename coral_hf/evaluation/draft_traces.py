@@ -181,7 +181,7 @@ def replay(
         best = scores[:, place].masked_fill(~drafted, float("-inf")).argsort(dim=1, descending=True, stable=True)
         best = best[:, :top_k]  # [P, W]
         opened[:, place] = torch.zeros_like(drafted).scatter(1, best, drafted.gather(1, best))
-        if rule is not None and level < depth:
+        if rule is not None and level < depth and rule.asks(level):
             open_chances = chance.gather(1, best)
             parent_chances = chances.gather(1, above.gather(1, best))
             going = going & rule.repays_level(chances[:, 1:], open_chances, parent_chances, level)

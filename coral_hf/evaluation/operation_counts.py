@@ -55,10 +55,14 @@ class OperationCounter(TorchDispatchMode):
     Operations are counted as they are dispatched, kernels below them (what is a view, or only allocates, is none): a GPU
     launches each. On a CPU every read by the host counts as a wait and every tensor made of Python values as an upload,
     as if the tensors lay on a GPU.
+
+    Args:
+        drafts (`bool`): steps begin with the first draft; else with the end of the first forward.
     """
 
-    def __init__(self):
+    def __init__(self, drafts: bool = False):
         super().__init__()
+        self.drafts = drafts
         self.counts: dict[str, Counter] = defaultdict(Counter)
         self.phases = ["prefill"]
         self.forwards = 0
@@ -77,22 +81,25 @@ class OperationCounter(TorchDispatchMode):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Within it, what is counted is of this phase."""
-        self.phases.append(name if self.forwards else "prefill")
+        self.phases.append("prefill" if self.phases[0] == "prefill" else name)
         try:
             yield
         finally:
             self.phases.pop()
 
     def wrap(self, function: Callable, part: str) -> Callable:
-        """For [`wrapped_parts`]. What follows the first forward is a step's."""
+        """For [`wrapped_parts`]."""
 
         @wraps(function)  # generation reads the forward's signature
         def run(*args, **kwargs):
+            if part == "draft":
+                self.phases[0] = "bookkeeping"
             with self.phase(PHASES[part]):
                 result = function(*args, **kwargs)
             if part == "target_forward":
                 self.forwards += 1
-                self.phases[0] = "bookkeeping"
+                if not self.drafts:
+                    self.phases[0] = "bookkeeping"
             return result
 
         return run
@@ -166,7 +173,7 @@ def count_step(
     pooled: dict[str, Counter] = defaultdict(Counter)
     steps = tokens = 0
     for ids in prompts:
-        counter = OperationCounter()
+        counter = OperationCounter(drafter is not None)
         with wrapped_parts(target, drafter, counter.wrap), counter.counting():
             tokens += len(measure(target, ids, max_new_tokens, drafter, **settings).new_ids) - 1
         steps += counter.forwards - 1

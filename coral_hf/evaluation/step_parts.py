@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 from ..drafter.draft_head import DraftHead
 from ..generation.candidate_generator import CoralCandidateGenerator
+from ..generation.draft_levels import LevelDrafter
 from ..generation.draft_tree import DraftTreeBuilder
 from ..generation.target_forward import TargetForward
 from ..generation.tokens.token_choice import TokenChoice
@@ -34,7 +35,7 @@ def wrapped_parts(
             (DraftHead, "argmax", "draft_head"),
             (DraftTreeBuilder, "add_level", "tree"),
             (DraftTreeBuilder, "build", "tree"),
-            (TreeSizeRule, "repays_level", "tree"),
+            (LevelDrafter, "_enough", "tree"),
             (TreeSizeRule, "best_size", "tree"),
             (CoralCandidateGenerator, "propose", "draft"),
             (TargetForward, "verify", "verify"),

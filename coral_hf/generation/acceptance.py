@@ -20,9 +20,9 @@ def accept_greedy(tree: DraftTree, choices: torch.Tensor) -> tuple[list[list[int
         `tuple`: of each row the accepted nodes from the root on, A + 1 of them, and the tokens they yield: the A accepted
         drafts and the bonus token.
     """
-    tokens, parents, chosen = torch.stack([tree.tokens, tree.parents, choices]).tolist()
+    tokens, tree.known_parents, chosen = torch.stack([tree.tokens, tree.parents, choices]).tolist()
     return _walk(
-        [_children(*row) for row in zip(tokens, parents, strict=True)],
+        [_children(*row) for row in zip(tokens, tree.known_parents, strict=True)],
         lambda rows, nodes: [chosen[row][node] for row, node in zip(rows, nodes, strict=True)],
     )
 
@@ -49,8 +49,8 @@ def accept_walk(
     Returns:
         `tuple`: as [`accept_greedy`].
     """
-    tokens, parents = torch.stack([tree.tokens, tree.parents]).tolist()
-    return _walk([_children(*row) for row in zip(tokens, parents, strict=True)], choose, stop, in_step)
+    tokens, tree.known_parents = torch.stack([tree.tokens, tree.parents]).tolist()
+    return _walk([_children(*row) for row in zip(tokens, tree.known_parents, strict=True)], choose, stop, in_step)
 
 
 def _walk(

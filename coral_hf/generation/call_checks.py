@@ -8,7 +8,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from ..drafter.target_adapter import active_prompt
 from ..utils.compat import cache_of
 from .key_values.dynamic import check_cache
-from .key_values.paths import ATTENTION_WITH_TREES, store_obstacle, tree_obstacle
+from .key_values.paths import store_obstacle, takes_tree_masks, tree_obstacle
 from .settings import DraftSettings
 
 
@@ -113,7 +113,7 @@ def _check_branches(target: PreTrainedModel) -> None:
     """Raises `ValueError` for a target whose attention a tree's mask and positions do not reach."""
     config = target.config.get_text_config()
     attention = config._attn_implementation
-    if attention not in ATTENTION_WITH_TREES:
+    if not takes_tree_masks(target):
         raise ValueError(
             f"attn_implementation={attention!r} takes no tree mask. Load the target with attn_implementation='sdpa', "
             "or draft a chain with draft_top_k=1."

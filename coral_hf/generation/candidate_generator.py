@@ -3,19 +3,19 @@
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..drafter.draft_layer import DraftKeyValues
 from ..drafter.modeling_coral import CoralDraftModel
-from ..drafter.target_adapter import TargetAdapter
+from ..drafter.target_adapter import TargetAdapter, placed
 from ..utils.compat import hidden_states_to_ask
-from .draft_tree import DraftTree, DraftTreeBuilder
+from .draft_levels import LevelDrafter, RotaryTable
+from .draft_tree import DraftTree
 from .key_values.kept_rows import ReadRows, keep_rows, take_rows
 from .settings import DraftSettings
 from .statistics import DraftStats
-from .tree_size import DraftCosts, TreeSizeRule, calibration_of
+from .tree_size import DraftCosts
 
 
 class CoralCandidateGenerator(CandidateGenerator):
@@ -58,12 +58,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         self.adapter.check_drafter(drafter.config)
         self.adapter.output_hidden_states = hidden_states_to_ask(self.adapter.target, self.adapter.feature_layers)
         self.head = settings.draft_head_of(drafter, self.adapter)
-        self.rule = self.calibration = None
-        if settings.draft_cost_aware:
-            if costs is None:
-                raise ValueError("draft_cost_aware=True needs costs: pass those of cost_measurement.draft_costs().")
-            self.rule = TreeSizeRule(costs, settings.draft_total_tokens)
-            self.calibration = calibration_of(drafter.config)
+        self.levels = LevelDrafter(drafter, self.adapter, self.head, settings, costs)
         if settings.draft_top_k > self.head.fewest_tokens:
             raise ValueError(
                 f"The draft head can be left with {self.head.fewest_tokens} tokens, fewer than "
@@ -74,9 +69,8 @@ class CoralCandidateGenerator(CandidateGenerator):
         batch = len(self.padding)
         self.stats = DraftStats()
         self.stats.rows = [DraftStats() for _ in range(batch)]
-        # A drafter of another class (remote code) has the same interface; its parameters name device and dtype.
-        parameter = next(drafter.parameters())
-        self._device, self._dtype = parameter.device, parameter.dtype
+        self._device, self._dtype = self.levels.device, self.levels.dtype
+        self._rotary = RotaryTable(drafter)
         scratch = settings.draft_depth * settings.draft_top_k
         slots = min(max_length, 4096) + scratch + 1
         self.cache = DraftKeyValues(drafter.config, slots, self._dtype, self._device, batch)
@@ -122,10 +116,12 @@ class CoralCandidateGenerator(CandidateGenerator):
             return DraftTree.chain(root)
         # Row t holds token x_{t+1}: drafts of the root's children sit at the root's own index.
         places = [length - 1 - padding for length, padding in zip(lengths, self.padding, strict=True)]
-        position = torch.tensor(places, device=self._device)[:, None]  # [B, 1]
-        if self.settings.is_chain and self.rule is None:
-            return self._draft_chain(root, hidden, feature, position, depth)
-        return self._draft_tree(root, hidden, feature, position, depth)
+        if len(set(places)) == 1:
+            rotary = self._rotary.rows(places[0], depth)
+        else:
+            first = torch.tensor(places, device=self._device)[:, None]
+            rotary = self._rotary.at(first + torch.arange(depth, device=self._device), max(places) + depth)
+        return self.levels.draft(root, hidden, feature, rotary, self.cache, self._filled, depth)
 
     def keep_rows(self, order: list[int]) -> None:
         """Goes on with these rows of the batch, in this order."""
@@ -175,7 +171,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         for layer in set(self.adapter.feature_layers):
             if paths is not None:
                 states[layer] = nodes_of(states[layer], paths)
-            states[layer] = states[layer].to(self._device)
+            states[layer] = placed(states[layer], self._device)
         return self.adapter.features_of(tuple(states))
 
     def _extend(
@@ -189,19 +185,19 @@ class CoralCandidateGenerator(CandidateGenerator):
         first, counts = [start + cut for start in first], [count - cut for count in counts]
         width, slot = features.shape[1], self.cache.length
         places = [start - padding for start, padding in zip(first, self.padding, strict=True)]
-        steps = torch.arange(width, device=self._device)[None]
         alike = len(set(places)) == len(set(counts)) == len(set(first)) == 1
         mask = valid = None
         if alike:
             tokens = input_ids[:, first[0] + 1 : first[0] + 1 + width]
-            positions = steps + places[0]
+            rotary = self._rotary.rows(places[0], width)
         else:
+            steps = torch.arange(width, device=self._device)[None]
             rows = torch.tensor([first, places, counts], device=self._device)[..., None]  # [3, B, 1]
             index = (rows[0] + 1 + steps).to(input_ids.device).clamp(max=input_ids.shape[1] - 1)
             tokens = input_ids.gather(1, index)
             positions = rows[1] + steps
             valid = (positions >= 0) & (steps < rows[2])
-            positions = positions.clamp(min=0)
+            rotary = self._rotary.at(positions.clamp(min=0), max(places) + width)
         if valid is not None or self._filled is not None:
             everywhere = torch.ones(len(counts), max(slot, width), dtype=torch.bool, device=self._device)
             before = everywhere[:, :slot] if self._filled is None else self._filled
@@ -211,73 +207,14 @@ class CoralCandidateGenerator(CandidateGenerator):
             # a row that means nothing sees itself: no NaN
             itself = columns == columns[slot:, None]
             mask = (self._filled[:, None] & causal | itself)[:, None]
-        projected = self.drafter.project_features(features.to(device=self._device, dtype=self._dtype))
-        hidden, feature = self.drafter.draft(self._embed(tokens), projected, positions, self.cache, slot, mask)
+        projected = self.drafter.project_features(placed(features, self._device, self._dtype))
+        embeddings = self.levels.embed(tokens)
+        hidden, feature = self.drafter.draft(embeddings, projected, None, self.cache, slot, mask, rotary)
         self.cache.length += width
         if len(set(counts)) == 1:
             return hidden[:, -1:], feature[:, -1:]
         ends = [[count - 1] for count in counts]
         return nodes_of(hidden, ends), nodes_of(feature, ends)
-
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.adapter.embed(ids).to(device=self._device, dtype=self._dtype)
-
-    def _draft_chain(self, root, hidden, feature, position: torch.Tensor, depth: int) -> DraftTree:
-        tokens, length = [root], self.cache.length
-        for step in range(depth):
-            token = self.head.argmax(hidden).to(root.device)  # [B, 1]
-            tokens.append(token)
-            if step + 1 < depth:
-                mask = None
-                if self._filled is not None:
-                    mask = F.pad(self._filled, (0, step + 1), value=True)[:, None, None]
-                hidden, feature = self.drafter.draft(
-                    self._embed(token), feature, position + step, self.cache, slot=length + step, mask=mask
-                )
-        return DraftTree.chain(torch.cat(tokens, dim=1))
-
-    def _draft_tree(self, root, hidden, feature, position: torch.Tensor, depth: int) -> DraftTree:
-        top_k, length, batch = self.settings.draft_top_k, self.cache.length, root.shape[0]
-        builder = DraftTreeBuilder(root, top_k, self.calibration)
-        tokens, stored, parent = builder.add_level(*self._children(hidden, root.device))
-        # feature of each expanded node's parent, and which scratch slots the node sees
-        feature = feature.expand(batch, top_k, -1)
-        seen = torch.zeros(batch, top_k, 0, dtype=torch.bool, device=self._device)
-        prefix = torch.ones(batch, top_k, length, dtype=torch.bool, device=self._device)
-        if self._filled is not None:
-            prefix = self._filled[:, None].expand(-1, top_k, -1)
-        itself = torch.eye(top_k, dtype=torch.bool, device=self._device).expand(batch, -1, -1)
-        origin = torch.zeros_like(stored)  # stored indices of the parents
-        for step in range(depth - 1):
-            if self.rule is not None:
-                chances = builder.chances(), builder.chances(stored), builder.chances(origin)
-                if not bool(self.rule.repays_level(*chances, levels=step + 1).any()):
-                    break
-            mask = torch.cat([prefix, seen, itself], dim=-1)[:, None]  # [B, 1, top_k, length + scratch]
-            positions = (position + step).expand(-1, top_k)
-            hidden, fed_back = self.drafter.draft(
-                self._embed(tokens), feature, positions, self.cache, slot=length + step * top_k, mask=mask
-            )
-            children = self._children(hidden, root.device, builder.path_probabilities(stored))
-            expanded = stored
-            tokens, stored, parent = builder.add_level(*children, parents=expanded)
-            origin = expanded.gather(1, parent)
-            # [B, top_k, ...]: each new node inherits from the expanded node that is its parent
-            index = parent.to(self._device)[..., None]
-            seen = torch.cat([seen, itself], dim=-1)
-            seen = seen.gather(1, index.expand(-1, -1, seen.shape[-1]))
-            feature = fed_back.gather(1, index.expand(-1, -1, fed_back.shape[-1]))
-        if self.rule is None:
-            return builder.build(self.settings.draft_total_tokens)
-        size, _ = self.rule.best_size(builder.chances(), builder.num_levels)
-        tree = builder.build(int(size.max()))
-        # one branch a node: a chain, for every attention and cache
-        return DraftTree.chain(tree.tokens, tree.scores) if self.settings.is_chain else tree
-
-    def _children(self, hidden, device, weights=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The `top_k` likeliest next tokens of each row: ids and log q, both `[B, W, top_k]`."""
-        tokens, log_probs = self.head.top_k(hidden, self.settings.draft_top_k, weights)
-        return tokens.to(device), log_probs.to(device)
 
     # Transformers' contract ------------------------------------------------------------------------------------
 

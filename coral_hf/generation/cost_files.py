@@ -15,7 +15,7 @@ from .tree_size import DraftCosts
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4  # of these files; what another one holds is measured again
+FORMAT = 5  # of these files; what another one holds is measured again
 
 
 @dataclass(frozen=True)

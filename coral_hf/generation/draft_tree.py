@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -17,6 +18,7 @@ class DraftTree:
         scores (`torch.FloatTensor` of shape `[B, N]`): log-probability of the path from the root, in fp32.
         ancestors (`torch.BoolTensor` of shape `[B, N, N]`): row i marks node i itself and everything above it.
         is_chain (`bool`): every node's parent is the node before it.
+        known_parents (`list[list[int]]`, *optional*): `parents` once the host has read them.
     """
 
     tokens: torch.Tensor
@@ -25,6 +27,7 @@ class DraftTree:
     scores: torch.Tensor
     ancestors: torch.Tensor
     is_chain: bool = False
+    known_parents: list[list[int]] | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -36,22 +39,25 @@ class DraftTree:
         return self.num_nodes - 1 if self.is_chain else int(self.depths.max())
 
     def row_depths(self) -> list[int]:
-        """The depth of each row's tree."""
-        return [self.depth] * len(self.tokens) if self.is_chain else self.depths.amax(dim=1).tolist()
+        """The depth of each row's tree, from what the host has read where that is enough."""
+        if self.is_chain:
+            return [self.depth] * len(self.tokens)
+        if self.known_parents is None:
+            return self.depths.amax(dim=1).tolist()
+        found = []
+        for parents in self.known_parents:
+            depths = [0]
+            for parent in parents[1:]:
+                depths.append(depths[parent] + 1)
+            found.append(max(depths))
+        return found
 
     @classmethod
     def chain(cls, tokens: torch.Tensor, scores: torch.Tensor | None = None) -> "DraftTree":
         """A tree of width one from `[B, N]` tokens (root first)."""
         batch, count = tokens.shape
-        order = torch.arange(count, device=tokens.device)
-        return cls(
-            tokens=tokens,
-            parents=(order - 1).expand(batch, count),
-            depths=order.expand(batch, count),
-            scores=tokens.new_zeros(batch, count, dtype=torch.float32) if scores is None else scores,
-            ancestors=(order <= order[:, None]).expand(batch, count, count),
-            is_chain=True,
-        )
+        parents, depths, zeros, ancestors = _chain(batch, count, tokens.device)
+        return cls(tokens, parents, depths, zeros if scores is None else scores, ancestors, is_chain=True)
 
 
 class DraftTreeBuilder:
@@ -61,11 +67,17 @@ class DraftTreeBuilder:
     `total_tokens - 1` stored nodes stay. A child's score never exceeds its parent's, and among equal scores the node
     stored first (the parent) wins, so that what is kept is always a tree.
 
+    The root is node 0; the children of the i-th node that was expanded follow as nodes `1 + i * top_k` on. So parents and
+    depths are known by place.
+
     Args:
         root (`torch.LongTensor` of shape `[B, 1]`): the last accepted token.
         top_k (`int`): branches per node, and nodes expanded per level.
         calibrate (`Callable`, *optional*): path probabilities `[B, M]` and their depth -> chances of acceptance
             `[B, M]`, by which the best nodes are then kept.
+
+    Attributes:
+        scores (`torch.FloatTensor` of shape `[B, W]`): log path probabilities of the nodes to expand next.
     """
 
     def __init__(
@@ -74,101 +86,127 @@ class DraftTreeBuilder:
         top_k: int,
         calibrate: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     ):
-        self.root = root
         self.top_k = top_k
-        self._tokens = [root]
-        self._parents = [torch.full_like(root, -1)]
-        self._depths = [torch.zeros_like(root)]
-        self._scores = [torch.zeros(root.shape, dtype=torch.float32, device=root.device)]
+        self.scores = torch.zeros(root.shape, dtype=torch.float32, device=root.device)
+        self._tokens, self._scores = [root], [self.scores]
         self._calibrate = calibrate
-        self._chances = [torch.ones(root.shape, dtype=torch.float32, device=root.device)]
-        self._count = 1
-        self._level = 0
+        self._chances: list[torch.Tensor] = []  # of all stored nodes but the root
+        self._open_chances = torch.ones_like(self.scores)
+        self._sizes = [1]  # nodes stored at each depth
+        self._expanded: list[torch.Tensor] = []  # stored indices of the nodes that were expanded
+        self._open = torch.zeros_like(root)  # and of those to expand next
+        self._before, self._parent = self.scores, self._open  # scores or chances before, and which are the parents'
 
     @property
     def num_levels(self) -> int:
-        return self._level
+        return len(self._sizes) - 1
 
-    def add_level(self, tokens: torch.Tensor, log_probs: torch.Tensor, parents: torch.Tensor | None = None):
-        """Stores the children of the nodes expanded last.
+    def add_level(self, tokens: torch.Tensor, log_probs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Stores the children of the nodes that are expanded: of the root, then of those that the last call returned.
 
         Args:
             tokens (`torch.LongTensor` of shape `[B, W, top_k]`): children of W expanded nodes.
             log_probs (`torch.FloatTensor` of shape `[B, W, top_k]`): log q of each child.
-            parents (`torch.LongTensor` of shape `[B, W]`, *optional*): stored indices of those nodes, as the previous
-                call returned them; None for the root.
 
         Returns:
             `tuple`: of the `top_k` best new nodes, each `[B, top_k]`: their tokens, their stored indices, and which of
             the W expanded nodes is the parent.
         """
-        batch, width, branches = tokens.shape
-        if parents is None:
-            parents = torch.zeros(batch, width, dtype=torch.long, device=tokens.device)
-        all_scores = torch.cat(self._scores, dim=1)  # [B, stored]
+        branches = tokens.shape[2]
         # NaN, of a drafter whose float16 overflows, sorts before everything: a child would be kept without its parent.
-        log_probs = log_probs.float().nan_to_num(nan=-torch.inf, neginf=-torch.inf).clamp(max=0.0)
-        scores = all_scores.gather(1, parents)[..., None] + log_probs  # [B, W, top_k]
-        scores, tokens = scores.flatten(1), tokens.flatten(1)  # [B, W * top_k]
-        self._level += 1
+        log_probs = log_probs.nan_to_num(nan=-torch.inf, posinf=0.0, neginf=-torch.inf).clamp(max=0.0)
+        scores = (self.scores[..., None] + log_probs).flatten(1)  # [B, W * top_k]
+        tokens = tokens.flatten(1)  # [B, W * top_k]
+        best, order = scores.sort(dim=1, descending=True, stable=True)
+        before, order = self.scores, order[:, : self.top_k]
+        self.scores = best[:, : self.top_k]
+        parent = order // branches
+        self._expanded.append(self._open)
+        self._before, self._parent = (before if self._calibrate is None else self._open_chances), parent
+        self._open = order + sum(self._sizes)
+        self._sizes.append(tokens.shape[1])
         self._tokens.append(tokens)
         self._scores.append(scores)
-        self._parents.append(parents.repeat_interleave(branches, dim=1))
-        self._depths.append(torch.full_like(tokens, self._level))
         if self._calibrate is not None:
             # A child is accepted after its parent only: the bound also keeps what is kept a tree.
-            bound = self.chances(parents).repeat_interleave(branches, dim=1)  # [B, W * top_k]
-            self._chances.append(torch.minimum(self._calibrate(scores.exp(), self._level), bound))
-        order = scores.argsort(dim=1, descending=True, stable=True)[:, : self.top_k]  # [B, top_k]
-        stored = order + self._count
-        self._count += tokens.shape[1]
-        return tokens.gather(1, order), stored, order // branches
+            chances = self._calibrate(scores.exp(), self.num_levels).unflatten(1, (-1, branches))
+            chances = torch.minimum(chances, self._open_chances[..., None]).flatten(1)  # [B, W * top_k]
+            self._chances.append(chances)
+            self._open_chances = chances.gather(1, order)
+        return tokens.gather(1, order), self._open, parent
 
-    def path_probabilities(self, stored: torch.Tensor) -> torch.Tensor:
-        """Drafted probability of the path to stored nodes, `[B, W]` for `[B, W]` indices."""
-        return torch.cat(self._scores, dim=1).gather(1, stored).exp()
+    @property
+    def open_chances(self) -> torch.Tensor:
+        """Chances of acceptance of the nodes to expand next, `[B, W]`."""
+        return self.scores.exp() if self._calibrate is None else self._open_chances
 
-    def chances(self, stored: torch.Tensor | None = None) -> torch.Tensor:
-        """Calibrated chances of acceptance of stored nodes, `[B, W]` for `[B, W]` indices; None: all but the root."""
-        if self._calibrate is None:
-            return torch.cat(self._scores[1:], dim=1).exp() if stored is None else self.path_probabilities(stored)
-        return torch.cat(self._chances[1:], 1) if stored is None else torch.cat(self._chances, 1).gather(1, stored)
+    @property
+    def parent_chances(self) -> torch.Tensor:
+        """Chances of acceptance of their parents, `[B, W]`."""
+        chances = self._before.exp() if self._calibrate is None else self._before
+        return chances.gather(1, self._parent)
+
+    def chances(self) -> torch.Tensor:
+        """Chances of acceptance of all stored nodes but the root, `[B, M]`: calibrated, or as drafted."""
+        return torch.cat(self._chances, 1) if self._chances else torch.cat(self._scores[1:], dim=1).exp()
 
     def build(self, total_tokens: int) -> DraftTree:
         """The tree of the best `total_tokens` nodes, root included (fewer if fewer were stored)."""
-        tokens, parents = torch.cat(self._tokens, dim=1), torch.cat(self._parents, dim=1)
-        depths, scores = torch.cat(self._depths, dim=1), torch.cat(self._scores, dim=1)
-        ranks = scores[:, 1:] if self._calibrate is None else self.chances()
-        best = ranks.argsort(dim=1, descending=True, stable=True)[:, : total_tokens - 1] + 1
-        # Back into stored order, in which parents precede children; the root in front.
-        kept = torch.cat([torch.zeros_like(self.root), best.sort(dim=1).values], dim=1)  # [B, N]
-        batch, count = kept.shape
-        new_index = torch.zeros_like(tokens).scatter(
-            1, kept, torch.arange(count, device=kept.device).expand(batch, -1)
-        )
-        old_parents = parents.gather(1, kept)
-        new_parents = new_index.gather(1, old_parents.clamp(min=0)).masked_fill(old_parents < 0, -1)
+        tokens, scores = torch.cat(self._tokens, dim=1), torch.cat(self._scores, dim=1)
+        ranks = torch.cat([torch.ones_like(self._scores[0]), *self._chances], dim=1) if self._chances else scores
+        best = ranks.argsort(dim=1, descending=True, stable=True)[
+            :, :total_tokens
+        ]  # the root is the first of the best
+        kept = best.sort(dim=1).values  # [B, N]: back into stored order, in which parents precede children
+        depths, expander = _places(self.top_k, tuple(self._sizes), kept.device)
+        stored_parents = torch.cat(self._expanded, dim=1).gather(1, expander[kept])
+        parents = torch.searchsorted(kept, stored_parents)  # the indices that they have now
+        parents[:, 0] = -1
         return DraftTree(
             tokens=tokens.gather(1, kept),
-            parents=new_parents,
-            depths=depths.gather(1, kept),
+            parents=parents,
+            depths=depths[kept],
             scores=scores.gather(1, kept),
-            ancestors=ancestors_of(new_parents, self._level),
+            ancestors=ancestors_of(parents, self.num_levels),
         )
+
+
+@cache
+def _places(top_k: int, sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Depth of the node stored at each place, and which of the expanded nodes is its parent (the root's: any)."""
+    depths = [depth for depth, size in enumerate(sizes) for _ in range(size)]
+    return (
+        torch.tensor(depths, device=device),
+        torch.tensor([max(place - 1, 0) // top_k for place in range(len(depths))], device=device),
+    )
 
 
 def ancestors_of(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
     """Ancestor-or-self matrix `[B, N, N]` of `[B, N]` parents (root: -1), by repeated squaring of the parent step."""
-    count = parents.shape[1]
-    reach = torch.eye(count, dtype=torch.float32, device=parents.device).expand(parents.shape[0], -1, -1).clone()
-    hop = torch.zeros_like(reach).scatter_(2, parents.clamp(min=0)[..., None], 1.0)
-    hop[:, 0] = 0.0  # the root has no parent
-    reach = reach + hop
+    order, itself = _order(parents.shape[1], parents.device)
+    reach = itself + (parents[..., None] == order)  # the root's -1 is nobody's index
     steps = 1
     while steps < max_depth:
-        reach = (reach @ reach).clamp(max=1.0)
+        reach = reach @ reach  # counts of ways, exact in float32
         steps *= 2
     return reach > 0
+
+
+@cache
+def _chain(batch: int, count: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Parents, depths, scores and ancestors of a chain of unknown chances."""
+    order, _ = _order(count, device)
+    return (
+        (order - 1).expand(batch, count),
+        order.expand(batch, count),
+        torch.zeros(batch, count, device=device),
+        (order <= order[:, None]).expand(batch, count, count),
+    )
+
+
+@cache
+def _order(count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.arange(count, device=device), torch.eye(count, device=device)
 
 
 __all__ = ["DraftTree", "DraftTreeBuilder", "ancestors_of"]

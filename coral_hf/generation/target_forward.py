@@ -1,13 +1,14 @@
 """The target's side of the decode loop: the prefill, and one forward per draft tree."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..utils.compat import cache_kwarg, cache_of
+from .attention.verifying import replaces_attention, verifying
 from .draft_tree import DraftTree
 from .key_values.dynamic import compact_cache, tree_attention_mask
 from .key_values.paths import layer_kinds, rope_limits
@@ -41,6 +42,7 @@ class TargetForward:
         self.device = target.get_input_embeddings().weight.device
         self.position_offset: Any = -self.num_padding
         self._in_store: StoreForward | None = None
+        self._replaces_attention = replaces_attention(target)
         self._offsets: list[int] | None = None  # of the rows of the store: positions that do not begin with 0
         self._positions: torch.Tensor | None = None  # of the prompts
         self.rope_limits = rope_limits(target.config.get_text_config())
@@ -152,15 +154,17 @@ class TargetForward:
             )
             if cache_of(inputs) is None:
                 return self._restart(input_ids)
-        return self.target(
-            input_ids=tree.tokens.to(self.device),
-            position_ids=tree.depths.to(self.device) + (prefix_length + self.position_offset),
-            attention_mask=self._attention_mask(tree, prefix_length),
-            use_cache=True,
-            output_hidden_states=self.hidden_states,
-            return_dict=True,
-            **cache_kwarg(self.cache),
-        )
+        whole = [kind == "full_attention" and self.mask is None for kind in layer_kinds(self.target)]
+        with verifying(self.target, whole) if self._replaces_attention and not tree.is_chain else nullcontext():
+            return self.target(
+                input_ids=tree.tokens.to(self.device),
+                position_ids=tree.depths.to(self.device) + (prefix_length + self.position_offset),
+                attention_mask=self._attention_mask(tree, prefix_length),
+                use_cache=True,
+                output_hidden_states=self.hidden_states,
+                return_dict=True,
+                **cache_kwarg(self.cache),
+            )
 
     def _restart(self, input_ids: torch.Tensor) -> Any:
         """Reads the whole text again, as Phi-3 and PhiMoE do with the first token beyond their short RoPE factors."""

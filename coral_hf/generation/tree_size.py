@@ -179,9 +179,21 @@ class TreeSizeRule:
         Returns:
             `torch.BoolTensor` of shape `[B]`.
         """
+        return self.weigh(chances, open_chances, parent_chances, levels)[1]
+
+    def weigh(
+        self, chances: torch.Tensor, open_chances: torch.Tensor, parent_chances: torch.Tensor, levels: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The size that pays best now, as [`best_size`] says it, and whether a further level does, as [`repays_level`] says it."""
         kept = (open_chances[:, :1] / parent_chances[:, :1].clamp(min=1e-9)).clamp(max=1)  # [B, 1]
         expected = torch.cat([chances, open_chances * kept], dim=1)
-        return self.best_size(expected, levels + 1)[1] > self.best_size(chances, levels)[1]
+        size, speed = self.best_size(chances, levels)
+        return size, self.best_size(expected, levels + 1)[1] > speed
+
+    @staticmethod
+    def asks(levels: int) -> bool:
+        """Whether it is asked after so many levels if another one pays: the host waits for each answer, so after every other."""
+        return levels % 2 == 1
 
 
 def smooth_times(measured: dict[int, float], count: int) -> tuple[float, ...]:

@@ -57,9 +57,9 @@ def right_when_active(monkeypatch, continuation):
     original_logits, original_propose = DraftHead._active_logits, CoralCandidateGenerator.propose
     place = {}
 
-    def propose(self, input_ids, features, max_depth=None):
+    def propose(self, input_ids, *rest):
         place["next"] = input_ids.shape[1]
-        return original_propose(self, input_ids, features, max_depth)
+        return original_propose(self, input_ids, *rest)
 
     def active_logits(self, hidden, weights):
         logits, groups, normalizer = original_logits(self, hidden, weights)

@@ -30,10 +30,10 @@ def textual_oracle(answers: list[torch.Tensor]):
     original_logits, original_propose = DraftHead._active_logits, CoralCandidateGenerator.propose
     place = {}
 
-    def propose(self, input_ids, features, max_depth=None):
+    def propose(self, input_ids, *rest):
         same = [row for row in answers if torch.equal(row[:, : input_ids.shape[1]], input_ids)]
         place["next"], place["row"] = input_ids.shape[1], same[0][0]
-        return original_propose(self, input_ids, features, max_depth)
+        return original_propose(self, input_ids, *rest)
 
     def logits(self, hidden, weights):
         generator = torch.Generator().manual_seed(place["next"])

@@ -73,9 +73,9 @@ def test_masks(tree, padding, length, window):
 def test_built_trees(data, top_k, depth):
     """Kept are the best nodes by path score; every parent is kept, and stands before its children."""
     builder = DraftTreeBuilder(torch.tensor([[0]]), top_k)
-    table, stored = {0: (0.0, None)}, None  # stored index -> score, parent
+    table = {0: (0.0, None)}  # stored index -> score, parent
     frontier = [0]
-    for level in range(depth):
+    for _ in range(depth):
         # eighths add up without rounding, and make ties
         drawn = st.integers(-16, 0).map(lambda number: number / 8)
         log_q = data.draw(st.lists(drawn, min_size=len(frontier) * top_k, max_size=len(frontier) * top_k))
@@ -85,9 +85,7 @@ def test_built_trees(data, top_k, depth):
                 table[first + count] = (table[parent][0] + log_q[count], parent)
                 count += 1
         tokens = torch.arange(first, first + count).view(1, len(frontier), top_k)
-        chosen, stored, _ = builder.add_level(
-            tokens, torch.tensor(log_q).view(1, len(frontier), top_k), None if level == 0 else stored
-        )
+        chosen, stored, _ = builder.add_level(tokens, torch.tensor(log_q).view(1, len(frontier), top_k))
         new = range(first, first + count)
         frontier = sorted(new, key=lambda node: (-table[node][0], node))[:top_k]
         assert chosen[0].tolist() == stored[0].tolist() == frontier

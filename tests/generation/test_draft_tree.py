@@ -27,7 +27,7 @@ def test_tree_by_hand():
     tokens, stored, parent = builder.add_level(torch.tensor([[[10, 11]]]), torch.tensor([[[-0.1, -1.0]]]))
     assert (tokens.tolist(), stored.tolist(), parent.tolist()) == ([[10, 11]], [[1, 2]], [[0, 0]])
     tokens, stored, parent = builder.add_level(
-        torch.tensor([[[12, 13], [14, 15]]]), torch.tensor([[[-0.2, -2.0], [-0.2, -3.0]]]), parents=stored
+        torch.tensor([[[12, 13], [14, 15]]]), torch.tensor([[[-0.2, -2.0], [-0.2, -3.0]]])
     )
     # the best two of level 2: c under a, e under b
     assert (tokens.tolist(), stored.tolist(), parent.tolist()) == ([[12, 14]], [[3, 5]], [[0, 1]])
@@ -44,10 +44,8 @@ def test_tree_by_hand():
 def test_a_certain_child_never_displaces_its_parent():
     """q = 1 gives a child its parent's score: the parent must win the tie."""
     builder = DraftTreeBuilder(torch.tensor([[7]]), top_k=2)
-    _, stored, _ = builder.add_level(torch.tensor([[[10, 11]]]), torch.tensor([[[-1.0, -1.0]]]))
-    _, stored, _ = builder.add_level(
-        torch.tensor([[[12, 13], [14, 15]]]), torch.tensor([[[0.0, -9.0], [0.0, -9.0]]]), parents=stored
-    )
+    builder.add_level(torch.tensor([[[10, 11]]]), torch.tensor([[[-1.0, -1.0]]]))
+    builder.add_level(torch.tensor([[[12, 13], [14, 15]]]), torch.tensor([[[0.0, -9.0], [0.0, -9.0]]]))
     tree = builder.build(total_tokens=2)
     assert tree.tokens.tolist() == [[7, 10]]
 
@@ -58,7 +56,7 @@ def test_what_is_kept_is_a_tree_whatever_the_drafter_says(seed, calibrate):
     """NaN and infinities of an overflow, and log q above 0: every kept node hangs on its own parent."""
     generator = torch.Generator().manual_seed(seed)
     odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-3, 0.0])
-    builder, stored, parents = DraftTreeBuilder(torch.tensor([[0]]), 3, calibrate), None, {}
+    builder, parents = DraftTreeBuilder(torch.tensor([[0]]), 3, calibrate), {}
     frontier, next_token = [0], 1
     for _ in range(4):
         log_q = -torch.rand(1, len(frontier), 3, generator=generator)
@@ -67,7 +65,7 @@ def test_what_is_kept_is_a_tree_whatever_the_drafter_says(seed, calibrate):
         tokens = torch.arange(next_token, next_token + log_q.numel()).view_as(log_q)
         next_token += log_q.numel()
         parents |= {int(child): token for row, token in zip(tokens[0], frontier, strict=True) for child in row}
-        chosen, stored, _ = builder.add_level(tokens, log_q, parents=stored)
+        chosen, _, _ = builder.add_level(tokens, log_q)
         frontier = chosen[0].tolist()
     for total in range(2, 14):
         tree = builder.build(total)
@@ -85,7 +83,7 @@ def test_random_trees_against_a_slow_reference(seed):
     total = min(2 + seed, DraftSettings(draft_depth=depth, draft_top_k=top_k).max_total_tokens)
     builder = DraftTreeBuilder(torch.tensor([[0]]), top_k)
     stored_paths, scores = [()], {(): 0.0}
-    frontier, stored = [()], None
+    frontier = [()]
     next_token = 1
     for _ in range(depth):
         log_q = -torch.rand(1, len(frontier), top_k, generator=generator)
@@ -98,7 +96,7 @@ def test_random_trees_against_a_slow_reference(seed):
                 scores[child] = scores[path] + float(log_q[0, row, column])
                 level.append(child)
         stored_paths += level
-        chosen, stored, _ = builder.add_level(tokens, log_q, parents=stored)
+        chosen, _, _ = builder.add_level(tokens, log_q)
         frontier = sorted(level, key=lambda path: -scores[path])[:top_k]
         assert chosen[0].tolist() == [path[-1] for path in frontier]
     tree = builder.build(total)

@@ -187,7 +187,9 @@ def test_the_stock_loop_refuses_a_prefilled_cache(target):
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
 def test_attention_without_tree_masks_is_refused(target, attention):
+    """FlashAttention's is replaced while trees are verified, but not where it caps the scores."""
     target.config._attn_implementation = attention  # set on the config: the kernels need not be installed
+    target.config.attn_logit_softcapping = 30.0
     assert_refused(target, make_drafter(target), TREES["tree16"], "sdpa.*draft_top_k=1")
 
 

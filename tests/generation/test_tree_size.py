@@ -115,10 +115,9 @@ def test_a_calibrated_tree_is_a_tree():
     wild = Calibration([[0.0] * 7 + [0.1], [0.0] + [0.9] * 7])
     generator = torch.Generator().manual_seed(1)
     builder = DraftTreeBuilder(torch.tensor([[7]]), 3, wild)
-    stored = None
     for width in (1, 3, 3):
         log_q = torch.randn(1, width, 3, generator=generator).log_softmax(-1)
-        _, stored, _ = builder.add_level(torch.randint(9, (1, width, 3), generator=generator), log_q, stored)
+        builder.add_level(torch.randint(9, (1, width, 3), generator=generator), log_q)
     assert builder.num_levels == 3 and builder.chances().max() <= 0.1
     for total in range(2, 22):
         tree = builder.build(total)

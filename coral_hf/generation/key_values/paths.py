@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..attention.verifying import replaces_attention
 
-ATTENTION_WITH_TREES = ("sdpa", "eager")
+
 LAYERS_IN_STORE = ("full_attention", "sliding_attention")
 
 
@@ -43,6 +44,13 @@ def rope_limits(config: Any) -> list[tuple[int, bool]]:
     return limits
 
 
+def takes_tree_masks(target: PreTrainedModel) -> bool:
+    """Whether the target's attention, or what replaces it while drafts are verified, knows a mask of a tree's shape."""
+    if target.config.get_text_config()._attn_implementation in ("sdpa", "eager"):
+        return True
+    return replaces_attention(target)
+
+
 def tree_obstacle(target: PreTrainedModel) -> str | None:
     """Why a tree's positions do not reach this target's attention; None if they do."""
     config = target.config.get_text_config()
@@ -62,7 +70,7 @@ def _encoder_decoder(target: PreTrainedModel) -> str | None:
 
 def _attention(target: PreTrainedModel) -> str | None:
     attention = target.config.get_text_config()._attn_implementation
-    if attention in ATTENTION_WITH_TREES:
+    if takes_tree_masks(target):
         return None
     return f'attn_implementation={attention!r} takes no mask per row (load it with attn_implementation="sdpa")'
 
@@ -95,7 +103,7 @@ def _several_devices(target: PreTrainedModel) -> str | None:
 # What of a target the store cannot hold, as the docs list it -> what that is in this one.
 OF_TARGETS: dict[str, Callable[[PreTrainedModel], str | None]] = {
     "an encoder of their own (encoder-decoders)": _encoder_decoder,
-    "attention other than `sdpa` and `eager`": _attention,
+    "attention other than `sdpa`, `eager` and FlashAttention without soft-cap or sinks": _attention,
     "layers other than full and sliding attention (recurrent, convolutional, chunked)": _other_layers,
     "layers that read the keys of others (Gemma 4 and 3n)": _shared_layers,
     "layers that attend to something else than the text (Llama 3.2 Vision)": _cross_attention,
@@ -162,13 +170,13 @@ def store_obstacle(target: PreTrainedModel, cache: Cache, mask: torch.Tensor | N
 
 
 __all__ = [
-    "ATTENTION_WITH_TREES",
     "OF_CALLS",
     "OF_TARGETS",
     "layer_kinds",
     "layer_windows",
     "rope_limits",
     "store_obstacle",
+    "takes_tree_masks",
     "target_obstacle",
     "tree_obstacle",
 ]

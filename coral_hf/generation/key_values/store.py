@@ -23,6 +23,15 @@ class _Kind:
         self.buffers: list[
             torch.Tensor
         ] = []  # each [entries, rows, heads, places, d]; an entry is a layer's keys or values
+        # of each buffer, by entry: what the next forward writes and what it reads, where rows are as long as each other
+        self.written: list[tuple[torch.Tensor, ...]] = []
+        self.held: list[tuple[torch.Tensor, ...]] = []
+
+    def view(self, rows: int, start: int, end: int) -> None:
+        """Makes the views of all layers at once: places `start` to `end` are written, those before them are read as well."""
+        live = [buffer[:, :rows] for buffer in self.buffers]
+        self.written = [buffer[..., start - self.base : end - self.base, :].unbind(0) for buffer in live]
+        self.held = [buffer[..., : end - self.base, :].unbind(0) for buffer in live]
 
 
 class _StoreLayer(CacheLayerMixin):
@@ -46,12 +55,11 @@ class _StoreLayer(CacheLayerMixin):
         """Writes `[n, heads, T, d]` behind each row's end and returns all that the rows hold, `[n, heads, places, d]`."""
         store, base = self.store, self.kind.base
         buffer, entry = self.entries[side]
-        held = self.kind.buffers[buffer][entry]
         if store.places is None:
-            start = store.lengths[0] - base
-            held[: store.num_rows, :, start : start + states.shape[2]] = states
-        else:
-            held[store.row_index, :, store.places - base] = states.transpose(1, 2)  # [n, T, heads, d]
+            self.kind.written[buffer][entry].copy_(states)
+            return self.kind.held[buffer][entry]
+        held = self.kind.buffers[buffer][entry]
+        held[store.row_index, :, store.places - base] = states.transpose(1, 2)  # [n, T, heads, d]
         return held[: store.num_rows, :, : store.end - base]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -167,6 +175,9 @@ class KeyValueStore(Cache):
             rows = torch.tensor([list(range(self.num_rows)), lengths], device=device)
             self.row_index = rows[0, :, None]
             self.places = rows[1, :, None] + torch.arange(count, device=device)
+            return
+        for kind in self.kinds.values():
+            kind.view(self.num_rows, lengths[0], self.end)
 
     def masks(self, tree: DraftTree) -> dict[int | None, torch.Tensor]:
         """What each node of each row may attend to, after [`begin`]: `[n, 1, N, places]` for every window."""
@@ -175,6 +186,16 @@ class KeyValueStore(Cache):
             window: tree_attention_mask(tree, prefix, self.end - kind.base, kind.base, window)
             for window, kind in self.kinds.items()
         }
+
+    def whole(self) -> list[bool]:
+        """Of each layer, after [`begin`], whether all nodes of each row see all that stands before them."""
+        if self.places is not None:
+            return [False] * len(self.layers)
+        sees = {
+            window: window is None or self.end - kind.base <= window  # if all nodes are a chain
+            for window, kind in self.kinds.items()
+        }
+        return [sees[layer.kind.window] for layer in self.layers]
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps of what the last forward wrote each row's accepted nodes, root first; the rest is overwritten later.

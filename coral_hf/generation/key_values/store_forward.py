@@ -1,11 +1,13 @@
 """Forward passes of the target over the key-value store: the draft trees of all live rows at once."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ...utils.compat import cache_kwarg
+from ..attention.verifying import replaces_attention, verifying
 from ..draft_tree import DraftTree
 from .paths import layer_kinds, layer_windows
 from .store import KeyValueStore
@@ -26,6 +28,7 @@ class StoreForward:
         self.kinds = dict(zip(layer_kinds(target), windows, strict=True))
         self.store = KeyValueStore(windows, capacity, rolling)
         self.device = target.get_input_embeddings().weight.device
+        self.replaces_attention = replaces_attention(target)
 
     def run(self, tree: DraftTree, offsets: list[int] | None = None, most: int | None = None, **kwargs: Any) -> Any:
         """One forward over the nodes `[n, N]` of every live row, behind what the row holds.
@@ -43,15 +46,16 @@ class StoreForward:
             positions = tree.depths.to(self.device) + starts[0]
         else:
             positions = tree.depths.to(self.device) + torch.tensor(starts, device=self.device)[:, None]
-        return self.target(
-            input_ids=tree.tokens.to(self.device),
-            position_ids=positions if most is None else positions.clamp(max=most - 1 + max(offsets or [0])),
-            attention_mask=self.by_kind(store.masks(tree)),
-            use_cache=True,
-            return_dict=True,
-            **cache_kwarg(store),
-            **kwargs,
-        )
+        with verifying(self.target, store.whole()) if self.replaces_attention else nullcontext():
+            return self.target(
+                input_ids=tree.tokens.to(self.device),
+                position_ids=positions if most is None else positions.clamp(max=most - 1 + max(offsets or [0])),
+                attention_mask=self.by_kind(store.masks(tree)),
+                use_cache=True,
+                return_dict=True,
+                **cache_kwarg(store),
+                **kwargs,
+            )
 
     def by_kind(self, masks: dict[int | None, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
         """Masks by window -> as the target takes them: one, or by the kind of layer where there are several."""
@@ -61,13 +65,10 @@ class StoreForward:
 
 
 def as_added(mask: torch.Tensor, target: PreTrainedModel) -> torch.Tensor:
-    """A bool mask as the target's attention takes it.
+    """A bool mask as the target's attention takes it: what is added to the scores.
 
-    `eager` adds its mask to the scores: a bool one would be silently wrong. `sdpa` takes either; on a CPU it would turn a
-    bool mask into this in every layer.
+    `eager` takes nothing else: a bool mask would be silently wrong. On a CPU sdpa makes this of it, in every layer.
     """
-    if target.config.get_text_config()._attn_implementation != "eager" and mask.device.type != "cpu":
-        return mask
     dtype = target.dtype
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 

@@ -1,0 +1,182 @@
+"""Drafts the levels of a tree, or the tokens of a chain, behind the true rows of a drafter's cache."""
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..drafter.draft_head import DraftHead
+from ..drafter.draft_layer import DraftKeyValues
+from ..drafter.target_adapter import TargetAdapter, placed
+from .draft_tree import DraftTree, DraftTreeBuilder
+from .settings import DraftSettings
+from .tree_size import DraftCosts, TreeSizeRule, calibration_of
+
+
+_BLOCK = 512  # positions that a rotary table grows by
+
+
+class RotaryTable:
+    """What a drafter's rows are turned by, of all positions that a text has reached: made in blocks, then only looked up.
+
+    Args:
+        drafter ([`CoralDraftModel`])
+    """
+
+    def __init__(self, drafter: Any):
+        self.drafter = drafter
+        self._like = next(drafter.parameters())  # device and dtype
+        self._factors: tuple[torch.Tensor, ...] = ()  # cosines and sines, [1, 1, positions, d]
+        self._size = 0
+
+    def _reserve(self, end: int) -> None:
+        if end > self._size:
+            self._size = -(-max(end, 2 * self._size) // _BLOCK) * _BLOCK
+            positions = torch.arange(self._size, device=self._like.device)[None]
+            self._factors = self.drafter.rotary(positions, self._like)
+
+    def rows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of `count` positions in a row: views `[1, 1, count, d]`."""
+        self._reserve(first + count)
+        cosines, sines = self._factors
+        return cosines[:, :, first : first + count], sines[:, :, first : first + count]
+
+    def at(self, positions: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of positions `[B, T]`, which are below `end`: `[B, 1, T, d]`."""
+        self._reserve(end)
+        cosines, sines = (factors[0, 0, positions][:, None] for factors in self._factors)
+        return cosines, sines
+
+
+class LevelDrafter:
+    """Drafts from the last true row; what it writes to the cache is overwritten at the next step.
+
+    Args:
+        drafter ([`CoralDraftModel`]), adapter ([`TargetAdapter`]), head ([`DraftHead`]), settings ([`DraftSettings`])
+        costs ([`DraftCosts`], *optional*): for `draft_cost_aware`.
+    """
+
+    def __init__(
+        self,
+        drafter: Any,
+        adapter: TargetAdapter,
+        head: DraftHead,
+        settings: DraftSettings,
+        costs: DraftCosts | None = None,
+    ):
+        self.drafter, self.adapter, self.head, self.settings = drafter, adapter, head, settings
+        parameter = next(drafter.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.rule = self.calibration = None
+        if settings.draft_cost_aware:
+            if costs is None:
+                raise ValueError("draft_cost_aware=True needs costs: pass those of cost_measurement.draft_costs().")
+            self.rule = TreeSizeRule(costs, settings.draft_total_tokens)
+            self.calibration = calibration_of(drafter.config)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings `[B, T, H]` of ids `[B, T]` as the drafter reads them."""
+        return placed(self.adapter.embed(ids), self.device, self.dtype)
+
+    def draft(
+        self,
+        root: torch.Tensor,
+        hidden: torch.Tensor,
+        feature: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: DraftKeyValues,
+        filled: torch.Tensor | None,
+        depth: int,
+    ) -> DraftTree:
+        """A tree, or a chain, of at most `depth` levels.
+
+        Args:
+            root (`torch.LongTensor` of shape `[B, 1]`)
+            hidden (`torch.Tensor` of shape `[B, 1, H]`), feature (`torch.Tensor` of shape `[B, 1, H]`): the last true row's
+                input of the head, and what it feeds back.
+            rotary (`tuple` of `torch.Tensor` of shape `[B or 1, 1, depth, d]`): of the positions of the levels.
+            cache ([`DraftKeyValues`])
+            filled (`torch.BoolTensor` of shape `[B, length]`, *optional*): slots that hold a true row; None: all.
+            depth (`int`): at least 1.
+        """
+        # one view for each level, at once
+        levels = list(zip(*(factors.split(1, dim=2) for factors in rotary), strict=True))
+        if self.settings.is_chain and self.rule is None:
+            return self._chain(root, hidden, feature, levels, cache, filled, depth)
+        return self._tree(root, hidden, feature, levels, cache, filled, depth)
+
+    def _chain(self, root, hidden, feature, levels, cache, filled, depth: int) -> DraftTree:
+        tokens, mask = [root], None
+        for step in range(depth):
+            token = placed(self.head.argmax(hidden), root.device)  # [B, 1]
+            tokens.append(token)
+            if step + 1 < depth:
+                if filled is not None:
+                    mask = torch.nn.functional.pad(filled, (0, step + 1), value=True)[:, None, None]
+                slot = cache.length + step
+                hidden, feature = self.drafter.draft(self.embed(token), feature, None, cache, slot, mask, levels[step])
+        return DraftTree.chain(torch.cat(tokens, dim=1))
+
+    def _tree(self, root, hidden, feature, levels, cache, filled, depth: int) -> DraftTree:
+        top_k, length, batch = self.settings.draft_top_k, cache.length, root.shape[0]
+        builder = DraftTreeBuilder(root, top_k, self.calibration)
+        tokens, _, parent = builder.add_level(*self._children(hidden, root.device, builder))
+        feature = feature.expand(batch, top_k, -1)  # of each expanded node's parent
+        itself = _only_itself(top_k, batch, self.dtype, self.device)
+        # added to the scores of each expanded node: which true rows and which scratch slots it sees
+        seen = torch.zeros(batch, top_k, length, dtype=self.dtype, device=self.device)
+        if filled is not None:
+            seen = seen.masked_fill(~filled[:, None], -torch.inf)
+        size = None
+        for step in range(depth - 1):
+            if self.rule is not None and self.rule.asks(builder.num_levels):
+                size = self._enough(self.rule, builder)
+                if size is not None:
+                    break
+            seen = torch.cat([seen, itself], dim=-1)  # [B, top_k, length + scratch]
+            slot = length + step * top_k
+            hidden, feature = self.drafter.draft(
+                self.embed(tokens), feature, None, cache, slot, seen[:, None], levels[step]
+            )
+            tokens, _, parent = builder.add_level(*self._children(hidden, root.device, builder))
+            if step + 2 < depth:
+                # each new node inherits from the expanded node that is its parent
+                parent = placed(parent, self.device)
+                seen, feature = _rows(seen, parent), _rows(feature, parent)
+        if self.rule is None:
+            return builder.build(self.settings.draft_total_tokens)
+        if size is None:
+            size = int(self.rule.best_size(builder.chances(), builder.num_levels)[0].max())
+        tree = builder.build(size)
+        # one branch a node: a chain, for every attention and cache
+        return DraftTree.chain(tree.tokens, tree.scores) if self.settings.is_chain else tree
+
+    def _children(self, hidden, device, builder: DraftTreeBuilder) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `top_k` likeliest next tokens of each row: ids and log q, both `[B, W, top_k]`."""
+        # a choice of groups that rows share is made by their path probabilities
+        weights = None if self.head.router is None or hidden.shape[1] == 1 else builder.scores.exp()
+        tokens, log_probs = self.head.top_k(hidden, self.settings.draft_top_k, weights)
+        return placed(tokens, device), placed(log_probs, device)
+
+    def _enough(self, rule: TreeSizeRule, builder: DraftTreeBuilder) -> int | None:
+        """The nodes to verify, of the row that wants the most, if no row gains by another level; what the host waits for."""
+        chances = builder.chances(), builder.open_chances, builder.parent_chances
+        sizes, more = torch.stack(rule.weigh(*chances, levels=builder.num_levels)).tolist()
+        return None if any(more) else max(sizes)
+
+
+def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Of `[B, W, ...]` the rows at `[B, W]`."""
+    if len(index) == 1:
+        return x.index_select(1, index[0])
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+@cache
+def _only_itself(count: int, batch: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """0 where a node of a level meets itself, -inf where it meets another, `[B, count, count]`."""
+    others = ~torch.eye(count, dtype=torch.bool, device=device)
+    return torch.zeros(batch, count, count, dtype=dtype, device=device).masked_fill(others, -torch.inf)
+
+
+__all__ = ["LevelDrafter", "RotaryTable"]
