@@ -84,7 +84,7 @@ def write_self_prompts(
             longest = max_tokens or (_LONGEST_BEGINNING if end is None else _LONGEST_PROMPT)
             common = {"source": "self", "seed": seed, "temperature": TEMPERATURE, **origin.columns}
             keeper = _Keeper(output, rows, count, tokenizer, stop_ids, end, common, evaluation, progress)
-            cache = SlotCache(target, max(1, min(slots, count)), len(start) + longest)
+            cache = SlotCache(target, max(1, min(slots, count)))
             try:
                 queue: Any = _Starts(start, keeper, _ATTEMPTS * (count - len(rows)))
                 sampler = TokenSampler(TEMPERATURE, seed + 1_000_003 * len(rows), target.device)
