@@ -53,7 +53,10 @@ def test_the_revision_is_measured(verb, digests, monkeypatch):
         (["--drafter_revision", "v2"], "v2"),
         (["--drafter-revision", "main"], "main"),
     ):
-        assert main([verb, *MEASURE, *sizes, "--dtype", "float32", "--drafter", "org/drafter", *given]) == 0
+        assert (
+            main([verb, *MEASURE, *sizes, "--dtype", "float32", "--drafter", "org/drafter", "--overwrite", *given])
+            == 0
+        )
         record = json.loads((Path("out") / RECORDS[verb]).read_text())
         assert (record["drafter"], record["drafter_sha256"]) == ("org/drafter", digests[branch])
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from coral_hf.cli import main
-from coral_hf.commands.making import plan, stages
+from coral_hf.commands.making import measuring, plan, stages
 from coral_hf.commands.making.plan import Plan, confirmed, prompts_within
 from coral_hf.commands.making.state import MakeState
 
@@ -20,8 +20,8 @@ def make(folder, monkeypatch):
     rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}"} for i in range(24)]
     (folder / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(stages, "LONGEST_ANSWER", 12)
-    monkeypatch.setattr(stages, "MEASURED_TOKENS", 8)
-    monkeypatch.setattr(stages, "CHECKED_TOKENS", 8)
+    monkeypatch.setattr(measuring, "MEASURED_TOKENS", 8)
+    monkeypatch.setattr(measuring, "CHECKED_TOKENS", 8)
     monkeypatch.setattr(plan, "MOST_PROMPTS", 2)
     return ["make", "--target", "target", "--dtype", "float32", "--data", "many.jsonl", "--output", "made"]
 
@@ -58,6 +58,29 @@ def test_from_prompts_to_a_card(make, folder, capsys, monkeypatch):
     assert main([*make, "--hours", "0.02", "--yes"]) == 0  # nothing is done twice
     assert capsys.readouterr().out.strip().splitlines() == told[-5:]
     assert {path: path.stat().st_mtime_ns for path in (folder / "made").rglob("*")} == before
+
+
+def test_without_data_the_target_writes_its_prompts(make, folder, capsys, monkeypatch):
+    """As many as its answers need, the first held out; here by a writer that stands in for a random target's babble."""
+
+    def write(target, tokenizer, count, output, **kwargs):
+        rows = [{"id": f"self-{number}", "turns": [f"w{number} w{number + 1}"]} for number in range(count)]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return rows
+
+    monkeypatch.setattr(stages, "write_self_prompts", write)
+    monkeypatch.setattr(stages, "HELD_OUT_PROMPTS", 4)
+    command = [word for word in make if word not in ("--data", "many.jsonl")]
+    assert main(command) == 2
+    assert "nothing says how many: give --hours or --tokens" in capsys.readouterr().err
+    assert main([*command, "--tokens", "300", "--yes"]) == 0
+    answers = (folder / "made" / "answers" / "responses.jsonl").read_text().splitlines()
+    held_out = (folder / "made" / "prompts" / "held_out.jsonl").read_text()
+    assert 300 <= stages_of(folder)["answers"]["response_tokens"] < 300 + 12 * 64
+    assert not {json.loads(line)["id"] for line in answers} & {
+        json.loads(line)["id"] for line in held_out.splitlines()
+    }
 
 
 @pytest.mark.slow

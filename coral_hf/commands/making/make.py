@@ -17,13 +17,16 @@ class MakeCommand(RenderingOptions, DataOptions):
     Examples:
         coral-hf make --target your/model --data prompts.jsonl --output outputs/made --hours 2
         coral-hf make --target your/model --data prompts.jsonl --output outputs/made --tokens 2000000 --yes
-        coral-hf make --target demo --data prompts.jsonl --output outputs/made --hours 0.5 --yes
+        coral-hf make --target demo --output outputs/made --hours 0.5 --yes
     """
 
     output: str = field(
         metadata={"aliases": ["--output_dir"], "help": "Folder for all stages; the drafter is in OUTPUT/drafter."}
     )
-    data: list[str] = field(metadata={"help": f"Prompts to answer and train on: {FORMATS_HELP}."})
+    data: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"Prompts to answer and train on: {FORMATS_HELP} (default: the target writes its own)."},
+    )
     hours: float | None = field(
         default=None,
         metadata={"help": "Time for everything, kept within a tenth (default: what data and recipe take)."},
@@ -49,6 +52,10 @@ class MakeCommand(RenderingOptions, DataOptions):
         for name in ("hours", "tokens"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"--{name} {value} must be above 0.")
+        if not self.data and self.hours is None and self.tokens is None:
+            raise ValueError(
+                "Without --data the target writes its prompts itself, and nothing says how many: give --hours or --tokens."
+            )
         require("rich")
         check_output_folder(self.output)
         if self.threads is not None:

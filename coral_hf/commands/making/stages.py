@@ -1,13 +1,10 @@
 """The stages of `coral-hf make`: each reads what the one before left in its folder, and notes what it found."""
 
-import contextlib
-import io
 import json
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +12,16 @@ from transformers import set_seed
 
 from ...data.dataset import read_rows
 from ...data.held_out import hold_out
-from ...data.prompts import Prompt, encode_first_turn, read_prompts
 from ...drafter.modeling_coral import CoralDraftModel
-from ...hub.model_card import write_card
-from ...hub.records import RECORD_FOLDER
 from ...responses.regenerate import regenerate
 from ...responses.response_files import iter_prompts
+from ...responses.self_prompts import write_self_prompts
 from ...training.arguments import CoralTrainingArguments
 from ...training.recipe import drafter_settings, shortlist_size
 from ...training.report.estimate import measure_training, without_traces
 from ...training.trainer import CoralTrainer
-from .after_training import tune_folder
 from .display import Display, ShowTraining
+from .measuring import Measuring, quiet, read_lines
 from .plan import ANSWERS_SHARE, Plan, prompts_within, seconds_per_token
 from .state import MakeState
 
@@ -37,10 +32,9 @@ LONGEST_ANSWER = 512
 HELD_OUT_PROMPTS = 16
 # Steps are measured at the deepest K and on the longest rows; over a whole schedule they are faster by about this
 FASTER = 1.2
-CHECKED_TOKENS, MEASURED_TOKENS = 32, 64
 
 
-class Making:
+class Making(Measuring):
     """A make under way: its folder, its target and what it may take.
 
     Args:
@@ -69,6 +63,7 @@ class Making:
             self.folder / "prompts" / "held_out.jsonl",
         )
         self.answers, self.drafter = self.folder / "answers" / "responses.jsonl", self.folder / "drafter"
+        self.self_made = False  # the target writes its prompts
         self.spent_before = state.seconds
         self.started = time.monotonic()
 
@@ -80,8 +75,17 @@ class Making:
     # Prompts and answers -------------------------------------------------------------------------------------------
 
     def read_prompts(self, data: Any, reading: dict[str, Any]) -> None:
-        """Parts the prompts into those to train on, in an order of chance, and those to measure on."""
+        """Parts the prompts into those to train on, in an order of chance, and those to measure on.
+
+        Without data the target writes them itself, as many as its answers need.
+        """
+        self.self_made = not data
         if self.state.of("prompts") is not None:
+            return
+        if self.self_made:
+            self.write_prompts(HELD_OUT_PROMPTS + FIRST_ANSWERS)
+            held_out = read_lines(self.held_out)
+            self.state.finish("prompts", self_made=True, held_out=len(held_out))
             return
         rows = list(iter_prompts(data, **reading))
         if len(rows) < 4:
@@ -92,6 +96,23 @@ class Making:
         for path, chosen in ((self.train_prompts, kept), (self.held_out, held_out)):
             path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
         self.state.finish("prompts", train=len(kept), held_out=len(held_out))
+
+    def write_prompts(self, count: int) -> list[dict[str, Any]]:
+        """Lets the target write prompts until there are so many; the first are held out.
+
+        Returns:
+            `list[dict]`: those to train on.
+        """
+        self.display.show(f"prompts, {count:,} of the target's own")
+        where = self.train_prompts.with_name("self.jsonl")
+        with quiet():
+            rows = write_self_prompts(
+                self.target, self.tokenizer, count, where, seed=self.seed, slots=SLOTS, progress=False
+            )
+        parts = (self.held_out, rows[:HELD_OUT_PROMPTS]), (self.train_prompts, rows[HELD_OUT_PROMPTS:])
+        for path, chosen in parts:
+            path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+        return rows[HELD_OUT_PROMPTS:]
 
     def answer(self, seconds: float | None, most: int | None = None) -> None:
         """Answers prompts until the time or the tokens are spent, or none is left.
@@ -108,7 +129,13 @@ class Making:
         begun, size = time.monotonic(), FIRST_ANSWERS
         answered = {row["id"] for row in read_lines(self.answers)}
         todo = [row for row in prompts if row["id"] not in answered][:most]
-        while todo and not self._enough(begun, seconds):
+        while not self._enough(begun, seconds):
+            if not todo and self.self_made and most is None:
+                known = len(prompts)
+                prompts = self.write_prompts(HELD_OUT_PROMPTS + known + MORE_ANSWERS)
+                todo = prompts[known:]
+            if not todo:
+                break
             chunk, todo = todo[:size], todo[size:]
             size = MORE_ANSWERS
             stats = regenerate(
@@ -187,6 +214,8 @@ class Making:
         total = len(read_lines(self.train_prompts))
         found = self.state.of("answers") or {}
         all_tokens = int(first_tokens * total / max(1, len({row["id"] for row in rows})))
+        if self.self_made:  # the target writes on
+            all_tokens = self.tokens or 10**12
         if self.seconds is None:
             tokens = min(all_tokens, self.tokens or all_tokens)
             answers = first * tokens / first_tokens
@@ -231,94 +260,5 @@ class Making:
             shutil.rmtree(path)
         self.state.finish("training", seconds=time.monotonic() - begun, steps=trainer.state.global_step)
 
-    # Measuring -----------------------------------------------------------------------------------------------------
 
-    def held_out_prompts(self, count: int) -> list[Prompt]:
-        """Prompts that nothing was trained on, the shortest first."""
-        with quiet():
-            prompts = read_prompts(str(self.held_out))
-        return sorted(prompts, key=lambda prompt: encode_first_turn(self.tokenizer, prompt).shape[1])[:count]
-
-    def measure(self, stage: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Runs a stage unless it is finished, and notes its time."""
-        if (found := self.state.of(stage)) is not None:
-            return found
-        self.display.show(stage)
-        begun = time.monotonic()
-        with quiet():
-            found = run()
-        return self.state.finish(stage, **found, seconds=time.monotonic() - begun)
-
-    def tune(self, count: int) -> dict[str, Any]:
-        """The draft size that pays here, saved in the drafter's config."""
-        return {"sizes": tune_folder(self.drafter, self.target, self.tokenizer, self.held_out_prompts(count))}
-
-    def verify(self, count: int) -> dict[str, Any]:
-        """Whether answers are those of plain `generate`, in float32."""
-        from ...evaluation.methods import parse_methods
-        from ...evaluation.verify import verify
-
-        dtype, target = self.target.dtype, self.target.float()
-        drafter = CoralDraftModel.from_pretrained(self.drafter).eval().float().to(target.device)
-        methods = parse_methods(["coral"], {str(self.drafter): drafter})
-        prompts = self.held_out_prompts(max(1, count // 2))
-        try:
-            checks = verify(
-                target,
-                self.tokenizer,
-                methods,
-                prompts,
-                CHECKED_TOKENS,
-                [1.0],
-                self.seed,
-                self.drafter / RECORD_FOLDER,
-            )
-        finally:
-            self.target.to(dtype)
-        return {"different": sum(len(check.different) for check in checks), "answers": sum(c.n_turns for c in checks)}
-
-    def benchmark(self, count: int) -> dict[str, Any]:
-        """Speed beside plain `generate`, by the drafter's own settings and as a chain of 5."""
-        from ...evaluation.benchmark import run_benchmark
-        from ...evaluation.methods import parse_methods
-
-        drafter = CoralDraftModel.from_pretrained(self.drafter, dtype=self.target.dtype).eval().to(self.target.device)
-        texts = ["coral", "chain_of_5:draft_depth=5,draft_top_k=1"]
-        methods = parse_methods(texts, {str(self.drafter): drafter})
-        where = self.drafter / RECORD_FOLDER
-        record = run_benchmark(
-            self.target,
-            self.tokenizer,
-            methods,
-            self.held_out_prompts(count),
-            where,
-            MEASURED_TOKENS,
-            [0.0],
-            self.seed,
-        )
-        rows = {row["method"]: row for row in record["runs"] if row["benchmark"] == "all"}
-        return {
-            name: {key: rows[name][key] for key in ("speedup", "acceptance_length")}
-            for name in ("coral", "chain_of_5")
-        }
-
-    def card(self) -> dict[str, Any]:
-        """The model card from these records."""
-        return {"path": str(write_card(self.drafter))}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file of ours; a last line that a kill cut off is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in whole.splitlines() if line]
-
-
-def quiet() -> Any:
-    """What the stages print of their own is not the display's."""
-    return contextlib.redirect_stdout(io.StringIO())
-
-
-__all__ = ["Making", "read_lines"]
+__all__ = ["Making"]

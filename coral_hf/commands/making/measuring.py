@@ -1,0 +1,122 @@
+"""What `coral-hf make` finds out about the drafter that it trained, and writes beside its weights."""
+
+import contextlib
+import io
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...data.prompts import Prompt, encode_first_turn, read_prompts
+from ...drafter.modeling_coral import CoralDraftModel
+from ...hub.model_card import write_card
+from ...hub.records import RECORD_FOLDER
+from .after_training import tune_folder
+from .display import Display
+from .state import MakeState
+
+
+CHECKED_TOKENS, MEASURED_TOKENS = 32, 64
+
+
+class Measuring:
+    """The stages after the training; see [`Making`]."""
+
+    state: MakeState
+    display: Display
+    target: Any
+    tokenizer: Any
+    seed: int
+    held_out: Path
+    drafter: Path
+
+    def held_out_prompts(self, count: int) -> list[Prompt]:
+        """Prompts that nothing was trained on, the shortest first."""
+        with quiet():
+            prompts = read_prompts(str(self.held_out))
+        return sorted(prompts, key=lambda prompt: encode_first_turn(self.tokenizer, prompt).shape[1])[:count]
+
+    def measure(self, stage: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Runs a stage unless it is finished, and notes its time."""
+        if (found := self.state.of(stage)) is not None:
+            return found
+        self.display.show(stage)
+        begun = time.monotonic()
+        with quiet():
+            found = run()
+        return self.state.finish(stage, **found, seconds=time.monotonic() - begun)
+
+    def tune(self, count: int) -> dict[str, Any]:
+        """The draft size that pays here, saved in the drafter's config."""
+        return {"sizes": tune_folder(self.drafter, self.target, self.tokenizer, self.held_out_prompts(count))}
+
+    def verify(self, count: int) -> dict[str, Any]:
+        """Whether answers are those of plain `generate`, in float32."""
+        from ...evaluation.methods import parse_methods
+        from ...evaluation.verify import verify
+
+        dtype, target = self.target.dtype, self.target.float()
+        drafter = CoralDraftModel.from_pretrained(self.drafter).eval().float().to(target.device)
+        methods = parse_methods(["coral"], {str(self.drafter): drafter})
+        prompts = self.held_out_prompts(max(1, count // 2))
+        try:
+            checks = verify(
+                target,
+                self.tokenizer,
+                methods,
+                prompts,
+                CHECKED_TOKENS,
+                [1.0],
+                self.seed,
+                self.drafter / RECORD_FOLDER,
+            )
+        finally:
+            self.target.to(dtype)
+        return {"different": sum(len(check.different) for check in checks), "answers": sum(c.n_turns for c in checks)}
+
+    def benchmark(self, count: int) -> dict[str, Any]:
+        """Speed beside plain `generate`, by the drafter's own settings and as a chain of 5."""
+        from ...evaluation.benchmark import run_benchmark
+        from ...evaluation.methods import parse_methods
+
+        drafter = CoralDraftModel.from_pretrained(self.drafter, dtype=self.target.dtype).eval().to(self.target.device)
+        texts = ["coral", "chain_of_5:draft_depth=5,draft_top_k=1"]
+        methods = parse_methods(texts, {str(self.drafter): drafter})
+        where = self.drafter / RECORD_FOLDER
+        record = run_benchmark(
+            self.target,
+            self.tokenizer,
+            methods,
+            self.held_out_prompts(count),
+            where,
+            MEASURED_TOKENS,
+            [0.0],
+            self.seed,
+        )
+        rows = {row["method"]: row for row in record["runs"] if row["benchmark"] == "all"}
+        return {
+            name: {key: rows[name][key] for key in ("speedup", "acceptance_length")}
+            for name in ("coral", "chain_of_5")
+        }
+
+    def card(self) -> dict[str, Any]:
+        """The model card from these records."""
+        return {"path": str(write_card(self.drafter))}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file of ours; a last line that a kill cut off is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines() if line]
+
+
+def quiet() -> Any:
+    """What the stages print of their own is not the display's."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+__all__ = ["Measuring", "quiet", "read_lines"]
