@@ -175,7 +175,8 @@ def test_tune_command(folder, capsys):
     assert content["key"]["settings"]["draft_total_tokens"] == drafter.config.draft_total_tokens
     content["tables"][0]["costs"]["level_ms"] = 98765.0
     kept.write_text(json.dumps(content))
-    assert main([*TUNE, "--data", "prompts.jsonl", "--limit", "1", *sizes]) == 0  # nothing saved: the same sizes
+    again = [*TUNE, "--data", "prompts.jsonl", "--limit", "1", "--overwrite", "true", *sizes]
+    assert main(again) == 0  # nothing saved: the same sizes
     assert list((folder / "cache" / "draft_costs").iterdir()) == [kept]
     assert json.loads(kept.read_text())["tables"][0]["costs"]["level_ms"] < 98765.0
     # and the saved settings generate
