@@ -12,7 +12,10 @@ class ServeCommand(PlacedTargetOptions, DrafterOptions):
     Requests are answered one at a time, with draft trees, and are the same as without the drafter. The API is the one that
     `transformers serve` documents; a request names the model as --target does.
 
-    Example: coral-hf serve --target your/model --drafter outputs/drafter --port 8000
+    Examples:
+        coral-hf serve --target your/model --drafter outputs/drafter
+        coral-hf serve --target your/model --drafter org/drafter --host 0.0.0.0 --port 8080
+        coral-hf serve --target demo --drafter demo --dtype float32 --port 8000
     """
 
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
