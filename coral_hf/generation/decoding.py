@@ -51,12 +51,12 @@ def coral_decoding(
     cache, mask = cache_of(model_kwargs), model_kwargs.get("attention_mask")
     max_length = generation_config.max_length
     padding = padding_of(mask, input_ids)
-    in_store = store_obstacle(target, cache, mask, max_length) is None
+    wanted = generation_config.return_dict_in_generate
+    in_store = store_obstacle(target, cache, mask, max_length, returned=bool(wanted)) is None
     pad_token = getattr(generation_config, "_pad_token_tensor", None)
     rows = TextRows(input_ids, padding, 0 if pad_token is None else int(pad_token))
     choice = TokenChoice(logits_processor, stopping_criteria, generation_config, rows, streamer)
     generator = CoralCandidateGenerator(drafter, target, settings, max_length, padding, costs)
-    wanted = generation_config.return_dict_in_generate
     keep_states = bool(wanted and generation_config.output_hidden_states)
     verifier = TargetForward(target, model_kwargs, keep_states or generator.adapter.output_hidden_states)
     states = KeptStates(rows) if keep_states else None

@@ -113,7 +113,7 @@ def test_two_threads_share_target_and_drafter(target):
     assert drafter.last_stats.steps > 0
 
 
-HOOKED = ("_assisted_decoding", "_get_candidate_generator", "_validate_generation_mode")
+HOOKED = ("_assisted_decoding", "_get_candidate_generator", "_validate_generation_mode", "generate")
 
 
 def test_the_hook_keeps_signatures():
@@ -156,5 +156,5 @@ assert changed == set(sys.argv[1:]), changed
 
 @pytest.mark.slow
 def test_other_users_of_transformers_are_left_alone():
-    """Plain, sampled, beam and assisted generation before and after the import; three methods are wrapped, no more."""
+    """Plain, sampled, beam and assisted generation before and after the import; four methods are wrapped, no more."""
     subprocess.run([sys.executable, "-c", OTHER_USERS, *HOOKED], check=True)

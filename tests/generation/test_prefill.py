@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from coral_hf.generation.candidate_generator import CoralCandidateGenerator
 from coral_hf.generation.settings import DraftSettings
 from coral_hf.generation.target_forward import TargetForward
-from coral_hf.utils.compat import cache_kwarg
+from coral_hf.utils.compat import cache_kwarg, cache_of
 
 
 @drafts
@@ -47,6 +47,16 @@ def test_a_padded_conversation_continued_with_its_new_tokens(target, draft, new)
 
     whole = torch.cat([mask, mask.new_ones(1, new)], dim=1)
     both(target, drafter, draft, prompt_of(new, seed=8), cache=cache, attention_mask=whole)
+
+
+@drafts
+def test_the_cache_of_a_padded_call_goes_into_the_next(target, draft):
+    """It is as long as plain's, padding included, and holds the same keys."""
+    drafter, padded = make_drafter(target), torch.cat([torch.zeros(1, 5, dtype=torch.long), prompt_of(9)], dim=1)
+    settings = {"attention_mask": (torch.arange(14) >= 5).long()[None], "return_dict_in_generate": True}
+    plain, drafted = both(target, drafter, draft, padded, **settings)
+    for ours, theirs in zip(cache_of(drafted).layers, cache_of(plain).layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-6, atol=1e-6)
 
 
 @drafts

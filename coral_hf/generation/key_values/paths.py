@@ -113,13 +113,17 @@ OF_TARGETS: dict[str, Callable[[PreTrainedModel], str | None]] = {
 }
 
 
-def _given_cache(target: PreTrainedModel, cache: Cache, mask: torch.Tensor | None, max_length: int) -> str | None:
+def _given_cache(
+    target: PreTrainedModel, cache: Cache, mask: torch.Tensor | None, max_length: int, returned: bool
+) -> str | None:
     if getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0:
         return "the call passes a KV cache of its own"
     return None
 
 
-def _other_cache(target: PreTrainedModel, cache: Cache, mask: torch.Tensor | None, max_length: int) -> str | None:
+def _other_cache(
+    target: PreTrainedModel, cache: Cache, mask: torch.Tensor | None, max_length: int, returned: bool
+) -> str | None:
     kinds = {type(layer).__name__ for layer in cache.layers}
     plain = {layer.__name__ for layer in (DynamicLayer, DynamicSlidingWindowLayer)}
     whole = not cache.layers or len(cache.layers) == len(layer_kinds(target))
@@ -128,23 +132,36 @@ def _other_cache(target: PreTrainedModel, cache: Cache, mask: torch.Tensor | Non
     return f"its cache is {type(cache).__name__} of {', '.join(sorted(kinds)) or 'no layers'}"
 
 
-def _holes(target: PreTrainedModel, cache: Cache, mask: torch.Tensor | None, max_length: int) -> str | None:
+def _holes(
+    target: PreTrainedModel, cache: Cache, mask: torch.Tensor | None, max_length: int, returned: bool
+) -> str | None:
     if mask is None or (mask.ndim == 2 and not bool((mask[:, 1:] < mask[:, :-1]).any()) and bool(mask[:, -1].all())):
         return None
     return "its attention mask is not left padding alone"
 
 
-def _changing_rope(target: PreTrainedModel, cache: Cache, mask: torch.Tensor | None, max_length: int) -> str | None:
+def _changing_rope(
+    target: PreTrainedModel, cache: Cache, mask: torch.Tensor | None, max_length: int, returned: bool
+) -> str | None:
     limits = [limit for limit, _ in rope_limits(target.config.get_text_config()) if limit < max_length]
     return f"RoPE changes its frequencies at {limits[0]} of {max_length} tokens" if limits else None
 
 
+def _returned_padding(
+    target: PreTrainedModel, cache: Cache, mask: torch.Tensor | None, max_length: int, returned: bool
+) -> str | None:
+    if returned and mask is not None and mask.shape[0] == 1 and not bool(mask.all()):
+        return "its cache is returned, padding included, and the store keeps no padding"
+    return None
+
+
 # The same, of a call.
-OF_CALLS: dict[str, Callable[[PreTrainedModel, Cache, torch.Tensor | None, int], str | None]] = {
+OF_CALLS: dict[str, Callable[[PreTrainedModel, Cache, torch.Tensor | None, int, bool], str | None]] = {
     "a KV cache that the caller passes": _given_cache,
     "other caches (offloaded, quantised, static)": _other_cache,
     "attention masks with holes or padding on the right": _holes,
     "texts that reach a length where RoPE changes (longrope, dynamic)": _changing_rope,
+    "a single padded sequence with `return_dict_in_generate`, whose cache is returned": _returned_padding,
 }
 
 
@@ -154,7 +171,9 @@ def target_obstacle(target: PreTrainedModel) -> str | None:
     return next((problem for problem in found if problem is not None), None)
 
 
-def store_obstacle(target: PreTrainedModel, cache: Cache, mask: torch.Tensor | None, max_length: int) -> str | None:
+def store_obstacle(
+    target: PreTrainedModel, cache: Cache, mask: torch.Tensor | None, max_length: int, returned: bool = False
+) -> str | None:
     """Why a call of `generate` stays in the dynamic cache, one sequence at a time; None if it goes into the store.
 
     Args:
@@ -162,10 +181,11 @@ def store_obstacle(target: PreTrainedModel, cache: Cache, mask: torch.Tensor | N
         cache (`Cache`): as `generate` prepared it, before the prefill.
         mask (`torch.Tensor` of shape `[B, L]`, *optional*): the prompts' attention mask.
         max_length (`int`): longest sequence that the call can reach.
+        returned (`bool`): the caller gets the cache back.
     """
     if (problem := target_obstacle(target)) is not None:
         return problem
-    found = (obstacle(target, cache, mask, max_length) for obstacle in OF_CALLS.values())
+    found = (obstacle(target, cache, mask, max_length, returned) for obstacle in OF_CALLS.values())
     return next((problem for problem in found if problem is not None), None)
 
 
