@@ -137,7 +137,6 @@ def test_grpo(pair, tmp_path):
         use_cpu=True,
         report_to="none",
         save_strategy="no",
-        gradient_checkpointing=False,
         bf16=False,
         learning_rate=1e-5,
     )
