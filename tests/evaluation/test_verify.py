@@ -12,8 +12,8 @@ from coral_hf.evaluation.benchmark import run_benchmark
 from coral_hf.evaluation.draft_traces import record_traces
 from coral_hf.evaluation.methods import Method, first_difference, measure
 from coral_hf.evaluation.verify import verify
-from coral_hf.generation.decoding import _Selector
 from coral_hf.generation.settings import DraftSettings
+from coral_hf.generation.tokens.token_choice import TokenChoice
 from coral_hf.hub.card_tables import _check
 from coral_hf.responses.regenerate import iter_prompts, regenerate
 
@@ -30,18 +30,19 @@ def pair():
 
 @pytest.fixture
 def wrong_choice(monkeypatch):
-    """The drafted side takes the second-best token at the fifth place: what a broken verifier would do."""
-    original = _Selector.choose
+    """The drafted side takes a wrong token at the fifth place: what a broken verifier would do."""
+    begin, processed = TokenChoice.__init__, TokenChoice._processed
 
-    def choose(self, input_ids, logits):
-        if self.start is None:
-            self.start = input_ids.shape[1]
-        token = original(self, input_ids, logits)
-        return (token + 1) % logits.shape[-1] if input_ids.shape[1] == self.start + 4 else token
+    def begin_apart(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        self._is_argmax, self.start = False, self.rows.lengths[0]
 
-    monkeypatch.setattr(_Selector, "start", None, raising=False)
-    monkeypatch.setattr(_Selector, "is_argmax", False)
-    monkeypatch.setattr(_Selector, "choose", choose)
+    def wrong_at_the_fifth(self, rows, raw):
+        scores = processed(self, rows, raw)
+        return scores.roll(1, dims=-1) if self.rows.lengths[rows[0]] == self.start + 4 else scores
+
+    monkeypatch.setattr(TokenChoice, "__init__", begin_apart)
+    monkeypatch.setattr(TokenChoice, "_processed", wrong_at_the_fifth)
 
 
 def test_equal_answers(pair, tmp_path):

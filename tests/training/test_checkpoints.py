@@ -244,6 +244,6 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, uninterrupted):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2, errors
     assert "checkpoint-4 could not be written" in errors and "the last checkpoint is" in errors
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-2"]
+    assert sorted(path.name for path in output.iterdir()) == ["_coral_run.json", "checkpoint-2"]
     finish(start({**options, "resume": "last"}))
     assert_same_weights(uninterrupted[0], weights(CoralDraftModel.from_pretrained(output)), rtol=0, atol=0)
