@@ -208,12 +208,13 @@ def test_compiled_training_is_the_same(tmp_path):
     target = make_target()
     results = []
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        folder = tmp_path / str(len(results))
         trainer = make_trainer(
-            tmp_path, target, rows=random_rows(8), rollout_schedule="3", num_train_epochs=1, **settings
+            folder, target, rows=random_rows(8), rollout_schedule="3", num_train_epochs=1, **settings
         )
         trainer.train()
         trainer.save_model()
-        results.append(weights(CoralDraftModel.from_pretrained(tmp_path)))
+        results.append(weights(CoralDraftModel.from_pretrained(folder)))
     torch._dynamo.reset()
     assert_same_weights(*results, rtol=0, atol=1e-9)
 

@@ -254,6 +254,7 @@ def test_resume_gives_the_uninterrupted_weights(tmp_path):
     saved = CoralDraftModel.from_pretrained(tmp_path / "whole" / "checkpoint-6")
     assert_same_weights(weights(saved), weights(whole.model), rtol=0, atol=0)
     written = {path.name for path in (tmp_path / "whole" / "checkpoint-6").iterdir()}
+    written = {name for name in written if not name.endswith(".py")}  # the drafter's code, target_adapter.py among it
     assert not any(name.startswith("pytorch_model") or "target" in name for name in written)
 
 
