@@ -1,5 +1,6 @@
 """Refusals of `drafter/target_adapter.py`, when a drafter is made and when it is used."""
 
+import tempfile
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from helpers.unusual_targets import GEMMA_3N, PER_LAYER, build, needs
 from transformers import AutoModel, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from coral_hf import CoralDraftModel
+from coral_hf.drafter.target_adapter import resolve_target
 
 
 make = CoralDraftModel.from_target
@@ -164,3 +166,24 @@ def logits_made_otherwise(monkeypatch):
 
     monkeypatch.setattr(target, "forward", scaled)
     return partial(make, target), {"Choose another target": _another}
+
+
+@refusal(" is a CORAL drafter: pass the causal LM that the drafter is for.")
+def a_drafter_in_the_targets_place(monkeypatch):
+    target = make_target()
+    return partial(resolve_target, make_drafter(target)), {"pass the causal LM": lambda: resolve_target(target)}
+
+
+@refusal(": pass a causal LM (AutoModelForCausalLM.from_pretrained(...)), or its path or Hub id.")
+def what_is_no_model(monkeypatch):
+    target, folder = make_target(), tempfile.mkdtemp()
+    target.save_pretrained(folder)
+    remedies = {"pass a causal LM": lambda: resolve_target(target), "or its path": lambda: resolve_target(folder)}
+    return partial(resolve_target, 3), remedies
+
+
+@refusal(" is no folder here, and could not be loaded from the Hub: check the path, ")
+def a_folder_that_is_not_there(monkeypatch):
+    folder = tempfile.mkdtemp()
+    make_target().save_pretrained(folder)
+    return partial(resolve_target, f"{folder}/absent"), {"check the path": lambda: resolve_target(folder)}
