@@ -6,6 +6,7 @@
 A GPU's time for one sequence is that of its launches and waits. They are counted on any device, in float32.
 """
 
+import argparse
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,9 @@ def count(target, drafter, prompts, max_new_tokens: int) -> dict:
 
 
 def main():
-    arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    arguments = HfArgumentParser(
+        Arguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args_into_dataclasses()[0]
     target, drafter, prompts = tiny_pair() if arguments.tiny else demo_pair()
     target, drafter = target.to(arguments.device), drafter.to(arguments.device)
     record = {

@@ -200,7 +200,7 @@ def page(rows: list[list[str]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(ALL), metavar="FAMILY", help="print these and write nothing")
     names = parser.parse_args().only
     warnings.simplefilter("ignore")
