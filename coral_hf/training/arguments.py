@@ -79,6 +79,23 @@ class CoralTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "Weight of HASS's top-K distillation term (HASS: 1.0; off by default)."}
     )
     topk: int = field(default=10, metadata={"help": "Tokens in HASS's top-K distillation term (HASS: 10)."})
+    reverse_kl_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the reverse KL divergence KL(q, p) (off by default)."}
+    )
+    tv_loss_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the total variation 1 - alpha, alpha = sum min(p, q) (off by default)."},
+    )
+    nla_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the negative log acceptance -log alpha (off by default)."}
+    )
+    lk_hybrid_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the LK hybrid, lambda KL + (1 - lambda) TV with lambda = exp(-3 alpha) (off by default; "
+            "in place of the cross-entropy: with classification_loss_weight=0)."
+        },
+    )
     paper_weights: bool = field(
         default=False, metadata={"help": "Use EAGLE's and HASS's loss weights: regression 1.0, classification 0.1."}
     )

@@ -12,6 +12,7 @@ from coral_hf import TargetAdapter
 from coral_hf.training.losses.chunked_pass import chunked_pass
 from coral_hf.training.losses.classification import cross_entropy
 from coral_hf.training.losses.top_k import top_k_cross_entropy
+from coral_hf.training.losses.total_variation import total_variation
 
 
 def one_step(hidden, features, logits_fn, *comparisons, top_k=1, **options):
@@ -181,34 +182,6 @@ def test_classification_without_rows_or_gradients():
     with torch.no_grad():
         loss, _ = one_step(rows(5, seed=1).requires_grad_(), rows(5), adapter.logits)
     assert not loss.requires_grad
-
-
-def total_variation(chunk, args, gradient):
-    """half of sum |p - q|: a comparison as a new loss would bring it."""
-    sign = (chunk.q - chunk.p).sign() / 2
-    value = (sign * (chunk.q - chunk.p)).sum(-1)
-    if gradient is not None:
-        torch.mul(chunk.q, sign - (chunk.q * sign).sum(-1, keepdim=True), out=gradient)
-    return value
-
-
-@pytest.mark.parametrize("order", [(cross_entropy, total_variation), (total_variation, cross_entropy)])
-def test_a_loss_may_blend_comparisons_by_what_they_found(order):
-    """A weight that depends on the mean over all rows, which no chunk knows: each comparison has its own gradient."""
-    adapter = TargetAdapter(make_target("gemma3_text").requires_grad_(False))
-    hidden, features = rows(7, seed=1).requires_grad_(), rows(7, seed=2)
-
-    def blend(divergence, variation):
-        share = torch.exp(-3 * (1 - variation.detach()))  # the mean overlap is 1 - variation
-        return share * divergence + (1 - share) * variation
-
-    found = dict(zip(order, one_step(hidden, features, adapter.logits, *order, chunk_size=3), strict=False))
-    loss = blend(found[cross_entropy], found[total_variation])
-    p, q = adapter.logits(features).softmax(-1), adapter.logits(hidden).softmax(-1)
-    expected = blend(-(p * q.log()).sum(-1).mean(), ((p - q).abs().sum(-1) / 2).mean())
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-    (gradient,), (plain,) = torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden)
-    torch.testing.assert_close(gradient, plain, rtol=1e-10, atol=1e-12)
 
 
 def test_what_is_only_watched_gets_no_gradient():

@@ -33,6 +33,7 @@ class Chunk:
     normaliser: torch.Tensor = field(init=False)
     cross_entropy: torch.Tensor = field(init=False)
     _top: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _entropy: torch.Tensor | None = None
 
     def target_top(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The target's likeliest tokens: their p and their places among the A, both `[C, count]`, once for all steps."""
@@ -40,6 +41,12 @@ class Chunk:
             p, places = self.p.topk(min(count, self.p.shape[-1]), dim=-1)
             self._top[count] = p, places
         return self._top[count]
+
+    def target_entropy(self) -> torch.Tensor:
+        """-sum p log p, `[C]`, once for all steps."""
+        if self._entropy is None:
+            self._entropy = torch.special.entr(self.p).sum(dim=-1)
+        return self._entropy
 
 
 # (chunk, arguments, gradient) -> a value for each row, [C]. `gradient` is None, or a [C, A] that the function fills with the

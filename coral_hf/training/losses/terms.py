@@ -4,12 +4,30 @@ from typing import Any
 
 import torch
 
-from . import classification, csra, regression, top_k
+from . import (
+    classification,
+    csra,
+    lk_hybrid,
+    negative_log_acceptance,
+    regression,
+    reverse_kl,
+    top_k,
+    total_variation,
+)
 from .chunked_pass import Comparison
 from .loss_term import LossBatch, LossTerm
 
 
-TERMS: tuple[LossTerm, ...] = (classification.TERM, regression.TERM, top_k.TERM, csra.TERM)
+TERMS: tuple[LossTerm, ...] = (
+    classification.TERM,
+    regression.TERM,
+    top_k.TERM,
+    reverse_kl.TERM,
+    total_variation.TERM,
+    negative_log_acceptance.TERM,
+    lk_hybrid.TERM,
+    csra.TERM,
+)
 
 
 def comparisons(args: Any) -> dict[Comparison, bool]:
