@@ -27,8 +27,17 @@ from coral_hf import demo
 # Helpers with assertions of their own show values as tests do.
 pytest.register_assert_rewrite("helpers.drafted_calls", "helpers.engine_drafters", "helpers.parity")
 
-# Tiny models are faster on one thread; the real one sets its own.
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """Gives each test the threads its module names as THREADS, 1 by default, whatever an earlier test set.
+
+    Tiny models are faster on one thread. Several threads may add up in another order from run to run.
+    """
+    torch.set_num_threads(getattr(request.module, "THREADS", 1))
 
 
 @pytest.fixture(autouse=True)

@@ -16,19 +16,12 @@ from coral_hf.utils.hardware import native_bfloat16
 
 pytestmark = pytest.mark.real_model
 
+THREADS = 2
 SETTINGS = {
     "chain": {"draft_depth": 5, "draft_top_k": 1},
     "tree16": {"draft_depth": 5, "draft_top_k": 4, "draft_total_tokens": 16},
     "stock": {"draft_depth": 5, "draft_top_k": 1, "draft_stock_loop": True},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +70,7 @@ def test_same_seed_same_sample(real):
     assert torch.equal(plain, drafted)
 
 
+@pytest.mark.slow
 def test_demo_command(tmp_path, capsys):
     path = tmp_path / "demo.json"
     assert main(["demo", "--max-new-tokens", "24", "--prompt", "Name three colours.", "--json", str(path)]) == 0

@@ -1,6 +1,7 @@
 """`coral-hf make` end to end on a tiny target: its stages, what it says, and that a second call does nothing twice."""
 
 import json
+import time
 
 import pytest
 
@@ -31,7 +32,7 @@ def stages_of(folder) -> dict:
 
 
 def test_from_prompts_to_a_card(make, folder, capsys, monkeypatch):
-    assert main([*make, "--hours", "0.02", "--yes"]) == 0
+    assert main([*make, "--tokens", "150", "--yes"]) == 0
     told = capsys.readouterr().out.strip().splitlines()
     assert told[0].startswith("Read 24 rows") and told[1].startswith("Plan: answers 0:")
     assert [line.partition(":")[0] for line in told[-5:]] == ["Drafter", "Here", "Verified", "Use", "Publish"]
@@ -55,9 +56,18 @@ def test_from_prompts_to_a_card(make, folder, capsys, monkeypatch):
     assert answered <= train and not train & held_out and len(train | held_out) == 24
     before = {path: path.stat().st_mtime_ns for path in (folder / "made").rglob("*")}
     monkeypatch.setattr(stages, "regenerate", None)
-    assert main([*make, "--hours", "0.02", "--yes"]) == 0  # nothing is done twice
+    assert main([*make, "--tokens", "150", "--yes"]) == 0  # nothing is done twice
     assert capsys.readouterr().out.strip().splitlines() == told[-5:]
     assert {path: path.stat().st_mtime_ns for path in (folder / "made").rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_a_budget_is_spent_and_kept(make, folder, monkeypatch):
+    """Half a minute: what is not needed for answers and measuring goes into the training."""
+    started = time.monotonic()
+    assert main([*make, "--hours", f"{30 / 3600}", "--yes"]) == 0
+    found = stages_of(folder)
+    assert 15 < time.monotonic() - started < 60 and found["training"]["steps"] > 1
 
 
 def test_without_data_the_target_writes_its_prompts(make, folder, capsys, monkeypatch):

@@ -284,10 +284,9 @@ def test_shipped_round_trip(engine, shipped, tmp_path):
     assert_same_drafter(again, shipped, leave_out=("shortlist",))
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
-@pytest.mark.parametrize(
-    "engine", ["vllm", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("sglang", "speculators"))]
-)
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "speculators"])
 def test_shipped_drafter_generates_the_same_after_a_round_trip(engine, shipped, tmp_path):
     """On the real target: plain decoding's tokens, and the same drafts accepted on the way."""
     target, tokenizer = demo.load_target(torch.float32)

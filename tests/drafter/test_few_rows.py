@@ -17,14 +17,13 @@ from coral_hf.drafter import few_rows
 from coral_hf.drafter.few_rows import few_row_linear, few_row_linears
 
 
+THREADS = 2
+
+
 @pytest.fixture(autouse=True)
 def fast_cpu(monkeypatch):
     """As on the machines where the transposed product is used."""
     monkeypatch.setattr(few_rows, "_transposed_is_faster", lambda: True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 11, 32, 33])

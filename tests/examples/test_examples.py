@@ -256,6 +256,7 @@ def test_refit_features(tiny_demo, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_large_vocabulary(prompt_file, tmp_path, monkeypatch, capsys):
     """With a target that lies where the fetched one would: every stage, and nothing is done twice."""
     folder = tmp_path / "gemma"
@@ -331,6 +332,7 @@ def test_predict_from_bandwidth(tmp_path, monkeypatch, capsys):
         run(monkeypatch, "predict_from_bandwidth.py", "--achievable", "0")
 
 
+@pytest.mark.slow
 def test_reproduce_tables(tiny_demo, prompt_file, tmp_path, monkeypatch, capsys):
     data, output = tmp_path / "responses.jsonl", tmp_path / "tables"
     data.write_text("".join(json.dumps({"turn": 0, **row}) + "\n" for row in random_rows(80)))

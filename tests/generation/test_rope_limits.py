@@ -38,7 +38,7 @@ lengths = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("tree", ["chain", "tree16"])
+@pytest.mark.parametrize("tree", [pytest.param("chain", marks=pytest.mark.slow), "tree16"])
 @lengths
 @kinds
 def test_texts_that_cross_the_limit(kind, tree, lengths):
@@ -53,7 +53,8 @@ def test_texts_that_cross_the_limit(kind, tree, lengths):
     assert kind != "dynamic" or (stats.steps == 39 and stats.n_accepted == 0)
 
 
-@pytest.mark.parametrize("tree", ["chain", pytest.param("tree16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tree", ["chain", "tree16"])
 @kinds
 def test_padded_texts_that_cross_the_limit(kind, tree):
     target, padding = build(kind), 5

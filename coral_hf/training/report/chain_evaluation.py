@@ -92,6 +92,17 @@ class EvaluationMixin(Trainer):
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """The longest rows first, with those of similar length together.
+
+        `Trainer`'s sampler groups rows by length at random: with persistent workers, each evaluation of a set then adds up
+        other batches, and rounds differently.
+        """
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        lengths = [len(eval_dataset[index]["input_ids"]) for index in range(len(eval_dataset))]
+        return sorted(range(len(lengths)), key=lambda index: -lengths[index])
+
     def _named_set(self, name: str) -> Any:
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
         if name not in sets:
