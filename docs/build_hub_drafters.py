@@ -30,6 +30,7 @@ def page() -> str:
 `docs/build_hub_drafters.py` writes this page from `docs/hub_drafters.json`, which was compiled from public pages on
 {facts["read_on"]}. Find your target, then load its drafter:
 
+<!-- not run: needs the network and the weights of an 8B model -->
 ```python
 drafter = CoralDraftModel.from_eagle("yuhuili/EAGLE-LLaMA3-Instruct-8B", target)
 ```

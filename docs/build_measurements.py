@@ -7,6 +7,7 @@ from statistics import mean, stdev
 
 from measured import AVX2, OWN, RECORDS, ROOT, SETS, answers, listed, machine, percent, read, rows_of, times
 from operations import operations
+from readme_tables import with_tables
 
 from coral_hf.hub.card_tables import table
 
@@ -275,38 +276,6 @@ From random weights, K = 1, 200k response tokens, one seed (`{RECORDS}/shapes.js
 the default stays the shape that every engine serves."""
 
 
-def results() -> str:
-    """README's table: the shipped drafter beside what Transformers brings."""
-    record = read(f"{OWN}/benchmark.json")
-    names = {
-        "coral": "**the shipped drafter** (cost-aware tree)",
-        "tree_of_16": "the same, tree of 16 nodes",
-        "chain_of_5": "the same, chain of 5",
-        "prompt_lookup": "Transformers' prompt lookup",
-    }
-    by_set = {key: rows_of(record, key) for key in ("all", *SETS)}
-    rows = []
-    for method, name in names.items():
-        tau = by_set["all"][method]["acceptance_length"]
-        speedups = [times(found[method]["speedup"]) for found in by_set.values()]
-        rows.append(
-            [
-                name,
-                f"**{speedups[0]}**" if method == "coral" else speedups[0],
-                *speedups[1:],
-                f"{tau:.2f}" if tau else "",
-            ]
-        )
-    return table(["", "speedup", *SETS.values(), "tau"], rows)
-
-
-def with_results(readme: str) -> str:
-    """README with its table made anew."""
-    start, end = "<!-- results, written by docs/build_measurements.py -->\n", "<!-- end of results -->"
-    before, rest = readme.split(start)
-    return f"{before}{start}\n{results()}\n\n{end}{rest.split(end)[1]}"
-
-
 def page() -> str:
     sections = (
         step_time, operations, tree_sizes, predictions_7b, two_runs, training_step, recipes, shapes, regeneration, draft_heads,
@@ -321,4 +290,4 @@ measured side by side in one process; tau is tokens per target forward, the bonu
 if __name__ == "__main__":
     (ROOT / "docs" / "measurements.md").write_text(page())
     readme = ROOT / "README.md"
-    readme.write_text(with_results(readme.read_text()))
+    readme.write_text(with_tables(readme.read_text()))

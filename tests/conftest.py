@@ -110,7 +110,8 @@ def workplace(tmp_path, monkeypatch):
     for name in ("your/model", "a/small-model"):
         target.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    make_drafter(target).save_pretrained(tmp_path / "tiny")
+    for name in ("tiny", "your/drafter"):
+        make_drafter(target).save_pretrained(tmp_path / name)
     monkeypatch.setattr(demo, "load_target", lambda dtype=None, *_: (target, tokenizer))
     monkeypatch.setattr(demo, "drafter_path", lambda: tmp_path / "tiny")
     prompts = [{"id": f"p{i}", "turns": [f"w{i} w{i + 1}"]} for i in range(5)]

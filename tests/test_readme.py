@@ -1,4 +1,4 @@
-"""README and CONTRIBUTING do what they say: snippets run, command lines parse or run, public names are documented."""
+"""README, CONTRIBUTING and the manual do what they say: snippets run, command lines parse or run, public names are documented."""
 
 import argparse
 import ast
@@ -21,8 +21,24 @@ from coral_hf.hub.card_tables import tokens_seen
 
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/training.md", "docs/serving.md", "docs/faq.md", "docs/measurements.md")
-PAGES += ("examples/space/README.md", "examples/recipes/llama-3-8b-instruct.md")
+MANUAL = tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *MANUAL,
+    "examples/space/README.md",
+    "examples/recipes/llama-3-8b-instruct.md",
+)
+# the order in which a reader meets them: later pages use the names and files of earlier ones
+SNIPPET_PAGES = (
+    "docs/quickstart.md",
+    "docs/measuring.md",
+    "docs/training.md",
+    "docs/publishing.md",
+    "docs/libraries.md",
+)
+SNIPPET_PAGES += ("docs/migrating.md", "README.md")
+COMMAND_PAGES = ("docs/training.md", "docs/draft_heads.md", "docs/measuring.md", "docs/publishing.md")
 # modules whose __all__ is promised, and single names of modules that hold more
 PUBLIC_MODULES = ("coral_hf", "coral_hf.demo", "coral_hf.training")
 PUBLIC_NAMES = (
@@ -35,8 +51,11 @@ PUBLIC_NAMES = (
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """The fenced blocks of one language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    """The fenced blocks of one language, in order, but those that a comment marks as not run and says why."""
+    text = re.sub(
+        r"^<!-- not run: \S[^>]* -->\n```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def command_lines(text: str) -> list[list[str]]:
@@ -146,18 +165,19 @@ def test_commands_and_files_that_are_named_exist():
 
 def test_python_snippets_run_in_order(workplace, hub, modules_cache, monkeypatch, capsys):
     """The snippets in one namespace, as a reader types them; only the length of the training is another."""
+    assert {page for page in PAGES if blocks(page, "python")} == set(SNIPPET_PAGES)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     namespace: dict = {}
-    snippets = blocks("README.md", "python")
-    assert sum("max_steps=1000" in snippet for snippet in snippets) == 1
-    for snippet in snippets:
+    snippets = [(page, snippet) for page in SNIPPET_PAGES for snippet in blocks(page, "python")]
+    assert sum("max_steps=1000" in snippet for _, snippet in snippets) == 1
+    for page, snippet in snippets:
         snippet = snippet.replace("max_steps=1000", 'max_steps=1, report_to="none"')
-        exec(compile(snippet, "README.md", "exec"), namespace)
+        exec(compile(snippet, page, "exec"), namespace)
     assert (workplace / "outputs/drafter/model.safetensors").exists()
     assert "README.md" in hub.files("org/name")
 
 
-# What a tiny model on two cores needs beside the line of the README: fewer steps and tokens, and sizes that fit it.
+# What a tiny model on two cores needs beside the line of the manual: fewer steps and tokens, and sizes that fit it.
 SMALLER = {
     "regenerate": ["--max_new_tokens", "6", "--slots", "4", "--max_prompt_tokens", "64"],
     "train": ["--max_steps", "1", "--eval_rows", "2", "--report_to", "none"],
@@ -167,23 +187,39 @@ SMALLER = {
 SIZES = {"--router-groups": "8", "--shortlist-size": "64"}
 
 
+def lines_of(page: str) -> list[list[str]]:
+    return [words for block in blocks(page, "bash") for words in command_lines(block) if words[0] == "coral-hf"]
+
+
 def test_command_lines_run_in_order(workplace, capsys):
-    """The README's own lines, from regenerating to publishing, on a tiny `your/model`."""
+    """The manual's own lines, from regenerating to publishing, on a tiny `your/model`."""
     wanted = ("regenerate", "train", "verify", "benchmark", "card")
-    lines = [w for block in blocks("README.md", "bash") for w in command_lines(block) if w[0] == "coral-hf"]
+    lines = [words for page in COMMAND_PAGES for words in lines_of(page) if words[1] in wanted]
+    assert all(words in lines for words in lines_of("README.md") if words[1] in wanted)
     (workplace / "responses.jsonl").unlink()
-    ran = []
     for _, verb, *words in lines:
-        if verb not in wanted:
-            continue
         words = [SIZES.get(before, word) for before, word in zip([None, *words], words, strict=False)]
         if "--drafter" in words and "outputs/eagle" in words:  # two drafters to compare: the one just trained
             words = [w.replace("outputs/eagle", "outputs/drafter").replace("outputs/coral", "tiny") for w in words]
         words = [word.replace("outputs/coral", "outputs/drafter") for word in words]
         assert cli.main([verb, *words, *SMALLER.get(verb, [])]) == 0, f"{verb} {words}: {capsys.readouterr().err}"
-        ran.append(verb)
-    assert set(ran) == set(wanted)
+    assert {verb for _, verb, *_ in lines} == set(wanted)
     assert (workplace / "outputs/drafter/README.md").exists() and (workplace / "outputs/routed/config.json").exists()
+
+
+def sentences(page: str) -> list[str]:
+    """The sentences of a page's prose: no code, tables, headings or comments."""
+    text = re.sub(r"^```.*?^```|^<!--.*?-->", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = "\n".join(line for line in text.splitlines() if not line.startswith(("|", "#", "!")))
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    paragraphs = re.split(r"\n\s*\n|\n(?=- )", text)
+    return [part for each in paragraphs for part in re.split(r"(?<=[.!?:])\s+", " ".join(each.split())) if " " in part]
+
+
+def test_readme_is_read_in_a_minute():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+    found = [len(sentence.split()) for sentence in sentences("README.md")]
+    assert sum(found) / len(found) < 17 and max(found) <= 35
 
 
 def public_objects() -> list[tuple[str, object]]:
@@ -222,27 +258,48 @@ def test_figures_are_those_of_the_records(monkeypatch):
     import build_measurements
 
     readme = (ROOT / "README.md").read_text()
-    assert readme == build_measurements.with_results(readme), "run python docs/build_measurements.py"
+    assert readme == build_measurements.with_tables(readme), "run python docs/build_measurements.py"
     assert (ROOT / "docs" / "measurements.md").read_text() == build_measurements.page()
     record = json.loads((ROOT / "model_cards/smollm2-135m-instruct-coral/training/benchmark.json").read_text())
     rows = {row["method"]: row for row in record["runs"] if row["benchmark"] == "all"}
     text, row = " ".join(readme.split()), rows["coral"]
-    assert f"{row['identical']} of {row['n_turns']} answers are plain's to the last token" in text
-    assert f"left {rows['prompt_lookup']['identical']}." in text
-    answers = f"over {row['n_turns']} answers of {record['max_new_tokens']} tokens to {row['n_prompts']} prompts"
-    assert answers in text and f"AVX-512 CPU, {record['environment']['dtype']}, greedy" in text
+    limits, training = (" ".join((ROOT / "docs" / name).read_text().split()) for name in ("limits.md", "training.md"))
+    kept = f"{row['identical']} of {row['n_turns']} answers stayed identical"
+    assert kept in text and kept in limits
+    assert f"left {rows['prompt_lookup']['identical']}." in limits
+    assert f"over {row['n_turns']} answers of {record['max_new_tokens']} tokens to {row['n_prompts']} prompts" in text
     ablation = json.loads((ROOT / "model_cards/smollm2-135m-instruct-coral/training/ablation.json").read_text())
     eagle, hass, coral = (ablation["acceptance_length"][name]["mean"] for name in ("eagle", "hass", "coral"))
-    assert f"is worth {hass - eagle:.2f} of tau here and CSRA nothing yet" in text and abs(coral - hass) < 0.005
+    assert f"is worth {hass - eagle:.2f} of tau here and CSRA nothing yet" in training and abs(coral - hass) < 0.005
     log = (ROOT / "model_cards/smollm2-135m-instruct-coral/training/log.jsonl").read_text().splitlines()
     seen = [tokens_seen(json.loads(line)) or 0 for line in log]
-    assert (
-        f"saw {max(seen) / 1e6:.0f} million response tokens" in text
-        and f"saw {max(seen) / 1e6:.0f} million tokens" in text
-    )
+    assert f"saw {max(seen) / 1e6:.0f} million response tokens" in training
     contact = json.loads((ROOT / "benchmarks/records/first_contact.json").read_text())
     sizes = {row["stage"]: row.get("downloaded_bytes", 0) / 1e6 for row in contact["stages"]}
     assert contact["machine"]["cpus"] == 2
     assert f"it takes {contact['seconds_to_demo']:.0f} seconds on two cores" in text
     downloads = f"{contact['downloaded_bytes'] / 1e6:.0f} MB of downloads without a GPU ({sizes['torch']:.0f} MB of them torch)"
     assert downloads in text
+    estimate = json.loads((ROOT / "benchmarks/records/llama-3-8b-instruct_estimate.json").read_text())
+    cost = f"{estimate['hours']:.0f} hours and {estimate['memory']['peak'] / 2**30:.0f} GiB"
+    assert f"we estimate {cost} of memory on one H100" in text
+    assert f"about {2 * estimate['drafter_parameters'] / 1e9:.1f} GB in bfloat16 for Llama-3-8B" in text
+    drafters = json.loads((ROOT / "docs/hub_drafters.json").read_text())
+    count = len(drafters["drafters"])
+    assert f"names {count + len(drafters['named'])} drafters. The published config of {count} was tested" in text
+
+
+def test_pictures_are_those_of_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import build_pictures
+
+    for name, picture in build_pictures.PICTURES.items():
+        assert (ROOT / "docs" / name).read_text() == picture(), "run python docs/build_pictures.py"
+
+
+def test_citation_is_complete_everywhere():
+    """One paper, cited in the manual, in CITATION.cff and on every card."""
+    authors = ("Weng", "Mei", "Qiu", "Chen", "Liu", "Tian", "Shi")
+    for page in ("docs/papers.md", "CITATION.cff", "coral_hf/hub/model_card_template.md"):
+        text = (ROOT / page).read_text()
+        assert all(name in text for name in (*authors, "5580", "5593", "10.18653/v1/2025.acl-long.278")), page

@@ -25,9 +25,7 @@ def test_the_record_holds_both_forms_of_export():
 def test_the_pages_say_what_was_measured():
     run = RECORD["runs"][FORMS[0]]
     drafts, accepted, ours = run["vllm"]["num_drafts"], run["vllm"]["num_accepted_tokens"], run["ours"]["num_drafts"]
-    served = (
-        f"served by vLLM {RECORD['vllm']} on a CPU: {run['equal_texts']} of {RECORD['prompts']} texts equal to plain"
-    )
+    served = f"served by vLLM {RECORD['vllm']} on a CPU: {run['equal_texts']} of {RECORD['prompts']} texts were equal to plain"
     assert served in plain_text("README.md")
     serving = plain_text("docs/serving.md")
     assert f"({RECORD['date']}, vLLM {RECORD['vllm']}" in serving
