@@ -52,7 +52,7 @@ class CacheCommand:
 def kept_entries() -> list[dict[str, Any]]:
     """What is kept: `kind` (costs or targets), `path`, `bytes`, `date` (seconds since the epoch) and `what` it is of."""
     from ..demo import converted_targets
-    from ..generation.cost_files import cost_files
+    from ..generation.costs.files import cost_files
 
     entries = [
         {"kind": "costs", "path": path, "what": _costs_of(content), **_measures([path])}

@@ -53,7 +53,7 @@ class TuneCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
             tune,
             write_record,
         )
-        from ..generation.cost_measurement import draft_costs
+        from ..generation.costs.measurement import cost_table
         from ..generation.settings import DraftSettings
 
         require("rich")
@@ -97,7 +97,7 @@ class TuneCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
             for name, value in settings.items():
                 setattr(drafter.config, name, value)
         # what was kept may be of a busier hour, or of before a change of this machine that its key does not show
-        draft_costs(target, drafter, DraftSettings.resolve(drafter.config), refresh=True)
+        cost_table(target, drafter, DraftSettings.resolve(drafter.config), refresh=True)
         bench = f"coral-hf benchmark --target {self.target} --drafter {self.drafter} --data PROMPTS --output FOLDER"
         finished(path, folder / "config.json" if self.save else None, then=bench)
         return 0

@@ -35,7 +35,7 @@ def wrapped_parts(
             (DraftHead, "argmax", "draft_head"),
             (DraftTreeBuilder, "add_level", "tree"),
             (DraftTreeBuilder, "build", "tree"),
-            (LevelDrafter, "_enough", "tree"),
+            (LevelDrafter, "_weigh", "tree"),
             (TreeSizeRule, "best_size", "tree"),
             (CoralCandidateGenerator, "propose", "draft"),
             (TargetForward, "verify", "verify"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.prompts import Prompt, check_prompts, describe_prompts
 from ..drafter.configuration_coral import DERIVED, CoralDraftConfig
-from ..generation.cost_measurement import measure_costs
+from ..generation.costs.measurement import measure_costs
 from ..generation.settings import DraftSettings
 from ..generation.tree_size import Calibration, DraftCosts, TreeSizeRule
 from .draft_traces import DraftTrace, fit_calibration, record_traces, replay_all

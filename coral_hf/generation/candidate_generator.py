@@ -10,12 +10,12 @@ from ..drafter.draft_layer import DraftKeyValues
 from ..drafter.modeling_coral import CoralDraftModel
 from ..drafter.target_adapter import TargetAdapter, placed
 from ..utils.compat import hidden_states_to_ask
+from .costs.pace import AnyCosts, Pace
 from .draft_levels import LevelDrafter, RotaryTable
 from .draft_tree import DraftTree
 from .key_values.kept_rows import ReadRows, keep_rows, take_rows
 from .settings import DraftSettings
 from .statistics import DraftStats
-from .tree_size import DraftCosts
 
 
 class CoralCandidateGenerator(CandidateGenerator):
@@ -32,7 +32,8 @@ class CoralCandidateGenerator(CandidateGenerator):
         max_length (`int`): longest sequence this call can reach, for the cache and for shortening the last drafts.
         num_padding (`int` or `list[int]`): left padding of the prompt, or of each of a batch, which the drafter never sees
             ([`padding_of`]).
-        costs ([`DraftCosts`], *optional*): measured times (`cost_measurement.draft_costs`), for `draft_cost_aware`.
+        costs ([`DraftCosts`] or [`MeasuredCosts`], *optional*): times of a step (`costs.tables.draft_costs`), for
+            `draft_cost_aware`.
 
     Raises:
         ValueError: if drafter and target do not belong together, or costs are needed and not given.
@@ -47,7 +48,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         settings: DraftSettings,
         max_length: int,
         num_padding: int | list[int] = 0,
-        costs: DraftCosts | None = None,
+        costs: AnyCosts | None = None,
     ):
         self.drafter = drafter
         self.settings = settings
@@ -76,6 +77,9 @@ class CoralCandidateGenerator(CandidateGenerator):
         self.cache = DraftKeyValues(drafter.config, slots, self._dtype, self._device, batch)
         # which slots of the cache hold a true row, [B, slots]; None: all of them, of every row
         self._filled: torch.Tensor | None = None
+        self._pace = Pace()
+        # features that plain steps have left for the next draft, [B, n, F] each, and how many of them each row has
+        self._unread: list[tuple[torch.Tensor, list[int]]] = []
         # of the stock loop's last draft, which its verification is counted for; None until it has drafted
         self._unverified_depth: int | None = None
 
@@ -107,11 +111,10 @@ class CoralCandidateGenerator(CandidateGenerator):
         batch, longest = input_ids.shape
         lengths = [longest] * batch if lengths is None else lengths
         counts = [features.shape[1]] * batch if counts is None else counts
+        features, counts = self._with_unread(features, counts)
         hidden, feature = self._extend(input_ids, features, lengths, counts)
         depth = self.settings.max_levels if max_depth is None else min(self.settings.max_levels, max_depth)
-        root = input_ids[:, -1:]
-        if min(lengths) < longest:
-            root = input_ids.gather(1, torch.tensor(lengths, device=input_ids.device)[:, None] - 1)
+        root = _roots(input_ids, lengths)
         if depth <= 0:
             return DraftTree.chain(root)
         # Row t holds token x_{t+1}: drafts of the root's children sit at the root's own index.
@@ -121,11 +124,51 @@ class CoralCandidateGenerator(CandidateGenerator):
         else:
             first = torch.tensor(places, device=self._device)[:, None]
             rotary = self._rotary.at(first + torch.arange(depth, device=self._device), max(places) + depth)
-        return self.levels.draft(root, hidden, feature, rotary, self.cache, self._filled, depth)
+        rule = self.levels.rule_at(batch, longest)
+        return self.levels.draft(root, hidden, feature, rotary, self.cache, self._filled, depth, rule)
+
+    def pays(self, lengths: list[int]) -> bool:
+        """Whether the next step of rows of such lengths is to draft: by what drafting has saved so far ([`Pace`])."""
+        rule = self.levels.rule_at(len(lengths), max(lengths))
+        return self._pace.drafts(None if rule is None else rule.costs)
+
+    def put_off(
+        self, input_ids: torch.Tensor, features: torch.Tensor, lengths: list[int], counts: list[int] | None = None
+    ) -> DraftTree:
+        """Drafts nothing: the new features wait for the next draft, which reads them in one pass.
+
+        Args: as for [`propose`].
+
+        Returns:
+            [`DraftTree`] of the roots alone.
+        """
+        self._unread.append((features, [features.shape[1]] * len(lengths) if counts is None else counts))
+        return DraftTree.chain(_roots(input_ids, lengths))
+
+    def verified(self, tree: DraftTree, counts: list[int]) -> None:
+        """Takes account of how many tokens each row got of a tree, for [`pays`]."""
+        if tree.promise is not None:
+            self._pace.add(tree.promise, sum(counts) / len(counts) - 1)
+
+    def _with_unread(self, features: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, list[int]]:
+        """The features that were put off, then these, and how many each row has of them all."""
+        if not self._unread:
+            return features, counts
+        blocks, self._unread = [*self._unread, (features, counts)], []
+        joined = torch.cat([block for block, _ in blocks], dim=1)
+        paths: list[list[int]] = [[] for _ in counts]
+        start = 0
+        for block, block_counts in blocks:
+            for path, count in zip(paths, block_counts, strict=True):
+                path.extend(range(start, start + count))
+            start += block.shape[1]
+        totals = [len(path) for path in paths]
+        return (joined if min(totals) == start else nodes_of(joined, paths)), totals
 
     def keep_rows(self, order: list[int]) -> None:
         """Goes on with these rows of the batch, in this order."""
         self.padding = [self.padding[row] for row in order]
+        self._unread = [(features[order], [counts[row] for row in order]) for features, counts in self._unread]
         self.cache.keep_rows(order)
         if self._filled is not None:
             self._filled = self._filled[order]
@@ -152,6 +195,7 @@ class CoralCandidateGenerator(CandidateGenerator):
     def keep(self, cache: Cache, input_ids: torch.Tensor, features: torch.Tensor) -> None:
         """Keeps what was read beside the target's cache, of which `features` `[1, n, F]` are the last tokens'."""
         known = cache.get_seq_length()
+        features, _ = self._with_unread(features, [features.shape[1]])
         # Not of a call whose ids began behind what the cache held already, nor of one that ended before a draft.
         if known == input_ids.shape[1] - 1 and self.cache.length:
             keep_rows(cache, self.drafter, ReadRows(input_ids[:, :known], self.padding[0], self.cache, features))
@@ -253,6 +297,13 @@ def padding_of(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> 
     if attention_mask is None:
         return [0] * input_ids.shape[0]
     return (attention_mask[:, -input_ids.shape[1] :] == 0).sum(dim=1).tolist()
+
+
+def _roots(input_ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """The last token `[B, 1]` of each row of `input_ids` `[B, L]`."""
+    if min(lengths) == input_ids.shape[1]:
+        return input_ids[:, -1:]
+    return input_ids.gather(1, torch.tensor(lengths, device=input_ids.device)[:, None] - 1)
 
 
 def nodes_of(states: torch.Tensor, paths: list[list[int]]) -> torch.Tensor:

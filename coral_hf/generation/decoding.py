@@ -9,13 +9,13 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from ..drafter.modeling_coral import CoralDraftModel
 from ..utils.compat import cache_kwarg, cache_of
 from .candidate_generator import CoralCandidateGenerator, padding_of
+from .costs.pace import AnyCosts
 from .draft_tree import DraftTree
 from .key_values.paths import store_obstacle
 from .settings import DraftSettings
 from .target_forward import TargetForward
 from .tokens.text_rows import KeptStates, TextRows
 from .tokens.token_choice import TokenChoice
-from .tree_size import DraftCosts
 
 
 def coral_decoding(
@@ -27,7 +27,7 @@ def coral_decoding(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     streamer: Any = None,
-    costs: DraftCosts | None = None,
+    costs: AnyCosts | None = None,
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | torch.Tensor:
     """Generates with draft trees; the same tokens as plain `generate`, greedy or sampled (same seed, in fp32).
@@ -39,7 +39,7 @@ def coral_decoding(
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
         input_ids (`torch.LongTensor` of shape `[B, L]`)
         logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: as `generate` prepares them.
-        costs ([`DraftCosts`], *optional*): for `draft_cost_aware`.
+        costs ([`DraftCosts`] or [`MeasuredCosts`], *optional*): for `draft_cost_aware`. Where no draft saves time, steps are plain.
 
     Returns:
         As `generate`: ids `[B, L + new]`, or a `GenerateDecoderOnlyOutput` with `return_dict_in_generate`.
@@ -88,17 +88,22 @@ def coral_decoding(
             depths = [max_length - length - 1 for length in lengths]
             most = verifier.most_depth()
             deepest = max(depths) if most is None else min(max(depths), most)
-            tree = generator.propose(rows.live_ids(), features, deepest, lengths, counts)
+            plain = not generator.pays(lengths)
+            if plain:
+                tree = generator.put_off(rows.live_ids(), features, lengths, counts)
+            else:
+                tree = generator.propose(rows.live_ids(), features, deepest, lengths, counts)
             outputs = verifier.verify(tree, rows.ids(), None if min(depths) >= tree.num_nodes - 1 else max_length)
             live = list(rows.live)
             paths, ended = choice.accept(tree, outputs.logits)
             verifier.keep(paths, tree.num_nodes)
-            features = generator.features_of(outputs.hidden_states, paths)
+            features = generator.features_of(outputs.hidden_states, None if tree.num_nodes == 1 else paths)
             counts = [len(path) for path in paths]
+            generator.verified(tree, counts)
             if states is not None:
                 states.add(live, lengths, outputs.hidden_states, paths)
             for row, depth, room, count in zip(live, tree.row_depths(), depths, counts, strict=True):
-                generator.stats.add_step(min(depth, room), count - 1, row)
+                generator.stats.add_step(min(depth, room), count - 1, row, plain)
         if len(padding) == 1 and wanted:
             verifier.leave_store()
     sequences = rows.ids().clone()

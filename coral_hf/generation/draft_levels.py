@@ -8,9 +8,10 @@ import torch
 from ..drafter.draft_head import DraftHead
 from ..drafter.draft_layer import DraftKeyValues
 from ..drafter.target_adapter import TargetAdapter, placed
-from .draft_tree import DraftTree, DraftTreeBuilder
+from .costs.pace import AnyCosts
+from .draft_tree import DraftPromise, DraftTree, DraftTreeBuilder
 from .settings import DraftSettings
-from .tree_size import DraftCosts, TreeSizeRule, calibration_of
+from .tree_size import TreeSizeRule, calibration_of
 
 
 _BLOCK = 512  # positions that a rotary table grows by
@@ -53,7 +54,7 @@ class LevelDrafter:
 
     Args:
         drafter ([`CoralDraftModel`]), adapter ([`TargetAdapter`]), head ([`DraftHead`]), settings ([`DraftSettings`])
-        costs ([`DraftCosts`], *optional*): for `draft_cost_aware`.
+        costs ([`DraftCosts`] or [`MeasuredCosts`], *optional*): for `draft_cost_aware`.
     """
 
     def __init__(
@@ -62,17 +63,26 @@ class LevelDrafter:
         adapter: TargetAdapter,
         head: DraftHead,
         settings: DraftSettings,
-        costs: DraftCosts | None = None,
+        costs: AnyCosts | None = None,
     ):
         self.drafter, self.adapter, self.head, self.settings = drafter, adapter, head, settings
         parameter = next(drafter.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.rule = self.calibration = None
+        self.costs = self.calibration = None
+        self._rule: TreeSizeRule | None = None
         if settings.draft_cost_aware:
             if costs is None:
-                raise ValueError("draft_cost_aware=True needs costs: pass those of cost_measurement.draft_costs().")
-            self.rule = TreeSizeRule(costs, settings.draft_total_tokens)
-            self.calibration = calibration_of(drafter.config)
+                raise ValueError("draft_cost_aware=True needs costs: pass those of costs.tables.draft_costs().")
+            self.costs, self.calibration = costs, calibration_of(drafter.config)
+
+    def rule_at(self, rows: int, context: int) -> TreeSizeRule | None:
+        """What sizes the trees of so many rows, the longest of which has so many tokens; None: sizes are fixed."""
+        if self.costs is None:
+            return None
+        costs = self.costs.at(rows, context)
+        if self._rule is None or self._rule.costs is not costs:
+            self._rule = TreeSizeRule(costs, self.settings.draft_total_tokens)
+        return self._rule
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `[B, T, H]` of ids `[B, T]` as the drafter reads them."""
@@ -87,6 +97,7 @@ class LevelDrafter:
         cache: DraftKeyValues,
         filled: torch.Tensor | None,
         depth: int,
+        rule: TreeSizeRule | None = None,
     ) -> DraftTree:
         """A tree, or a chain, of at most `depth` levels.
 
@@ -98,12 +109,13 @@ class LevelDrafter:
             cache ([`DraftKeyValues`])
             filled (`torch.BoolTensor` of shape `[B, length]`, *optional*): slots that hold a true row; None: all.
             depth (`int`): at least 1.
+            rule ([`TreeSizeRule`], *optional*): of [`rule_at`].
         """
         # one view for each level, at once
         levels = list(zip(*(factors.split(1, dim=2) for factors in rotary), strict=True))
-        if self.settings.is_chain and self.rule is None:
+        if self.settings.is_chain and rule is None:
             return self._chain(root, hidden, feature, levels, cache, filled, depth)
-        return self._tree(root, hidden, feature, levels, cache, filled, depth)
+        return self._tree(root, hidden, feature, levels, cache, filled, depth, rule)
 
     def _chain(self, root, hidden, feature, levels, cache, filled, depth: int) -> DraftTree:
         tokens, mask = [root], None
@@ -117,7 +129,7 @@ class LevelDrafter:
                 hidden, feature = self.drafter.draft(self.embed(token), feature, None, cache, slot, mask, levels[step])
         return DraftTree.chain(torch.cat(tokens, dim=1))
 
-    def _tree(self, root, hidden, feature, levels, cache, filled, depth: int) -> DraftTree:
+    def _tree(self, root, hidden, feature, levels, cache, filled, depth: int, rule: TreeSizeRule | None) -> DraftTree:
         top_k, length, batch = self.settings.draft_top_k, cache.length, root.shape[0]
         builder = DraftTreeBuilder(root, top_k, self.calibration)
         tokens, _, parent = builder.add_level(*self._children(hidden, root.device, builder))
@@ -127,12 +139,13 @@ class LevelDrafter:
         seen = torch.zeros(batch, top_k, length, dtype=self.dtype, device=self.device)
         if filled is not None:
             seen = seen.masked_fill(~filled[:, None], -torch.inf)
-        size = None
+        chosen = None
         for step in range(depth - 1):
-            if self.rule is not None and self.rule.asks(builder.num_levels):
-                size = self._enough(self.rule, builder)
-                if size is not None:
+            if rule is not None and rule.asks(builder.num_levels):
+                chosen, more = self._weigh(rule, builder)
+                if not more:
                     break
+                chosen = None
             seen = torch.cat([seen, itself], dim=-1)  # [B, top_k, length + scratch]
             slot = length + step * top_k
             hidden, feature = self.drafter.draft(
@@ -143,13 +156,19 @@ class LevelDrafter:
                 # each new node inherits from the expanded node that is its parent
                 parent = placed(parent, self.device)
                 seen, feature = _rows(seen, parent), _rows(feature, parent)
-        if self.rule is None:
+        if rule is None:
             return builder.build(self.settings.draft_total_tokens)
-        if size is None:
-            size = int(self.rule.best_size(builder.chances(), builder.num_levels)[0].max())
+        if chosen is None:
+            chosen = (
+                torch.stack(rule.best_size(rule.of_batch(builder.chances()), builder.num_levels)).flatten().tolist()
+            )
+        size, speed = int(chosen[0]), chosen[1]
         tree = builder.build(size)
-        # one branch a node: a chain, for every attention and cache
-        return DraftTree.chain(tree.tokens, tree.scores) if self.settings.is_chain else tree
+        if self.settings.is_chain:  # one branch a node: a chain, for every attention and cache
+            tree = DraftTree.chain(tree.tokens, tree.scores)
+        step_ms = rule.costs.step_ms(builder.num_levels, size)
+        tree.promise = DraftPromise(max(speed * step_ms - 1, 0.0), step_ms, rule.costs.target_ms[0])
+        return tree
 
     def _children(self, hidden, device, builder: DraftTreeBuilder) -> tuple[torch.Tensor, torch.Tensor]:
         """The `top_k` likeliest next tokens of each row: ids and log q, both `[B, W, top_k]`."""
@@ -158,11 +177,11 @@ class LevelDrafter:
         tokens, log_probs = self.head.top_k(hidden, self.settings.draft_top_k, weights)
         return placed(tokens, device), placed(log_probs, device)
 
-    def _enough(self, rule: TreeSizeRule, builder: DraftTreeBuilder) -> int | None:
-        """The nodes to verify, of the row that wants the most, if no row gains by another level; what the host waits for."""
+    def _weigh(self, rule: TreeSizeRule, builder: DraftTreeBuilder) -> tuple[list[float], bool]:
+        """The nodes of every row, with tokens per millisecond, and whether another level promises more; the host waits for it."""
         chances = builder.chances(), builder.open_chances, builder.parent_chances
-        sizes, more = torch.stack(rule.weigh(*chances, levels=builder.num_levels)).tolist()
-        return None if any(more) else max(sizes)
+        size, speed, more = torch.stack(rule.weigh(*chances, builder.num_levels, together=True)).flatten().tolist()
+        return [size, speed], bool(more)
 
 
 def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ class DraftTree:
         ancestors (`torch.BoolTensor` of shape `[B, N, N]`): row i marks node i itself and everything above it.
         is_chain (`bool`): every node's parent is the node before it.
         known_parents (`list[list[int]]`, *optional*): `parents` once the host has read them.
+        promise ([`DraftPromise`], *optional*): of a tree whose size was weighed.
     """
 
     tokens: torch.Tensor
@@ -28,6 +29,7 @@ class DraftTree:
     ancestors: torch.Tensor
     is_chain: bool = False
     known_parents: list[list[int]] | None = None
+    promise: "DraftPromise | None" = None
 
     @property
     def num_nodes(self) -> int:
@@ -58,6 +60,21 @@ class DraftTree:
         batch, count = tokens.shape
         parents, depths, zeros, ancestors = _chain(batch, count, tokens.device)
         return cls(tokens, parents, depths, zeros if scores is None else scores, ancestors, is_chain=True)
+
+
+@dataclass(frozen=True)
+class DraftPromise:
+    """What the rule that chose a tree's size expects of the step.
+
+    Args:
+        accepted (`float`): drafted tokens accepted in each row, on average.
+        step_ms (`float`): drafting and verifying.
+        plain_ms (`float`): a step without a draft.
+    """
+
+    accepted: float
+    step_ms: float
+    plain_ms: float
 
 
 class DraftTreeBuilder:
@@ -209,4 +226,4 @@ def _order(count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor
     return torch.arange(count, device=device), torch.eye(count, device=device)
 
 
-__all__ = ["DraftTree", "DraftTreeBuilder", "ancestors_of"]
+__all__ = ["DraftPromise", "DraftTree", "DraftTreeBuilder", "ancestors_of"]

@@ -18,7 +18,7 @@ from ..utils.compat import CACHE_NAME, cache_of, default_generation_settings
 from .attachment import running, wrap_generate
 from .call_checks import check_call
 from .candidate_generator import CoralCandidateGenerator, padding_of
-from .cost_measurement import draft_costs
+from .costs.tables import draft_costs
 from .decoding import coral_decoding
 from .drafter_checks import check_coral_drafter, check_loaded, check_whole, is_coral_drafter
 from .settings import DraftSettings
@@ -152,7 +152,9 @@ def _wrap_decoding(original):
                 return original(self, input_ids, *args, **kwargs)
         for name in ("synced_gpus", *_ASSISTED_ALONE):
             kwargs.pop(name, None)
-        kwargs["costs"] = draft_costs(self, drafter, settings) if settings.draft_cost_aware else None
+        if settings.draft_cost_aware:
+            kwargs["costs"] = draft_costs(self, drafter, settings)
+            kwargs["costs"].at(*input_ids.shape)  # measured before there are keys and values of the call's own
         # Hugging Face's generate runs under no_grad already.
         with few_row_linears(self, drafter), copied_without_hooks(self):
             return coral_decoding(self, drafter, settings, input_ids, *args, **kwargs)

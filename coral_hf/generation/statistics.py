@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 class _OfRows:
     """Not among the counts: `vars` of them is what the metrics take."""
 
-    __slots__ = ("rows",)
+    __slots__ = ("plain_steps", "rows")
 
     rows: list["DraftStats"]
+    plain_steps: int
 
 
 @dataclass
@@ -26,6 +27,7 @@ class DraftStats(_OfRows):
     Attributes:
         rows (`list[DraftStats]`): the same of each row of a batch, which the counts above pool: a forward over n rows is n
             steps.
+        plain_steps (`int`): how many of the steps were taken without a draft, because none would have saved time.
     """
 
     steps: int = 0
@@ -35,13 +37,14 @@ class DraftStats(_OfRows):
     reached_per_depth: list[int] = field(default_factory=list)
 
     def __post_init__(self):
-        self.rows = []
+        self.rows, self.plain_steps = [], 0
 
-    def add_step(self, draft_depth: int, n_accepted: int, row: int = 0) -> None:
+    def add_step(self, draft_depth: int, n_accepted: int, row: int = 0, plain: bool = False) -> None:
         """Records one verify step (of a row of the batch) that drafted to `draft_depth` and accepted `n_accepted`."""
         if self.rows:
-            self.rows[row].add_step(draft_depth, n_accepted)
+            self.rows[row].add_step(draft_depth, n_accepted, plain=plain)
         self.steps += 1
+        self.plain_steps += plain
         self.n_accepted += n_accepted
         depths = {
             "drafted_per_depth": draft_depth,
@@ -57,6 +60,7 @@ class DraftStats(_OfRows):
     def merge(self, other: "DraftStats") -> "DraftStats":
         """Pools two runs, without their rows (tau is always pooled over steps, never averaged over samples)."""
         merged = DraftStats(self.steps + other.steps, self.n_accepted + other.n_accepted)
+        merged.plain_steps = self.plain_steps + other.plain_steps
         for name in ("drafted_per_depth", "accepted_per_depth", "reached_per_depth"):
             mine, theirs = getattr(self, name), getattr(other, name)
             length = max(len(mine), len(theirs))

@@ -1,6 +1,6 @@
 """How large a draft pays: measured costs, calibrated path probabilities, and the rule that weighs them.
 
-Plain tensors, no model: `cost_measurement` takes the times that stand in [`DraftCosts`].
+Plain tensors, no model: `costs/measurement.py` takes the times that stand in [`DraftCosts`].
 """
 
 from collections.abc import Sequence
@@ -43,6 +43,18 @@ class DraftCosts:
     def step_ms(self, levels: int, nodes: int) -> float:
         """Time of a whole step: drafting, then verifying `nodes` with the root."""
         return self.drafting_ms(levels) + self.target_ms[nodes - 1]
+
+    def at(self, rows: int, context: int) -> "DraftCosts":
+        """These costs, whatever the batch and the context: [`MeasuredCosts`] knows several."""
+        return self
+
+    @cached_property
+    def can_pay(self) -> bool:
+        """Whether a chain of some length is worth its time if all of it is accepted."""
+        return any(
+            (levels + 1) * self.target_ms[0] > self.step_ms(levels, levels + 1)
+            for levels in range(1, len(self.target_ms))
+        )
 
 
 @dataclass(frozen=True)
@@ -179,16 +191,43 @@ class TreeSizeRule:
         Returns:
             `torch.BoolTensor` of shape `[B]`.
         """
-        return self.weigh(chances, open_chances, parent_chances, levels)[1]
+        return self.weigh(chances, open_chances, parent_chances, levels)[2]
 
     def weigh(
-        self, chances: torch.Tensor, open_chances: torch.Tensor, parent_chances: torch.Tensor, levels: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The size that pays best now, as [`best_size`] says it, and whether a further level does, as [`repays_level`] says it."""
+        self,
+        chances: torch.Tensor,
+        open_chances: torch.Tensor,
+        parent_chances: torch.Tensor,
+        levels: int,
+        together: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What pays best now, and whether a further level does.
+
+        Args:
+            chances, open_chances, parent_chances, levels: as for [`repays_level`].
+            together (`bool`): the rows are a batch that one forward verifies ([`of_batch`]).
+
+        Returns:
+            `tuple`: nodes and tokens per millisecond, as [`best_size`] says them, and whether a further level promises more;
+            each `[B]`, or `[1]` of a batch.
+        """
         kept = (open_chances[:, :1] / parent_chances[:, :1].clamp(min=1e-9)).clamp(max=1)  # [B, 1]
         expected = torch.cat([chances, open_chances * kept], dim=1)
+        if together:
+            chances, expected = self.of_batch(chances), self.of_batch(expected)
         size, speed = self.best_size(chances, levels)
-        return size, self.best_size(expected, levels + 1)[1] > speed
+        return size, speed, self.best_size(expected, levels + 1)[1] > speed
+
+    @staticmethod
+    def of_batch(chances: torch.Tensor) -> torch.Tensor:
+        """Chances `[B, M]` of a batch -> `[1, M]`: what the n-th best node of every row adds to the tokens of a row.
+
+        A forward pads all trees of a batch to the largest: one more node in one row costs what one more in every row costs.
+        So all rows get as many nodes, each its likeliest, and their number is what pays for all of them together.
+        """
+        if len(chances) == 1:
+            return chances
+        return chances.sort(dim=1, descending=True).values.mean(dim=0, keepdim=True)
 
     @staticmethod
     def asks(levels: int) -> bool:

@@ -7,7 +7,7 @@ from filelock import FileLock
 
 from coral_hf import demo
 from coral_hf.cli import main
-from coral_hf.generation.cost_files import KeptCosts, write_costs
+from coral_hf.generation.costs.files import KeptCosts, write_costs
 from coral_hf.generation.tree_size import DraftCosts
 
 

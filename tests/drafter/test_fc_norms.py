@@ -8,7 +8,7 @@ from helpers.tiny_models import make_drafter, make_target, randomize
 from helpers.tiny_trainings import assert_same_weights, logged, make_trainer, quick_drafter, random_rows, weights
 
 from coral_hf import CoralDraftModel, TargetAdapter
-from coral_hf.generation.cost_measurement import costs_key
+from coral_hf.generation.costs.measurement import costs_key
 from coral_hf.generation.settings import DraftSettings
 from coral_hf.utils.compat import enable_checkpointing
 

@@ -14,8 +14,9 @@ from coral_hf.data.prompts import Prompt, encode_context
 from coral_hf.drafter.draft_head import DraftHead
 from coral_hf.evaluation.draft_traces import record_traces, replay, replay_all
 from coral_hf.evaluation.prediction import check_predictions, expected_acceptance_length, predict_speedup
-from coral_hf.generation import cost_measurement, hook
+from coral_hf.generation import hook
 from coral_hf.generation.candidate_generator import CoralCandidateGenerator
+from coral_hf.generation.costs import measurement
 from coral_hf.generation.settings import DraftSettings
 from coral_hf.generation.tree_size import Calibration, DraftCosts, TreeSizeRule
 
@@ -144,8 +145,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text(rows)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cost_measurement, "_MIN_ROUNDS", 1)
-    monkeypatch.setattr(cost_measurement, "_MAX_ROUNDS", 1)
+    monkeypatch.setattr(measurement, "_MIN_ROUNDS", 1)
+    monkeypatch.setattr(measurement, "_MAX_ROUNDS", 1)
     return tmp_path
 
 

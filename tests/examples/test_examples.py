@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from coral_hf import CoralDraftModel, demo
 from coral_hf.cli import main
 from coral_hf.drafter.weight_files import file_sha256
-from coral_hf.generation import cost_measurement
+from coral_hf.generation.costs import measurement
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ def test_large_vocabulary(prompt_file, tmp_path, monkeypatch, capsys):
 def test_compare_tree_sizes_and_check_the_prediction(tiny_demo, prompt_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path / "cache"))
     for name in ("_MIN_ROUNDS", "_MAX_ROUNDS"):
-        monkeypatch.setattr(cost_measurement, name, 1)
+        monkeypatch.setattr(measurement, name, 1)
     common = ["--data", str(prompt_file), "--dtype", "float32", "--device", "cpu"]
     sizes = ["--draft-depth", "3", "--draft-top-k", "3", "--draft-total-tokens", "8", "--max-new-tokens", "8"]
     tune = ["tune", *common, "--drafter", str(tiny_demo), *sizes, "--output", str(tmp_path / "tune")]

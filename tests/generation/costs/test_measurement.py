@@ -10,9 +10,10 @@ import pytest
 import torch
 from helpers.tiny_models import make_drafter, make_target
 
-from coral_hf.generation import cost_measurement
-from coral_hf.generation.cost_files import FORMAT
-from coral_hf.generation.cost_measurement import costs_key, draft_costs, measure_costs, measured_sizes
+from coral_hf.generation.costs import measurement
+from coral_hf.generation.costs.bench import Bench
+from coral_hf.generation.costs.files import FORMAT
+from coral_hf.generation.costs.measurement import cost_table, costs_key, measure_costs, measured_sizes
 from coral_hf.generation.settings import DraftSettings
 
 
@@ -30,59 +31,59 @@ def counted(tmp_path, monkeypatch):
     """Measuring one round only, in a cache of its own; the list grows by one per measurement."""
     calls = []
 
-    def count(target, drafter, settings):
+    def count(target, drafter, settings, **how):
         calls.append(settings)
-        return measure_costs(target, drafter, settings, seconds=0.0)
+        return measure_costs(target, drafter, settings, seconds=0.0, **how)
 
     monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path))
-    monkeypatch.setattr(cost_measurement, "_MIN_ROUNDS", 1)
-    monkeypatch.setattr(cost_measurement, "_measured", {})
-    monkeypatch.setattr(cost_measurement, "measure_costs", count)
+    monkeypatch.setattr(measurement, "_MIN_ROUNDS", 1)
+    monkeypatch.setattr(measurement, "_measured", {})
+    monkeypatch.setattr(measurement, "measure_costs", count)
     return calls
 
 
 def forget(monkeypatch) -> None:
     """What a new process knows."""
-    monkeypatch.setattr(cost_measurement, "_measured", {})
+    monkeypatch.setattr(measurement, "_measured", {})
 
 
 def test_measured_once_and_kept(pair, counted, tmp_path, monkeypatch):
     state = torch.get_rng_state()
-    costs = draft_costs(*pair, SETTINGS)
+    costs = cost_table(*pair, SETTINGS)
     assert torch.equal(state, torch.get_rng_state())  # a sampled answer stays plain's
     assert len(costs.target_ms) == 6 and list(costs.target_ms) == sorted(costs.target_ms) and costs.target_ms[0] > 0
     assert costs.first_level_ms > 0 and costs.level_ms >= 0
-    assert draft_costs(*pair, SETTINGS) is costs and len(counted) == 1
+    assert cost_table(*pair, SETTINGS) is costs and len(counted) == 1
     forget(monkeypatch)
-    assert draft_costs(*pair, SETTINGS) == costs and len(counted) == 1
+    assert cost_table(*pair, SETTINGS) == costs and len(counted) == 1
     assert [path.suffix for path in (tmp_path / "draft_costs").iterdir()] == [".json"]
     # other sizes, another number of threads, another target: other costs
-    draft_costs(*pair, DraftSettings(draft_depth=3, draft_top_k=2, draft_total_tokens=7))
+    cost_table(*pair, DraftSettings(draft_depth=3, draft_top_k=2, draft_total_tokens=7))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    draft_costs(*pair, SETTINGS)
+    cost_table(*pair, SETTINGS)
     assert len(counted) == 3
-    draft_costs(*pair, SETTINGS, refresh=True)
+    cost_table(*pair, SETTINGS, refresh=True)
     assert len(counted) == 4
 
 
 def test_two_threads_measure_once(pair, counted, monkeypatch):
     """They would time each other, and what is found is kept on the disk."""
-    original, running, most = cost_measurement.measure_costs, [], []
+    original, running, most = measurement.measure_costs, [], []
 
-    def slowly(*args):
+    def slowly(*args, **how):
         running.append(1)
         most.append(len(running))
         time.sleep(0.2)
         try:
-            return original(*args)
+            return original(*args, **how)
         finally:
             running.pop()
 
-    monkeypatch.setattr(cost_measurement, "measure_costs", slowly)
+    monkeypatch.setattr(measurement, "measure_costs", slowly)
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: draft_costs(*pair, SETTINGS), range(2))
+        first, second = pool.map(lambda _: cost_table(*pair, SETTINGS), range(2))
         assert first is second and len(counted) == 1
-        list(pool.map(lambda _: draft_costs(*pair, SETTINGS, refresh=True), range(2)))
+        list(pool.map(lambda _: cost_table(*pair, SETTINGS, refresh=True), range(2)))
     assert len(counted) == 3 and max(most) == 1
 
 
@@ -92,7 +93,7 @@ def test_the_key_tells_machines_apart(pair, monkeypatch):
     monkeypatch.delattr(os, "uname", raising=False)  # Windows has none
     assert costs_key(*pair, SETTINGS) == keys[0] == json.loads(json.dumps(keys[0]))
     with monkeypatch.context() as patch:
-        patch.setattr(cost_measurement, "cpu_name", lambda: "another CPU")
+        patch.setattr(measurement, "cpu_name", lambda: "another CPU")
         keys.append(costs_key(*pair, SETTINGS))
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another set")
@@ -104,11 +105,11 @@ def test_the_key_tells_machines_apart(pair, monkeypatch):
 def test_a_shallow_draft_leaves_no_free_levels(pair, counted, monkeypatch):
     """A call of depth 1 times no further level: what it keeps would make those of a deeper call cost nothing."""
     shallow, deep, deeper = (DraftSettings(depth, 4, draft_total_tokens=5) for depth in (1, 4, 9))
-    assert draft_costs(*pair, shallow).level_ms == 0
+    assert cost_table(*pair, shallow).level_ms == 0
     forget(monkeypatch)
-    draft_costs(*pair, deep)
+    cost_table(*pair, deep)
     assert counted == [shallow, deep]
-    assert draft_costs(*pair, deeper) is draft_costs(*pair, deep) and len(counted) == 2  # timed to the same depth
+    assert cost_table(*pair, deeper) is cost_table(*pair, deep) and len(counted) == 2  # timed to the same depth
 
 
 def test_the_key_tells_apart_what_is_computed(pair):
@@ -132,7 +133,7 @@ def test_the_key_tells_apart_what_is_computed(pair):
     "damage", ["cut off", "no JSON object", "another key", "another format", "no times", "too few sizes"]
 )
 def test_what_cannot_be_used_is_measured_again(pair, counted, tmp_path, monkeypatch, damage):
-    draft_costs(*pair, SETTINGS)
+    cost_table(*pair, SETTINGS)
     path = next((tmp_path / "draft_costs").iterdir())
     text = path.read_text()
     content = json.loads(text)
@@ -148,7 +149,7 @@ def test_what_cannot_be_used_is_measured_again(pair, counted, tmp_path, monkeypa
     damaged = {"cut off": text[: len(text) // 2], "no JSON object": "[1]"}.get(damage, json.dumps(content))
     path.write_text(damaged)
     forget(monkeypatch)
-    costs = draft_costs(*pair, SETTINGS)
+    costs = cost_table(*pair, SETTINGS)
     (table,) = json.loads(path.read_text())["tables"]
     assert len(counted) == 2 and table["costs"]["level_ms"] == costs.level_ms
 
@@ -156,16 +157,16 @@ def test_what_cannot_be_used_is_measured_again(pair, counted, tmp_path, monkeypa
 def test_a_cache_that_cannot_be_written_costs_the_next_process_only(pair, counted, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path / "file"))
-    draft_costs(*pair, SETTINGS)
+    cost_table(*pair, SETTINGS)
     forget(monkeypatch)
-    draft_costs(*pair, SETTINGS)
+    cost_table(*pair, SETTINGS)
     assert len(counted) == 2
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma3_text"])
 def test_every_kind_of_target(family, monkeypatch):
     """A chain and a tree, a window shorter than the prefix, a depth of one."""
-    monkeypatch.setattr(cost_measurement, "_MIN_ROUNDS", 1)
+    monkeypatch.setattr(measurement, "_MIN_ROUNDS", 1)
     target = make_target(family)
     drafter = make_drafter(target)
     for settings in (SETTINGS, DraftSettings(draft_depth=4), DraftSettings(draft_depth=1, draft_top_k=3)):
@@ -181,14 +182,14 @@ def test_measured_sizes():
 def test_a_measurement_says_what_it_is(pair, counted, caplog, capfd, monkeypatch):
     """One line and a bar, both on stderr, and the next call is silent."""
     monkeypatch.setenv("TQDM_MININTERVAL", "0")
-    draft_costs(*pair, SETTINGS)
+    cost_table(*pair, SETTINGS)
     (record,) = caplog.records
     message = record.getMessage()
     assert "at most 20 seconds" in message and "coral-hf cache" in message and "\n" not in message
     shown = capfd.readouterr()
     assert "draft costs" in shown.err and not shown.out
     forget(monkeypatch)
-    draft_costs(*pair, SETTINGS)
+    cost_table(*pair, SETTINGS)
     assert len(caplog.records) == 1 and "draft costs" not in capfd.readouterr().err
 
 
@@ -197,13 +198,12 @@ class Clock:
 
     def __init__(self, seconds: float, monkeypatch):
         self.now, self.seconds, self.runs = 0.0, seconds, []
-        for name in ("_verify", "_propose"):
-            monkeypatch.setattr(cost_measurement, name, self.run)
-        monkeypatch.setattr(cost_measurement, "synchronized_clock", lambda devices: self.now)
-        monkeypatch.setattr(cost_measurement.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(Bench, "verify", lambda bench, tree: self.run(tree.num_nodes))
+        monkeypatch.setattr(Bench, "propose", lambda bench, levels: self.run(-levels))
+        monkeypatch.setattr(measurement, "synchronized_clock", lambda devices: self.now)
+        monkeypatch.setattr(measurement.time, "perf_counter", lambda: self.now)
 
-    def run(self, *args):
-        size = args[2].num_nodes if len(args) == 3 else -args[3]
+    def run(self, size):
         self.runs.append(size)
         self.now += self.seconds
 
@@ -227,15 +227,14 @@ def test_a_slow_machine_measures_less(pair, seconds, least, monkeypatch):
 
 def test_a_size_that_was_not_reached_costs_what_the_next_larger_one_does(pair, monkeypatch):
     clock = Clock(0.0, monkeypatch)
-    run, largest = clock.run, []
+    largest = []
 
-    def slower(*args):
-        run(*args)
-        if len(args) == 3:
-            clock.now += args[2].num_nodes / 10
-            largest.append(args[2].num_nodes)
+    def slower(bench, tree):
+        clock.run(tree.num_nodes)
+        clock.now += tree.num_nodes / 10
+        largest.append(tree.num_nodes)
 
-    monkeypatch.setattr(cost_measurement, "_verify", slower)
+    monkeypatch.setattr(Bench, "verify", slower)
     costs = measure_costs(*pair, WIDE, most_seconds=6.0)
     reached = sorted(set(largest))
     assert reached != measured_sizes(32) and {1, 32} <= set(reached)
@@ -252,47 +251,47 @@ def test_measured_again_where_the_machine_has_plainly_changed(pair, counted, mon
         probes.append(speed[0])
         return speed[0]
 
-    monkeypatch.setattr(cost_measurement, "probe_ms", probe)
-    draft_costs(*pair, SETTINGS)
+    monkeypatch.setattr(measurement, "probe_ms", probe)
+    cost_table(*pair, SETTINGS)
     probes.clear()
     speed[0] *= factor
-    draft_costs(*pair, SETTINGS)
+    cost_table(*pair, SETTINGS)
     assert not probes and len(counted) == 1  # just looked
-    monkeypatch.setattr(cost_measurement, "CHECK_SECONDS", 0.0)
-    draft_costs(*pair, SETTINGS)
+    monkeypatch.setattr(measurement, "CHECK_SECONDS", 0.0)
+    cost_table(*pair, SETTINGS)
     assert not probes and len(counted) == 1  # a new measurement stands for a while
-    monkeypatch.setattr(cost_measurement, "KEEP_SECONDS", 0.0)
-    draft_costs(*pair, SETTINGS)
+    monkeypatch.setattr(measurement, "KEEP_SECONDS", 0.0)
+    cost_table(*pair, SETTINGS)
     assert len(counted) == measured
     assert len(probes) == (1 if measured == 1 else 6)  # one that agrees is enough
     # and then that is what it is compared with, in this process and the next
     forget(monkeypatch)
-    draft_costs(*pair, SETTINGS)
+    cost_table(*pair, SETTINGS)
     assert len(counted) == measured
 
 
 def test_one_slow_forward_is_no_change(pair, counted, monkeypatch):
-    monkeypatch.setattr(cost_measurement, "probe_ms", lambda target: 10.0)
-    draft_costs(*pair, SETTINGS)
+    monkeypatch.setattr(measurement, "probe_ms", lambda target: 10.0)
+    cost_table(*pair, SETTINGS)
     times = iter([90.0, 40.0, 12.0])
-    monkeypatch.setattr(cost_measurement, "probe_ms", lambda target: next(times))
+    monkeypatch.setattr(measurement, "probe_ms", lambda target: next(times))
     for name in ("CHECK_SECONDS", "KEEP_SECONDS"):
-        monkeypatch.setattr(cost_measurement, name, 0.0)
+        monkeypatch.setattr(measurement, name, 0.0)
     forget(monkeypatch)
-    draft_costs(*pair, SETTINGS)
+    cost_table(*pair, SETTINGS)
     assert len(counted) == 1 and next(times, None) is None
 
 
 def test_a_file_has_room_for_other_prefixes(pair, counted, tmp_path, monkeypatch):
     """One file for each pair and machine, a table for each length; measuring one again leaves the others."""
-    draft_costs(*pair, SETTINGS)
-    monkeypatch.setattr(cost_measurement, "PREFIX_LENGTH", 64)
-    draft_costs(*pair, SETTINGS)
-    draft_costs(*pair, SETTINGS, refresh=True)
+    cost_table(*pair, SETTINGS)
+    monkeypatch.setattr(measurement, "PREFIX_LENGTH", 64)
+    cost_table(*pair, SETTINGS)
+    cost_table(*pair, SETTINGS, refresh=True)
     (path,) = (tmp_path / "draft_costs").iterdir()
     content = json.loads(path.read_text())
     assert content["format"] == FORMAT and [table["prefix"] for table in content["tables"]] == [256, 64]
     forget(monkeypatch)
-    monkeypatch.setattr(cost_measurement, "PREFIX_LENGTH", 256)
-    draft_costs(*pair, SETTINGS)
+    monkeypatch.setattr(measurement, "PREFIX_LENGTH", 256)
+    cost_table(*pair, SETTINGS)
     assert len(counted) == 3

@@ -1,6 +1,7 @@
 """Measures what a step costs on this machine, once per target, drafter, device, dtype and threads, and keeps it.
 
-A measurement takes 20 seconds at most, and says that it does. It is repeated where the machine has plainly changed its speed.
+One table for each batch size and context that calls come near to (`tables.py`). A measurement takes 20 seconds at most, and
+says that it does. It is repeated where the machine has plainly changed its speed.
 """
 
 import hashlib
@@ -11,29 +12,23 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm  # as its own bars: silent where they are
 
-from ..drafter.configuration_coral import FC_NORMS
-from ..drafter.few_rows import few_row_linears
-from ..drafter.modeling_coral import CoralDraftModel
-from ..drafter.target_adapter import active_adapters
-from ..utils.compat import cache_kwarg
-from ..utils.hardware import cpu_name, device_name, synchronized_clock
-from .acceptance import accept_greedy
-from .candidate_generator import CoralCandidateGenerator
-from .cost_files import KeptCosts, costs_folder, file_name, read_costs, write_costs
-from .draft_tree import DraftTree, ancestors_of
-from .key_values.paths import store_obstacle
-from .settings import DraftSettings
-from .target_forward import TargetForward
-from .tree_size import DraftCosts, smooth_times
+from ...drafter.configuration_coral import FC_NORMS
+from ...drafter.few_rows import few_row_linears
+from ...drafter.modeling_coral import CoralDraftModel
+from ...drafter.target_adapter import active_adapters
+from ...utils.hardware import cpu_name, device_name, synchronized_clock
+from ..settings import DraftSettings
+from ..tree_size import DraftCosts, smooth_times
+from .bench import NEW_ROWS, Bench
+from .files import KeptCosts, costs_folder, file_name, read_costs, write_costs
 
 
 logger = logging.getLogger(__name__)
@@ -43,50 +38,75 @@ MOST_LEVELS = 4  # of a draft that is timed; each level behind the first costs a
 LONGEST_SECONDS = 20.0  # of a measurement, which somebody waits for
 PLAIN_CHANGE = 2.0  # times faster or slower than when it was measured: then it is measured again
 CHECK_SECONDS, KEEP_SECONDS = 60.0, 600.0  # between two looks at the speed; that long a measurement stands in any case
-_NEW_ROWS = 2  # true rows that the drafter catches up on before it drafts: about what a step accepts
+MOST_NODES = 128  # of all rows of a batch in a forward that is timed; more cost as many times as much
+_FEW_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60, 64)
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 12
-_measured: dict[str, KeptCosts] = {}  # of this process, by file name and length of the prefix
+_measured: dict[str, KeptCosts] = {}  # of this process, by file name, rows and length of the prefix
 _checked: dict[str, float] = {}  # when the speed was last compared
 _lock = threading.Lock()  # two measurements at once would time each other, and what they find is kept
 
 
-def draft_costs(
-    target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings, refresh: bool = False
-) -> DraftCosts:
+def cost_table(
+    target: PreTrainedModel,
+    drafter: CoralDraftModel,
+    settings: DraftSettings,
+    rows: int = 1,
+    context: int | None = None,
+    refresh: bool = False,
+    seconds: float = LONGEST_SECONDS,
+    key: dict[str, Any] | None = None,
+) -> DraftCosts | None:
     """The costs of drafting and verifying with these settings: from the cache, or measured now (seconds).
 
     What was kept is measured again where the machine is plainly faster or slower than it was then.
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
+        rows (`int`): of the batch.
+        context (`int`, *optional*): tokens before the root; None: those of an ordinary chat.
         refresh (`bool`): measure again.
+        seconds (`float`): that a measurement may take; with 0 nothing is measured.
+        key (`dict`, *optional*): [`costs_key`] of them, where it is known.
 
     Returns:
-        [`DraftCosts`]
+        [`DraftCosts`]; None if they are not known and may not be measured.
     """
-    key, prefix = costs_key(target, drafter, settings), _prefix_length(target, settings)
-    name = f"{file_name(key)} {prefix}"
+    key = costs_key(target, drafter, settings) if key is None else key
+    prefix = context or prefix_length(target, settings)
+    name = f"{file_name(key)} {rows} {prefix}"
     if not refresh and name in _measured and time.monotonic() - _checked[name] < CHECK_SECONDS:
         return _measured[name].costs
     with _lock:
         # again: another thread may have measured while this one waited
         if refresh or name not in _measured or time.monotonic() - _checked[name] >= CHECK_SECONDS:
-            kept = None if refresh else _measured.get(name) or read_costs(key, prefix, settings.draft_total_tokens)
+            nodes = settings.draft_total_tokens
+            kept = None if refresh else _measured.get(name) or read_costs(key, prefix, nodes, rows)
             if kept is None or _speed_changed(target, kept):
-                kept = _measure_now(target, drafter, settings)
-                write_costs(key, prefix, kept)
+                if not seconds:
+                    return None
+                kept = _measure_now(target, drafter, settings, rows, prefix, seconds)
+                write_costs(key, prefix, kept, rows)
             _measured[name], _checked[name] = kept, time.monotonic()
         return _measured[name].costs
 
 
-def _measure_now(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings) -> KeptCosts:
+def _measure_now(
+    target: PreTrainedModel,
+    drafter: CoralDraftModel,
+    settings: DraftSettings,
+    rows: int,
+    context: int,
+    seconds: float,
+) -> KeptCosts:
     logger.warning(
-        "Measuring once what a draft of %s costs on this machine (at most %.0f seconds; kept in %s, see `coral-hf cache`).",
+        "Measuring once what a draft of %s costs on this machine%s (at most %.0f seconds; kept in %s, see `coral-hf cache`).",
         type(target).__name__,
-        LONGEST_SECONDS,
+        "" if rows == 1 and context <= PREFIX_LENGTH else f", for {rows} x {context} tokens",
+        seconds,
         costs_folder(),
     )
-    costs = measure_costs(target, drafter, settings)
+    where = {} if rows == 1 and context == prefix_length(target, settings) else {"rows": rows, "context": context}
+    costs = measure_costs(target, drafter, settings, most_seconds=seconds, **where)
     return KeptCosts(costs, min(probe_ms(target) for _ in range(3)), time.time())
 
 
@@ -159,6 +179,8 @@ def measure_costs(
     settings: DraftSettings,
     seconds: float = 8.0,
     most_seconds: float = LONGEST_SECONDS,
+    rows: int = 1,
+    context: int | None = None,
 ) -> DraftCosts:
     """Times the parts of a step in turns, so that a drift of the machine hits all alike; medians, made monotone.
 
@@ -170,25 +192,39 @@ def measure_costs(
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
         seconds (`float`): stop after this long, but not before three rounds.
         most_seconds (`float`): stop after this long in any case.
+        rows (`int`): of the batch, in which every row has as many nodes; more than one only for a target that the store can
+            hold.
+        context (`int`, *optional*): tokens before the root; None: those of an ordinary chat.
     """
     deadline = time.perf_counter() + most_seconds
     depth, total = _levels(settings), settings.draft_total_tokens
-    verifier, generator, ids, features = _bench(target, drafter, settings)
+    usual = prefix_length(target, settings)
+    bench = Bench(target, drafter, settings, rows, context or usual, usual, depth)
+    sizes = measured_sizes(total)
+    if rows > 1 or context not in (None, usual):  # fewer: it is one table of several
+        sizes = [size for size in sizes if size in _FEW_SIZES or size == total]
+        sizes = [size for size in sizes if size <= 2 or size * rows <= MOST_NODES]
+        seconds /= 2
     parts: dict[tuple[str, int], Callable[[], Any]] = {}
     for levels in sorted({1, depth}):
-        parts["levels", levels] = partial(_propose, generator, ids, features, levels)
-    for size in _ends_first(measured_sizes(total)):
-        parts["target", size] = partial(_verify, verifier, generator, _star(ids, size))
-    needed = [("levels", 1), ("levels", depth), ("target", 1), ("target", total)]
+        parts["levels", levels] = partial(bench.propose, levels)
+    for size in _ends_first(sizes):
+        parts["target", size] = partial(bench.verify, bench.star(size))
+    needed = [("levels", 1), ("levels", depth), ("target", 1), ("target", sizes[-1])]
     with few_row_linears(target, drafter):
-        devices = {ids.device, next(drafter.parameters()).device}
+        devices = {bench.device, next(drafter.parameters()).device}
         times = _take_turns(parts, needed, devices, seconds, deadline)
     medians = {name: statistics.median(values) for name, values in times.items()}
     first = medians["levels", 1]
     level = max(0.0, medians["levels", depth] - first) / (depth - 1) if depth > 1 else 0.0
     found = {size: value for (kind, size), value in medians.items() if kind == "target"}
-    for size in measured_sizes(total):
+    for size in sizes:
         found[size] = found[min(other for other in found if other >= size)]
+    if sizes[-1] < total:
+        # so many nodes keep a device busy: each further one costs what those before it cost
+        last, middle = sizes[-1], max(size for size in sizes if size <= sizes[-1] / 2)
+        slope = max(0.0, found[last] - found[middle]) / (last - middle)
+        found[total] = found[last] + slope * (total - last)
     return DraftCosts(smooth_times(found, total), first, level)
 
 
@@ -242,59 +278,11 @@ def _levels(settings: DraftSettings) -> int:
     return min(settings.draft_depth, MOST_LEVELS)
 
 
-def _prefix_length(target: PreTrainedModel, settings: DraftSettings) -> int:
-    """Tokens before the root: fewer where the target's positions end earlier."""
+def prefix_length(target: PreTrainedModel, settings: DraftSettings) -> int:
+    """Tokens before the root in an ordinary chat: fewer where the target's positions end earlier."""
     draft = settings.draft_total_tokens + settings.draft_depth
     limit = getattr(target.config.get_text_config(), "max_position_embeddings", None) or PREFIX_LENGTH + draft
-    return max(1 + _NEW_ROWS, min(PREFIX_LENGTH, limit - draft))
+    return max(1 + NEW_ROWS, min(PREFIX_LENGTH, limit - draft))
 
 
-def _bench(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings):
-    """A prefilled target and a drafter that has seen the same prefix."""
-    device = target.get_input_embeddings().weight.device
-    vocab_size = target.config.get_text_config().vocab_size
-    length = _prefix_length(target, settings)
-    # whatever the total: the levels that are timed are drafted
-    total = max(settings.draft_total_tokens, 1 + _levels(settings))
-    fixed = replace(settings, draft_cost_aware=False, draft_total_tokens=total)
-    # before any forward: it refuses what does not fit together
-    generator = CoralCandidateGenerator(drafter, target, fixed, length + settings.draft_depth + 1)
-    ids = (torch.arange(length, device=device) * 7919 % vocab_size)[None]
-    cache = DynamicCache(config=target.config)
-    in_store = store_obstacle(target, cache, None, length + total) is None
-    cache.activate_past_recording()
-    asked = generator.adapter.output_hidden_states
-    outputs = target(input_ids=ids, use_cache=True, output_hidden_states=asked, **cache_kwarg(cache))
-    cache.crop(0)
-    verifier = TargetForward(target, cache_kwarg(cache), asked)
-    if in_store:
-        verifier.enter_store([0])
-    features = generator.features_of(outputs.hidden_states)
-    ids = torch.cat([ids, ids[:, :1]], dim=1)  # the root follows the prefix
-    generator.propose(ids, features, max_depth=0)
-    return verifier, generator, ids, features[:, -_NEW_ROWS:]
-
-
-def _star(ids: torch.Tensor, size: int) -> DraftTree:
-    """A tree of a root and leaves: times depend on the number of nodes alone."""
-    parents = torch.zeros(1, size, dtype=torch.long, device=ids.device)
-    parents[:, 0] = -1
-    depths = (parents >= 0).long()
-    return DraftTree(ids[:, :size], parents, depths, depths.float(), ancestors_of(parents, 1))
-
-
-def _verify(verifier: TargetForward, generator: CoralCandidateGenerator, tree: DraftTree) -> None:
-    """What a step does with a tree, from its mask to the features of what it keeps; the cache is then as before."""
-    outputs = verifier.verify(tree)
-    paths, _ = accept_greedy(tree, outputs.logits.float().argmax(dim=-1).to(tree.tokens.device))
-    generator.features_of(outputs.hidden_states, paths)
-    # Nothing is kept: rows that a sliding window has dropped would not come back.
-    verifier.keep([[]], tree.num_nodes)
-
-
-def _propose(generator: CoralCandidateGenerator, ids: torch.Tensor, features: torch.Tensor, levels: int) -> None:
-    generator.cache.length -= features.shape[1]
-    generator.propose(ids, features, max_depth=levels)
-
-
-__all__ = ["costs_key", "draft_costs", "measure_costs", "measured_sizes", "probe_ms"]
+__all__ = ["cost_table", "costs_key", "measure_costs", "measured_sizes", "prefix_length", "probe_ms"]

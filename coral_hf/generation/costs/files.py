@@ -1,4 +1,4 @@
-"""The files in which measured costs are kept: one for each pair and machine, with a table for each length of the prefix."""
+"""The files in which measured costs are kept: one for each pair and machine, with a table for each batch size and context."""
 
 import hashlib
 import json
@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..utils.user_cache import cache_dir
-from .tree_size import DraftCosts
+from ...utils.user_cache import cache_dir
+from ..tree_size import DraftCosts
 
 
 logger = logging.getLogger(__name__)
@@ -50,13 +50,13 @@ def file_name(key: dict[str, Any]) -> str:
     return f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
 
 
-def read_costs(key: dict[str, Any], prefix: int, nodes: int) -> KeptCosts | None:
-    """What was kept for a prefix of that length and trees of up to `nodes`; None: nothing that can be used."""
+def read_costs(key: dict[str, Any], prefix: int, nodes: int, rows: int = 1) -> KeptCosts | None:
+    """What was kept for `rows` prefixes of that length and trees of up to `nodes`; None: nothing that can be used."""
     content = _content(costs_folder() / file_name(key))
     if content.get("format") != FORMAT or content.get("key") != key:
         return None
     try:
-        (table,) = (table for table in content["tables"] if table["prefix"] == prefix)
+        (table,) = (table for table in content["tables"] if _is_of(table, prefix, rows))
         costs = DraftCosts(**{**table["costs"], "target_ms": tuple(table["costs"]["target_ms"])})
         kept = KeptCosts(costs, float(table["probe_ms"]), float(table["measured_at"]))
     except (KeyError, TypeError, ValueError):
@@ -64,16 +64,16 @@ def read_costs(key: dict[str, Any], prefix: int, nodes: int) -> KeptCosts | None
     return kept if len(costs.target_ms) == nodes and kept.probe_ms > 0 else None
 
 
-def write_costs(key: dict[str, Any], prefix: int, kept: KeptCosts) -> None:
-    """Puts a table in the place of the one for the same prefix; the others stay.
+def write_costs(key: dict[str, Any], prefix: int, kept: KeptCosts, rows: int = 1) -> None:
+    """Puts a table in the place of the one for as many rows and the same prefix; the others stay.
 
     Beside and renamed: two processes that measure at once leave one whole file.
     """
     path = costs_folder() / file_name(key)
     content = _content(path)
     same = content.get("format") == FORMAT and content.get("key") == key and isinstance(content.get("tables"), list)
-    others = [table for table in content["tables"] if table.get("prefix") != prefix] if same else []
-    tables = [*others, {"prefix": prefix, **asdict(kept)}]
+    others = [table for table in content["tables"] if not _is_of(table, prefix, rows)] if same else []
+    tables = [*others, {"rows": rows, "prefix": prefix, **asdict(kept)}]
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +84,11 @@ def write_costs(key: dict[str, Any], prefix: int, kept: KeptCosts) -> None:
     except OSError as error:
         # Only the next process pays for it: it measures again.
         logger.warning("Draft costs were measured but not kept in %s: %s", path, error)
+
+
+def _is_of(table: Any, prefix: int, rows: int) -> bool:
+    """Tables of before there were batches are those of a single row."""
+    return isinstance(table, dict) and table.get("prefix") == prefix and table.get("rows", 1) == rows
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""A target and a drafter in the middle of a batch, so that the parts of a step can be timed."""
+
+from dataclasses import replace
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ...drafter.modeling_coral import CoralDraftModel
+from ...utils.compat import cache_kwarg
+from ..acceptance import accept_greedy
+from ..candidate_generator import CoralCandidateGenerator
+from ..draft_tree import DraftTree, ancestors_of
+from ..key_values.paths import store_obstacle
+from ..settings import DraftSettings
+from ..target_forward import TargetForward
+
+
+NEW_ROWS = 2  # true rows that the drafter catches up on before it drafts: about what a step accepts
+
+
+class Bench:
+    """A prefilled target, and a drafter that has read the same text.
+
+    Only the first tokens are read: times depend on how many keys and values there are, not on what they say. A batch and a
+    long context repeat those of one short text.
+
+    Args:
+        target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
+        rows (`int`): B, more than one only for a target that the store can hold.
+        context (`int`): tokens of each row before the root, beyond `read` only for such a target.
+        read (`int`): how many of them are read at most.
+        levels (`int`): the deepest draft that is timed.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: CoralDraftModel,
+        settings: DraftSettings,
+        rows: int,
+        context: int,
+        read: int,
+        levels: int,
+    ):
+        self.rows = rows
+        self.device = target.get_input_embeddings().weight.device
+        vocab_size = target.config.get_text_config().vocab_size
+        # whatever the total: the levels that are timed are drafted
+        total = max(settings.draft_total_tokens, 1 + levels)
+        fixed = replace(settings, draft_cost_aware=False, draft_total_tokens=total)
+        # before any forward: it refuses what does not fit together
+        padding = [0] * rows
+        self.generator = CoralCandidateGenerator(drafter, target, fixed, context + settings.draft_depth + 1, padding)
+        ids = (1 + torch.arange(context, device=self.device) * 7919 % (vocab_size - 1))[None]  # 0 pads
+        cache = DynamicCache(config=target.config)
+        in_store = store_obstacle(target, cache, None, context + total) is None
+        cache.activate_past_recording()
+        asked = self.generator.adapter.output_hidden_states
+        text = {"input_ids": ids[:, -read:], "use_cache": True, "output_hidden_states": asked, **cache_kwarg(cache)}
+        outputs = target(**text)
+        cache.crop(0)
+        self.verifier = TargetForward(target, cache_kwarg(cache), asked)
+        if in_store:
+            _repeat(cache, rows, context)
+            self.verifier.enter_store(padding)
+        features = self.generator.features_of(outputs.hidden_states).expand(rows, -1, -1)
+        self.ids = torch.cat([ids, ids[:, :1]], dim=1).expand(rows, -1)  # the root follows the context
+        # its rows before those that it reads are zeros
+        self.generator.cache.length = context - features.shape[1]
+        self.generator.propose(self.ids, features, max_depth=0)
+        self.features = features[:, -NEW_ROWS:]
+
+    def star(self, size: int) -> DraftTree:
+        """Trees of a root and leaves: times depend on the number of nodes alone."""
+        parents = torch.zeros(self.rows, size, dtype=torch.long, device=self.device)
+        parents[:, 0] = -1
+        depths = (parents >= 0).long()
+        return DraftTree(self.ids[:, :size], parents, depths, depths.float(), ancestors_of(parents, 1))
+
+    def verify(self, tree: DraftTree) -> None:
+        """What a step does with a tree, from its mask to the features of what it keeps; the cache is then as before."""
+        outputs = self.verifier.verify(tree)
+        paths, _ = accept_greedy(tree, outputs.logits.float().argmax(dim=-1).to(tree.tokens.device))
+        self.generator.features_of(outputs.hidden_states, paths)
+        # Nothing is kept: rows that a sliding window has dropped would not come back.
+        self.verifier.keep([[] for _ in paths], tree.num_nodes)
+
+    def propose(self, levels: int) -> None:
+        """Reads the newest rows again and drafts so many levels."""
+        self.generator.cache.length -= self.features.shape[1]
+        self.generator.propose(self.ids, self.features, max_depth=levels)
+
+
+def _repeat(cache: Cache, rows: int, context: int) -> None:
+    """Makes of the keys and values of one text those of `rows` texts of `context` tokens."""
+    for layer in cache.layers:
+        width = context
+        if layer.is_sliding:
+            width = min(context, max(layer.keys.shape[2], layer.sliding_window - 1))
+            layer.cumulative_length = context
+        times = -(-width // layer.keys.shape[2])
+        layer.keys, layer.values = (
+            states.repeat(rows, 1, times, 1)[:, :, :width] for states in (layer.keys, layer.values)
+        )
+
+
+__all__ = ["NEW_ROWS", "Bench"]
