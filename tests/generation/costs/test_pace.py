@@ -163,7 +163,7 @@ def test_rows_that_were_put_off_are_those_read_at_once(target):
             block = torch.stack(
                 [
                     torch.cat([features[r, n - 1 : n - 1 + c], features[r, : 3 - c]])
-                    for r, n, c in zip(live, lengths, counts)
+                    for r, n, c in zip(live, lengths, counts, strict=True)
                 ]
             )
             lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
