@@ -1,6 +1,7 @@
 """Progress bars in a log file: whole lines, now and then, instead of carriage returns."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +22,14 @@ class LineStream:
     def __init__(self, stream: Any, seconds: float = SECONDS):
         self._stream, self._seconds = stream, seconds
         self._state, self._last = "", time.monotonic()
+        self._lock = threading.Lock()  # bars may be drawn by a thread of their own
 
     def write(self, text: str) -> int:
         """Writes text; a state of a bar only if it is due."""
+        with self._lock:
+            return self._write(text)
+
+    def _write(self, text: str) -> int:
         *states, rest = text.split("\r")
         for state in states:
             self._state += state

@@ -1,17 +1,21 @@
 """`coral-hf make` end to end on a tiny target: its stages, what it says, and that a second call does nothing twice."""
 
 import json
+import os
+import re
+import signal
 import time
 
 import pytest
 
 from coral_hf.cli import main
-from coral_hf.commands.making import measuring, plan, stages
+from coral_hf.commands.making import display, measuring, plan, stages
 from coral_hf.commands.making.plan import Plan, confirmed, prompts_within
 from coral_hf.commands.making.state import MakeState
 
 
 STAGES = ["prompts", "plan", "answers", "training_plan", "training", "tuning", "verification", "benchmark", "card"]
+KILLED_STEP = 5
 
 
 @pytest.fixture
@@ -93,29 +97,96 @@ def test_without_data_the_target_writes_its_prompts(make, folder, capsys, monkey
     }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["answer", "train", "tune", "verify", "benchmark", "card"])
-def test_a_second_call_goes_on_where_the_first_was_stopped(stage, make, folder, capsys, monkeypatch):
-    command = [*make, "--tokens", "150", "--yes"]
-    whole = getattr(stages.Making, stage)
-
+def test_ctrl_c_says_how_to_resume(make, folder, capsys, monkeypatch):
     def stop(self, *args, **kwargs):
-        if stage != "answer" or kwargs.get("most") is None:
-            raise KeyboardInterrupt
-        return whole(self, *args, **kwargs)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages.Making, stage, stop)
-    assert main(command) == 130
+    monkeypatch.setattr(stages.Making, "train", stop)
+    assert main([*make, "--tokens", "150", "--yes"]) == 130
     assert "finished stages are kept in made, and the same command resumes" in capsys.readouterr().err
+
+
+def in_a_killed_process(run) -> None:
+    """Runs it in a copy of this process, which must end by SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run()
+        finally:
+            os._exit(0)  # it was not killed
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def die(*_args, **_kwargs) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in(stage: str, monkeypatch) -> None:
+    """Kills this process in the middle of a stage; in the short ones, when all is done but not yet noted."""
+    if stage == "plan":
+        monkeypatch.setattr(stages, "measure_training", die)
+    elif stage == "answers":
+        answer, calls = stages.regenerate, []
+
+        def regenerate(*args, **kwargs):
+            calls.append(args)
+            return die() if len(calls) == 3 else answer(*args, **kwargs)
+
+        monkeypatch.setattr(stages, "MORE_ANSWERS", 2)
+        monkeypatch.setattr(stages, "FIRST_ANSWERS", 2)
+        monkeypatch.setattr(stages, "regenerate", regenerate)
+    elif stage == "training":
+        step_end = stages.ShowTraining.on_step_end
+
+        def stop(self, args, state, control, **kwargs):
+            step_end(self, args, state, control, **kwargs)
+            if state.global_step == KILLED_STEP:
+                die()
+
+        monkeypatch.setattr(stages.ShowTraining, "on_step_end", stop)
+    else:
+        finish = MakeState.finish
+        monkeypatch.setattr(
+            MakeState,
+            "finish",
+            lambda self, name, **found: die() if name == stage else finish(self, name, **found),
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_make_resumes(stage, make, folder, monkeypatch):
+    """Finished stages are kept as they are; what the killed one wrote is used, and no answer is made twice."""
+    command = [*make, "--tokens", "150", "--yes"]
+    with monkeypatch.context() as patch:
+        kill_in(stage, patch)
+        in_a_killed_process(lambda: main(command))
+    made = folder / "made"
     kept = stages_of(folder)
-    answers = (folder / "made" / "answers" / "responses.jsonl").read_bytes()
-    monkeypatch.setattr(stages.Making, stage, whole)
+    assert list(kept) == STAGES[: STAGES.index(stage)]
+    answers = made / "answers" / "responses.jsonl"
+    before = answers.read_text() if answers.exists() else ""
+    steps, step_end = [], stages.ShowTraining.on_step_end
+
+    def count_step(self, args, state, control, **kwargs):
+        steps.append(state.global_step)
+        step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(stages.ShowTraining, "on_step_end", count_step)
     assert main(command) == 0
     found = stages_of(folder)
-    assert list(found) == STAGES and {name: found[name] for name in kept if name != "plan"} == {
-        name: value for name, value in kept.items() if name != "plan"
-    }
-    assert (folder / "made" / "answers" / "responses.jsonl").read_bytes().startswith(answers)
+    assert sorted(found) == sorted(STAGES)
+    # The plan is made again until training is over: it decides what is left to do.
+    assert all(found[name] == value for name, value in kept.items() if name != "plan")
+    ids = [json.loads(line)["id"] for line in answers.read_text().splitlines()]
+    assert answers.read_text().startswith(before) and len(ids) == len(set(ids))
+    last = found["training"]["steps"]
+    if STAGES.index(stage) > STAGES.index("training"):
+        assert not steps
+    else:
+        assert steps == list(range(steps[0], last + 1)) and last > KILLED_STEP
+        assert 1 < steps[0] <= KILLED_STEP if stage == "training" else steps[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -131,6 +202,21 @@ def test_refusals_are_one_line(words, message, make, capsys):
     assert main([*make, *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("coral-hf make: ") and message in error
+
+
+def test_the_display_names_each_stage_in_a_log_and_moves_by_itself(capsys, monkeypatch):
+    monkeypatch.setattr(display, "SECONDS", 0.01)
+    shown = display.Display(60.0)
+    try:
+        shown.show("answers, 10 tokens")
+        shown.show("answers, 20 tokens", **{"tokens/s": "5"})
+        monkeypatch.setattr(display.time, "monotonic", lambda: shown.started + 30)
+        time.sleep(0.1)
+    finally:
+        shown.close()
+    log = capsys.readouterr().err
+    assert log.count("make: answers\n") == 1
+    assert re.search(r"make: answers, 20 tokens +50%.*0:30 min left, 5 tokens/s", log)
 
 
 def test_another_make_in_the_folder_is_refused(tmp_path):

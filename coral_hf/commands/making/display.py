@@ -1,5 +1,7 @@
 """One progress display for all stages of `coral-hf make`."""
 
+import sys
+import threading
 import time
 from typing import Any
 
@@ -7,30 +9,51 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 
+SECONDS = 1.0  # between two updates of the time left
+
+
 class Display:
-    """A bar over the time of a make, with the stage, tokens per second and the acceptance so far.
+    """A bar over the time of a make, with the stage, the time left, tokens per second and the acceptance so far.
+
+    It moves every second, however long a stage says nothing. In a log file each stage begins with a line of its own.
 
     Args:
-        seconds (`float`): what all stages are expected to take.
+        seconds (`float`): expected time of all stages.
     """
 
     def __init__(self, seconds: float):
         self.started = time.monotonic()
         self.seconds = seconds
         self.bar = tqdm(total=100, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}", dynamic_ncols=True)
+        self._stage, self._rest = "starting", ""
+        self._closed = threading.Event()
+        self._clock = threading.Thread(target=self._tick, daemon=True)
+        self._clock.start()
 
     def show(self, stage: str, **figures: str) -> None:
         """Moves the bar to the time passed, and names the stage."""
-        spent = time.monotonic() - self.started
-        self.seconds = max(self.seconds, spent)
-        left = self.seconds - spent
-        self.bar.n = min(100, 100 * spent / max(self.seconds, 1e-9))
-        self.bar.set_description_str(f"make: {stage}", refresh=False)
-        rest = "".join(f", {value} {name}" for name, value in figures.items())
-        self.bar.set_postfix_str(f"{clock(left)} left{rest}")
+        begun = stage.partition(",")[0]
+        if begun != self._stage.partition(",")[0] and not sys.stderr.isatty():
+            tqdm.write(f"make: {begun}", file=sys.stderr)
+        self._stage = stage
+        self._rest = "".join(f", {value} {name}" for name, value in figures.items())
+        self._update()
 
     def close(self) -> None:
+        self._closed.set()
+        self._clock.join()
         self.bar.close()
+
+    def _update(self) -> None:
+        spent = time.monotonic() - self.started
+        self.seconds = max(self.seconds, spent)
+        self.bar.n = min(100, 100 * spent / max(self.seconds, 1e-9))
+        self.bar.set_description_str(f"make: {self._stage}", refresh=False)
+        self.bar.set_postfix_str(f"{clock(self.seconds - spent)} left{self._rest}")
+
+    def _tick(self) -> None:
+        while not self._closed.wait(SECONDS):
+            self._update()
 
 
 class ShowTraining(TrainerCallback):

@@ -83,6 +83,7 @@ class Making(Measuring):
         if self.state.of("prompts") is not None:
             return
         if self.self_made:
+            self.state.begin()
             self.write_prompts(HELD_OUT_PROMPTS + FIRST_ANSWERS)
             held_out = read_lines(self.held_out)
             self.state.finish("prompts", self_made=True, held_out=len(held_out))
@@ -92,6 +93,7 @@ class Making(Measuring):
             raise ValueError(f"--data holds {len(rows)} prompts; a make needs 4 at least, and a drafter thousands.")
         kept, held_out = hold_out(rows, min(HELD_OUT_PROMPTS, max(2, len(rows) // 10)))
         random.Random(self.seed).shuffle(kept)
+        self.state.begin()
         self.train_prompts.parent.mkdir(parents=True, exist_ok=True)
         for path, chosen in ((self.train_prompts, kept), (self.held_out, held_out)):
             path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")

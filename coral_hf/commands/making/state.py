@@ -44,14 +44,22 @@ class MakeState:
         """What a finished stage found; None where it is not finished."""
         return self.stages.get(stage)
 
+    def begin(self) -> None:
+        """Claims the folder before the first stage writes into it, so that a killed first stage resumes too."""
+        if not self.path.exists():
+            self._write()
+
     def finish(self, stage: str, **found: Any) -> dict[str, Any]:
-        """Notes that a stage is finished, beside and renamed."""
+        """Records that a stage is finished."""
         self.stages[stage] = found
+        self._write()
+        return found
+
+    def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(f"{STATE_FILE}.part")
         part.write_text(json.dumps({"settings": self.settings, "stages": self.stages}, indent=2) + "\n")
         os.replace(part, self.path)
-        return found
 
     @property
     def seconds(self) -> float:
