@@ -222,6 +222,21 @@ def test_readme_is_read_in_a_minute():
     assert sum(found) / len(found) < 17 and max(found) <= 35
 
 
+def test_every_page_of_the_manual_is_in_its_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    for page in MANUAL:
+        assert re.search(rf"[ :]{Path(page).name}$", navigation, re.MULTILINE), f"{page} is not in mkdocs.yml"
+
+
+def test_every_key_of_a_record_is_explained():
+    """docs/records.md has the keys of the shipped drafter's records."""
+    page = (ROOT / "docs" / "records.md").read_text()
+    for name in ("benchmark.json", "check_coral.json", "tune.json"):
+        record = json.loads((ROOT / "model_cards/smollm2-135m-instruct-coral/training" / name).read_text())
+        keys = {*record, *(key for row in record.get("runs", ()) for key in row)}
+        assert not [key for key in sorted(keys) if f"`{key}`" not in page], name
+
+
 def public_objects() -> list[tuple[str, object]]:
     found = [
         (f"{module}.{name}", getattr(importlib.import_module(module), name))
