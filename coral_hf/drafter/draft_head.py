@@ -211,6 +211,12 @@ class DraftHead:
         Returns:
             `tuple`: ids and log q, both `[B, T, min(k, active)]`.
         """
+        return self.likeliest(hidden, k, weights)
+
+    def likeliest(
+        self, hidden: torch.Tensor, k: int, weights: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[`top_k`] in whatever mode the caller is in, as a graph needs it."""
         logits, groups, normalizer = self._active_logits(hidden, weights)
         if normalizer is None:
             normalizer = logits.logsumexp(dim=-1, keepdim=True)

@@ -9,7 +9,6 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,10 +22,8 @@ _lock = threading.Lock()
 _users: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-@cache
-def _transposed_is_faster() -> bool:
-    """Only where it was measured: MKL without AVX-512."""
-    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+# Only where it was measured: MKL without AVX-512. A constant, which a compiled graph may read.
+_TRANSPOSED_IS_FASTER = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -48,7 +45,7 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         or x.device.type != "cpu"
         or torch.is_grad_enabled()
         or torch.get_num_threads() == 1
-        or not _transposed_is_faster()
+        or not _TRANSPOSED_IS_FASTER
     ):
         return F.linear(x, weight, bias)
     flat = x.reshape(rows, -1)  # [rows, in]
@@ -70,7 +67,7 @@ def few_row_linears(*models: nn.Module) -> Iterator[None]:
     plain tensors (quantised ones, sharded ones), and whatever is compiled are left alone.
     """
     with _lock:
-        layers = _layers(models) if _transposed_is_faster() else []
+        layers = _layers(models) if _TRANSPOSED_IS_FASTER else []
         for layer in layers:
             _users[layer] = _users.get(layer, 0) + 1
             if _users[layer] == 1:

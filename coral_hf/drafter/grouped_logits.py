@@ -87,8 +87,8 @@ class _OrderedHead:
 def grouped_logits(adapter: Any, hidden: torch.Tensor, groups: torch.Tensor, size: int) -> torch.Tensor:
     """Logits of the rows in the given groups of `size` consecutive rows.
 
-    On a CPU one matmul per distinct group on a view of the head, nothing gathered; elsewhere `gathered_logits`, which
-    never waits for the device.
+    On a CPU one matmul per distinct group on a view of the head, nothing gathered; elsewhere, and in a graph,
+    `gathered_logits`, which never waits for the device.
 
     Args:
         adapter ([`TargetAdapter`], or what `ordered_head` returns)
@@ -99,7 +99,7 @@ def grouped_logits(adapter: Any, hidden: torch.Tensor, groups: torch.Tensor, siz
     Returns:
         `torch.Tensor` of shape `[B, T, k, size]`, -inf past the end of the vocabulary.
     """
-    if groups.device.type != "cpu":
+    if groups.device.type != "cpu" or torch.compiler.is_compiling():
         return gathered_logits(adapter, hidden, groups, size)
     if hidden.shape[0] > 1:
         pairs = zip(hidden.split(1), groups.split(1), strict=True)

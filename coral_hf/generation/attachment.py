@@ -73,7 +73,7 @@ class Attachment:
                 return f"{name}={value!r}"
         if given.get("use_cache", config.use_cache) is False:
             return "use_cache=False"
-        if (implementation := config.cache_implementation) not in (None, "dynamic"):
+        if (implementation := config.cache_implementation) not in (None, "dynamic", "static"):
             return f"cache_implementation={implementation!r}"
         return None
 
@@ -88,7 +88,7 @@ def attach(target: Any, drafter: Any, **draft_settings: Any) -> Attachment:
     """Attaches a drafter to a target, so that every later `target.generate(...)` drafts with it.
 
     Pipelines, trainers and evaluation harnesses call `generate` themselves and have no place for a drafter. A call that
-    cannot be drafted (beam search, another assistant, a static cache) runs as plain `generate` and logs the reason once.
+    cannot be drafted (beam search, another assistant, a quantised cache) runs as plain `generate` and logs the reason once.
     The drafter follows the target to another device.
 
     Args:

@@ -8,7 +8,9 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..drafter.modeling_coral import CoralDraftModel
 from ..utils.compat import cache_kwarg, cache_of
-from .candidate_generator import CoralCandidateGenerator, padding_of
+from .candidate_generator import padding_of
+from .compiled.graphed_generator import generator_of
+from .compiled.plan import GraphPlan
 from .costs.pace import AnyCosts
 from .draft_tree import DraftTree
 from .key_values.paths import store_obstacle
@@ -28,6 +30,7 @@ def coral_decoding(
     generation_config: GenerationConfig,
     streamer: Any = None,
     costs: AnyCosts | None = None,
+    plan: GraphPlan | None = None,
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | torch.Tensor:
     """Generates with draft trees; the same tokens as plain `generate`, greedy or sampled (same seed, in fp32).
@@ -40,6 +43,7 @@ def coral_decoding(
         input_ids (`torch.LongTensor` of shape `[B, L]`)
         logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: as `generate` prepares them.
         costs ([`DraftCosts`] or [`MeasuredCosts`], *optional*): for `draft_cost_aware`. Where no draft saves time, steps are plain.
+        plan ([`GraphPlan`], *optional*): how the call is compiled; None: not at all.
 
     Returns:
         As `generate`: ids `[B, L + new]`, or a `GenerateDecoderOnlyOutput` with `return_dict_in_generate`.
@@ -56,7 +60,7 @@ def coral_decoding(
     pad_token = getattr(generation_config, "_pad_token_tensor", None)
     rows = TextRows(input_ids, padding, 0 if pad_token is None else int(pad_token))
     choice = TokenChoice(logits_processor, stopping_criteria, generation_config, rows, streamer)
-    generator = CoralCandidateGenerator(drafter, target, settings, max_length, padding, costs)
+    generator = generator_of(plan)(drafter, target, settings, max_length, padding, costs)
     keep_states = bool(wanted and generation_config.output_hidden_states)
     verifier = TargetForward(target, model_kwargs, keep_states or generator.adapter.output_hidden_states)
     states = KeptStates(rows) if keep_states else None
@@ -67,7 +71,7 @@ def coral_decoding(
         outputs, features = verifier.prefill(input_ids, generation_config, generator.features_of)
         features = generator.resume(verifier.cache, input_ids, features)
         if in_store:
-            verifier.enter_store(padding)
+            verifier.enter_store(padding, plan)
         if states is not None:
             states.add_prompt(outputs.hidden_states)
         drafter.last_stats = generator.stats  # from here on, so that a streamer can show it

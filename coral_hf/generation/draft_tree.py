@@ -167,16 +167,21 @@ class DraftTreeBuilder:
         """Chances of acceptance of all stored nodes but the root, `[B, M]`: calibrated, or as drafted."""
         return torch.cat(self._chances, 1) if self._chances else torch.cat(self._scores[1:], dim=1).exp()
 
-    def build(self, total_tokens: int) -> DraftTree:
-        """The tree of the best `total_tokens` nodes, root included (fewer if fewer were stored)."""
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """Of all stored nodes tokens, scores and what ranks them, `[B, M]`; then the indices of the nodes that were expanded."""
         tokens, scores = torch.cat(self._tokens, dim=1), torch.cat(self._scores, dim=1)
         ranks = torch.cat([torch.ones_like(self._scores[0]), *self._chances], dim=1) if self._chances else scores
+        return tokens, scores, ranks, torch.cat(self._expanded, dim=1)
+
+    def build(self, total_tokens: int) -> DraftTree:
+        """The tree of the best `total_tokens` nodes, root included (fewer if fewer were stored)."""
+        tokens, scores, ranks, expanded = self.stored()
         best = ranks.argsort(dim=1, descending=True, stable=True)[
             :, :total_tokens
         ]  # the root is the first of the best
         kept = best.sort(dim=1).values  # [B, N]: back into stored order, in which parents precede children
         depths, expander = _places(self.top_k, tuple(self._sizes), kept.device)
-        stored_parents = torch.cat(self._expanded, dim=1).gather(1, expander[kept])
+        stored_parents = expanded.gather(1, expander[kept])
         parents = torch.searchsorted(kept, stored_parents)  # the indices that they have now
         parents[:, 0] = -1
         return DraftTree(
@@ -200,7 +205,11 @@ def _places(top_k: int, sizes: tuple[int, ...], device: torch.device) -> tuple[t
 
 def ancestors_of(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
     """Ancestor-or-self matrix `[B, N, N]` of `[B, N]` parents (root: -1), by repeated squaring of the parent step."""
-    order, itself = _order(parents.shape[1], parents.device)
+    return reached(parents, *_order(parents.shape[1], parents.device), max_depth)
+
+
+def reached(parents: torch.Tensor, order: torch.Tensor, itself: torch.Tensor, max_depth: int) -> torch.Tensor:
+    """[`ancestors_of`], given 0..N-1 and the identity matrix in float32."""
     reach = itself + (parents[..., None] == order)  # the root's -1 is nobody's index
     steps = 1
     while steps < max_depth:
@@ -226,4 +235,4 @@ def _order(count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor
     return torch.arange(count, device=device), torch.eye(count, device=device)
 
 
-__all__ = ["DraftPromise", "DraftTree", "DraftTreeBuilder", "ancestors_of"]
+__all__ = ["DraftPromise", "DraftTree", "DraftTreeBuilder", "ancestors_of", "reached"]

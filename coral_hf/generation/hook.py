@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from ..drafter.configuration_coral import check_vocabulary
 from ..drafter.few_rows import few_row_linears
 from ..drafter.output_hooks import copied_without_hooks
 from ..drafter.target_adapter import TargetAdapter
-from ..utils.compat import CACHE_NAME, cache_of, default_generation_settings
+from ..utils.compat import CACHE_NAME, cache_kwarg, cache_of, default_generation_settings
 from .attachment import running, wrap_generate
 from .call_checks import check_call
 from .candidate_generator import CoralCandidateGenerator, padding_of
+from .compiled.plan import graph_plan
 from .costs.tables import draft_costs
 from .decoding import coral_decoding
 from .drafter_checks import check_coral_drafter, check_loaded, check_whole, is_coral_drafter
@@ -122,13 +124,16 @@ def _wrap_decoding(original):
         if not is_coral_drafter(drafter):
             return original(self, input_ids, *args, **kwargs)
         settings = DraftSettings.resolve(drafter.config, kwargs["generation_config"])
+        given = cache_kwarg(cache_of(kwargs))
         try:
+            plan = graph_plan(self, settings, input_ids, kwargs["generation_config"], kwargs)
             check_call(self, settings, input_ids, kwargs["generation_config"], kwargs)
         except ValueError as error:
             if (attachment := running.get()) is None or attachment.drafter is not drafter:
                 raise
             # The caller asked for no drafter. Nothing has run yet, and a streamer has its prompt.
             attachment.tell(str(error))
+            kwargs.update(given)  # a static cache may have been replaced
             for name in _ASSISTED_ALONE:
                 kwargs.pop(name, None)
             return self._sample(input_ids, *args, **kwargs)
@@ -156,8 +161,8 @@ def _wrap_decoding(original):
             kwargs["costs"] = draft_costs(self, drafter, settings)
             kwargs["costs"].at(*input_ids.shape)  # measured before there are keys and values of the call's own
         # Hugging Face's generate runs under no_grad already.
-        with few_row_linears(self, drafter), copied_without_hooks(self):
-            return coral_decoding(self, drafter, settings, input_ids, *args, **kwargs)
+        with few_row_linears(self, drafter), copied_without_hooks(self), plan or nullcontext():
+            return coral_decoding(self, drafter, settings, input_ids, *args, **{**kwargs, "plan": plan})
 
     setattr(_assisted_decoding, _MARK, original)
     return _assisted_decoding

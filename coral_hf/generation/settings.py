@@ -28,6 +28,8 @@ class DraftSettings:
         draft_cost_aware (`bool`): decide depth and nodes anew at every step, by measured costs (see
             `generation.tree_size`); depth, top_k and total_tokens are then the most that is drafted. A call that names
             sizes drafts exactly those, unless it sets this as well.
+        draft_compile (`bool`): draft and verify in compiled graphs of fixed shapes (see `generation.compiled`), with the
+            `compile_config` of the generation config. Of a call, not of a drafter: it is about the machine.
     """
 
     draft_depth: int = 5
@@ -39,12 +41,13 @@ class DraftSettings:
     draft_scoring: str = "active"
     draft_stock_loop: bool = False
     draft_cost_aware: bool = False
+    draft_compile: bool = False
 
     def __post_init__(self):
         check_draft_sizes(self.draft_depth, self.draft_top_k, self.draft_total_tokens)
         if self.draft_total_tokens is None:
             object.__setattr__(self, "draft_total_tokens", self.max_total_tokens)
-        for name in ("draft_groups_per_row", "draft_stock_loop", "draft_cost_aware"):
+        for name in ("draft_groups_per_row", "draft_stock_loop", "draft_cost_aware", "draft_compile"):
             if not isinstance(getattr(self, name), bool):  # "false" would count as true
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.draft_head not in (None, "full", "shortlist", "router", "both"):
@@ -61,6 +64,12 @@ class DraftSettings:
         if self.draft_stock_loop and self.draft_top_k > 1:
             raise ValueError(
                 f"draft_stock_loop=True verifies chains only, but draft_top_k={self.draft_top_k}. Set draft_top_k=1."
+            )
+
+        if self.draft_stock_loop and self.draft_compile:
+            raise ValueError(
+                "draft_compile=True compiles CORAL's own loop, but draft_stock_loop=True runs Transformers'. Set one of them "
+                "to False."
             )
 
     @property
@@ -141,7 +150,7 @@ class DraftSettings:
             raise ValueError(f"Unknown draft setting(s) {unknown}; the settings are {names}.")
         # None is unset, but for a total: there it is all that depth and top_k produce
         given = {key: value for key, value in given.items() if value is not None or key == "draft_total_tokens"}
-        defaults = {name: getattr(config, name, None) for name in names}
+        defaults = {name: getattr(config, name, None) for name in names if name != "draft_compile"}
         defaults = {name: value for name, value in defaults.items() if value is not None}
         if {"draft_depth", "draft_top_k", "draft_total_tokens"} & set(given):
             # Sizes that a call names are meant as they are: the config's rule is about the config's sizes.

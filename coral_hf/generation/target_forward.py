@@ -9,6 +9,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..utils.compat import cache_kwarg, cache_of
 from .attention.verifying import replaces_attention, verifying
+from .compiled.plan import GraphPlan
+from .compiled.static_forward import StaticForward
 from .draft_tree import DraftTree
 from .key_values.dynamic import compact_cache, tree_attention_mask
 from .key_values.paths import layer_kinds, rope_limits
@@ -112,15 +114,18 @@ class TargetForward:
             self.mask = None
         return outputs, features[0] if len(features) == 1 else torch.cat(features, dim=1)
 
-    def enter_store(self, padding: list[int]) -> None:
-        """Goes on in a key-value store, which the prompts move to without their padding (of each, `[B]`)."""
+    def enter_store(self, padding: list[int], plan: GraphPlan | None = None) -> None:
+        """Goes on in a key-value store, which the prompts move to without their padding (of each, `[B]`), compiled by a plan."""
         total = self.cache.get_seq_length()
         lengths = [total - count for count in padding]
         if self._positions is not None:
             last = self._positions[:, -1].expand(len(padding)).tolist()
             offsets = [position + 1 - length for position, length in zip(last, lengths, strict=True)]
             self._offsets = offsets if any(offsets) else None
-        self._in_store = StoreForward(self.target, len(padding))
+        if plan is None:
+            self._in_store = StoreForward(self.target, len(padding))
+        else:
+            self._in_store = StaticForward(self.target, len(padding), plan, self.hidden_states)
         self._in_store.store.load(self.cache, range(len(padding)), padding, lengths)
 
     def most_depth(self) -> int | None:

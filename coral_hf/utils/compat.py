@@ -30,6 +30,12 @@ def cache_of(outputs: Any) -> Any:
     return outputs.get(CACHE_NAME)
 
 
+def compiles_by_itself(target: Any, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+    """Whether plain `generate` would compile the target's forward for these arguments; it logs where it was asked to and would not."""
+    criteria = getattr(target, "_valid_auto_compile_criteria", None)
+    return criteria is not None and bool(criteria(model_kwargs, generation_config))
+
+
 def default_generation_settings() -> dict[str, Any]:
     """What `generate` fills in where neither the call nor the target's generation config says anything."""
     filled_in = getattr(GenerationConfig, "_get_default_generation_params", None)
@@ -134,6 +140,7 @@ __all__ = [
     "cache_kwarg",
     "cache_of",
     "checkpointing_argument",
+    "compiles_by_itself",
     "default_generation_settings",
     "enable_checkpointing",
     "hidden_states_to_ask",

@@ -59,7 +59,6 @@ def test_arguments_by_place_and_a_config_of_the_call(target):
 UNDRAFTED = {
     "beams": {"num_beams": 2},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
-    "static cache": {"cache_implementation": "static"},
     "no cache": {"use_cache": False},
     "attentions": {"return_dict_in_generate": True, "output_attentions": True},
 }

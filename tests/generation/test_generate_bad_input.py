@@ -203,7 +203,6 @@ REFUSALS = {
     "cost-aware": ({"draft_cost_aware": "yes"}, {}, "draft_cost_aware='yes'"),
     "stock tree": ({"draft_stock_loop": True, "draft_top_k": 2}, {}, "draft_top_k=1"),
     "stock stop strings": (STOCK, {"stop_strings": ["ab"]}, "stop_strings|tokenizer"),
-    "static cache": ({}, {"cache_implementation": "static"}, "[Ss]tatic"),
     "static cache, stock": (STOCK, {"cache_implementation": "static"}, "[Ss]tatic"),
     "no cache": ({}, {"use_cache": False}, "use_cache=True"),
     "attentions": ({}, {"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),

@@ -72,12 +72,20 @@ def verifying(target: PreTrainedModel, whole: Sequence[bool]) -> Iterator[None]:
 def _replacement(own: Callable) -> Callable:
     @wraps(own)
     def attend(module, query, key, value, attention_mask, *args, **kwargs):
+        if torch.compiler.is_compiling():  # knows of no thread; its keys are places that a mask alone tells apart
+            if attention_mask is None or attention_mask.ndim != 4:
+                return own(module, query, key, value, attention_mask, *args, **kwargs)
+            if query.device.type == "cpu" and _plain(args, kwargs):
+                scaling = kwargs.get("scaling")
+                scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+                return masked_attention(query, key, value, attention_mask, scaling), None
+            return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
         whole = getattr(_here, "whole", None)
         if whole is None or attention_mask is None or attention_mask.ndim != 4:
             return own(module, query, key, value, attention_mask, *args, **kwargs)
         attended = None
         # what changes the scores in another way is left to sdpa
-        if not args and not kwargs.get("dropout") and all(kwargs.get(name) is None for name in _OTHER_SCORES):
+        if _plain(args, kwargs):
             layer, scaling = getattr(module, "layer_idx", None), kwargs.get("scaling")
             sees_all = layer is not None and layer < len(whole) and whole[layer]
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -87,6 +95,11 @@ def _replacement(own: Callable) -> Callable:
         return attended, None
 
     return attend
+
+
+def _plain(args: tuple, kwargs: dict) -> bool:
+    """Whether scores are scaled products and nothing else."""
+    return not args and not kwargs.get("dropout") and all(kwargs.get(name) is None for name in _OTHER_SCORES)
 
 
 def _attend(

@@ -20,9 +20,8 @@ class _Kind:
     def __init__(self, window: int | None):
         self.window = window
         self.base = 0
-        self.buffers: list[
-            torch.Tensor
-        ] = []  # each [entries, rows, heads, places, d]; an entry is a layer's keys or values
+        # each [entries, rows, heads, places, d]; an entry is a layer's keys or values
+        self.buffers: list[Any] = []
         # of each buffer, by entry: what the next forward writes and what it reads, where rows are as long as each other
         self.written: list[tuple[torch.Tensor, ...]] = []
         self.held: list[tuple[torch.Tensor, ...]] = []
@@ -34,7 +33,7 @@ class _Kind:
         self.held = [buffer[..., : end - self.base, :].unbind(0) for buffer in live]
 
 
-class _StoreLayer(CacheLayerMixin):
+class StoreLayer(CacheLayerMixin):
     """One layer's view of the store, which says where a forward writes."""
 
     is_sliding = False
@@ -85,6 +84,8 @@ class KeyValueStore(Cache):
         rolling (`bool`): rows only end, none begins later: sliding layers may forget what no window reaches.
     """
 
+    layer_class = StoreLayer
+
     def __init__(self, windows: Sequence[int | None], capacity: int, rolling: bool = True):
         self.capacity, self.rolling = capacity, rolling
         self.lengths = [0] * capacity
@@ -93,7 +94,7 @@ class KeyValueStore(Cache):
         self.places: torch.Tensor | None = None  # [n, T] that the forward writes; None: the same slice of every row
         self.row_index: Any = None
         self.end = 0  # places of the longest row, with what the forward writes
-        super().__init__(layers=[_StoreLayer(self, self.kinds[window]) for window in windows])
+        super().__init__(layers=[self.layer_class(self, self.kinds[window]) for window in windows])
 
     # Filling ---------------------------------------------------------------------------------------------------
 
@@ -125,7 +126,7 @@ class KeyValueStore(Cache):
             columns = columns.clamp(0, total - dropped - 1)
             for (buffer, entry), states in zip(layer.entries, (source.keys, source.values), strict=True):
                 places = columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-                layer.kind.buffers[buffer][entry, index, :, :width] = states.gather(2, places)
+                layer.kind.buffers[buffer][entry][index, :, :width] = states.gather(2, places)
             empty_layer(source)  # layer by layer: never two copies of all
 
     def _make_buffers(self, layers: Sequence[Any]) -> None:
@@ -142,7 +143,11 @@ class KeyValueStore(Cache):
                     ([shape for shape in counts if shape[0] == layer.kind.window].index(shape), entry)
                 )
         for (window, heads, dim), count in counts.items():
-            self.kinds[window].buffers.append(layers[0].keys.new_zeros(count, self.capacity, heads, 0, dim))
+            self.kinds[window].buffers.append(self._buffer(count, heads, dim, layers[0].keys))
+
+    def _buffer(self, count: int, heads: int, dim: int, like: torch.Tensor) -> Any:
+        """An empty buffer for the keys and values of `count` entries."""
+        return like.new_zeros(count, self.capacity, heads, 0, dim)
 
     def _reserve(self, end: int) -> None:
         """Room for rows of `end` tokens."""
@@ -243,11 +248,11 @@ class KeyValueStore(Cache):
         for layer, destination in zip(self.layers, cache.layers, strict=True):
             base = layer.kind.base
             states = [
-                layer.kind.buffers[buffer][entry, :1, :, : length - base].clone() for buffer, entry in layer.entries
+                layer.kind.buffers[buffer][entry][:1, :, : length - base].clone() for buffer, entry in layer.entries
             ]
             destination.update(*states)
             if base:  # it counts what it was given
                 destination.cumulative_length = length
 
 
-__all__ = ["BLOCK", "KeyValueStore"]
+__all__ = ["BLOCK", "KeyValueStore", "StoreLayer"]

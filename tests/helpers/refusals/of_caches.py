@@ -86,8 +86,12 @@ def index_of_an_older_transformers(monkeypatch):
 
 @refusal("CORAL verifies drafts in a dynamic cache, not in ")
 def static_cache(monkeypatch):
-    call = Call(make_target(), settings={"cache_implementation": "static"})
-    return call, _dynamic(call)
+    target = make_target()
+    passed = {CACHE_NAME: lambda: cache_utils.StaticCache(config=target.config, max_cache_len=64)}
+    call = Call(target, inputs=passed)
+    return call, {
+        "pass a DynamicCache": call.but(inputs={CACHE_NAME: lambda: cache_utils.DynamicCache(config=target.config)})
+    }
 
 
 @refusal("CORAL verifies drafts in a dynamic cache, not in ")

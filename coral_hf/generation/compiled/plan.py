@@ -1,0 +1,170 @@
+"""Whether a call is compiled, with what options and in what shapes: decided, or refused, before any forward."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.utils import logging
+
+from ...utils.compat import cache_kwarg, cache_of, compiles_by_itself
+from ..key_values.paths import store_obstacle
+from ..settings import DraftSettings
+from .graphs import put_back, take
+
+
+logger = logging.get_logger(__name__)
+
+# The lengths that stores are made in: texts of about the same length share their graphs.
+_SHORTEST, _LONGEST_STEP = 256, 4096
+# The sizes that trees are padded to: each is compiled when a tree first needs it.
+NODE_COUNTS = (1, 8, 16, 32, 64)
+# What PyTorch records CUDA graphs in, and a CPU cannot.
+_CUDA_MODES = ("reduce-overhead",)
+
+
+@dataclass
+class GraphPlan:
+    """How one call of `generate` is compiled. A context manager: at its end graphs and buffers are left to later calls.
+
+    Args:
+        options (`dict`): keyword arguments of `torch.compile`.
+        length (`int`): places of each row in the caches.
+    """
+
+    options: dict[str, Any]
+    length: int
+    _taken: list[tuple] = field(default_factory=list)
+
+    def take(self, model: torch.nn.Module, key: Hashable, partner: torch.nn.Module, make: Callable[[], Any]) -> Any:
+        """See [`graphs.take`]."""
+        graphs = take(model, key, partner, make)
+        self._taken.append((model, key, partner, graphs))
+        return graphs
+
+    def __enter__(self) -> "GraphPlan":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:  # else something of them may be half-made
+            for taken in self._taken:
+                put_back(*taken)
+        self._taken.clear()
+
+
+def padded_count(nodes: int) -> int:
+    """The size that a tree is padded to: the next of `NODE_COUNTS`, above them the next multiple of the largest."""
+    largest = NODE_COUNTS[-1]
+    return next((count for count in NODE_COUNTS if count >= nodes), -(-nodes // largest) * largest)
+
+
+def length_of(tokens: int) -> int:
+    """The length of a store for so many tokens: a power of two, above 4,096 a multiple of that."""
+    if tokens > _LONGEST_STEP:
+        return -(-tokens // _LONGEST_STEP) * _LONGEST_STEP
+    return max(_SHORTEST, 1 << (tokens - 1).bit_length())
+
+
+def graph_plan(
+    target: PreTrainedModel,
+    settings: DraftSettings,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> GraphPlan | None:
+    """How a call is compiled; None: not at all.
+
+    `draft_compile=True` asks for it, and so does a static cache (`cache_implementation="static"`) where plain `generate` would
+    compile with it. A static cache in `model_kwargs` is then replaced by an empty dynamic one, which the prompt is read into.
+
+    Raises:
+        ValueError: for `draft_compile=True` where the static store cannot hold the target or the call, and for options that
+            no graph of fixed shapes can be compiled with.
+    """
+    cache, config = cache_of(model_kwargs), generation_config.compile_config
+    static = type(cache) is StaticCache and not getattr(cache, "_is_user_defined", False)
+    by_itself = False
+    if not settings.draft_compile and (static or config is not None):
+        by_itself = compiles_by_itself(target, model_kwargs, generation_config)
+    if not (settings.draft_compile or static) or settings.draft_stock_loop:
+        return None  # the stock loop refuses a static cache
+    empty = DynamicCache(config=target.config.get_text_config()) if static else cache
+    mask, longest = model_kwargs.get("attention_mask"), generation_config.max_length
+    returned = bool(generation_config.return_dict_in_generate)
+    problem = "it keeps no KV cache" if empty is None else store_obstacle(target, empty, mask, longest, returned)
+    if problem is not None:
+        if settings.draft_compile:
+            raise ValueError(
+                f"draft_compile=True verifies in a static key-value store, which cannot serve this call of "
+                f"{type(target).__name__}: {problem}. Set draft_compile=False."
+            )
+        return None  # what a static cache cannot do is refused where caches are checked
+    if static:
+        model_kwargs.update(cache_kwarg(empty))
+    if not (settings.draft_compile or by_itself):
+        return None
+    options = _options(target, generation_config, settings.draft_compile)
+    most = padded_count(settings.draft_total_tokens)
+    tokens = max(longest, generation_config.max_cache_len or 0)
+    return GraphPlan(options, length_of(tokens + most))
+
+
+def _options(target: PreTrainedModel, generation_config: GenerationConfig, asked: bool) -> dict[str, Any]:
+    """Keyword arguments of `torch.compile`."""
+    device, config = target.device.type, generation_config.compile_config
+    if asked and generation_config.disable_compile:
+        raise ValueError(
+            "draft_compile=True, but disable_compile=True in the generation config: leave one of them out."
+        )
+    if asked and (quantizer := getattr(target, "hf_quantizer", None)) is not None and not quantizer.is_compileable:
+        raise ValueError(
+            f"draft_compile=True, but weights quantised by {type(quantizer).__name__} cannot be compiled. Set "
+            "draft_compile=False."
+        )
+    if config is None:
+        options = {"fullgraph": True, "backend": "inductor", "mode": "reduce-overhead" if device == "cuda" else None}
+    else:
+        options = config.to_dict()
+        if options.get("dynamic"):
+            raise ValueError(
+                "compile_config.dynamic=True asks for dynamic shapes, but drafts and their verification are graphs of fixed "
+                "shapes. Leave dynamic out of the CompileConfig."
+            )
+        if options["backend"] != "inductor":
+            options["mode"] = None  # inductor's own
+        elif device != "cuda" and options.get("mode") in _CUDA_MODES:
+            if asked:
+                raise ValueError(
+                    f"compile_config.mode={options['mode']!r} records CUDA graphs, but the target is on {device!r}. Pass "
+                    "CompileConfig(mode='default'), or no compile_config at all."
+                )
+            options["mode"] = None  # as PyTorch does it for plain `generate`, with a line in its log
+    options["dynamic"] = False
+    _check_backend(options["backend"], device)
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_backend(backend: Any, device: str) -> None:
+    if callable(backend):
+        return
+    try:
+        torch._dynamo.lookup_backend(backend)
+    except Exception as error:
+        known = ", ".join(sorted(torch._dynamo.list_backends()))
+        raise ValueError(
+            f"compile_config.backend={backend!r} is not a backend of this PyTorch. Choose one of {known}, or leave it out."
+        ) from error
+    if backend == "inductor" and device == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except Exception as error:
+            raise ValueError(
+                "draft_compile on a CPU needs a C++ compiler, and PyTorch finds none: install g++, or set "
+                "draft_compile=False."
+            ) from error
+
+
+__all__ = ["NODE_COUNTS", "GraphPlan", "graph_plan", "length_of", "padded_count"]
