@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache as cached
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -19,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the helpers
 
 from fuzz_calls import HEADS, VOCAB
-from fuzz_driver import Fault, main, quiet, run_cases
+from fuzz_driver import Fault, main, run_drawn
 from fuzz_generation import _CountingProcessor, drafter_of, target_of, tokenizer_of
 from helpers.batches import padded
 from helpers.oracle import oracle
@@ -28,7 +29,9 @@ from helpers.tiny_models import FAMILIES, make_drafter
 from helpers.unusual_targets import build
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, set_seed
 
+from coral_hf.generation import hook
 from coral_hf.generation.settings import DraftSettings
+from coral_hf.generation.tree_size import DraftCosts
 
 
 MOE = {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}}
@@ -49,6 +52,7 @@ class Batch:
     generation: dict
     draft: dict
     extras: dict
+    costs: tuple[float, float, float] | None = None  # of a first node, a further one and a level: sizes are weighed
 
 
 class _CountingCriterion(StoppingCriteria):
@@ -128,6 +132,8 @@ def draw(seed: int, index: int) -> Batch:
         generation=generation,
         draft=draft,
         extras=extras,
+        # drawn last: other cases stay what they were
+        costs=(rng.uniform(1, 20), rng.choice([0.0, 0.5, 5.0]), rng.choice([0.5, 3.0])) if maybe(0.4) else None,
     )
 
 
@@ -147,7 +153,7 @@ def call(case: Batch, drafter=None):
     config = GenerationConfig(**{"pad_token_id": 0, **case.generation})
     kwargs: dict = {}
     if drafter:
-        for name, value in case.draft.items():
+        for name, value in {**case.draft, "draft_cost_aware": case.costs is not None}.items():
             setattr(config, name, value)
         kwargs["assistant_model"] = own
     if "stop_strings" in case.extras:
@@ -166,7 +172,10 @@ def call(case: Batch, drafter=None):
         kwargs["streamer"] = recorder
     ids, mask = padded(case.lengths, case.seed)
     set_seed(case.seed)
-    output = target.generate(ids, attention_mask=mask, generation_config=config, **kwargs)
+    first, further, level = case.costs or (1.0, 1.0, 1.0)
+    costs = DraftCosts(tuple(first + further * node for node in range(512)), level, level)
+    with patch.object(hook, "draft_costs", lambda *_: costs):
+        output = target.generate(ids, attention_mask=mask, generation_config=config, **kwargs)
     return output, None if recorder is None else recorder.puts, own
 
 
@@ -198,7 +207,7 @@ def difference(case: Batch, drafted, plain) -> str | None:
 
 def run_case(case: Batch) -> dict[str, int]:
     """What was accepted; raises [`Fault`] where a drafted outcome is not the plain one."""
-    counts = {"random_accepted": 0, "oracle_accepted": 0, "oracle_steps": 0}
+    counts = {"random_accepted": 0, "oracle_accepted": 0, "oracle_steps": 0, "plain_steps": 0}
     plain = call(case)
     for kind in ("random", "oracle"):
         if kind == "random":
@@ -208,6 +217,7 @@ def run_case(case: Batch) -> dict[str, int]:
                 drafted = call(case, drafter=True)
             counts["oracle_steps"] += drafted[2].last_stats.steps
         counts[f"{kind}_accepted"] += drafted[2].last_stats.n_accepted
+        counts["plain_steps"] += drafted[2].last_stats.plain_steps
         found = difference(case, drafted, plain)
         if found is not None:
             raise Fault(f"{kind} drafter: {found[:600]}\n    {case}")
@@ -216,19 +226,7 @@ def run_case(case: Batch) -> dict[str, int]:
 
 def run(seed: int, start: int, count: int, verbose: bool = False) -> dict:
     """Runs cases of a seed and returns what was counted, see [`run_cases`]."""
-    quiet()
-
-    def numbered(index: int) -> dict[str, int]:
-        case = draw(seed, index)
-        try:
-            counts = run_case(case)
-        except Fault:
-            raise
-        except Exception as error:
-            raise Fault(f"{type(error).__name__}: {str(error)[:600]}\n    {case}") from error
-        return {**counts, "sampled": case.generation["do_sample"], "trees": case.draft["draft_top_k"] > 1}
-
-    return run_cases(Path(__file__).name, numbered, ("sampled", "trees"), seed, start, count, verbose)
+    return run_drawn(Path(__file__).name, draw, run_case, ("plain_steps",), seed, start, count, verbose)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from transformers import logging
@@ -55,6 +56,38 @@ def run_cases(
             print(f"python tests/fuzz/{script} --seed {seed} --start {index} --count 1 --verbose", flush=True)
             print(f"    {fault}", flush=True)
     return {"seed": seed, "start": start, **total, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def run_drawn(
+    script: str,
+    draw: Callable[[int, int], Any],
+    run_case: Callable[[Any], dict[str, int]],
+    counted: Iterable[str],
+    seed: int,
+    start: int,
+    count: int,
+    verbose: bool,
+) -> dict:
+    """[`run_cases`] of random calls of `generate`: any error but a [`Fault`] becomes one, with its case.
+
+    Args:
+        script, counted, seed, start, count, verbose: as for [`run_cases`].
+        draw: seed and index -> a case, with `generation` and `draft`.
+        run_case: a case -> what to count of it; raises [`Fault`].
+    """
+    quiet()
+
+    def numbered(index: int) -> dict[str, int]:
+        case = draw(seed, index)
+        try:
+            counts = run_case(case)
+        except Fault:
+            raise
+        except Exception as error:
+            raise Fault(f"{type(error).__name__}: {str(error)[:600]}\n    {case}") from error
+        return {**counts, "sampled": case.generation["do_sample"], "trees": case.draft["draft_top_k"] > 1}
+
+    return run_cases(script, numbered, (*counted, "sampled", "trees"), seed, start, count, verbose)
 
 
 def main(description: str, run: Callable[[int, int, int, bool], dict], count: int) -> int:

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the helpers
 
 from fuzz_calls import HEADS, VOCAB, Case, draw
-from fuzz_driver import Fault, main, quiet, run_cases
+from fuzz_driver import Fault, main, run_drawn
 from helpers.oracle import oracle
 from helpers.parity import Recorder
 from helpers.tiny_models import make_drafter, make_target, make_tokenizer, randomize
@@ -217,21 +217,7 @@ def _fails_alike(case: Case, inputs: tuple, plain: Exception) -> dict[str, int]:
 
 def run(seed: int, start: int, count: int, verbose: bool = False) -> dict:
     """Runs cases of a seed and returns what was counted, see [`run_cases`]."""
-    quiet()
-
-    def numbered(index: int) -> dict[str, int]:
-        case = draw(seed, index)
-        try:
-            counts = run_case(case)
-        except Fault:
-            raise
-        except Exception as error:
-            raise Fault(f"{type(error).__name__}: {str(error)[:600]}\n    {case}") from error
-        return {**counts, "sampled": case.generation["do_sample"], "trees": case.draft["draft_top_k"] > 1}
-
-    return run_cases(
-        Path(__file__).name, numbered, ("refused", "failed_alike", "sampled", "trees"), seed, start, count, verbose
-    )
+    return run_drawn(Path(__file__).name, draw, run_case, ("refused", "failed_alike"), seed, start, count, verbose)
 
 
 if __name__ == "__main__":
