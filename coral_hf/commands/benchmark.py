@@ -23,7 +23,7 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
     Examples:
         coral-hf benchmark --quick --output outputs/quick
         coral-hf benchmark --target your/model --drafter outputs/drafter --data prompts.jsonl --limit 10 --output outputs/bench
-        coral-hf benchmark --data mt_bench.jsonl --method coral chain prompt_lookup --temperature 0 1 --output outputs/bench
+        coral-hf benchmark --data prompts.jsonl --batch-size 1 4 8 --context 256 2048 --output outputs/batches
     """
 
     output: str = field(metadata={"aliases": ["--output_dir"], "help": "Folder for benchmark.json and the plots."})
@@ -57,6 +57,19 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
         default=1,
         metadata={"help": "Times that all methods answer each prompt in turn; of each method the fastest counts."},
     )
+    batch_size: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Measure whole batches of these sizes instead of one prompt after the other: first turns, greedy; writes "
+            "batches.json and batches.png."
+        },
+    )
+    context: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "With batches (of 1 if no size is given): tokens that prompts are brought to by the data's own text."
+        },
+    )
     quick: bool = field(
         default=False, metadata={"help": f"A first impression in minutes: {QUICK} where nothing else is given."}
     )
@@ -74,6 +87,10 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
         require("rich", "matplotlib")
         check_output_folder(self.output)
         check_temperatures(self.temperature)
+        if (self.batch_size or self.context) and (self.profile or self.temperature != [0.0]):
+            raise ValueError(
+                "--batch-size and --context measure greedy answers as a whole: leave --profile and --temperature out."
+            )
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         tokens = self.max_new_tokens
@@ -103,6 +120,8 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
                 self.assistant, target.dtype, place, trust_remote_code=trusted, role="assistant"
             )
         methods = parse_methods(texts, drafters, assistant)
+        if self.batch_size or self.context:
+            return self._run_batches(target, tokenizer, methods, prompts, tokens)
         path = Path(self.output) / "benchmark.json"
         self.check_record(path, describe_run(target, tokenizer, methods, prompts, tokens, self.temperature, self.seed))
         try:
@@ -127,6 +146,21 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
         if (advice := slower_than_plain(record)) is not None:
             print(advice)
         finished(path, then=f"coral-hf card DRAFTER (reads {path.name} from DRAFTER/training)")
+        return 0
+
+    def _run_batches(self, target, tokenizer, methods, prompts, tokens: int) -> int:
+        from ..evaluation.batches import RECORD_FILE, describe_batches, print_batches, run_batches
+        from ..evaluation.plots import plot_batches
+
+        sizes = self.batch_size or [1]
+        contexts: list[int | None] = [*self.context] or [None]
+        path = Path(self.output) / RECORD_FILE
+        self.check_record(path, describe_batches(target, tokenizer, methods, prompts, sizes, contexts, tokens))
+        record = run_batches(target, tokenizer, methods, prompts, self.output, sizes, contexts, tokens, self.repeats)
+        print_batches(record)
+        for picture in plot_batches(record, self.output):
+            print(picture)
+        finished(path)
         return 0
 
     def _prompts(self):

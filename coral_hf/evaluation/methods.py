@@ -190,6 +190,22 @@ def measure(
         seed (`int`): of the samples.
         **settings: fields of the generation config.
     """
+    if temperature > 0:
+        torch.manual_seed(seed)
+    output, seconds = timed(target, ids, torch.ones_like(ids), max_new_tokens, drafter, temperature, settings)
+    return Measurement(output[0, ids.shape[1] :].tolist(), seconds, getattr(drafter, "last_stats", None))
+
+
+def timed(
+    target: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    max_new_tokens: int,
+    drafter: Any,
+    temperature: float,
+    settings: dict[str, Any],
+) -> tuple[torch.Tensor, float]:
+    """What `generate` returns for ids and mask `[B, L]`, and the seconds that it took; other arguments as for [`measure`]."""
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=temperature > 0)
     if temperature > 0:
         # 0 and 1 switch off the cuts that a target's own config may ask for
@@ -198,15 +214,12 @@ def measure(
     config.pad_token_id = target.generation_config.pad_token_id
     for name in settings.keys() - set(ASSISTANT_SETTINGS):
         setattr(config, name, settings[name])
-    ids = ids.to(target.device)
+    ids, mask = ids.to(target.device), mask.to(target.device)
     extra = {} if drafter is None else {"assistant_model": drafter}
-    if temperature > 0:
-        torch.manual_seed(seed)
     with _assistant_settings(drafter, settings):
         start = synchronized_clock([target.device])
-        output = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **extra)
-        seconds = synchronized_clock([target.device]) - start
-    return Measurement(output[0, ids.shape[1] :].tolist(), seconds, getattr(drafter, "last_stats", None))
+        output = target.generate(ids, attention_mask=mask, generation_config=config, **extra)
+        return output, synchronized_clock([target.device]) - start
 
 
 @contextmanager
@@ -329,4 +342,5 @@ __all__ = [
     "measure",
     "other_mode",
     "parse_methods",
+    "timed",
 ]

@@ -27,6 +27,27 @@ def plot_benchmark(record: dict[str, Any], folder: str | Path, step_time: dict[s
     figures = {"speedup": _speedup(record, Figure), "acceptance_per_depth": _acceptance(record, Figure)}
     if step_time is not None:
         figures["step_time"] = _step_time(step_time, Figure)
+    return _saved(figures, folder)
+
+
+def plot_batches(record: dict[str, Any], folder: str | Path) -> list[Path]:
+    """Draws `batches.png`: tokens per second over plain's by batch size, and by context where there are several.
+
+    Args:
+        record (`dict`): what [`run_batches`] returns.
+        folder (`str` or `Path`): where the picture goes.
+
+    Returns:
+        `list[Path]`: the picture, or nothing where there is nothing to show.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The plots need matplotlib: pip install 'coral-hf[eval]'.") from error
+    return _saved({"batches": _batches(record, Figure)}, folder)
+
+
+def _saved(figures: dict[str, Any], folder: str | Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         if figure is not None:
@@ -60,6 +81,31 @@ def _speedup(record: dict[str, Any], figure_type: Any) -> Any:
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_xticks(range(len(benchmarks)), benchmarks)
         axes.set(ylabel="speedup over plain generate", title=f"temperature {temperature:g}")
+        axes.legend(fontsize="small")
+    return figure
+
+
+def _batches(record: dict[str, Any], figure_type: Any) -> Any:
+    """Lines over batch size, one per method and context, and over context, one per method and batch size."""
+    rows = [row for row in record["runs"] if row["method"] != PLAIN]
+    names = {"batch_size": "batch size", "context": "tokens of a prompt"}
+    shown = [name for name in names if len({row[name] for row in rows} - {None}) > 1]
+    if not rows:
+        return None
+    shown = shown or ["batch_size"]
+    figure = figure_type(figsize=(5 * len(shown), 3.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        other = "context" if name == "batch_size" else "batch_size"
+        lines: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+        for row in rows:
+            lines.setdefault((row["method"], row[other]), []).append(row)
+        for (method, value), line in lines.items():
+            line = sorted((row for row in line if row[name] is not None), key=lambda row: row[name])
+            label = method if value is None else f"{method}, {'batch' if other == 'batch_size' else 'context'} {value}"
+            axes.plot([row[name] for row in line], [row["speedup"] for row in line], marker="o", label=label)
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set(xlabel=names[name], ylabel="speedup over plain generate")
+        axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     return figure
 
@@ -100,4 +146,4 @@ def _step_time(step_time: dict[str, Any], figure_type: Any) -> Any:
     return figure
 
 
-__all__ = ["plot_benchmark"]
+__all__ = ["plot_batches", "plot_benchmark"]
