@@ -43,6 +43,7 @@ COMMAND_PAGES = ("docs/training.md", "docs/draft_heads.md", "docs/measuring.md",
 PUBLIC_MODULES = ("coral_hf", "coral_hf.demo", "coral_hf.training")
 PUBLIC_NAMES = (
     "coral_hf.conversion.export_drafter",
+    "coral_hf.conversion.export_gguf",
     "coral_hf.evaluation.benchmark.run_benchmark",
     "coral_hf.evaluation.verify.verify",
     "coral_hf.hub.model_card.write_card",

@@ -19,7 +19,7 @@ class ConvertCommand(TargetOptions):
     Examples:
         coral-hf convert --from eagle org/EAGLE3-model outputs/drafter --target org/model
         coral-hf convert --to vllm outputs/drafter outputs/for-vllm --draft-depth 3
-        coral-hf convert --to sglang demo outputs/for-sglang
+        coral-hf convert --to gguf outputs/drafter outputs/for-llama-cpp --target model.gguf
     """
 
     POSITIONAL: ClassVar[dict[str, str]] = {
@@ -28,9 +28,14 @@ class ConvertCommand(TargetOptions):
     }
 
     from_format: str | None = field(default=None, metadata={"aliases": ["--from"], "help": "Read this format: eagle."})
-    to: str | None = field(default=None, metadata={"help": "Write for vllm, sglang, speculators or eagle."})
+    to: str | None = field(
+        default=None, metadata={"help": "Write for vllm, sglang, speculators, eagle or llama.cpp (gguf)."}
+    )
     target: str | None = field(  # type: ignore[assignment]  # with --to none is needed
-        default=None, metadata={"help": "Path or Hub id of the target, or 'demo'; needed with --from."}
+        default=None,
+        metadata={
+            "help": "Path or Hub id of the target, or 'demo'; needed with --from. With --to gguf the target's GGUF file."
+        },
     )
     dtype: str | None = field(
         default=None, metadata={"help": f"Dtype the target is loaded in, where it is needed ({DTYPE} unless given)."}
@@ -62,6 +67,7 @@ class ConvertCommand(TargetOptions):
     def run(self, positional) -> int:
         from ..conversion.checkpoint_files import check_new_folder
         from ..conversion.engine_export import export_drafter, meta_target
+        from ..conversion.gguf_export import export_gguf
         from ..demo import TARGET_REVISION, converted_folder
 
         if self.from_format is not None and self.to is None:
@@ -85,6 +91,10 @@ class ConvertCommand(TargetOptions):
         self._refuse("revision", "target_feature_layers", of="--from")
         self._check_sizes()
         check_new_folder(positional.output)
+        if self.to == "gguf" and self.target is None:
+            raise ValueError(
+                "--to gguf copies the target's tokenizer: name the target's GGUF file (--target model.gguf)."
+            )
         drafter = load_drafter(positional.input)
         self._resize(drafter.config)
         target = None
@@ -92,7 +102,12 @@ class ConvertCommand(TargetOptions):
         eagle3 = drafter.config.shape == "eagle3"
         if self.to == "eagle" and eagle3 and self.target is not None:
             target, _ = self.load_target(self.dtype or DTYPE, "cpu")
-        elif not eagle3 and drafter.config.target_embedding_scale is None and self.target not in (None, DEMO):
+        elif (
+            self.to != "gguf"
+            and not eagle3
+            and drafter.config.target_embedding_scale is None
+            and self.target not in (None, DEMO)
+        ):
             if self.trust_remote_code:
                 target, _ = self.load_target(self.dtype or DTYPE, "cpu")
             # a name that only the engine knows is still one to serve by; the drafter's own config must do then
@@ -105,6 +120,10 @@ class ConvertCommand(TargetOptions):
             )
         if target is None or target.device.type == "meta":
             self._refuse("dtype", of="a target that is loaded, and this export loads none")
+        if self.target is not None and self.to == "gguf":
+            export = export_gguf(drafter, positional.output, self.target)
+            print(*export.notes, export.command, sep="\n")
+            return 0
         name = None if self.target == DEMO else self.target
         if name is None and drafter.config.target_revision == TARGET_REVISION:
             # the Hub's model of that name has other weights
@@ -130,27 +149,30 @@ class ConvertCommand(TargetOptions):
 
     def _check_sizes(self) -> None:
         """Refuses sizes that an engine would not draft."""
+        from ..conversion.serving import CHAIN_ENGINES
+
         sizes = self._sizes
         if self.to == "eagle" and sizes:
             name, value = next(iter(sizes.items()))
             raise ValueError(
                 f"--{name} {value}: EAGLE's own code drafts a tree of its own; leave it out with --to eagle."
             )
-        if self.to in ("vllm", "speculators"):
+        if engine := CHAIN_ENGINES.get(str(self.to)):
             for name in ("draft_top_k", "draft_total_tokens"):
                 if name in sizes:
                     raise ValueError(
-                        f"--{name} {sizes[name]}: vLLM drafts a chain of --draft_depth tokens; leave it out with --to "
-                        f"{self.to}."
+                        f"--{name} {sizes[name]}: {engine} drafts a chain of --draft_depth tokens; leave it out with "
+                        f"--to {self.to}."
                     )
 
     def _resize(self, config: Any) -> None:
         """Replaces a drafter's own sizes by those that are given, or cost-aware ones by the chain that pays."""
+        from ..conversion.serving import CHAIN_ENGINES
         from ..generation.settings import DraftSettings
         from ..generation.tree_size import chain_depth
 
         sizes = self._sizes
-        if not sizes and config.draft_cost_aware and self.to in ("vllm", "speculators"):
+        if not sizes and config.draft_cost_aware and self.to in CHAIN_ENGINES:
             sizes = {"draft_depth": chain_depth(config)}
             print(
                 f"A chain of {sizes['draft_depth']} pays most by the drafter's calibration, of up to {config.draft_depth} that "

@@ -5,6 +5,7 @@ Knows nothing of generation or training: a drafter, a target's ends and the engi
 
 from .eagle_import import load_eagle
 from .engine_export import ENGINES, EngineExport, export_drafter
+from .gguf_export import export_gguf
 
 
-__all__ = ["ENGINES", "EngineExport", "export_drafter", "load_eagle"]
+__all__ = ["ENGINES", "EngineExport", "export_drafter", "export_gguf", "load_eagle"]

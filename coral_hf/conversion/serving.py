@@ -8,6 +8,10 @@ from ..drafter.configuration_coral import CoralDraftConfig, most_draft_tokens
 from .checkpoint_files import HOT_TOKENS_FILE
 
 
+# Engines that draft a chain whatever a drafter's own tree is, and what to call them
+CHAIN_ENGINES = {"vllm": "vLLM", "speculators": "vLLM", "gguf": "llama.cpp"}
+
+
 def serve_command(config: CoralDraftConfig, engine: str, folder: Path, target_name: str, hot_tokens: bool) -> str:
     """The shell command that serves the target with an exported drafter."""
     quoted, target, eagle3 = shlex.quote(str(folder)), shlex.quote(target_name), config.shape == "eagle3"
@@ -36,30 +40,39 @@ def serve_command(config: CoralDraftConfig, engine: str, folder: Path, target_na
     )
 
 
+def llama_server_command(config: CoralDraftConfig, file: Path, target_gguf: str) -> str:
+    """The shell command with which llama.cpp serves a target's GGUF file with a drafter's."""
+    return (
+        f"llama-server -m {shlex.quote(target_gguf)} --spec-type draft-eagle3 --spec-draft-model {shlex.quote(str(file))} "
+        f"--spec-draft-n-max {config.draft_depth}"
+    )
+
+
 def export_notes(config: CoralDraftConfig, engine: str, hot_tokens: bool) -> list[str]:
     """What an engine does differently, and what of a drafter was left out, a line each."""
-    notes = []
+    notes, chain = [], CHAIN_ENGINES.get(engine)
+    called = "llama.cpp" if engine == "gguf" else engine
     if config.router_groups:
-        notes.append(f"Left out: the LM-head router; {engine} computes the head without it.")
+        notes.append(f"Left out: the LM-head router; {called} computes the head without it.")
     if config.shortlist_size and hot_tokens:
         notes.append(f"The shortlist of {config.shortlist_size} ids is SGLang's token map, {HOT_TOKENS_FILE}.")
     elif config.shortlist_size:
-        notes.append(f"Left out: the shortlist of {config.shortlist_size} ids; {engine} computes the full head.")
+        notes.append(f"Left out: the shortlist of {config.shortlist_size} ids; {called} computes the full head.")
     if config.draft_cost_aware:
         sizes = ("draft_depth", "draft_top_k", "draft_total_tokens")
-        names = sizes[:1] if engine in ("vllm", "speculators") else sizes
+        names = sizes[:1] if chain else sizes
         own = ", ".join(f"{name}={getattr(config, name)}" for name in names)
         notes.append(
             "Left out: cost-aware sizes; EAGLE's code drafts a tree of its own."
             if engine == "eagle"
-            else f"Left out: cost-aware sizes, decided anew at every step; {engine} always drafts the largest of them, {own}. "
+            else f"Left out: cost-aware sizes, decided anew at every step; {called} always drafts the largest of them, {own}. "
             f"Name smaller ones with {', '.join(f'--{name}' for name in names)}; `coral-hf tune` ranks fixed sizes."
         )
-    if engine in ("vllm", "speculators") and config.draft_top_k > 1:
-        notes.append(f"vLLM drafts a chain of {config.draft_depth}, not a tree (draft_top_k={config.draft_top_k}).")
+    if chain and config.draft_top_k > 1:
+        notes.append(f"{chain} drafts a chain of {config.draft_depth}, not a tree (draft_top_k={config.draft_top_k}).")
     if config.target_revision:
         notes.append(f"The drafter was trained for {config.target_name_or_path} at {config.target_revision}.")
     return notes
 
 
-__all__ = ["export_notes", "serve_command"]
+__all__ = ["CHAIN_ENGINES", "export_notes", "llama_server_command", "serve_command"]
