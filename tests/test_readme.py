@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 
 from coral_hf import cli
 from coral_hf.commands.parsing.parser import parse_verb
-from coral_hf.hub.card_tables import tokens_seen
+from coral_hf.hub.training_tables import tokens_seen
 
 
 ROOT = Path(__file__).parent.parent

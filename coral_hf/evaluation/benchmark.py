@@ -73,6 +73,7 @@ def result_row(
             stats = stats.merge(measurement.stats)
         row["acceptance_length"] = stats.acceptance_length
         row["acceptance_per_depth"] = stats.acceptance_per_depth
+        row["reached_per_depth"] = stats.reached_per_depth
         row["steps"] = stats.steps
     return row
 

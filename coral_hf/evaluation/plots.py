@@ -7,6 +7,7 @@ from .methods import PLAIN
 
 
 _PARTS = ("target_forward", "drafter_layer", "draft_head", "tree", "other")
+_FEW = 30  # a share of fewer steps says little
 
 
 def plot_benchmark(record: dict[str, Any], folder: str | Path, step_time: dict[str, Any] | None = None) -> list[Path]:
@@ -57,13 +58,33 @@ def _saved(figures: dict[str, Any], folder: str | Path) -> list[Path]:
     return paths
 
 
+def _title(record: dict[str, Any]) -> str:
+    """The target (or the drafter, in older profiles), and where it was measured."""
+    where = record.get("environment") or {}
+    machine = [
+        where.get("device"),
+        where.get("dtype"),
+        f"{where['threads']} threads" if where.get("threads") else None,
+    ]
+    name = str(record.get("target") or record.get("drafter") or "").rsplit("/", 1)[-1]
+    return "\n".join(filter(None, [name, ", ".join(filter(None, machine))]))
+
+
+def _legend_above(axes: Any, entries: int) -> None:
+    """Off the data: in one or more lines between the title and the plot."""
+    columns = min(entries, 4)
+    axes.legend(fontsize="small", ncols=columns, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
+
+
 def _speedup(record: dict[str, Any], figure_type: Any) -> Any:
-    """Bars per benchmark and method with the quartiles of the prompts, one panel per temperature."""
+    """Bars per benchmark and method with the quartiles of the answers, one panel per temperature."""
     rows = [row for row in record["runs"] if row["method"] != PLAIN]
+    if len({row["benchmark"] for row in rows}) == 2:  # "all" would show the only benchmark twice
+        rows = [row for row in rows if row["benchmark"] != "all"]
     if not rows:
         return None
     temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
-    figure = figure_type(figsize=(8, 3.5 * len(temperatures)), layout="constrained")
+    figure = figure_type(figsize=(8, 0.6 + 3.4 * len(temperatures)), layout="constrained")
     for axes, temperature in zip(figure.subplots(len(temperatures), squeeze=False)[:, 0], temperatures, strict=True):
         shown = {(row["method"], row["benchmark"]): row for row in rows if row["temperature"] == temperature}
         methods, benchmarks = (list(dict.fromkeys(key[i] for key in shown)) for i in (0, 1))
@@ -79,9 +100,13 @@ def _speedup(record: dict[str, Any], figure_type: Any) -> Any:
             places = [place + (index - (len(methods) - 1) / 2) * width for place in range(len(benchmarks))]
             axes.bar(places, heights, width, yerr=spread, capsize=2, label=method)
         axes.axhline(1.0, color="black", linewidth=0.8)
-        axes.set_xticks(range(len(benchmarks)), benchmarks)
-        axes.set(ylabel="speedup over plain generate", title=f"temperature {temperature:g}")
-        axes.legend(fontsize="small")
+        counts = [max(shown[method, benchmark]["n_turns"] for method in methods) for benchmark in benchmarks]
+        names = [f"{name}\n({count} answers)" for name, count in zip(benchmarks, counts, strict=True)]
+        axes.set_xticks(range(len(benchmarks)), names)
+        decoding = f"temperature {temperature:g}" if temperature else "greedy"
+        axes.set(ylabel=f"speedup, {decoding}\n(median and quartiles)")
+        _legend_above(axes, len(methods))
+    figure.suptitle(_title(record), fontsize="medium")
     return figure
 
 
@@ -111,20 +136,29 @@ def _batches(record: dict[str, Any], figure_type: Any) -> Any:
 
 
 def _acceptance(record: dict[str, Any], figure_type: Any) -> Any:
-    """Of the steps that reached depth k, how many accepted it; over all benchmarks."""
+    """Of the steps that reached depth k, how many accepted it, over all benchmarks; hollow where few steps reached it."""
     rows = [row for row in record["runs"] if row["benchmark"] == "all" and row.get("acceptance_per_depth")]
     if not rows:
         return None
-    figure = figure_type(figsize=(6, 3.5), layout="constrained")
+    figure = figure_type(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
+    few = False
     for row in rows:
         label = row["method"] + (f", temperature {row['temperature']:g}" if row["temperature"] else "")
-        depths = range(1, len(row["acceptance_per_depth"]) + 1)
-        axes.plot(depths, row["acceptance_per_depth"], marker="o", label=label)
+        shares = row["acceptance_per_depth"]
+        reached = row.get("reached_per_depth") or [_FEW] * len(shares)  # older records lack the counts
+        depths = range(1, len(shares) + 1)
+        (line,) = axes.plot(depths, shares, marker="o", label=f"{label} ({row['steps']:,} steps)", clip_on=False)
+        hollow = [(depth, share) for depth, share, n in zip(depths, shares, reached, strict=True) if n < _FEW]
+        if hollow:
+            few = True
+            axes.plot(*zip(*hollow, strict=True), "o", color=line.get_color(), mfc="white", clip_on=False, zorder=3)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="depth", ylabel="accepted, of the steps that got there", ylim=(0, 1))
+    note = f" (hollow: fewer than {_FEW} steps reached it)" if few else ""
+    axes.set(xlabel=f"depth{note}", ylabel="share of the steps that reached it", ylim=(0, 1))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.suptitle(f"{_title(record)}\naccepted drafts by depth", fontsize="medium")
     return figure
 
 
@@ -133,7 +167,7 @@ def _step_time(step_time: dict[str, Any], figure_type: Any) -> Any:
     methods = {name: row["milliseconds"] for name, row in step_time["methods"].items()}
     if not methods:
         return None
-    figure = figure_type(figsize=(8, 1.2 + 0.5 * len(methods)), layout="constrained")
+    figure = figure_type(figsize=(8, 1.8 + 0.5 * len(methods)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(methods)
     for part in _PARTS:
@@ -142,7 +176,8 @@ def _step_time(step_time: dict[str, Any], figure_type: Any) -> Any:
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.invert_yaxis()
     axes.set(xlabel="milliseconds per step")
-    axes.legend(fontsize="small", ncols=len(_PARTS), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(fontsize="small", ncols=len(_PARTS), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.suptitle(_title(step_time), fontsize="medium")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""The card of a drafter, made from its config, its weights and its records: nothing in it is typed."""
+"""The card of a drafter and the page on its training, made from its config, its weights and its records."""
 
 import json
 import math
@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..drafter.configuration_coral import CoralDraftConfig
 from ..drafter.weight_files import WEIGHTS_FILE
-from .card_tables import NOT_MEASURED, headline_rows, measured_section, reading, training_section
+from .card_tables import NOT_MEASURED, headline_rows, measured_section, reading
 from .records import RECORD_FOLDER, Records, check_stated, read_records
+from .training_tables import STORY_FILE, training_section, training_story
 
 
 TAGS = ["coral", "speculative-decoding", "drafter"]
@@ -28,11 +29,11 @@ tokenizer = AutoTokenizer.from_pretrained("{target}")
 drafter = AutoModel.from_pretrained("{drafter}", dtype="auto")
 """
 _LIMITS = (
-    "For this target only{target}: a fine-tuned copy of it works too, with fewer tokens accepted.",
-    "Speed depends on the machine, the dtype and the text: measure yours with `coral-hf benchmark`.",
-    "Identity with plain decoding is exact in float32. In bfloat16 and float16 verifying several tokens at once rounds "
-    "differently from single steps, so a near-tie may fall the other way.",
-    "One sequence at a time; greedy decoding and sampling, no beam search.",
+    "It works for this target only{target}, and for fine-tuned copies of it, which accept fewer tokens.",
+    "Speed depends on the machine, the dtype and the text. Measure yours with `coral-hf benchmark`.",
+    "The output is identical in float32. In bfloat16 and float16, verifying several tokens at once rounds differently from "
+    "single steps, so two almost equally likely tokens may swap.",
+    "Greedy decoding and sampling are supported; beam search is not.",
 )
 
 
@@ -43,14 +44,14 @@ def render_card(
     strict: bool = True,
     stated: dict[str, Any] | None = None,
 ) -> str:
-    """The card of the drafter in a folder, metadata and text; the same folder gives the same bytes.
+    """The card of the drafter in a folder, metadata and text. The same folder gives the same bytes.
 
     Args:
         folder (`str` or `Path`): see `hub.records`.
-        repo_id (`str`, *optional*): where it is published; else the text loads it from the folder.
+        repo_id (`str`, *optional*): where it is published. Without it, the example loads the folder.
         unmeasured (`bool`): accept a folder without a benchmark record; its figures are "not measured".
-        strict (`bool`): refuse records that are of another drafter, cut off or damaged; False leaves them out.
-        stated (`dict`, *optional*): goes before the folder's `card.json`.
+        strict (`bool`): refuse records of another drafter and damaged or incomplete ones. False leaves them out.
+        stated (`dict`, *optional*): takes precedence over the folder's `card.json`.
 
     Raises:
         ValueError: see [`read_records`].
@@ -69,6 +70,7 @@ def render_card(
     limits = [_LIMITS[0].format(target=f" (`{target}`)" if target else ""), *_LIMITS[1:]]
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=title,
+        headline=_headline(records),
         summary=_summary(records, config, target),
         load=load.rstrip("\n") + "\n",
         target=_target_section(records, config, target),
@@ -80,18 +82,26 @@ def render_card(
 
 
 def write_card(folder: str | Path, **settings: Any) -> Path:
-    """Writes [`render_card`] to the folder's `README.md`, all of it or nothing."""
+    """Writes [`render_card`] to the folder's `README.md`, and [`training_story`] beside the records, if there is one."""
     path = Path(folder) / CARD_FILE
     text = render_card(folder, **settings)
-    ModelCard(text)  # what the Hub could not read raises here
-    part = path.with_name(f".{CARD_FILE}.part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)
+    ModelCard(text)  # raises here if the Hub could not read it
+    story = training_story(read_records(folder, settings.get("unmeasured", False), settings.get("strict", True)))
+    if story is not None:
+        _write(Path(folder) / RECORD_FOLDER / STORY_FILE, story)
+    _write(path, text)
     return path
 
 
+def _write(path: Path, text: str) -> None:
+    """All of a file or nothing."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(part, path)
+
+
 def foreign_card(folder: str | Path) -> str | None:
-    """What a folder's `README.md` is where [`write_card`] did not write it; None where it did, or there is none."""
+    """What a folder's `README.md` is if [`write_card`] did not write it; None if it did, or if there is none."""
     path = Path(folder) / CARD_FILE
     if not path.exists():
         return None
@@ -122,7 +132,7 @@ def _metadata(records: Records, title: str, target: str | None) -> ModelCardData
 def _results(records: Records) -> list[EvalResult]:
     results = []
     for row in headline_rows(records):
-        # a page shows the name of a metric alone: what is not said there passes for greedy decoding
+        # a page shows only the metric's name; without a note, readers assume greedy decoding
         temperature = row.get("temperature") or 0.0
         sampled = f", sampled at temperature {temperature:g}" if temperature else ""
         for metric, name in (("acceptance_length", "tau, tokens per target forward"), ("speedup", "median speedup")):
@@ -142,9 +152,9 @@ def _results(records: Records) -> list[EvalResult]:
 
 
 def _public_name(config: CoralDraftConfig) -> str | None:
-    """The target's Hub id, or None for what may be a path on somebody's machine.
+    """The target's Hub id, or None if it may be a local path.
 
-    `models/my-llama` reads like a Hub id: only what was loaded from the Hub has a revision there, which is recorded.
+    `models/my-llama` looks like a Hub id. Only targets that were loaded from the Hub have a recorded revision.
     """
     name = config.target_name_or_path
     if not name or name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).is_dir():
@@ -166,12 +176,29 @@ def _summary(records: Records, config: CoralDraftConfig, target: str | None) -> 
         parts.append(f"LM-head router of {config.router_groups} groups, {config.router_active_groups} active")
     if config.shortlist_size:
         parts.append(f"shortlist of {config.shortlist_size:,} ids")
-    name = f"[{target}](https://huggingface.co/{target})" if target else "a model that has no public name"
+    name = f"[{target}](https://huggingface.co/{target})" if target else "a model without a public name"
     return (
-        f"A CORAL drafter ({'; '.join(parts)}) for {name}: `generate` with it gives the same tokens in fewer forwards "
-        "of the target (speculative decoding; Weng et al., ACL 2025, [arXiv 2502.16880]"
-        "(https://arxiv.org/abs/2502.16880))."
+        f"This drafter makes {name} generate faster. It proposes tokens, the target verifies them, and the output stays the "
+        "target's own. The method is CORAL speculative decoding ([Weng et al., ACL 2025]"
+        f"(https://aclanthology.org/2025.acl-long.278/)). Kind of drafter: {'; '.join(parts)}."
     )
+
+
+def _headline(records: Records) -> str:
+    """What a user gets, from the benchmark over all prompts."""
+    with reading("benchmark.json"):
+        rows = headline_rows(records)
+        row = next((row for row in rows if row["benchmark"] == "all"), rows[0] if rows else None)
+        if row is None or row.get("speedup") is None:
+            return "Its speed was not measured yet."
+        where = next(record for name, record in records.benchmarks if name == "benchmark.json")["environment"]
+        temperature = row.get("temperature") or 0.0
+        answers = f"{row['n_turns']} {f'answers at temperature {temperature:g}' if temperature else 'greedy answers'}"
+        return (
+            f"**{row['speedup']:.2f}x as fast as plain `generate`**: the median over {answers} on {where['device']} "
+            f"({where['dtype']}, {where['threads']} CPU threads). Each forward pass of the target yields "
+            f"{row['acceptance_length']:.2f} tokens on average."
+        )
 
 
 def _target_section(records: Records, config: CoralDraftConfig, target: str | None) -> str:
@@ -189,8 +216,8 @@ def _target_section(records: Records, config: CoralDraftConfig, target: str | No
 
 
 def _modes(records: Records, trained: dict[str, Any] | None) -> list[str]:
-    """The chat template's variables in the training, and those of benchmarks in another mode."""
-    lines = [f"- Chat template's variables in the training: `{json.dumps(trained)}`"] if trained else []
+    """The chat template's variables in training, and those of benchmarks in another mode."""
+    lines = [f"- Chat template's variables in training: `{json.dumps(trained)}`"] if trained else []
     for name, record in records.benchmarks if trained is not None else ():
         if (measured := record.get("chat_template_kwargs")) not in (None, trained):
             lines.append(f"- In `{RECORD_FOLDER}/{name}`, which measured another mode: `{json.dumps(measured)}`")

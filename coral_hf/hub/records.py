@@ -7,7 +7,8 @@ A drafter's folder holds them under `training/`:
 - `compare_heads*.json`: `benchmarks/compare_heads.py --json`
 - `ablation.json`: `benchmarks/ablate_training.py`; of small drafters trained for comparison, not of this one
 - `training.json`, `log.jsonl`: written by [`CoralTrainer`], `training-N.json`: of earlier stages; `commands.sh`, `curve.png`: kept by hand
-- `card.json`: what no program knows (see `STATED`); no figures
+- `card.json`: what a program cannot know (see `STATED`), without figures
+- `TRAINING.md`: written with the card from these records
 """
 
 from dataclasses import dataclass, field

@@ -54,7 +54,7 @@ def test_the_mode_of_a_training_is_in_checkpoint_drafter_and_card(thinking, caps
     progress = json.loads((thinking / "off" / "checkpoint-1" / PROGRESS_FILE).read_text())
     assert progress["chat_template_kwargs"] == OFF
     card = (thinking / "off" / "README.md").read_text()
-    assert f"- Chat template's variables in the training: `{OFF}`" in card
+    assert f"- Chat template's variables in training: `{OFF}`" in card
     resume = ["--resume_from_checkpoint", "last", "--max_steps", "2", "--ignore_data_skip", "true"]
     assert train("off", *resume) == 2
     assert "with another chat_template_kwargs" in capsys.readouterr().err

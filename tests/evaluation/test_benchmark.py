@@ -11,7 +11,7 @@ from coral_hf.data.prompts import Prompt
 from coral_hf.evaluation import benchmark
 from coral_hf.evaluation.benchmark import differences, paired_speedup, result_row, run_benchmark
 from coral_hf.evaluation.methods import Measurement, Method, measure, parse_methods
-from coral_hf.evaluation.plots import plot_benchmark
+from coral_hf.evaluation.plots import _acceptance, _speedup, plot_benchmark
 
 
 PROMPTS = [Prompt(f"p{i}", "abc" if i < 2 else "xyz", (f"w{i} w{i + 1}", "more")[: i % 2 + 1]) for i in range(3)]
@@ -277,7 +277,7 @@ def test_bad_input_of_the_command(folder, capsys):
 
 
 def test_plots_leave_out_what_there_is_nothing_of(tmp_path):
-    row = {"benchmark": "all", "temperature": 0.0, "speedup": 1.0, "speedup_quartiles": [1.0, 1.0]}
+    row = {"benchmark": "all", "temperature": 0.0, "n_turns": 2, "speedup": 1.0, "speedup_quartiles": [1.0, 1.0]}
     plain, lookup = ({**row, "method": name, "acceptance_length": None} for name in ("plain", "lookup"))
     assert plot_benchmark({"runs": [plain]}, tmp_path) == []
     paths = plot_benchmark({"runs": [plain, lookup]}, tmp_path, {"methods": {}})
@@ -301,3 +301,19 @@ def test_an_assistants_settings_are_its_own_again():
     measure(target, torch.tensor([[5, 9, 3]]), 6, assistant, num_assistant_tokens=3)
     assert set(seen) == {3}
     assert assistant.generation_config is before and before.num_assistant_tokens != 3
+
+
+def test_plots_say_what_was_measured_and_hide_no_counts():
+    """The title names target and machine, "all" is left out beside a single benchmark, and few steps are drawn hollow."""
+    from matplotlib.figure import Figure
+
+    row = {"method": "coral", "temperature": 0.0, "n_turns": 2, "speedup": 1.5, "speedup_quartiles": [1.4, 1.6]}
+    row |= {"steps": 90, "acceptance_per_depth": [0.5, 1.0], "reached_per_depth": [90, 3]}
+    record = {"target": "org/model", "environment": {"device": "CPU", "dtype": "float32", "threads": 2}}
+    record["runs"] = [{**row, "benchmark": name} for name in ("gsm8k", "all")]
+    figure = _speedup(record, Figure)
+    assert figure.get_suptitle() == "model\nCPU, float32, 2 threads"
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["gsm8k\n(2 answers)"]
+    axes = _acceptance(record, Figure).axes[0]
+    assert axes.lines[1].get_xdata().tolist() == [2] and "fewer than 30 steps" in axes.get_xlabel()
+    assert "(90 steps)" in axes.get_legend().get_texts()[0].get_text()

@@ -15,6 +15,8 @@ from coral_hf.drafter.weight_files import drafter_sha256, file_sha256
 from coral_hf.evaluation.methods import describe_drafter
 from coral_hf.hub.card_tables import _draft
 from coral_hf.hub.model_card import render_card, write_card
+from coral_hf.hub.records import read_records
+from coral_hf.hub.training_tables import STORY_FILE, training_story
 
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
@@ -25,6 +27,7 @@ def test_committed_card_is_the_output_of_the_command(name):
     """When its records change: `coral-hf card model_cards/NAME`."""
     folder = MODEL_CARDS / name
     committed = (folder / "README.md").read_bytes()
+    assert training_story(read_records(folder)) == (folder / "training" / STORY_FILE).read_text()
     assert committed == render_card(folder).encode() == render_card(folder).encode()
     ModelCard(committed.decode())
 
@@ -124,8 +127,11 @@ def test_other_records(folder):
     assert "Sampled with the same seed at temperature 1: 39 of 40. Tau:" in text
     assert "Identity: 40 of 40" in text and "all 1.52" in text
     assert "| router | 6.2% | 12.3% | 90.0% |" in text
-    assert "| 1,000 | 1.05 | 50% |" in text and "| 19,000 | 1.95 | 50% |" in text and text.count("| 50% |") == 8
-    assert "coral-hf train" in text and "- It only knows verse." in text and "# Poet" in text
+    assert "- It only knows verse." in text and "# Poet" in text
+    assert f"(training/{STORY_FILE})" in text and "coral-hf train" not in text
+    story = training_story(read_records(folder))
+    assert "| 1,000 | 1.05 | 50% |" in story and "| 19,000 | 1.95 | 50% |" in story and story.count("| 50% |") == 8
+    assert "coral-hf train" in story
     data = ModelCard(text).data
     assert data.license == "mit" and data.datasets == ["org/data"]
 
@@ -145,7 +151,7 @@ def test_ablation(folder):
     }
     path = folder / "training" / "ablation.json"
     path.write_text(json.dumps(record))
-    text = render_card(folder)
+    text = training_story(read_records(folder))
     assert "| `hass` | 1.322 | 0.017 | 1.310, 1.334 |" in text and "200,082 response tokens for 138 steps" in text
     path.write_text(json.dumps(record | {"runs": [{**record["runs"][0], "eval_acceptance_length": "high"}]}))
     with pytest.raises(ValueError, match=r"ablation\.json is not as coral_hf writes it"):
@@ -206,7 +212,7 @@ def test_what_is_cut_off_or_damaged_can_be_left_out(folder):
     for name in ("benchmark_b.json", "check_a.json", "ablation.json", "training-1.json"):
         (folder / "training" / name).write_text("{")
     text = write_card(folder, unmeasured=True, strict=False).read_text()
-    assert text.count("is damaged, or of a run that was cut off: it is left out.") == 5
+    assert text.count("is damaged or incomplete: it is left out.") == 5
     assert "2.35" not in text and "| all | not measured | not measured |" in text
 
 
@@ -258,7 +264,7 @@ def test_says_which_draft_was_sized_by_costs():
     record = {"draft_settings": {"coral": settings}}
     config = CoralDraftModel.from_target(make_target()).config
     config.draft_depth, config.draft_top_k, config.draft_total_tokens = 8, 3, 16
-    text = "tree of up to 16 nodes with the root, depth 8, 3 branches a node, head: all that it has, sizes decided at every "
-    assert _draft(record, "coral", config) == text + "step by measured costs"
+    text = "tree of up to 16 nodes, the root included, depth 8, 3 branches per node, head: default, size chosen at every step "
+    assert _draft(record, "coral", config) == text + "from measured costs"
     config.draft_cost_aware = True
     assert _draft(record, "coral", config).endswith("costs (the drafter's default)")

@@ -63,7 +63,7 @@ def test_a_picture_that_cannot_be_written_ends_no_training(tmp_path, caplog):
     (tmp_path / CURVE_FILE).mkdir(parents=True)
     trainer.train()
     assert trainer.state.global_step == 2
-    assert [record for record in caplog.records if "the training goes on" in record.getMessage()]
+    assert [record for record in caplog.records if "training continues" in record.getMessage()]
 
 
 def test_the_curves_points(tmp_path):

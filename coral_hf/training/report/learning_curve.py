@@ -25,10 +25,8 @@ class DrawLearningCurve(TrainerCallback):
             path = Path(args.output_dir) / CURVE_FILE
             try:
                 draw_learning_curve(state.log_history, path)
-            except OSError as error:  # a picture is no reason to lose a training
-                logger.warning(
-                    "The learning curve could not be written to %s (%s); the training goes on.", path, error
-                )
+            except OSError as error:  # a training must not fail because of a picture
+                logger.warning("The learning curve could not be written to %s (%s); training continues.", path, error)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._draw(args, state)
@@ -70,16 +68,27 @@ def draw_learning_curve(log_history: list[dict[str, Any]], path: str | Path) -> 
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         return None
-    # no pyplot: its state is global, and the user's notebook may hold figures of its own
-    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    # no pyplot: its state is global, and the user's notebook may have figures of its own
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.6 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    places = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, (title, curves) in zip(places, panels.items(), strict=False):
         for name, points in curves.items():
             evaluated = name.startswith("eval")
-            axes.plot(*zip(*points, strict=True), label=name, linestyle="--" if evaluated else "-", marker=".")
+            axes.plot(
+                *zip(*points, strict=True),
+                label=name,
+                linestyle="--" if evaluated else "-",
+                marker=".",
+                clip_on=False,
+            )
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
     path = Path(path)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     return path
