@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 _MOST_ROWS = 32
 _lock = threading.Lock()
+# The CPU threads when `few_row_linears` was last entered: a graph cannot ask, and reads a number.
+_threads = 1
 # How many calls are using the layers of `few_row_linears` at this moment.
 _users: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -44,7 +46,7 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         or weight.dtype != torch.float32
         or x.device.type != "cpu"
         or torch.is_grad_enabled()
-        or torch.get_num_threads() == 1
+        or (_threads if torch.compiler.is_compiling() else torch.get_num_threads()) == 1
         or not _TRANSPOSED_IS_FASTER
     ):
         return F.linear(x, weight, bias)
@@ -66,7 +68,9 @@ def few_row_linears(*models: nn.Module) -> Iterator[None]:
     Afterwards they are as they were. Layers that something else has wrapped (Accelerate's hooks), weights that are more than
     plain tensors (quantised ones, sharded ones), and whatever is compiled are left alone.
     """
+    global _threads
     with _lock:
+        _threads = torch.get_num_threads()
         layers = _layers(models) if _TRANSPOSED_IS_FASTER else []
         for layer in layers:
             _users[layer] = _users.get(layer, 0) + 1
