@@ -19,8 +19,7 @@ from coral_hf.commands.loading import DEMO, load_drafter, load_target
 from coral_hf.commands.outputs import check_output_file
 from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.data.dataset import ConversationDataset, read_rows
-from coral_hf.evaluation.environment import describe_environment
-from coral_hf.evaluation.methods import describe_drafter
+from coral_hf.evaluation.environment import describe_drafter, describe_environment
 
 
 @dataclass

@@ -19,8 +19,8 @@ from coral_hf import CoralDraftModel, demo
 from coral_hf.commands.scripts import run_script
 from coral_hf.data.prompts import encode_context
 from coral_hf.evaluation.demo_run import PROMPTS
-from coral_hf.evaluation.environment import describe_environment
-from coral_hf.evaluation.methods import PRESETS, describe_drafter, describe_target
+from coral_hf.evaluation.environment import describe_drafter, describe_environment, describe_target
+from coral_hf.evaluation.methods import PRESETS
 from coral_hf.evaluation.operation_counts import count_step
 from coral_hf.generation import hook
 from coral_hf.generation.tree_size import DraftCosts

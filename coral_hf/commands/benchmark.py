@@ -48,7 +48,8 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
         default_factory=lambda: ["coral"],
         metadata={
             "help": "What to compare with plain decoding: coral (the drafter's own settings), chain, eagle2 (60 nodes), "
-            "prompt_lookup, assistant, or NAME:setting=value,setting=value."
+            "prompt_lookup, assistant, plain_compiled (plain generate with a static cache and torch.compile), or "
+            "NAME:setting=value,setting=value (draft_compile=true compiles CORAL's steps)."
         },
     )
     temperature: list[float] = field(default_factory=lambda: [0.0], metadata={"help": "Temperatures; 0 is greedy."})

@@ -25,7 +25,10 @@ class VerifyCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
     method: list[str] = field(
         default_factory=lambda: ["coral"],
-        metadata={"help": "Draft settings to check, as NAME or NAME:setting=value,setting=value."},
+        metadata={
+            "help": "Draft settings to check, as NAME or NAME:setting=value,setting=value (draft_compile=true checks compiled "
+            "steps)."
+        },
     )
     limit: int | None = field(default=None, metadata={"help": "Prompts per file."})
     max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated per turn."})

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from ..data.prompts import Prompt, answer_turns, check_prompts, describe_prompts, encode_first_turn
 from ..generation.statistics import DraftStats
-from .environment import describe_environment
+from .compiling import compiles, longest_text
+from .environment import describe_environment, describe_rendering, describe_target
 from .methods import (
     EXACT_DTYPES,
     PLAIN,
@@ -23,8 +24,6 @@ from .methods import (
     check_drafter,
     check_temperatures,
     describe_methods,
-    describe_rendering,
-    describe_target,
     draft_settings,
     first_difference,
     measure,
@@ -62,7 +61,7 @@ def result_row(
         "new_tokens": tokens,
         "tokens_per_second": tokens / sum(measurement.seconds for measurement in measured),
         **paired_speedup([p.tokens_per_second for p in plain], [m.tokens_per_second for m in measured]),
-        "acceptance_length": 1.0 if method.name == PLAIN else None,
+        "acceptance_length": 1.0 if method.is_plain else None,
         # Transformers' own loops draw other samples by design: nothing to compare there
         "identical": places.count(None) if comparable else None,
         "first_divergences": sorted(place for place in places if place is not None) if comparable else None,
@@ -107,8 +106,8 @@ def run_benchmark(
             on the machine disturbed least.
 
     Returns:
-        `dict`: the record, with `environment`, `methods`, `drafters`, `partial` and `runs`: one row per method, benchmark
-        and temperature. `n_prompts` are conversations, `n_turns` answers, one to each turn; `speedup` is the median of
+        `dict`: the record, with `environment`, `methods`, `drafters`, `compile_seconds` (of methods that compile, not in their
+        times), `partial` and `runs`: one row per method, benchmark and temperature. `n_prompts` are conversations, `n_turns` answers, one to each turn; `speedup` is the median of
         the answers' paired ratios of tokens per second; `identical` counts answers equal to plain's (None where a sampling method draws other samples by design), `first_divergences` holds the place
         of the first unequal token of the others (bf16 has near-ties that fall either way).
 
@@ -121,10 +120,22 @@ def run_benchmark(
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1.")
     warm_up = encode_first_turn(tokenizer, prompts[0])
+    store = {
+        "max_cache_len": longest_text(
+            tokenizer,
+            prompts,
+            max_new_tokens,
+            getattr(target.config.get_text_config(), "max_position_embeddings", None),
+        )
+    }
+    shared = {method.name: store if compiles(method.settings) else {} for method in methods}
+    compiling = {method.name: 0.0 for method in methods if compiles(method.settings)}
     for method in methods:
         for temperature in temperatures:
-            how = {"temperature": temperature, **method.settings}
-            measure(target, warm_up, min(16, max_new_tokens), method.drafter, **how)
+            how = {"temperature": temperature, **method.settings, **shared[method.name]}
+            warm = measure(target, warm_up, min(16, max_new_tokens), method.drafter, **how)
+            if method.name in compiling:
+                compiling[method.name] += warm.compile_seconds
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
@@ -132,6 +143,7 @@ def run_benchmark(
         **describe_run(target, tokenizer, methods[1:], prompts, max_new_tokens, temperatures, seed),
         "repeats": repeats,
         "draft_settings": {method.name: draft_settings(method) for method in methods if method.is_coral},
+        **({"compile_seconds": compiling} if compiling else {}),
         "partial": True,
         "runs": [],
     }
@@ -142,7 +154,9 @@ def run_benchmark(
         for temperature in temperatures:
             by_method = results.setdefault((prompt.benchmark, temperature), {method.name: [] for method in methods})
             how = {"temperature": temperature, "seed": seed + index}
-            answer = partial(_measure_all, target, turned, by_method, max_new_tokens, repeats, index, how)
+            answer = partial(
+                _measure_all, target, turned, by_method, max_new_tokens, repeats, index, how, shared, compiling
+            )
             answer_turns(tokenizer, prompt, answer)
         record = _write(folder, record, methods, results, partial=True)
     return _write(folder, record, methods, results, partial=False)
@@ -177,16 +191,25 @@ def _measure_all(
     repeats: int,
     prompt: int,
     how: dict[str, Any],
+    shared: dict[str, dict[str, Any]],
+    compiling: dict[str, float],
     ids: torch.Tensor,
 ) -> list[int]:
-    """Adds every method's fastest answer to one turn of the `prompt`-th conversation to its results; returns plain's."""
+    """Adds every method's fastest answer to one turn of the `prompt`-th conversation to its results; returns plain's.
+
+    The seconds that were spent on compiling are added to `compiling`.
+    """
     rounds = [
         {
-            method.name: measure(target, ids, max_new_tokens, method.drafter, **how, **method.settings)
+            method.name: measure(
+                target, ids, max_new_tokens, method.drafter, **how, **method.settings, **shared[method.name]
+            )
             for method in methods
         }
         for _ in range(repeats)
     ]
+    for name in compiling:
+        compiling[name] += sum(one[name].compile_seconds for one in rounds)
     for name, measurements in results.items():
         fastest = min((one[name] for one in rounds), key=lambda answer: answer.seconds)
         measurements.append(replace(fastest, prompt=prompt))
@@ -287,6 +310,8 @@ def print_table(record: dict[str, Any]) -> None:
             str(divergences[0]) if divergences else "-",
         )
     Console().print(table)
+    for method, seconds in record.get("compile_seconds", {}).items():
+        print(f"{method}: {seconds:.0f} s of compiling, not in its times")
 
 
 __all__ = ["describe_run", "differences", "paired_speedup", "print_table", "run_benchmark"]

@@ -14,15 +14,17 @@ from transformers import GenerationConfig
 
 from ..data.chat import template_kwargs_of
 from ..drafter.configuration_coral import check_vocabulary
-from ..drafter.hub_names import hub_commit, public_name
+from ..drafter.hub_names import public_name
 from ..drafter.target_adapter import TargetAdapter
-from ..drafter.weight_files import drafter_sha256
 from ..generation.drafter_checks import is_coral_drafter
 from ..generation.settings import DraftSettings
 from ..utils.hardware import synchronized_clock
+from .compiling import COMPILED_SETTINGS, compile_settings, timed_apart
+from .environment import describe_drafter
 
 
 PLAIN = "plain"
+PLAIN_COMPILED = "plain_compiled"
 # in lower ones a near-tie may fall either way when several tokens are verified at once
 EXACT_DTYPES = ("float32", "float64")
 # what a method needs no settings for, by its name
@@ -32,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "eagle2": {"draft_depth": 6, "draft_top_k": 10, "draft_total_tokens": 60},
     "prompt_lookup": {"prompt_lookup_num_tokens": 10},
     "assistant": {},
+    PLAIN_COMPILED: COMPILED_SETTINGS,
 }
 _COUNT = ("an integer of at least 1", lambda value: type(value) is int and value >= 1)
 _SCHEDULES = ("constant", "heuristic", "heuristic_transient")
@@ -58,6 +61,7 @@ class Measurement:
     seconds: float
     stats: Any = None  # DraftStats, of a CORAL drafter's answer
     prompt: int = 0  # which conversation of the run it is an answer of
+    compile_seconds: float = 0.0  # of what was compiled for it, not among its seconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -104,6 +108,8 @@ class Method:
             model, known = assistant, ASSISTANT_SETTINGS
             if assistant is None:
                 raise ValueError(f"--method {text!r} needs an ordinary small model: name it with --assistant MODEL.")
+        elif name == PLAIN_COMPILED:
+            model, known = None, COMPILED_SETTINGS
         else:
             model, known = drafter, DraftSettings.__dataclass_fields__
         unknown = sorted(set(settings) - set(known))
@@ -120,13 +126,18 @@ class Method:
         return is_coral_drafter(self.drafter)
 
     @property
+    def is_plain(self) -> bool:
+        """Plain `generate`, compiled or not."""
+        return self.name in (PLAIN, PLAIN_COMPILED)
+
+    @property
     def samples_like_plain(self) -> bool:
         """With the same seed it draws the same tokens as plain `generate`.
 
         Transformers' own assisted loop draws for all candidates at once, so that its samples have plain's distribution
         but are others.
         """
-        return self.name == PLAIN or (self.is_coral and not self.settings.get("draft_stock_loop"))
+        return self.is_plain or (self.is_coral and not self.settings.get("draft_stock_loop"))
 
 
 def parse_methods(texts: Sequence[str], drafters: dict[str, Any], assistant: Any = None) -> list[Method]:
@@ -183,6 +194,8 @@ def measure(
 ) -> Measurement:
     """Times one `generate` call on ids `[1, L]`, with a drafter if one is given; a temperature of 0 is greedy.
 
+    Where something is compiled for it, it is made again, and the time of compiling is kept apart.
+
     Args:
         target (`PreTrainedModel`), ids (`torch.LongTensor` of shape `[1, L]`), max_new_tokens (`int`)
         drafter ([`CoralDraftModel`] or `PreTrainedModel`, *optional*)
@@ -190,10 +203,15 @@ def measure(
         seed (`int`): of the samples.
         **settings: fields of the generation config.
     """
-    if temperature > 0:
-        torch.manual_seed(seed)
-    output, seconds = timed(target, ids, torch.ones_like(ids), max_new_tokens, drafter, temperature, settings)
-    return Measurement(output[0, ids.shape[1] :].tolist(), seconds, getattr(drafter, "last_stats", None))
+
+    def answer() -> tuple[torch.Tensor, float]:
+        if temperature > 0:
+            torch.manual_seed(seed)
+        return timed(target, ids, torch.ones_like(ids), max_new_tokens, drafter, temperature, settings)
+
+    output, seconds, compiling = timed_apart(answer)
+    new = output[0, ids.shape[1] :].tolist()
+    return Measurement(new, seconds, getattr(drafter, "last_stats", None), compile_seconds=compiling)
 
 
 def timed(
@@ -207,13 +225,13 @@ def timed(
 ) -> tuple[torch.Tensor, float]:
     """What `generate` returns for ids and mask `[B, L]`, and the seconds that it took; other arguments as for [`measure`]."""
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=temperature > 0)
-    if temperature > 0:
-        # 0 and 1 switch off the cuts that a target's own config may ask for
+    if temperature > 0:  # 0 and 1 switch off the cuts that a target's own config may ask for
         config.temperature, config.top_k, config.top_p = temperature, 0, 1.0
     config.eos_token_id = target.generation_config.eos_token_id
     config.pad_token_id = target.generation_config.pad_token_id
     for name in settings.keys() - set(ASSISTANT_SETTINGS):
         setattr(config, name, settings[name])
+    vars(config).update(compile_settings(settings, target.device.type))
     ids, mask = ids.to(target.device), mask.to(target.device)
     extra = {} if drafter is None else {"assistant_model": drafter}
     with _assistant_settings(drafter, settings):
@@ -283,25 +301,6 @@ def other_mode(drafter: Any, tokenizer: Any) -> str | None:
     )
 
 
-def describe_target(target: Any) -> dict[str, Any]:
-    """Which target a record measured: its name and, if it is of the Hub, its commit."""
-    config = target.config
-    return {"target": public_name(config._name_or_path), "target_revision": hub_commit(config)}
-
-
-def describe_rendering(tokenizer: Any) -> dict[str, Any]:
-    """In which mode a record measured: the variables of the chat template, a prompt's own aside."""
-    return {"chat_template_kwargs": template_kwargs_of(tokenizer)}
-
-
-def describe_drafter(drafter: Any) -> dict[str, Any]:
-    """Which drafter a record measured: its Hub id or folder's name, and the hash of its weights file."""
-    return {
-        "drafter": None if drafter is None else public_name(drafter.config._name_or_path or None),
-        "drafter_sha256": None if drafter is None else drafter_sha256(drafter),
-    }
-
-
 def describe_methods(methods: Sequence[Method]) -> dict[str, Any]:
     """What a record says of its methods: `methods` (settings), `drafters` by method, and the drafter if it is one alone."""
     drafters = {id(method.drafter): method.drafter for method in methods if method.is_coral}
@@ -333,10 +332,7 @@ __all__ = [
     "Method",
     "check_drafter",
     "check_temperatures",
-    "describe_drafter",
     "describe_methods",
-    "describe_rendering",
-    "describe_target",
     "draft_settings",
     "first_difference",
     "measure",

@@ -13,8 +13,8 @@ from ..generation.costs.measurement import measure_costs
 from ..generation.settings import DraftSettings
 from ..generation.tree_size import Calibration, DraftCosts, TreeSizeRule
 from .draft_traces import DraftTrace, fit_calibration, record_traces, replay_all
-from .environment import describe_environment
-from .methods import Method, check_drafter, describe_drafter, describe_rendering, describe_target
+from .environment import describe_drafter, describe_environment, describe_rendering, describe_target
+from .methods import Method, check_drafter
 from .prediction import predict_speedup
 
 

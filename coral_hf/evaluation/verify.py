@@ -14,16 +14,13 @@ from tqdm.auto import tqdm
 
 from ..data.prompts import Prompt, answer_turns, check_prompts, describe_prompts
 from ..generation.statistics import DraftStats
-from .environment import describe_environment
+from .environment import describe_drafter, describe_environment, describe_rendering, describe_target
 from .methods import (
     EXACT_DTYPES,
     Measurement,
     Method,
     check_drafter,
     check_temperatures,
-    describe_drafter,
-    describe_rendering,
-    describe_target,
     draft_settings,
     first_difference,
     measure,

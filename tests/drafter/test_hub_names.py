@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from coral_hf import CoralDraftConfig, CoralDraftModel, TargetAdapter
 from coral_hf.drafter.hub_names import hub_commit, public_name
 from coral_hf.drafter.weight_files import drafter_sha256, file_sha256
-from coral_hf.evaluation.methods import describe_target
+from coral_hf.evaluation.environment import describe_target
 from coral_hf.hub.model_card import render_card
 from coral_hf.responses.regenerate import regenerate
 from coral_hf.training.feature_cache import FeatureCache

@@ -1,17 +1,21 @@
 """`benchmark`: what the record says, what an interrupted run leaves, and what is refused before anything is written."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from helpers.tiny_models import make_drafter, make_target, make_tokenizer
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
 
 from coral_hf.cli import main
 from coral_hf.data.prompts import Prompt
-from coral_hf.evaluation import benchmark
-from coral_hf.evaluation.benchmark import differences, paired_speedup, result_row, run_benchmark
+from coral_hf.evaluation import benchmark, compiling
+from coral_hf.evaluation.benchmark import differences, paired_speedup, print_table, result_row, run_benchmark
 from coral_hf.evaluation.methods import Measurement, Method, measure, parse_methods
 from coral_hf.evaluation.plots import _acceptance, _speedup, plot_benchmark
+from coral_hf.generation.compiled import plan
 
 
 PROMPTS = [Prompt(f"p{i}", "abc" if i < 2 else "xyz", (f"w{i} w{i + 1}", "more")[: i % 2 + 1]) for i in range(3)]
@@ -67,6 +71,29 @@ def test_temperatures(pair, tmp_path):
     assert counts == {"abc": (2, 3), "xyz": (1, 1)}
     ids = {name: [prompt.id for prompt in PROMPTS if prompt.benchmark == name] for name in ("abc", "xyz")}
     assert record["prompts"] == ids
+
+
+def test_methods_that_compile(pair, tmp_path, monkeypatch, capsys):
+    """Compiling is not in their times; one store serves all lengths, so that nothing is compiled twice."""
+    target, tokenizer, drafter = pair
+    monkeypatch.setattr(compiling, "CompileConfig", partial(CompileConfig, backend="eager"))
+    monkeypatch.setattr(plan, "_check_backend", lambda *_: None)
+    options = plan._options
+    monkeypatch.setattr(plan, "_options", lambda *args: {**options(*args), "backend": "eager"})
+    methods = parse_methods(["plain_compiled", "coral:draft_top_k=1,draft_depth=2,draft_compile=true"], {"d": drafter})
+    assert [method.drafter for method in methods] == [None, drafter]
+    counters.clear()
+    record = run_benchmark(target, tokenizer, methods, PROMPTS[:2], tmp_path, 8)
+    assert counters["stats"]["unique_graphs"] == 3
+    assert record["methods"]["plain_compiled"] == {"cache_implementation": "static"}
+    assert record["compile_seconds"].keys() == {"plain_compiled", "coral"}
+    rows = {row["method"]: row for row in record["runs"] if row["benchmark"] == "all"}
+    assert all(row["identical"] == row["n_turns"] for row in rows.values())
+    for name, seconds in record["compile_seconds"].items():
+        assert seconds > 0.2 and rows[name]["new_tokens"] / rows[name]["tokens_per_second"] < seconds
+    assert rows["plain_compiled"]["acceptance_length"] == 1.0
+    print_table(record)
+    assert "s of compiling, not in its times" in capsys.readouterr().out
 
 
 def test_divergences_are_counted_where_they_begin():
@@ -162,6 +189,7 @@ def test_refusals_write_nothing(pair, tmp_path):
         ("tree:draft_width=3", "draft_top_k"),
         ("assistant", "--assistant MODEL"),
         ("prompt_lookup:draft_depth=3", "prompt_lookup_num_tokens"),
+        ("plain_compiled:draft_depth=3", "cache_implementation"),
         (
             "prompt_lookup:prompt_lookup_num_tokens=abc",
             "prompt_lookup_num_tokens='abc' must be an integer of at least 1",

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Trainer
 
 from coral_hf import CoralDraftModel
 from coral_hf.drafter.weight_files import file_sha256
-from coral_hf.evaluation.methods import describe_target
+from coral_hf.evaluation.environment import describe_target
 from coral_hf.training.trainer import CoralTrainer
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from coral_hf import CoralDraftModel
 from coral_hf.cli import main
 from coral_hf.drafter.weight_files import drafter_sha256, file_sha256
-from coral_hf.evaluation.methods import describe_drafter
+from coral_hf.evaluation.environment import describe_drafter
 from coral_hf.hub.card_tables import _draft
 from coral_hf.hub.model_card import render_card, write_card
 from coral_hf.hub.records import read_records
