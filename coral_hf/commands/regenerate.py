@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from .loading import DEMO, require
+from .loading import DEMO, DrafterOptions, load_drafter, require
 from .outputs import check_output_file, check_output_folder, finished
 from .rendering import FORMATS_HELP, DataOptions, RenderingOptions
 
@@ -19,7 +19,7 @@ _PROMPT_TOKENS = 2048  # the buffer of keys and values is as long as the longest
 
 
 @dataclass
-class RegenerateCommand(RenderingOptions, DataOptions):
+class RegenerateCommand(RenderingOptions, DrafterOptions, DataOptions):
     """Make the target answer prompts; resumes where an earlier run stopped.
 
     Examples:
@@ -62,6 +62,13 @@ class RegenerateCommand(RenderingOptions, DataOptions):
     shards: str | None = field(default=None, metadata={"help": "Also pack all rows as Parquet into this folder."})
     check_overlap: list[str] = field(
         default_factory=list, metadata={"help": "Evaluation prompts: warn of prompts that are among them."}
+    )
+    drafter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Path or Hub id of a drafter, or 'demo': slots draft where measured costs say that it saves time; the answers "
+            "are the same."
+        },
     )
     endpoint: str | None = field(
         default=None,
@@ -108,7 +115,12 @@ class RegenerateCommand(RenderingOptions, DataOptions):
             )
         if self.endpoint is not None:
             here: dict[str, Any] = {"dtype": None if self.dtype == "auto" else self.dtype, "device": self.device}
-            here |= {"text": self.text, "slots": self.slots, "max_prompt_tokens": self.max_prompt_tokens}
+            here |= {
+                "text": self.text,
+                "drafter": self.drafter,
+                "slots": self.slots,
+                "max_prompt_tokens": self.max_prompt_tokens,
+            }
             for name, value in {**self.loading_arguments, **here}.items():
                 if value is not None and value is not False:
                     option = "target_revision" if name == "revision" else name
@@ -155,7 +167,10 @@ class RegenerateCommand(RenderingOptions, DataOptions):
     def _ask_target(self, prompts: list[dict[str, Any]], common: dict[str, Any]) -> dict[str, Any]:
         from ..responses.regenerate import regenerate
 
+        drafter = None if self.drafter is None else load_drafter(self.drafter, self.drafter_revision)
         target, tokenizer = self.load_target(self.dtype)
+        if drafter is not None:
+            drafter.to(device=target.device, dtype=target.dtype)
         longest = self.max_prompt_tokens
         if longest is None:
             positions = getattr(target.config.get_text_config(), "max_position_embeddings", None)
@@ -172,6 +187,7 @@ class RegenerateCommand(RenderingOptions, DataOptions):
             max_prompt_tokens=longest,
             slots=slots,
             text=self.text,
+            drafter=drafter,
             **common,
         )
 

@@ -148,6 +148,11 @@ class PromptQueue:
         pairs = zip(first[:-1], last[:-1], strict=False)
         return [pair[0] for pair in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
+    def context(self) -> int:
+        """Tokens of the longest prompt of the next window."""
+        self._fill()
+        return max((len(job.prompt_ids) for job in self.ready), default=1)
+
     def push(self, conversation: Conversation) -> None:
         """Queues the next turn of `conversation` at the front."""
         if (job := self._job(conversation)) is not None:

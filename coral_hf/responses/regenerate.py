@@ -23,7 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.chat import check_template_kwargs, template_kwargs_of
 from ..data.response_masks import eos_ids_of
 from ..data.response_origin import Origin, check_same_run
+from ..drafter.configuration_coral import check_vocabulary
+from ..drafter.modeling_coral import CoralDraftModel
 from ..generation.key_values.slot_cache import SlotCache
+from ..generation.slot_drafts import SlotDrafts
 from .job_queue import WINDOW_PER_SLOT, Answered, Conversation, Job, PromptQueue, prompt_hash, unanswered
 from .response_files import TEMPLATE_COLUMN, AnswerWriter, exclusive, iter_prompts, iter_responses, write_shards
 
@@ -76,6 +79,7 @@ def regenerate(
     exclude: Iterable[str] = (),
     text: bool | None = None,
     progress: bool = True,
+    drafter: CoralDraftModel | None = None,
 ) -> dict[str, Any]:
     """
     Lets the target answer every prompt, each turn after the answer to the one before, and appends the answers to a file.
@@ -116,10 +120,14 @@ def regenerate(
             stays below 1 GB.
         progress (`bool`, defaults to `True`):
             Show a progress bar with tokens per second and the time left.
+        drafter ([`CoralDraftModel`], *optional*):
+            Drafts for all slots where the costs measured on this machine say that it saves time; a line says so. Where it does
+            not for so many, it does for the last ones. Tokens are the same; samples have the same distribution.
 
     Returns:
         `dict`: `n_responses`, `n_response_tokens`, `n_prompt_tokens`, `n_resumed` (answers to these prompts found on file), `n_excluded`,
-        `n_too_long` and `too_long` (`(id, turn, tokens)` of what was left out), `seconds`, `tokens_per_second`.
+        `n_too_long` and `too_long` (`(id, turn, tokens)` of what was left out), `seconds`, `tokens_per_second`; with a drafter
+        `acceptance_length` (tokens a step and slot, while it was at work) and `plain_steps`, the share of those without a draft.
 
     Raises:
         ValueError: on settings out of range, duplicate ids, a target with layers that cannot be batched this way, or
@@ -147,6 +155,9 @@ def regenerate(
     output, eos_ids, excluded = Path(output), eos_ids_of(target), set(exclude)
     origin = Origin.of(target)
     cache = SlotCache(target, slots)
+    if drafter is not None:
+        check_vocabulary(drafter.config, tokenizer)
+    drafts = None if drafter is None else SlotDrafts(cache, drafter)
     with exclusive(output):
         on_file = _ids_on_file(output, temperature, origin)
         n_on_file = sum(len(answers) for answers in on_file.values())
@@ -164,11 +175,12 @@ def regenerate(
             text = n_turns * max_new_tokens * _BYTES_PER_TOKEN < _READABLE
         writer = _TurnWriter(output, queue, common, conversations, progress, tokenizer if text else None)
         try:
-            decode_all(cache, queue, sampler, writer, eos_ids, max_new_tokens)
+            decode_all(cache, queue, sampler, writer, eos_ids, max_new_tokens, drafts)
         finally:
             writer.close()
     return {
         **writer.stats(),
+        **({} if drafts is None else drafts.described()),
         "n_resumed": n_resumed,
         "n_excluded": n_excluded,
         "n_too_long": len(queue.too_long),
@@ -220,9 +232,13 @@ def decode_all(
     writer: Any,
     eos_ids: Collection[int],
     max_new_tokens: int,
+    drafts: SlotDrafts | None = None,
 ) -> None:
     """The loop: fill the free slots with jobs of `queue.pop`, step all, give finished ones to `writer.write`."""
-    cache.share_prefix(queue.common_prefix())
+    common = queue.common_prefix()
+    # a shared prefix has no states for the drafter
+    if drafts is None or not drafts.begin(queue.context()):
+        cache.share_prefix(common)
     jobs: list[Job] = []  # jobs[i] lives in slot i
     # A forward on an accelerator costs the same for one prompt as for many: there, prompts wait for each other.
     refill_at = cache.slots - (1 if cache.device.type == "cpu" else max(1, cache.slots // 8))
@@ -231,15 +247,29 @@ def decode_all(
         if len(jobs) <= refill_at:
             while len(jobs) + len(new_jobs) < cache.slots and (job := queue.pop()) is not None:
                 new_jobs.append(job)
+        drafting = drafts is not None and drafts.on
         if new_jobs:
-            cache.prefill(range(len(jobs), len(jobs) + len(new_jobs)), [job.prompt_ids for job in new_jobs])
+            prompts = [job.prompt_ids for job in new_jobs]
+            slots = range(len(jobs), len(jobs) + len(new_jobs))
+            if drafts is not None and drafting:
+                cache.prefill(slots, prompts, drafts.take, drafts.states)
+            else:
+                cache.prefill(slots, prompts)
             jobs += new_jobs
         if not jobs:
             return
-        tokens = sampler(cache.step(len(jobs)))  # [n]
-        cache.append(tokens)
-        for job, token in zip(jobs, tokens.tolist(), strict=True):
-            job.response_ids.append(token)
+        if drafts is not None and not drafting and not new_jobs and len(jobs) < cache.slots:
+            drafting = drafts.begin_late([job.prompt_ids + job.response_ids for job in jobs])
+        if drafts is not None and drafting:
+            texts = [job.prompt_ids + job.response_ids for job in jobs]
+            room = [max_new_tokens - len(job.response_ids) for job in jobs]
+            found = drafts.step(texts, sampler, sampler.generator is None, room, eos_ids)
+        else:
+            tokens = sampler(cache.step(len(jobs)))  # [n]
+            cache.append(tokens)
+            found = [[token] for token in tokens.tolist()]
+        for job, new in zip(jobs, found, strict=True):
+            job.response_ids.extend(new)
         for slot in range(len(jobs) - 1, -1, -1):
             job = jobs[slot]
             if job.response_ids[-1] in eos_ids or len(job.response_ids) >= max_new_tokens:
@@ -247,5 +277,7 @@ def decode_all(
                 last = jobs.pop()
                 if slot < len(jobs):
                     cache.move(len(jobs), slot)
+                    if drafts is not None and drafting:
+                        drafts.move(len(jobs), slot)
                     jobs[slot] = last
                 writer.write(job)

@@ -6,6 +6,7 @@ import torch
 
 from coral_hf.drafter.draft_head import DraftHead
 from coral_hf.generation.candidate_generator import CoralCandidateGenerator
+from coral_hf.generation.slot_drafts import SlotDrafts
 
 
 def row_of(ids: torch.Tensor, continuations: torch.Tensor) -> int | None:
@@ -26,7 +27,13 @@ def oracle(continuation: torch.Tensor, probability: float = 0.7, seed: int = 0):
     """
     generator = torch.Generator().manual_seed(seed)
     original_logits, original_propose = DraftHead._active_logits, CoralCandidateGenerator.propose
+    original_of_slots = SlotDrafts._propose
     place = {}
+
+    def propose_for_slots(self, texts, depth, rule):
+        rows = [row_of(torch.tensor(text), continuation) for text in texts]
+        place.update(level=0, next=[len(text) for text in texts], rows=rows)
+        return original_of_slots(self, texts, depth, rule)
 
     def propose(self, input_ids, features, max_depth=None, lengths=None, counts=None):
         place["level"] = 0
@@ -58,7 +65,9 @@ def oracle(continuation: torch.Tensor, probability: float = 0.7, seed: int = 0):
         return result, groups, None
 
     DraftHead._active_logits, CoralCandidateGenerator.propose = logits, propose
+    SlotDrafts._propose = propose_for_slots
     try:
         yield
     finally:
         DraftHead._active_logits, CoralCandidateGenerator.propose = original_logits, original_propose
+        SlotDrafts._propose = original_of_slots

@@ -1,6 +1,7 @@
 """Slots for continuous batching: rows of the key-value store that are filled, stepped and freed one by one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -12,6 +13,8 @@ from .paths import target_obstacle
 from .store_forward import StoreForward
 
 
+# what takes slots, their texts and the states `[n, L, H]` of each layer, of all tokens but the last
+States = Callable[[Sequence[int], Sequence[list[int]], tuple[torch.Tensor, ...]], None]
 # Prompts are prefilled together up to so many padded tokens: enough for a full matrix product, little enough memory.
 _PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
 
@@ -61,11 +64,17 @@ class SlotCache:
         """
         self.prefix = []
         if ids:
-            cache = self._run([[*ids, 0]], 0)
+            cache, _ = self._run([[*ids, 0]], 0)
             self.prefix_states = [(layer.keys, layer.values) for layer in cache.layers]
             self.prefix = list(ids)
 
-    def prefill(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
+    def prefill(
+        self,
+        slots: Sequence[int],
+        prompts: Sequence[list[int]],
+        take: States | None = None,
+        states: list[int] | bool = False,
+    ) -> None:
         """
         Fills slots with prompts, all but the last token of each: that one goes through the first step, so that no
         prefill needs logits and right padding does no harm (what it leaves in the store is masked, then overwritten).
@@ -75,8 +84,27 @@ class SlotCache:
                 Where the prompts go.
             prompts (`Sequence[list[int]]`):
                 Their ids, of any lengths.
+            take (`Callable`, *optional*):
+                Gets the hidden states of each forward; without a shared prefix only.
+            states (`list[int]` or `bool`):
+                Those that are wanted.
         """
-        start = len(self.prefix)
+        for group, start in self._groups(prompts, len(self.prefix)):
+            group_slots, group_prompts = [slots[i] for i in group], [prompts[i] for i in group]
+            self.last_tokens[group_slots] = torch.tensor([prompt[-1] for prompt in group_prompts], device=self.device)
+            cache, found = self._run(group_prompts, start, states)
+            self.store.load(cache, group_slots, [0] * len(group), [len(prompt) - 1 for prompt in group_prompts])
+            if take is not None:
+                take(group_slots, group_prompts, found)
+
+    def read(self, slots: Sequence[int], texts: Sequence[list[int]], take: States, states: list[int] | bool) -> None:
+        """Runs texts again for their hidden states alone, and leaves the slots as they are; arguments of [`prefill`]."""
+        for group, _ in self._groups(texts, 0):
+            group_texts = [texts[i] for i in group]
+            take([slots[i] for i in group], group_texts, self._run(group_texts, 0, states)[1])
+
+    def _groups(self, prompts: Sequence[list[int]], start: int) -> Iterator[tuple[list[int], int]]:
+        """Which prompts are run together, longest first, and how many of their tokens are the shared prefix of `start`."""
         begins = [bool(start) and len(prompt) > start + 1 and prompt[:start] == self.prefix for prompt in prompts]
         for shared in (True, False):
             order = [index for index in range(len(prompts)) if begins[index] == shared]
@@ -85,15 +113,12 @@ class SlotCache:
                 widest = len(prompts[order[-1]])
                 group = order[-max(1, _PREFILL_TOKENS.get(self.device.type, 8192) // widest) :]
                 del order[-len(group) :]
-                group_slots, group_prompts = [slots[i] for i in group], [prompts[i] for i in group]
-                self.last_tokens[group_slots] = torch.tensor(
-                    [prompt[-1] for prompt in group_prompts], device=self.device
-                )
-                cache = self._run(group_prompts, start if shared else 0)
-                self.store.load(cache, group_slots, [0] * len(group), [len(prompt) - 1 for prompt in group_prompts])
+                yield group, start if shared else 0
 
-    def _run(self, prompts: list[list[int]], start: int) -> DynamicCache:
-        """The keys and values of prompts without their last tokens, of which the first `start` are the shared prefix."""
+    def _run(
+        self, prompts: list[list[int]], start: int, states: list[int] | bool = False
+    ) -> tuple[DynamicCache, tuple[torch.Tensor, ...]]:
+        """The keys, values and states of prompts without their last tokens, of which `start` are the shared prefix."""
         # at least one token, of a prompt of one: its slot is then empty
         end = max(2, *(len(prompt) for prompt in prompts)) - 1
         rows = [prompt[start:end] + [0] * (end - len(prompt)) for prompt in prompts]
@@ -114,17 +139,18 @@ class SlotCache:
             mask = self.forward.by_kind({window: m.expand(len(prompts), -1, -1, -1) for window, m in masks.items()})
         cache = DynamicCache()  # not the config's: a window of right-padded rows would not be theirs
         if start:
-            for index, states in enumerate(self.prefix_states):
-                cache.update(*(part.expand(len(prompts), -1, -1, -1) for part in states), index)
-        self.target(
+            for index, held in enumerate(self.prefix_states):
+                cache.update(*(part.expand(len(prompts), -1, -1, -1) for part in held), index)
+        outputs = self.target(
             input_ids=torch.tensor(rows, device=self.device),
             attention_mask=mask,
             position_ids=places[start:].expand(len(prompts), -1),
             use_cache=True,
             logits_to_keep=1,
+            output_hidden_states=states,
             **cache_kwarg(cache),
         )
-        return cache
+        return cache, outputs.hidden_states or ()
 
     def step(self, n: int) -> torch.Tensor:
         """
@@ -137,8 +163,31 @@ class SlotCache:
         Returns:
             `torch.Tensor` of shape `(n, V)`: the logits of the next token.
         """
-        self.store.num_rows = n
-        return self.forward.run(DraftTree.chain(self.last_tokens[:n, None])).logits[:, -1]  # [n, V]
+        return self.verify(self.roots(n)).logits[:, -1]  # [n, V]
+
+    def roots(self, n: int) -> DraftTree:
+        """Trees of the last tokens of the first `n` slots alone."""
+        return DraftTree.chain(self.last_tokens[:n, None])
+
+    def verify(self, tree: DraftTree, most: int | None = None, **kwargs: Any) -> Any:
+        """
+        Runs the trees of the first slots through the target; [`keep`] follows.
+
+        Args:
+            tree ([`DraftTree`]):
+                `(n, N)` nodes, of which the roots are the slots' last tokens.
+            most (`int`, *optional*):
+                No text gets longer.
+            kwargs:
+                For the target's forward.
+        """
+        self.store.num_rows = len(tree.tokens)
+        return self.forward.run(tree, None, most, **kwargs)
+
+    def keep(self, paths: Sequence[Sequence[int]], tokens: Sequence[int]) -> None:
+        """Keeps each slot's accepted nodes, root first, and takes the token after the last of them."""
+        self.last_tokens[: len(tokens)] = torch.tensor(tokens, device=self.device)
+        self.store.keep(paths)
 
     def append(self, tokens: torch.Tensor) -> None:
         """Takes the tokens that were chosen from the logits of the last `step`, shape `(n,)`."""

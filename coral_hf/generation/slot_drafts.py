@@ -1,0 +1,254 @@
+"""Drafts for the slots of continuous batching: rows of the drafter that begin, move and end one by one."""
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from ..drafter.draft_layer import DraftKeyValues
+from ..drafter.modeling_coral import CoralDraftModel
+from ..drafter.target_adapter import TargetAdapter, placed
+from ..utils.compat import hidden_states_to_ask
+from .acceptance import accept_greedy, accept_walk
+from .candidate_generator import nodes_of
+from .costs.pace import AnyCosts, Pace
+from .costs.tables import draft_costs
+from .draft_levels import LevelDrafter, RotaryTable
+from .draft_tree import DraftTree
+from .key_values.slot_cache import SlotCache
+from .key_values.store import BLOCK
+from .settings import DraftSettings
+from .statistics import DraftStats
+
+
+logger = logging.getLogger(__name__)
+
+
+class SlotDrafts:
+    """Steps a [`SlotCache`] with draft trees, where they save time.
+
+    Every slot's rows lie at the front of the drafter's cache. New ones are written behind the longest slot's, like drafts, and
+    then moved to their slot's end.
+
+    Attributes:
+        on (`bool`): slots draft: what [`step`] steps, and whose prompts [`take`] is given.
+
+    Args:
+        cache ([`SlotCache`]), drafter ([`CoralDraftModel`])
+        costs ([`DraftCosts`] or [`MeasuredCosts`], *optional*): times of a step; None: those of this machine.
+
+    Raises:
+        ValueError: if drafter and target do not belong together.
+    """
+
+    def __init__(self, cache: SlotCache, drafter: CoralDraftModel, costs: AnyCosts | None = None):
+        target: PreTrainedModel = cache.target
+        self.cache, self.drafter = cache, drafter
+        self.adapter = TargetAdapter(target, drafter.config.target_feature_layers)
+        self.adapter.check_drafter(drafter.config)
+        self.states = hidden_states_to_ask(self.adapter.target, self.adapter.feature_layers)
+        settings = replace(DraftSettings.resolve(drafter.config), draft_cost_aware=True, draft_stock_loop=False)
+        head = settings.draft_head_of(drafter, self.adapter)
+        self.costs = draft_costs(target, drafter, settings) if costs is None else costs
+        self.levels = LevelDrafter(drafter, self.adapter, head, settings, self.costs)
+        self.settings, self.pace, self.stats = settings, Pace(), DraftStats()
+        self.device, self.dtype = self.levels.device, self.levels.dtype
+        self._rotary = RotaryTable(drafter)
+        self._rows = DraftKeyValues(drafter.config, BLOCK, self.dtype, self.device, cache.slots)
+        self._read = [0] * cache.slots  # rows of each slot
+        self._unread: list[list[torch.Tensor]] = [[] for _ in range(cache.slots)]  # features `[n, F]` that follow them
+        self.on = False
+        self._asked_at = cache.slots  # live slots when it was last asked whether they are to draft
+        self.positions = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+
+    def begin(self, context: int) -> bool:
+        """Whether all slots draft, of which the longest prompt has so many tokens; a line says so."""
+        costs = self.costs.at(self.cache.slots, context)
+        self.on = costs.can_pay
+        two, first = (costs.target_ms[min(nodes, len(costs.target_ms)) - 1] for nodes in (2, 1))
+        logger.warning(
+            "%s slots %s: a forward over two tokens a slot takes %.2f times one over one here, and a draft of one level %.2f.",
+            self.cache.slots,
+            "draft where it saves time" if self.on else "do not draft before few are left",
+            two / first,
+            costs.first_level_ms / first,
+        )
+        return self.on
+
+    def begin_late(self, texts: Sequence[list[int]]) -> bool:
+        """Whether the slots that are left draft from now on; asked when their number has halved. They are read again."""
+        n = len(texts)
+        if 2 * n > self._asked_at:
+            return False
+        self._asked_at = n
+        self.on = self.costs.at(n, max(map(len, texts))).can_pay
+        if self.on:
+            self.cache.share_prefix([])  # what begins later is read whole
+            self.cache.read(range(n), texts, self.take, self.states)
+        return self.on
+
+    def described(self) -> dict[str, Any]:
+        """What came of it, for a report."""
+        stats = self.stats
+        plain = stats.plain_steps / stats.steps if stats.steps else 1.0
+        return {"acceptance_length": round(stats.acceptance_length, 3), "plain_steps": round(plain, 3)}
+
+    def take(self, slots: Sequence[int], texts: Sequence[list[int]], states: tuple[torch.Tensor, ...]) -> None:
+        """Begins slots anew, from the states of all tokens of their texts but the last: see [`SlotCache.prefill`]."""
+        features = self._features(states)  # [m, L, F]
+        counts = [len(text) - 1 for text in texts]
+        for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+            # the last feature waits for the first draft, which needs a new row
+            self._read[slot] = max(count - 1, 0)
+            self._unread[slot] = [features[index, max(count - 1, 0) : count]]
+        width = max(counts) - 1
+        if width < 1:
+            return
+        tokens = torch.tensor([(text[1:] + [0] * width)[:width] for text in texts], device=self.cache.device)
+        rows = DraftKeyValues(self.drafter.config, width, self.dtype, self.device, len(slots))
+        projected = self.drafter.project_features(features[:, :width].to(self.dtype))
+        self.drafter.draft(self.levels.embed(tokens), projected, None, rows, 0, None, self._rotary.rows(0, width))
+        self._reserve(width)
+        self._rows.keys[list(slots), :, :width] = rows.keys[:, :, :width]
+        self._rows.values[list(slots), :, :width] = rows.values[:, :, :width]
+
+    def move(self, source: int, destination: int) -> None:
+        """Moves slot `source` into slot `destination`."""
+        length = self._read[destination] = self._read[source]
+        self._unread[destination] = self._unread[source]
+        for states in (self._rows.keys, self._rows.values):
+            states[destination, :, :length] = states[source, :, :length]
+
+    def step(
+        self,
+        texts: Sequence[list[int]],
+        sample: Callable[[torch.Tensor], torch.Tensor],
+        greedy: bool,
+        room: Sequence[int],
+        eos_ids: Any,
+    ) -> list[list[int]]:
+        """One forward of the target over the first slots, with drafts or without.
+
+        Args:
+            texts (`Sequence[list[int]]`): of each slot, so far.
+            sample (`Callable`): logits `[m, V]` -> tokens `[m]`.
+            greedy (`bool`): `sample` is the argmax.
+            room (`Sequence[int]`): how many tokens each slot may still get, at least one.
+            eos_ids: tokens that end a text.
+
+        Returns:
+            `list[list[int]]`: the new tokens of each slot, up to its end.
+        """
+        n, context = len(texts), max(map(len, texts))
+        depth = min(self.settings.max_levels, max(room) - 1)
+        rule = self.levels.rule_at(n, context)
+        plain = depth < 1 or rule is None or not self.pace.drafts(rule.costs)
+        tree = self.cache.roots(n) if plain else self._propose(texts, depth, rule)
+        outputs = self.cache.verify(tree, self.positions, output_hidden_states=self.states)
+        counts = [0] * n
+
+        def stop(rows: list[int], chosen: list[int]) -> list[bool]:
+            for row in rows:
+                counts[row] += 1
+            return [t in eos_ids or counts[row] >= room[row] for row, t in zip(rows, chosen, strict=True)]
+
+        if greedy:
+            logits = outputs.logits
+            choices = sample(logits.flatten(0, 1)).view(logits.shape[:2]).to(tree.tokens.device)  # [n, N]
+            paths, tokens = accept_greedy(tree, choices)
+            ends = [
+                next((i for i, t in enumerate(new, 1) if t in eos_ids or i >= most), len(new))
+                for new, most in zip(tokens, room, strict=True)
+            ]
+            paths, tokens = ([row[:end] for row, end in zip(rows, ends, strict=True)] for rows in (paths, tokens))
+        else:
+            paths, tokens = accept_walk(tree, lambda rows, nodes: sample(outputs.logits[rows, nodes]).tolist(), stop)
+        self.cache.keep(paths, [new[-1] for new in tokens])
+        features = self._features(outputs.hidden_states, None if tree.num_nodes == 1 else paths)
+        for slot, path in enumerate(paths):
+            self._unread[slot].append(features[slot, : len(path)])
+        for path, depth in zip(paths, tree.row_depths(), strict=True):
+            self.stats.add_step(depth, len(path) - 1, plain=plain)
+        if tree.promise is not None:
+            self.pace.add(tree.promise, sum(len(path) for path in paths) / n - 1)
+        return tokens
+
+    def _features(self, states: tuple[torch.Tensor, ...], paths: list[list[int]] | None = None) -> torch.Tensor:
+        """The target's features `[n, L, F]`, of the accepted nodes alone if paths are given."""
+        found = list(states)
+        for layer in set(self.adapter.feature_layers):
+            found[layer] = placed(found[layer] if paths is None else nodes_of(found[layer], paths), self.device)
+        return self.adapter.features_of(tuple(found))
+
+    def _reserve(self, end: int) -> None:
+        if end > self._rows.max_length:
+            size = -(-max(end, 2 * self._rows.max_length) // BLOCK) * BLOCK
+            grown = DraftKeyValues(self.drafter.config, size, self.dtype, self.device, self.cache.slots)
+            grown.keys[:, :, : self._rows.max_length] = self._rows.keys
+            grown.values[:, :, : self._rows.max_length] = self._rows.values
+            self._rows = grown
+
+    def _propose(self, texts: Sequence[list[int]], depth: int, rule: Any) -> DraftTree:
+        """Reads what has come and drafts."""
+        n = len(texts)
+        unread = [torch.cat(self._unread[slot]) for slot in range(n)]
+        counts, read = [len(features) for features in unread], self._read[:n]
+        width, longest = max(1, *counts), max(read)
+        self._reserve(longest + width + depth * self.settings.draft_top_k)
+        rows = copy.copy(self._rows)
+        rows.keys, rows.values, rows.length = self._rows.keys[:n], self._rows.values[:n], longest
+        features = pad_sequence(unread, batch_first=True)  # [n, width, F]
+        if not features.shape[1]:  # only prompts of one token: their first drafts know nothing
+            features = features.new_zeros(n, 1, features.shape[2])
+        new = [
+            (text[start + 1 : start + 1 + count] + [0] * width)[:width]
+            for text, start, count in zip(texts, read, counts, strict=True)
+        ]
+        device = self.device
+        steps = torch.arange(width, device=device)
+        begin, count = torch.tensor([read, counts], device=device)[..., None].unbind(0)  # [n, 1]
+        before = torch.arange(longest, device=device) < begin  # [n, longest]
+        valid = steps < count  # [n, width]
+        among = (steps <= steps[:, None]) & valid[:, None] | (steps == steps[:, None])  # [n, width, width]
+        mask = torch.cat([before[:, None].expand(-1, width, -1), among], dim=-1)[:, None]
+        hidden, feature = self.drafter.draft(
+            self.levels.embed(torch.tensor(new, device=self.cache.device)),
+            self.drafter.project_features(features.to(self.dtype)),
+            None,
+            rows,
+            longest,
+            mask,
+            self._rotary.at(begin + steps, longest + width),
+        )
+        last = [[max(number - 1, 0)] for number in counts]
+        hidden, feature = nodes_of(hidden, last), nodes_of(feature, last)
+        self._move_new(rows, read, counts, longest)
+        for slot in range(n):
+            self._read[slot] += counts[slot]
+            self._unread[slot] = [unread[slot][:0]]
+        rows.length = max(self._read[:n])
+        filled = torch.arange(rows.length, device=device) < begin + count  # [n, length]
+        places = torch.tensor([len(text) - 1 for text in texts], device=device)[:, None]
+        rotary = self._rotary.at(places + torch.arange(depth, device=device), max(map(len, texts)) + depth)
+        return self.levels.draft(self.cache.roots(n).tokens, hidden, feature, rotary, rows, filled, depth, rule)
+
+    def _move_new(self, rows: DraftKeyValues, read: Sequence[int], counts: Sequence[int], start: int) -> None:
+        """Moves each slot's new rows from behind the longest slot's to its own end."""
+        moves = [
+            (slot, start + index, end + index)
+            for slot, (end, count) in enumerate(zip(read, counts, strict=True))
+            for index in range(count)
+            if end != start
+        ]
+        if moves:
+            slots, sources, places = torch.tensor(moves, device=self.device).T
+            for states in (rows.keys, rows.values):
+                states[slots, :, places] = states[slots, :, sources]
+
+
+__all__ = ["SlotDrafts"]
