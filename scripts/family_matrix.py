@@ -25,6 +25,7 @@ sys.path.insert(
 import torch
 import transformers
 from helpers.parity import CHAIN, TREES, compare, prompt_of
+from helpers.recurrent_targets import CONVOLUTIONS, HYBRIDS
 from helpers.tiny_models import COMMON, FAMILIES, make_drafter, make_target, randomize
 from helpers.unusual_targets import CHAINS_ONLY, GEMMA_3N, INDEX, MLA, PER_LAYER, POSITIONLESS, RECURRENT, finish
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -46,6 +47,10 @@ class Family:
 
     settings: dict[str, Any]
     what: str = ""
+
+
+def _special(settings: dict[str, Any], layers: str) -> str:
+    return f"MoE, {layers}" if any("experts" in name for name in settings) else layers
 
 
 def _families() -> dict[str, Family]:
@@ -124,9 +129,9 @@ def _families() -> dict[str, Family]:
         "axk2": Family({**MLA, **INDEX}, "MLA, MoE, indexed attention"),
         # several states for a token; convolutions; recurrent layers
         "gemma3n_text": Family({**PER_LAYER, **GEMMA_3N}, "AltUp"),
-        "lfm2": Family(CHAINS_ONLY["lfm2"], "convolutions"),
-        **{name: Family(settings, "recurrent layers") for name, settings in RECURRENT.items()},
-        "qwen3_next": Family({**MOE, **RECURRENT["qwen3_next"]}, "MoE, recurrent layers"),
+        **{name: Family(settings, "recurrent layers alone") for name, settings in RECURRENT.items()},
+        **{name: Family(settings, _special(settings, "recurrent layers")) for name, settings in HYBRIDS.items()},
+        **{name: Family(settings, _special(settings, "convolutions")) for name, settings in CONVOLUTIONS.items()},
     }
     return dict(sorted(families.items()))
 

@@ -111,11 +111,6 @@ def attach(target: Any, drafter: Any, **draft_settings: Any) -> Attachment:
     check_coral_drafter(drafter, "attach")
     if attachment_of(inner) is not None:
         raise ValueError(f"{type(inner).__name__} has a drafter attached already: call coral_hf.detach(target) first.")
-    if getattr(inner, "_is_stateful", False):
-        raise ValueError(
-            f"{type(inner).__name__} has recurrent layers, whose state cannot drop rejected drafts: no drafter can be "
-            "attached to it."
-        )
     DraftSettings.resolve(drafter.config, None, draft_settings)
     TargetAdapter(inner, drafter.config.target_feature_layers).check_drafter(drafter.config)
     attachment = Attachment(inner, drafter, draft_settings)

@@ -9,6 +9,7 @@ from ..drafter.target_adapter import active_prompt
 from ..utils.compat import cache_of
 from .key_values.dynamic import check_cache
 from .key_values.paths import store_obstacle, takes_tree_masks, tree_obstacle
+from .key_values.recurrent_layers import check_recurrence
 from .settings import DraftSettings
 
 
@@ -71,6 +72,7 @@ def check_call(
     own = {type(layer) for layer in DynamicCache(config=config).layers}
     kinds = getattr(config, "layer_types", None) or []
     check_cache(cache, branches=not settings.is_chain, layer_types=kinds, own_layers=own)
+    check_recurrence(target, cache, branches=not settings.is_chain)
     if not settings.is_chain:  # last: its remedy is a chain, which none of the above may refuse next
         _check_branches(target)
     if input_ids.shape[0] > 1:

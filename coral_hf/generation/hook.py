@@ -152,6 +152,11 @@ def _wrap_decoding(original):
                 f"draft_stock_loop=True reads the whole prompt again behind a prefilled cache ({CACHE_NAME}=...). Leave "
                 "draft_stock_loop=False, or drop the cache."
             )
+        if settings.draft_stock_loop and getattr(self, "_is_stateful", False):
+            raise ValueError(
+                f"draft_stock_loop=True crops rejected drafts from the cache, and the recurrent layers of {type(self).__name__} "
+                "keep a state that cannot be cropped. Leave draft_stock_loop=False."
+            )
         if settings.draft_stock_loop:
             with few_row_linears(self, drafter), copied_without_hooks(self):
                 return original(self, input_ids, *args, **kwargs)
@@ -182,11 +187,6 @@ def _wrap_validation(original):
                     f"CORAL drafts for greedy decoding and sampling, not for {generation_mode.value} "
                     f"(num_beams={generation_config.num_beams}). Set num_beams=1, or drop assistant_model."
                 )
-            if getattr(self, "_is_stateful", False):
-                raise ValueError(
-                    f"{type(self).__name__} has recurrent layers, whose state cannot drop rejected drafts. Generate "
-                    "without assistant_model."
-                )
             # Transformers would ask for two tokenizers where the vocabularies differ.
             TargetAdapter(self).check_drafter(drafter.config)
             if (tokenizer := generation_mode_kwargs.get("tokenizer")) is not None:  # given for stop strings
@@ -197,6 +197,9 @@ def _wrap_validation(original):
             # Transformers' own assistants take no batch; `generate` repeats the prompts later, whatever the mode.
             generation_config = copy.copy(generation_config)
             generation_config.num_return_sequences = 1
+            # ... nor recurrent layers: what else is checked does not depend on the mode.
+            sampled = generation_config.do_sample
+            generation_mode = GenerationMode.SAMPLE if sampled else GenerationMode.GREEDY_SEARCH
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
 
     setattr(_validate_generation_mode, _MARK, original)

@@ -1,11 +1,12 @@
 """The target's side of the decode loop: the prefill, and one forward per draft tree."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from ..utils.compat import cache_kwarg, cache_of
 from .attention.verifying import replaces_attention, verifying
@@ -14,6 +15,8 @@ from .compiled.static_forward import StaticForward
 from .draft_tree import DraftTree
 from .key_values.dynamic import compact_cache, tree_attention_mask
 from .key_values.paths import layer_kinds, rope_limits
+from .key_values.recurrent import RecurrentStates
+from .key_values.recurrent_layers import crop, fit_convolutions, is_linear
 from .key_values.store_forward import StoreForward, as_added
 
 
@@ -44,6 +47,7 @@ class TargetForward:
         self.device = target.get_input_embeddings().weight.device
         self.position_offset: Any = -self.num_padding
         self._in_store: StoreForward | None = None
+        self._recurrent: RecurrentStates | None = None  # of a target that has such layers, from the first draft on
         self._replaces_attention = replaces_attention(target)
         self._offsets: list[int] | None = None  # of the rows of the store: positions that do not begin with 0
         self._positions: torch.Tensor | None = None  # of the prompts
@@ -51,17 +55,19 @@ class TargetForward:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Within it sliding layers may keep what their window drops, until drafts are rejected; after it they must not."""
+        """Within it layers may keep what their window or kernel drops, until drafts are rejected; after it they must not."""
         kept = {id(layer) for layer in self.cache.layers if getattr(layer, "record_past", False)}
         try:
             yield
         finally:
             for layer in self.cache.layers:
-                # Not convolutions: their state of a short text is padded only where nothing is recorded.
-                sliding = getattr(layer, "is_sliding", False) and "LinearAttention" not in type(layer).__name__
-                if sliding and layer.record_past and id(layer) not in kept:
-                    layer.crop(0)  # a call that failed has not
-                    layer.record_past = False
+                if not getattr(layer, "record_past", False) or id(layer) in kept:
+                    continue
+                if getattr(layer, "is_sliding", False):
+                    crop(layer, 0)  # a call that failed has not
+                if is_linear(layer):
+                    fit_convolutions(layer)
+                layer.record_past = False
 
     def prefill(
         self,
@@ -95,10 +101,14 @@ class TargetForward:
         positions, ids = inputs.get("position_ids"), inputs.get("input_ids")
         expected = None if ids is None else self.cache.get_seq_length() + ids.shape[1]
         self.cache.activate_past_recording()
+        for layer in self.cache.layers:
+            if is_linear(layer) and not getattr(layer, "is_sliding", False):
+                layer.record_past = False  # of a whole prompt
         features = []
         for chunk in _chunks(inputs, generation_config.prefill_chunk_size):
             outputs = self.target(**{**chunk, "output_hidden_states": self.hidden_states, "return_dict": True})
-            self.cache.crop(0)
+            for layer in self.cache.layers:
+                crop(layer, 0)
             features.append(features_of(outputs.hidden_states))
         if expected is not None and self.cache.get_seq_length() != expected:
             raise ValueError(
@@ -160,7 +170,12 @@ class TargetForward:
             if cache_of(inputs) is None:
                 return self._restart(input_ids)
         whole = [kind == "full_attention" and self.mask is None for kind in layer_kinds(self.target)]
-        with verifying(self.target, whole) if self._replaces_attention and not tree.is_chain else nullcontext():
+        with ExitStack() as around:
+            if self._replaces_attention and not tree.is_chain:
+                around.enter_context(verifying(self.target, whole))
+            if any(map(is_linear, self.cache.layers)):
+                self._recurrent = self._recurrent or RecurrentStates(self.target, self.cache)
+                around.enter_context(self._recurrent.stepping(tree))
             return self.target(
                 input_ids=tree.tokens.to(self.device),
                 position_ids=tree.depths.to(self.device) + (prefix_length + self.position_offset),
@@ -194,6 +209,8 @@ class TargetForward:
         """Keeps each live row's accepted nodes, root first, of the N that the last forward read; the others are dropped."""
         if self._in_store is None:
             compact_cache(self.cache, paths[0], num_nodes)
+            if self._recurrent is not None:
+                self._recurrent.keep(paths)
         else:
             self._in_store.store.keep(paths)
 
@@ -226,13 +243,14 @@ class TargetForward:
                 else torch.cat([prefix_mask, prefix_mask.new_ones(tree.tokens.shape)], 1).long().to(self.device)
             )
         window = getattr(self.target.config.get_text_config(), "sliding_window", None)
-        by_kind: dict[str, torch.Tensor] = {}
+        by_kind: dict[str, Any] = {}
         for kind, layer in zip(layer_kinds(self.target), self.cache.layers, strict=False):
-            if kind not in by_kind:
-                by_kind[kind] = self._layer_mask(
-                    tree, prefix_length, layer, prefix_mask, window if kind == "sliding_attention" else None
-                )
-        return by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
+            if kind not in by_kind:  # recurrent layers take no mask
+                own = window if kind == "sliding_attention" else None
+                attends = isinstance(layer, DynamicLayer)
+                by_kind[kind] = self._layer_mask(tree, prefix_length, layer, prefix_mask, own) if attends else None
+        masks = [mask for mask in by_kind.values() if mask is not None]
+        return by_kind if len(masks) > 1 else masks[0]
 
     def _layer_mask(self, tree, prefix_length, layer, prefix_mask, window) -> torch.Tensor:
         key_length, key_offset = layer.get_mask_sizes(tree.num_nodes)

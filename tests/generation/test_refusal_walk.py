@@ -4,7 +4,15 @@ import ast
 from pathlib import Path
 
 import pytest
-from helpers.refusals import REFUSALS, of_batches, of_caches, of_calls, of_the_hook, of_the_target  # noqa: F401  (register cases)
+from helpers.refusals import (  # noqa: F401  (register cases)
+    REFUSALS,
+    of_batches,
+    of_caches,
+    of_calls,
+    of_recurrent_layers,
+    of_the_hook,
+    of_the_target,
+)
 
 import coral_hf
 
@@ -13,6 +21,7 @@ PACKAGE = Path(coral_hf.__file__).parent
 FILES = (
     "generation/call_checks.py",
     "generation/key_values/dynamic.py",
+    "generation/key_values/recurrent_layers.py",
     "generation/hook.py",
     "generation/drafter_checks.py",
     "drafter/target_adapter.py",

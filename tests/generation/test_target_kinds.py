@@ -10,7 +10,6 @@ from helpers.unusual_targets import (
     GEMMA_3N,
     PER_LAYER,
     POSITIONLESS,
-    RECURRENT,
     build,
     build_positionless,
     cross_attending_target,
@@ -133,13 +132,6 @@ def test_gemma_3n_is_refused():
         CoralDraftModel.from_target(target)
     drafter = CoralDraftModel(CoralDraftConfig.from_target(target.config)).double()
     assert_refused(target, drafter, CHAIN, message)
-
-
-@pytest.mark.parametrize("size", [CHAIN, STOCK, TREES["tree16"]], ids=["chain", "stock", "tree"])
-@pytest.mark.parametrize("family", list(RECURRENT))
-def test_recurrent_targets_are_refused(family, size):
-    target = build(family, RECURRENT[family])
-    assert_refused(target, make_drafter(make_target(), dtype=torch.float64), size, "without assistant_model")
 
 
 @pytest.fixture(scope="module")

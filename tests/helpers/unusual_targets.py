@@ -14,11 +14,10 @@ VISION = {
     "num_attention_heads": 2,
     "patch_size": 4,
 }
+# No attention layer, and states outside of the cache.
 RECURRENT = {
     "mamba": {"state_size": 4},
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16},
-    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1},
-    "qwen3_next": {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 4},
 }
 CHAINS_ONLY = {
     "llama4_text": {
@@ -29,7 +28,6 @@ CHAINS_ONLY = {
         "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
         "no_rope_layers": [1, 1, 1, 0],
     },
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
 }
 
 # Their forwards know no positions of a tree's nodes, or make their own masks.

@@ -7,6 +7,20 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..draft_tree import DraftTree
+from .recurrent_layers import crop, is_linear
+
+
+# Types of layers, as configs name them, that are given a tree's mask, or need none.
+_TYPES_OF_TREES = {
+    "full_attention",
+    "sliding_attention",
+    "linear_attention",
+    "conv",
+    "hybrid",
+    "hybrid_sliding",
+    "moe",
+    "mlp",
+}
 
 
 def check_cache(
@@ -28,7 +42,7 @@ def check_cache(
         kind = type(layer).__name__
         if _drops_drafts(layer):
             continue
-        if "LinearAttention" in kind or type(layer) in own_layers:
+        if is_linear(layer) or type(layer) in own_layers:
             raise ValueError(
                 f"In this Transformers release {kind}, which this target keeps its states in, cannot drop rejected drafts. "
                 "Generate without assistant_model, or install a newer Transformers."
@@ -39,7 +53,7 @@ def check_cache(
         )
     if not branches:
         return
-    unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention", "linear_attention"})
+    unknown = sorted(set(layer_types) - _TYPES_OF_TREES)
     if unknown:
         raise ValueError(
             f"This target has layers of type {unknown}, for which no tree mask is known. Set draft_top_k=1 to verify "
@@ -47,10 +61,9 @@ def check_cache(
         )
     for layer in layers:
         kind = type(layer).__name__
-        if "LinearAttention" in kind or _has_index(layer):
+        if _has_index(layer):
             raise ValueError(
-                f"This target has layers whose state cannot branch ({kind}: recurrent, convolutional or indexed). Set "
-                "draft_top_k=1 to verify chains."
+                f"This target has layers whose index cannot branch ({kind}). Set draft_top_k=1 to verify chains."
             )
 
 
@@ -62,7 +75,7 @@ def _has_index(layer: Any) -> bool:
 def _drops_drafts(layer: Any) -> bool:
     """Whether the last tokens of a cache layer can be taken away, with everything that it keeps of them."""
     kind = type(layer)
-    if "LinearAttention" in kind.__name__:
+    if is_linear(layer):
         return hasattr(layer, "activate_past_recording")
     if not isinstance(layer, DynamicLayer) or "Quantized" in kind.__name__:
         return False
@@ -123,7 +136,7 @@ def _ragged_mask(tree: DraftTree, lengths: torch.Tensor, keys: int, offset: int,
 
 
 def compact_cache(cache: Cache, path: Sequence[int], num_nodes: int) -> None:
-    """Keeps the accepted nodes' keys and values and drops the other drafts.
+    """Keeps the accepted nodes' keys and values and drops the other drafts; recurrent states stay as they are.
 
     Args:
         cache (`Cache`): dynamic, recording its past (`activate_past_recording`), with the N nodes as last rows.
@@ -147,7 +160,7 @@ def compact_cache(cache: Cache, path: Sequence[int], num_nodes: int) -> None:
     # layers that share another's keys in Transformers 5.17.
     for layer in cache.layers:
         if getattr(layer, "is_initialized", True):
-            layer.crop(-(num_nodes - kept))
+            crop(layer, num_nodes - kept)
 
 
 def empty_layer(layer: DynamicLayer) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 from helpers.parity import CHAIN, prompt_of
+from helpers.recurrent_targets import make_hybrid
 from helpers.refusals import TREE, Call, refusal
 from helpers.tiny_models import make_target
 from helpers.unusual_targets import CHAINS_ONLY, build, build_indexed, needs
@@ -40,12 +41,13 @@ def chunked(monkeypatch):
     return call, {CHAINS: call.but(size=CHAIN)}
 
 
-@refusal("This target has layers whose state cannot branch (")
-def convolutions(monkeypatch):
+@refusal("This target has layers whose index cannot branch (")
+def index_of_unnamed_layers(monkeypatch):
     """Of a target that does not name the types of its layers."""
-    target = build("lfm2", CHAINS_ONLY["lfm2"])
+    needs("deepseek_v32")
+    target = build_indexed("deepseek_v32")
     monkeypatch.setattr("coral_hf.generation.call_checks.getattr", _without_layer_types, raising=False)
-    call = Call(target)
+    call = Call(target, ids=prompt_of(20))
     return call, {CHAINS: call.but(size=CHAIN)}
 
 
@@ -55,7 +57,7 @@ def _without_layer_types(value, name, *default):
 
 @refusal("which this target keeps its states in, cannot drop rejected drafts. ")
 def convolutions_of_an_older_transformers(monkeypatch):
-    target = build("lfm2", CHAINS_ONLY["lfm2"])
+    target = make_hybrid("lfm2")
     mixin = next(c for c in cache_utils.LinearAttentionLayer.mro() if "activate_past_recording" in vars(c))
     call = Call(target, size=CHAIN)
 

@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 from helpers.parity import CHAIN, STOCK, prompt_of
+from helpers.recurrent_targets import make_hybrid
 from helpers.refusals import REFUSALS, Call, refusal
 from helpers.tiny_models import make_drafter, make_target, make_tokenizer
-from helpers.unusual_targets import RECURRENT, build
 from transformers import AutoModel, DynamicCache
 
 from coral_hf import coral_generate
@@ -118,11 +118,10 @@ def beams(monkeypatch):
     return call, {"Set num_beams=1": call.but(settings={"num_beams": 1}), "drop assistant_model": call.plain()}
 
 
-@refusal("has recurrent layers, whose state cannot drop rejected drafts")
-def recurrent(monkeypatch):
-    target = build("falcon_h1", RECURRENT["falcon_h1"])
-    call = Call(target, make_drafter(make_target()), size=CHAIN)
-    return call, {"Generate without assistant_model": call.plain()}
+@refusal("draft_stock_loop=True crops rejected drafts from the cache, and the recurrent layers of ")
+def recurrent_layers_in_the_stock_loop(monkeypatch):
+    call = Call(make_hybrid("qwen3_5_text"), size=STOCK)
+    return call, {"Leave draft_stock_loop=False": call.but(size=CHAIN)}
 
 
 def _generate(target, *args, **kwargs):
