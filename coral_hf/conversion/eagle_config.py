@@ -24,6 +24,7 @@ CORAL_SETTINGS = (
     "draft_top_k",
     "draft_total_tokens",
     "draft_cost_aware",
+    "draft_lookup",
     "draft_calibration",
 )
 # Set to something true, each of these makes a forward that CoralDraftModel does not have.

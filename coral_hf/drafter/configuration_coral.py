@@ -117,6 +117,9 @@ class CoralDraftConfig(PreTrainedConfig):
             `generation.settings.DraftSettings`, also for overriding them per call.
         draft_cost_aware (`bool`, defaults to `False`):
             Decide a draft's size anew at every step within that box, by measured costs (`generation.tree_size`).
+        draft_lookup (`bool`, defaults to `False`):
+            Let trees also take nodes that continue the text as it continued before (`generation.lookup`). False, which is
+            not written: it pays where answers repeat their prompts.
         draft_calibration (`list[list[float]]`, *optional*):
             One row per depth (the last holds for all below): observed acceptance at the path probabilities
             `CALIBRATION_KNOTS`, as `coral-hf tune` fits it. None: drafted probabilities are taken as they are.
@@ -175,6 +178,7 @@ class CoralDraftConfig(PreTrainedConfig):
     draft_top_k: int = 1
     draft_total_tokens: int | None = None
     draft_cost_aware: bool = False
+    draft_lookup: bool = False
     draft_calibration: list | None = None
     router_groups: int = 0
     router_grouping: str = "consecutive"
@@ -222,7 +226,7 @@ class CoralDraftConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()
         # drafters of before these settings keep their config.json byte for byte, and releases without them load them
-        for name in ("target_embedding_scale", *FC_NORMS):
+        for name in ("target_embedding_scale", "draft_lookup", *FC_NORMS):
             if not settings.get(name):
                 settings.pop(name, None)
         if settings.get("chat_template_kwargs") is None:

@@ -14,8 +14,10 @@ from .costs.pace import AnyCosts, Pace
 from .draft_levels import LevelDrafter, RotaryTable
 from .draft_tree import DraftTree
 from .key_values.kept_rows import ReadRows, keep_rows, take_rows
+from .lookup.lookup_nodes import Found
 from .settings import DraftSettings
 from .statistics import DraftStats
+from .tree_size import DraftCosts
 
 
 class CoralCandidateGenerator(CandidateGenerator):
@@ -93,6 +95,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         max_depth: int | None = None,
         lengths: list[int] | None = None,
         counts: list[int] | None = None,
+        found: Found | None = None,
     ) -> DraftTree:
         """Extends the cache with newly accepted rows and drafts from the last token.
 
@@ -104,6 +107,7 @@ class CoralCandidateGenerator(CandidateGenerator):
             max_depth (`int`, *optional*): draft at most this deep.
             lengths (`list[int]`, *optional*): tokens of each row of `input_ids`, its padding included; None: all L.
             counts (`list[int]`, *optional*): how many of its features each row has, the others being behind them; None: n.
+            found ([`Found`], *optional*): nodes that the tree may take as well.
 
         Returns:
             [`DraftTree`] on the device of `input_ids`; only the root if `max_depth` is 0.
@@ -125,25 +129,37 @@ class CoralCandidateGenerator(CandidateGenerator):
             first = torch.tensor(places, device=self._device)[:, None]
             rotary = self._rotary.at(first + torch.arange(depth, device=self._device), max(places) + depth)
         rule = self.levels.rule_at(batch, longest)
-        return self.levels.draft(root, hidden, feature, rotary, self.cache, self._filled, depth, rule)
+        return self.levels.draft(root, hidden, feature, rotary, self.cache, self._filled, depth, rule, found)
 
     def pays(self, lengths: list[int]) -> bool:
         """Whether the next step of rows of such lengths is to draft: by what drafting has saved so far ([`Pace`])."""
+        return self._pace.drafts(self.costs_at(lengths))
+
+    def costs_at(self, lengths: list[int]) -> DraftCosts | None:
+        """The costs of a step of rows of such lengths; None where sizes are fixed."""
         rule = self.levels.rule_at(len(lengths), max(lengths))
-        return self._pace.drafts(None if rule is None else rule.costs)
+        return None if rule is None else rule.costs
 
     def put_off(
-        self, input_ids: torch.Tensor, features: torch.Tensor, lengths: list[int], counts: list[int] | None = None
+        self,
+        input_ids: torch.Tensor,
+        features: torch.Tensor,
+        lengths: list[int],
+        counts: list[int] | None = None,
+        found: Found | None = None,
     ) -> DraftTree:
         """Drafts nothing: the new features wait for the next draft, which reads them in one pass.
 
         Args: as for [`propose`].
 
         Returns:
-            [`DraftTree`] of the roots alone.
+            [`DraftTree`] of the roots, and of what was found, as chains.
         """
         self._unread.append((features, [features.shape[1]] * len(lengths) if counts is None else counts))
-        return DraftTree.chain(_roots(input_ids, lengths))
+        roots = _roots(input_ids, lengths)
+        if found is None:
+            return DraftTree.chain(roots)
+        return DraftTree.chain(torch.cat([roots, found.tensors(roots.device)[0]], dim=1))
 
     def verified(self, tree: DraftTree, counts: list[int]) -> None:
         """Takes account of how many tokens each row got of a tree, for [`pays`]."""

@@ -14,6 +14,7 @@ from .compiled.plan import GraphPlan
 from .costs.pace import AnyCosts
 from .draft_tree import DraftTree
 from .key_values.paths import store_obstacle
+from .lookup.lookup_nodes import LookupNodes
 from .settings import DraftSettings
 from .target_forward import TargetForward
 from .tokens.text_rows import KeptStates, TextRows
@@ -64,6 +65,10 @@ def coral_decoding(
     keep_states = bool(wanted and generation_config.output_hidden_states)
     verifier = TargetForward(target, model_kwargs, keep_states or generator.adapter.output_hidden_states)
     states = KeptStates(rows) if keep_states else None
+    lookup = None
+    if settings.draft_lookup:
+        prompts = [ids[count:] for ids, count in zip(input_ids.tolist(), padding, strict=True)]
+        lookup = LookupNodes(prompts, settings.draft_total_tokens - 1)
     # Nothing refuses from here on: a call that was refused leaves the last one's statistics.
     drafter.last_stats = None
 
@@ -77,6 +82,8 @@ def coral_decoding(
         drafter.last_stats = generator.stats  # from here on, so that a streamer can show it
         root = DraftTree.chain(input_ids[:, -1:])
         _, ended = choice.accept(root, outputs.logits[:, -1:])
+        if lookup is not None:
+            lookup.extend(rows.take_new())
         del outputs  # the states of a prompt
         counts: list[int] | None = None
         while True:
@@ -85,6 +92,8 @@ def coral_decoding(
                 break
             if len(order) < len(ended):
                 verifier.keep_rows(order)
+                if lookup is not None:
+                    lookup.keep_rows(order)
                 generator.keep_rows(order)
                 features = features[order]
                 counts = None if counts is None else [counts[index] for index in order]
@@ -93,10 +102,12 @@ def coral_decoding(
             most = verifier.most_depth()
             deepest = max(depths) if most is None else min(max(depths), most)
             plain = not generator.pays(lengths)
-            if plain:
-                tree = generator.put_off(rows.live_ids(), features, lengths, counts)
+            found = None if lookup is None else lookup.find(deepest, generator.costs_at(lengths), not plain)
+            alone = found is not None and found.alone
+            if alone or plain:
+                tree = generator.put_off(rows.live_ids(), features, lengths, counts, found if alone else None)
             else:
-                tree = generator.propose(rows.live_ids(), features, deepest, lengths, counts)
+                tree = generator.propose(rows.live_ids(), features, deepest, lengths, counts, found)
             outputs = verifier.verify(tree, rows.ids(), None if min(depths) >= tree.num_nodes - 1 else max_length)
             live = list(rows.live)
             paths, ended = choice.accept(tree, outputs.logits)
@@ -104,10 +115,14 @@ def coral_decoding(
             features = generator.features_of(outputs.hidden_states, None if tree.num_nodes == 1 else paths)
             counts = [len(path) for path in paths]
             generator.verified(tree, counts)
+            if lookup is not None:
+                lookup.extend(rows.take_new())
+                if not (alone or plain):
+                    lookup.drafted(counts, 0.0 if tree.promise is None else tree.promise.step_ms)
             if states is not None:
                 states.add(live, lengths, outputs.hidden_states, paths)
             for row, depth, room, count in zip(live, tree.row_depths(), depths, counts, strict=True):
-                generator.stats.add_step(min(depth, room), count - 1, row, plain)
+                generator.stats.add_step(min(depth, room), count - 1, row, plain and not alone, alone)
         if len(padding) == 1 and wanted:
             verifier.leave_store()
     sequences = rows.ids().clone()

@@ -10,6 +10,8 @@ from ..drafter.draft_layer import DraftKeyValues
 from ..drafter.target_adapter import TargetAdapter, placed
 from .costs.pace import AnyCosts
 from .draft_tree import DraftPromise, DraftTree, DraftTreeBuilder
+from .lookup.grafting import GraftedTreeBuilder
+from .lookup.lookup_nodes import Found
 from .settings import DraftSettings
 from .tree_size import TreeSizeRule, calibration_of
 
@@ -98,6 +100,7 @@ class LevelDrafter:
         filled: torch.Tensor | None,
         depth: int,
         rule: TreeSizeRule | None = None,
+        found: Found | None = None,
     ) -> DraftTree:
         """A tree, or a chain, of at most `depth` levels.
 
@@ -110,12 +113,13 @@ class LevelDrafter:
             filled (`torch.BoolTensor` of shape `[B, length]`, *optional*): slots that hold a true row; None: all.
             depth (`int`): at least 1.
             rule ([`TreeSizeRule`], *optional*): of [`rule_at`].
+            found ([`Found`], *optional*): nodes that the tree may take as well; a chain takes none.
         """
         # one view for each level, at once
         levels = list(zip(*(factors.split(1, dim=2) for factors in rotary), strict=True))
         if self.settings.is_chain and rule is None:
             return self._chain(root, hidden, feature, levels, cache, filled, depth)
-        return self._tree(root, hidden, feature, levels, cache, filled, depth, rule)
+        return self._tree(root, hidden, feature, levels, cache, filled, depth, rule, found)
 
     def _chain(self, root, hidden, feature, levels, cache, filled, depth: int) -> DraftTree:
         tokens, mask = [root], None
@@ -129,9 +133,14 @@ class LevelDrafter:
                 hidden, feature = self.drafter.draft(self.embed(token), feature, None, cache, slot, mask, levels[step])
         return DraftTree.chain(torch.cat(tokens, dim=1))
 
-    def _tree(self, root, hidden, feature, levels, cache, filled, depth: int, rule: TreeSizeRule | None) -> DraftTree:
+    def _tree(
+        self, root, hidden, feature, levels, cache, filled, depth: int, rule: TreeSizeRule | None, found: Found | None
+    ) -> DraftTree:
         top_k, length, batch = self.settings.draft_top_k, cache.length, root.shape[0]
-        builder = DraftTreeBuilder(root, top_k, self.calibration)
+        if found is None or self.settings.is_chain:
+            builder = DraftTreeBuilder(root, top_k, self.calibration)
+        else:
+            builder = GraftedTreeBuilder(root, top_k, self.calibration, *found.tensors(root.device))
         tokens, _, parent = builder.add_level(*self._children(hidden, root.device, builder))
         feature = feature.expand(batch, top_k, -1)  # of each expanded node's parent
         itself = _only_itself(top_k, batch, self.dtype, self.device)

@@ -180,17 +180,25 @@ class DraftTreeBuilder:
             :, :total_tokens
         ]  # the root is the first of the best
         kept = best.sort(dim=1).values  # [B, N]: back into stored order, in which parents precede children
-        depths, expander = _places(self.top_k, tuple(self._sizes), kept.device)
-        stored_parents = expanded.gather(1, expander[kept])
+        depths, stored_parents = self._lineage(kept, expanded)
         parents = torch.searchsorted(kept, stored_parents)  # the indices that they have now
         parents[:, 0] = -1
         return DraftTree(
             tokens=tokens.gather(1, kept),
             parents=parents,
-            depths=depths[kept],
+            depths=depths,
             scores=scores.gather(1, kept),
-            ancestors=ancestors_of(parents, self.num_levels),
+            ancestors=ancestors_of(parents, self._deepest),
         )
+
+    def _lineage(self, kept: torch.Tensor, expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Depths of stored nodes `[B, N]`, and the stored indices of their parents (the root's: any)."""
+        depths, expander = _places(self.top_k, tuple(self._sizes), kept.device)
+        return depths[kept], expanded.gather(1, expander[kept])
+
+    @property
+    def _deepest(self) -> int:
+        return self.num_levels
 
 
 @cache

@@ -28,6 +28,9 @@ class DraftSettings:
         draft_cost_aware (`bool`): decide depth and nodes anew at every step, by measured costs (see
             `generation.tree_size`); depth, top_k and total_tokens are then the most that is drafted. A call that names
             sizes drafts exactly those, unless it sets this as well.
+        draft_lookup (`bool`): let the tree also take nodes that continue the text as it continued before, where its last
+            tokens occurred earlier in prompt or answer (see `generation.lookup`); a step may verify those alone. A chain
+            is drafted or looked up, step by step.
         draft_compile (`bool`): draft and verify in compiled graphs of fixed shapes (see `generation.compiled`), with the
             `compile_config` of the generation config. Of a call, not of a drafter: it is about the machine.
     """
@@ -41,13 +44,14 @@ class DraftSettings:
     draft_scoring: str = "active"
     draft_stock_loop: bool = False
     draft_cost_aware: bool = False
+    draft_lookup: bool = False
     draft_compile: bool = False
 
     def __post_init__(self):
         check_draft_sizes(self.draft_depth, self.draft_top_k, self.draft_total_tokens)
         if self.draft_total_tokens is None:
             object.__setattr__(self, "draft_total_tokens", self.max_total_tokens)
-        for name in ("draft_groups_per_row", "draft_stock_loop", "draft_cost_aware", "draft_compile"):
+        for name in ("draft_groups_per_row", "draft_stock_loop", "draft_cost_aware", "draft_lookup", "draft_compile"):
             if not isinstance(getattr(self, name), bool):  # "false" would count as true
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.draft_head not in (None, "full", "shortlist", "router", "both"):
@@ -65,7 +69,16 @@ class DraftSettings:
             raise ValueError(
                 f"draft_stock_loop=True verifies chains only, but draft_top_k={self.draft_top_k}. Set draft_top_k=1."
             )
-
+        if self.draft_stock_loop and self.draft_lookup:
+            raise ValueError(
+                "draft_lookup=True adds nodes in CORAL's own loop, but draft_stock_loop=True runs Transformers'. Set one of them "
+                "to False."
+            )
+        if self.draft_compile and self.draft_lookup:
+            raise ValueError(
+                "draft_compile=True drafts in graphs of fixed shapes, which have no place for the nodes of draft_lookup=True. Set one "
+                "of them to False."
+            )
         if self.draft_stock_loop and self.draft_compile:
             raise ValueError(
                 "draft_compile=True compiles CORAL's own loop, but draft_stock_loop=True runs Transformers'. Set one of them "

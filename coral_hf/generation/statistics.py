@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 class _OfRows:
     """Not among the counts: `vars` of them is what the metrics take."""
 
-    __slots__ = ("plain_steps", "rows")
+    __slots__ = ("lookup_steps", "plain_steps", "rows")
 
     rows: list["DraftStats"]
     plain_steps: int
+    lookup_steps: int
 
 
 @dataclass
@@ -27,6 +28,7 @@ class DraftStats(_OfRows):
     Attributes:
         rows (`list[DraftStats]`): the same of each row of a batch, which the counts above pool: a forward over n rows is n
             steps.
+        lookup_steps (`int`): how many of the steps verified continuations found in the text alone, without a draft.
         plain_steps (`int`): how many of the steps were taken without a draft, because none would have saved time.
     """
 
@@ -37,14 +39,17 @@ class DraftStats(_OfRows):
     reached_per_depth: list[int] = field(default_factory=list)
 
     def __post_init__(self):
-        self.rows, self.plain_steps = [], 0
+        self.rows, self.plain_steps, self.lookup_steps = [], 0, 0
 
-    def add_step(self, draft_depth: int, n_accepted: int, row: int = 0, plain: bool = False) -> None:
+    def add_step(
+        self, draft_depth: int, n_accepted: int, row: int = 0, plain: bool = False, lookup: bool = False
+    ) -> None:
         """Records one verify step (of a row of the batch) that drafted to `draft_depth` and accepted `n_accepted`."""
         if self.rows:
-            self.rows[row].add_step(draft_depth, n_accepted, plain=plain)
+            self.rows[row].add_step(draft_depth, n_accepted, plain=plain, lookup=lookup)
         self.steps += 1
         self.plain_steps += plain
+        self.lookup_steps += lookup
         self.n_accepted += n_accepted
         depths = {
             "drafted_per_depth": draft_depth,
@@ -61,6 +66,7 @@ class DraftStats(_OfRows):
         """Pools two runs, without their rows (tau is always pooled over steps, never averaged over samples)."""
         merged = DraftStats(self.steps + other.steps, self.n_accepted + other.n_accepted)
         merged.plain_steps = self.plain_steps + other.plain_steps
+        merged.lookup_steps = self.lookup_steps + other.lookup_steps
         for name in ("drafted_per_depth", "accepted_per_depth", "reached_per_depth"):
             mine, theirs = getattr(self, name), getattr(other, name)
             length = max(len(mine), len(theirs))

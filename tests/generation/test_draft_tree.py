@@ -9,7 +9,7 @@ from coral_hf.generation.draft_tree import DraftTree, DraftTreeBuilder, ancestor
 from coral_hf.generation.settings import DraftSettings
 
 
-FLAGS = ("draft_groups_per_row", "draft_stock_loop", "draft_cost_aware", "draft_compile")
+FLAGS = ("draft_groups_per_row", "draft_stock_loop", "draft_cost_aware", "draft_lookup", "draft_compile")
 
 
 def test_chain():

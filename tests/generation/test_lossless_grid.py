@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.oracle import oracle
-from helpers.parity import TREES, config_of, prompt_of
+from helpers.parity import CHAIN, TREES, config_of, prompt_of
 from helpers.tiny_models import FAMILIES, make_drafter, make_target
 from transformers import set_seed
 
@@ -30,6 +30,11 @@ SAMPLING = {
     "processors": {"temperature": 0.8, "top_k": 30, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
 }
 NEW_TOKENS = 20
+ALL_TREES = {
+    **TREES,
+    "lookup16": {**TREES["tree16"], "draft_lookup": True},
+    "lookup chain": {**CHAIN, "draft_lookup": True},
+}
 
 
 def run(target, ids, assistant=None, tree=None, **settings):
@@ -51,19 +56,19 @@ def assert_cells(family: str, attention: str, cells: dict[str, dict]) -> None:
     """Every tree for every setting; prompts of 6 (below the sliding window of 16) and 24 tokens take turns."""
     target = make_target(family, attention=attention)
     drafter = make_drafter(target, shape="eagle3" if attention == "sdpa" else "eagle")
-    accepted = dict.fromkeys(TREES, 0)
+    accepted = dict.fromkeys(ALL_TREES, 0)
     steps = dict(accepted)
     for (index, (name, settings)), length in itertools.product(enumerate(cells.items()), (6, 24)):
         ids = prompt_of(length, seed=index)
         plain = run(target, ids, **settings)
-        for tree, sizes in TREES.items():
+        for tree, sizes in ALL_TREES.items():
             cell = f"{family} {attention} {name} {tree} prompt {length}"
             assert_same(run(target, ids, drafter, sizes, **settings), plain, f"random drafts: {cell}")
             with oracle(plain.sequences, 0.85, seed=index):
                 assert_same(run(target, ids, drafter, sizes, **settings), plain, f"oracle drafts: {cell}")
             accepted[tree] += drafter.last_stats.n_accepted
             steps[tree] += drafter.last_stats.steps
-    for tree in TREES:
+    for tree in ALL_TREES:
         assert accepted[tree] / steps[tree] >= 1.5, tree
 
 

@@ -29,7 +29,7 @@ def graph_oracle(continuation: torch.Tensor, probability: float = 0.7, seed: int
     """
     generator, original = torch.Generator().manual_seed(seed), GraphedGenerator.propose
 
-    def propose(self, input_ids, features, max_depth=None, lengths=None, counts=None):
+    def propose(self, input_ids, features, max_depth=None, lengths=None, counts=None, *others):
         tree = original(self, input_ids, features, max_depth, lengths, counts)
         starts = [input_ids.shape[1]] * len(input_ids) if lengths is None else lengths
         for row, start in enumerate(starts):

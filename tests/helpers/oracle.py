@@ -35,7 +35,7 @@ def oracle(continuation: torch.Tensor, probability: float = 0.7, seed: int = 0):
         place.update(level=0, next=[len(text) for text in texts], rows=rows)
         return original_of_slots(self, texts, depth, rule)
 
-    def propose(self, input_ids, features, max_depth=None, lengths=None, counts=None):
+    def propose(self, input_ids, features, max_depth=None, lengths=None, counts=None, *others):
         place["level"] = 0
         place["next"] = [input_ids.shape[1]] * len(input_ids) if lengths is None else lengths
         if len(continuation) == 1:
@@ -43,7 +43,7 @@ def oracle(continuation: torch.Tensor, probability: float = 0.7, seed: int = 0):
         else:
             texts = zip(input_ids, place["next"], strict=True)
             place["rows"] = [row_of(row[:length], continuation) for row, length in texts]
-        return original_propose(self, input_ids, features, max_depth, lengths, counts)
+        return original_propose(self, input_ids, features, max_depth, lengths, counts, *others)
 
     def logits(self, hidden, weights):
         # One call per level: level d drafts the token at index `next + d`.

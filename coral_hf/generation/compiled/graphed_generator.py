@@ -15,6 +15,7 @@ from ..candidate_generator import CoralCandidateGenerator, nodes_of
 from ..costs.pace import AnyCosts
 from ..draft_levels import RotaryTable
 from ..draft_tree import DraftPromise, DraftTree
+from ..lookup.lookup_nodes import Found
 from ..settings import DraftSettings
 from .draft_graph import DraftShape, draft
 from .graphs import compiled
@@ -97,8 +98,12 @@ class GraphedGenerator(CoralCandidateGenerator):
         max_depth: int | None = None,
         lengths: list[int] | None = None,
         counts: list[int] | None = None,
+        found: Found | None = None,
     ) -> DraftTree:
-        """As [`CoralCandidateGenerator.propose`]: after the first call with features `[n, depth + 1, F]`, of any `counts`."""
+        """As [`CoralCandidateGenerator.propose`]: after the first call with features `[n, depth + 1, F]`, of any `counts`.
+
+        Graphs of fixed shapes take no `found` nodes, and calls that compile look none up.
+        """
         live, longest = input_ids.shape
         lengths = [longest] * live if lengths is None else lengths
         counts = [features.shape[1]] * live if counts is None else counts
@@ -112,12 +117,12 @@ class GraphedGenerator(CoralCandidateGenerator):
             # of each row the features of this pass; a row that has none yet reads its first one early
             first = [max(count - (left + 1) * width, 0) for count in counts]
             ends = [max(start + 1, count - left * width) for start, count in zip(first, counts, strict=True)]
-            part, found = features, [end - start for start, end in zip(first, ends, strict=True)]
+            part, read = features, [end - start for start, end in zip(first, ends, strict=True)]
             if passes > 1:
                 places = [list(range(start, end)) for start, end in zip(first, ends, strict=True)]
                 part = nodes_of(features, [place + [0] * (width - len(place)) for place in places])
             starts = [length - 1 - count + start for length, count, start in zip(lengths, counts, first, strict=True)]
-            outputs = self._run(input_ids, part, starts, found)
+            outputs = self._run(input_ids, part, starts, read)
         tokens, parents, depths, scores, ancestors, *promised = outputs
         size, promise = tokens.shape[1], None
         if promised:

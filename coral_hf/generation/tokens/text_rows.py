@@ -23,6 +23,8 @@ class TextRows:
         self.padding = list(padding)
         self.lengths = [self.prompt_length] * self.batch  # padding included
         self.live = list(range(self.batch))
+        # tokens of each row of the batch that `take_new` has not returned yet, on the host
+        self._new: list[list[int]] = [[] for _ in self.live]
 
     @property
     def live_lengths(self) -> list[int]:
@@ -41,22 +43,24 @@ class TextRows:
         """One row of the batch, `[1, L]`."""
         return self._ids[row : row + 1, : self.lengths[row]]
 
-    def append(self, rows: list[int], tokens: torch.Tensor) -> None:
-        """One token `[m]` behind each of these rows of the batch."""
+    def append(self, rows: list[int], tokens: torch.Tensor, known: list[int]) -> None:
+        """One token `[m]` after each of these rows of the batch; `known` are the same ones on the host."""
         lengths = [self.lengths[row] for row in rows]
         self._reserve(max(lengths) + 1)
         if len(rows) == self.batch == 1:
             self._ids[:, lengths[0]] = tokens
         else:
             self._ids[rows, lengths] = tokens
-        for row in rows:
+        for row, token in zip(rows, known, strict=True):
             self.lengths[row] += 1
+            self._new[row].append(token)
 
     def extend(self, tokens: list[list[int]]) -> None:
         """Several tokens behind each live row."""
         starts = self.live_lengths
         for row, new in zip(self.live, tokens, strict=True):
             self.lengths[row] += len(new)
+            self._new[row] += new
         self._reserve(max(self.lengths))
         if len(self.live) == 1:
             self._ids[self.live[0], starts[0] : starts[0] + len(tokens[0])] = self._ids.new_tensor(tokens[0])
@@ -68,6 +72,12 @@ class TextRows:
         ]
         rows, columns, values = torch.tensor(places, device=self._ids.device).T
         self._ids[rows, columns] = values
+
+    def take_new(self) -> list[list[int]]:
+        """The tokens of each live row since the last call, without waiting for the device."""
+        new = [self._new[row] for row in self.live]
+        self._new = [[] for _ in range(self.batch)]
+        return new
 
     def leave(self, ended: list[bool]) -> list[int]:
         """Takes the live rows out that have ended; returns the indices of the others, in their new order.

@@ -137,7 +137,7 @@ class TokenChoice:
             going = list(range(len(paths)))
             while going:
                 new = [tokens[index][counts[index]] for index in going]
-                self.rows.append([self.rows.live[index] for index in going], self.rows.ids().new_tensor(new))
+                self.rows.append([self.rows.live[index] for index in going], self.rows.ids().new_tensor(new), new)
                 stopped = self._stop(going, new)
                 for index in going:
                     counts[index] += 1
@@ -185,8 +185,9 @@ class TokenChoice:
             tokens = torch.multinomial(whole.softmax(dim=-1), num_samples=1).squeeze(1)[rows]
         else:
             tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
-        self.rows.append(rows, tokens)
-        return tokens.tolist()
+        known = tokens.tolist()
+        self.rows.append(rows, tokens, known)
+        return known
 
     def _processed(self, rows: list[int], raw: torch.Tensor) -> torch.Tensor:
         """Logits `[m, V]` of some rows of the batch, as the processors leave them."""
