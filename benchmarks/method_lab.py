@@ -8,8 +8,8 @@ The script trains a byte-level BPE vocabulary and a Llama of a few million param
 repository's documents and code), lets it answer the beginnings of documents greedily and at temperature 1, and trains one-layer
 drafters on those answers with CoralTrainer. Vocabulary, target and answers are kept in the folder.
 
-Of each (recipe, seed) the record has tau of simulated chains of five on held-out answers at temperature 0 and 1, the overlap of
-both distributions by depth, tau of trees of 16 in `generate`, and a learning curve. Finished pairs are in
+Of each (recipe, seed) the record has tau of simulated chains of five on held-out answers at temperature 0 and 1, by depth the overlap of
+both distributions and how often their best tokens agree, tau of trees of 16 in `generate`, and a learning curve. Finished pairs are in
 method_lab.json and are not repeated; one of other settings is refused. Seeds are the outer loop, so that a run
 that ends early (--minutes) has all recipes for fewer seeds. A seed moves a drafter's first weights, the order of the rows and all draws; data and
 target stay.
@@ -60,7 +60,13 @@ class ScriptArguments:
     muon_rate: float = field(default=0.01, metadata={"help": "Of Muon, in the recipe of that name."})
     epochs: float = field(default=1.0, metadata={"help": "Passes over the training answers."})
     batch_size: int = field(default=8, metadata={"help": "Answers of a step."})
-    tree_prompts: int = field(default=32, metadata={"help": "Prompts of each temperature that trees are drafted for."})
+    tree_prompts: int = field(
+        default=32, metadata={"help": "Prompts of each temperature that trees are drafted for (0: none)."}
+    )
+    measured_rows: int | None = field(
+        default=None,
+        metadata={"help": "Held-out answers of each temperature that drafters are measured on (default: all)."},
+    )
     curve_rows: int = field(default=32, metadata={"help": "Held-out answers that the learning curve is measured on."})
     vocab_size: int = field(default=_WORLD["vocab_size"], metadata={"help": "Of the target."})
     hidden_size: int = field(default=_WORLD["hidden_size"], metadata={"help": "Of the target."})
@@ -128,11 +134,12 @@ def train_and_measure(world: World, recipe: Recipe, seed: int, script: ScriptArg
     found: dict[str, Any] = {"steps": trainer.state.global_step, "response_tokens": trainer.tokens_seen}
     for temperature in (0.0, 1.0):
         name = f"temperature_{temperature:g}"
-        rows = world.rows[name]
+        rows = world.rows[name][: script.measured_rows]
         found[name] = chains(trainer, rows, temperature, CHAIN_DEPTH)
-        found[name]["tree_tau"] = trees(
-            trainer, world.target, rows[: script.tree_prompts], temperature, script.answer_tokens
-        )
+        if script.tree_prompts:
+            found[name]["tree_tau"] = trees(
+                trainer, world.target, rows[: script.tree_prompts], temperature, script.answer_tokens
+            )
     return {**found, "cpu_seconds": round(seconds), "curve": curve}
 
 
@@ -161,7 +168,7 @@ def main() -> None:
     asked = WorldSettings(**{name: getattr(script, name) for name in _WORLD if hasattr(script, name)})
     world = make_world(folder, asked, script.text, text_tokenizer, script.text_rows)
     file = folder / "method_lab.json"
-    names = ("learning_rate", "muon_rate", "epochs", "batch_size", "tree_prompts", "curve_rows")
+    names = ("learning_rate", "muon_rate", "epochs", "batch_size", "tree_prompts", "measured_rows", "curve_rows")
     settings = {
         **{name: getattr(script, name) for name in names},
         "world": json.loads((folder / "world.json").read_text()),

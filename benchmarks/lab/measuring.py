@@ -26,11 +26,12 @@ def chains(trainer: Any, rows: list[dict[str, Any]], temperature: float, depth: 
             target drew, as in our sampled decoding.
 
     Returns:
-        `dict`: `tau`, `acceptance` of each depth where the depths before were accepted, and `overlap` of each, the mean of
-        alpha = sum min(p, q) over all rows, at which drafts that are themselves drawn from q are accepted.
+        `dict`: `tau`, and of each depth `acceptance`, where the depths before were accepted. Then two that count every row,
+        whatever was accepted before it, and so vary least: `agreement`, how often both have the same best token, and
+        `overlap`, the mean of alpha = sum min(p, q), at which drafts that are themselves drawn from q are accepted.
     """
     statistics = ChainStatistics(depth)
-    overlaps = torch.zeros(depth, 2, dtype=torch.float64)
+    totals = torch.zeros(depth, 3, dtype=torch.float64)  # sums of overlap and agreement, and rows
     dataset, collate = ConversationDataset(rows), CoralDataCollator(0)
     trainer.model.eval()
     for start in range(0, len(dataset), _BATCH):
@@ -45,15 +46,17 @@ def chains(trainer: Any, rows: list[dict[str, Any]], temperature: float, depth: 
         for step in range(depth):
             q = trainer.adapter.logits(batch.hidden[step]).softmax(-1)
             live = batch.valid[step]
-            matches[step][trained] = (q.argmax(-1) == right) & live
-            alpha = torch.minimum(p, q).sum(-1)[live]
-            overlaps[step] += torch.tensor([float(alpha.sum()), len(alpha)], dtype=torch.float64)
+            best = q.argmax(-1)
+            matches[step][trained] = (best == right) & live
+            alpha, same = torch.minimum(p, q).sum(-1)[live], (best == p.argmax(-1))[live]
+            totals[step] += torch.tensor([float(alpha.sum()), float(same.sum()), len(alpha)], dtype=torch.float64)
         statistics.add(matches, trained)
     summary = statistics.summary()
     return {
         "tau": round(summary["acceptance_length"], 4),
         "acceptance": [round(summary[f"acceptance_{step}"], 4) for step in range(1, depth + 1)],
-        "overlap": [round(value, 4) for value in (overlaps[:, 0] / overlaps[:, 1]).tolist()],
+        "overlap": [round(value, 4) for value in (totals[:, 0] / totals[:, 2]).tolist()],
+        "agreement": [round(value, 4) for value in (totals[:, 1] / totals[:, 2]).tolist()],
     }
 
 

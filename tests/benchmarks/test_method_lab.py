@@ -46,6 +46,7 @@ def check_run(found: dict) -> None:
         part = found[temperature]
         assert 1 <= part["tau"] <= 6 and 1 <= part["tree_tau"] <= 6
         assert len(part["overlap"]) == 5 and all(0 < alpha < 1 for alpha in part["overlap"])
+        assert len(part["agreement"]) == 5 and all(0 <= rate <= 1 for rate in part["agreement"])
 
 
 def test_the_lab_resumes(common, tmp_path, monkeypatch, capsys):
@@ -106,6 +107,21 @@ def test_only_rows_of_a_kind(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"id": "a-1", "text": "one"}\n{"id": "b-1", "turns": ["two", "three"]}\n')
     assert documents([str(tmp_path / "rows.jsonl")], prefix="b") == ["two\nthree"]
     assert sorted(documents([str(tmp_path / "rows.jsonl")])) == ["one", "two\nthree"]
+
+
+def test_a_summary_without_trees():
+    from lab.summary import summarize, table
+
+    def one(recipe, seed, overlap):
+        part = {"tau": 1.5, "overlap": [overlap, overlap], "agreement": [0.5, 0.7]}
+        return {"recipe": recipe, "seed": seed, "temperature_0": part, "temperature_1": part}
+
+    runs = [one("hass3", 0, 0.4), one("hass3", 1, 0.5), one("tv", 0, 0.6), one("tv", 1, 0.7)]
+    summary = summarize(runs)
+    assert "tree, temperature 0" not in summary["tv"]
+    gain = summary["tv"]["overlap, temperature 1"]["minus hass3"]
+    assert gain == {"mean": 0.2, "interval": pytest.approx(0.0, abs=1e-3), "seeds": 2}
+    assert table(summary).splitlines()[2].startswith("| tv | 2 | 1.500 ± 0.000 |")
 
 
 def test_intervals_are_students():
