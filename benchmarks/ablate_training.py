@@ -102,7 +102,7 @@ def check_same(record: dict[str, Any], settings: dict[str, Any], file: Path) -> 
             found, value = ({key: one[key] for key in one if key not in apart} for one in (found or {}, value))
         if found != value:
             raise SystemExit(
-                f"{file} holds runs with {name} {found}, and these are with {value}: give the same, or another --output_dir."
+                f"{file} contains runs with {name} {found}, and these are with {value}: give the same, or another --output_dir."
             )
 
 
@@ -137,7 +137,7 @@ def main() -> None:
             before = [run["changes"] for run in record["runs"] if run["variant"] == name]
             if before and before[0] != changed:
                 raise SystemExit(
-                    f"--variants {name}: {file} holds runs of that name with {before[0]}, not {changed}: give it another name."
+                    f"--variants {name}: {file} contains runs of that name with {before[0]}, not {changed}: give it another name."
                 )
             if (name, seed) in done:
                 continue

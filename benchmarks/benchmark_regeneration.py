@@ -87,7 +87,7 @@ def pick_prompts(tokenizer: Any, script: ScriptArguments) -> tuple[list[dict], l
             encoded.append(list(ids))
         if len(rows) == script.rounds * script.round_prompts:
             return rows, encoded
-    raise ValueError(f"{script.prompts} holds {len(rows)} prompts of at most {script.max_prompt_tokens} tokens.")
+    raise ValueError(f"{script.prompts} contains {len(rows)} prompts of at most {script.max_prompt_tokens} tokens.")
 
 
 def main() -> None:

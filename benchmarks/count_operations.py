@@ -66,7 +66,7 @@ def demo_pair() -> tuple:
 
 
 def count(target, drafter, prompts, max_new_tokens: int) -> dict:
-    """What the record holds of every method."""
+    """What the record contains of every method."""
     found = {}
     with patch.object(hook, "draft_costs", lambda *_: COSTS):
         for name, settings in METHODS.items():

@@ -2,7 +2,7 @@
 
 Written from the papers in public PyTorch alone, the obvious way: in step k the queries meet the keys of all k steps in
 full [S, S] matrices, of which masks pick the entries that inference would see; logits of the response rows exist whole, in
-float32; one autograd graph holds all K steps; bf16 autocast; AdamW with clipping at 0.5. Nothing of `coral_hf` runs here,
+float32; one autograd graph contains all K steps; bf16 autocast; AdamW with clipping at 0.5. Nothing of `coral_hf` runs here,
 only its drafter's weights (shape "eagle") are taken over, so that both sides do the same work from the same start.
 """
 

@@ -66,7 +66,7 @@ def drafter_folders(arguments: Arguments) -> dict[str, str]:
 
 def train(arguments: Arguments, name: str, folder: Path, base: str | None) -> None:
     if not arguments.responses:
-        raise ValueError(f"{folder} holds no drafter: give --responses to train it, or --drafters NAME=FOLDER.")
+        raise ValueError(f"{folder} contains no drafter: give --responses to train it, or --drafters NAME=FOLDER.")
     command = ["train", "--target", arguments.target, "--data", *arguments.responses, "--report_to", "none"]
     command += ["--output_dir", str(folder), "--overwrite_output_dir", "true"]  # what an interrupted run left
     command += ["--max_steps", str(arguments.max_steps), "--learning_rate", str(arguments.learning_rate)]

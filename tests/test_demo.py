@@ -128,7 +128,7 @@ def test_wheels_that_are_none(cache, tmp_path):
 def test_paths_that_hold_no_model(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         demo.load_target(path=tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"holds no config\.json"):
+    with pytest.raises(ValueError, match=r"contains no config\.json"):
         demo.load_target(path=tmp_path)
 
 
@@ -236,7 +236,7 @@ def test_the_real_target_answers_sensibly_and_float32_holds_the_same_weights():
     target, tokenizer = demo.load_target(torch.bfloat16)
     assert target.dtype == torch.bfloat16 and not target.training
     assert target.config._name_or_path == tokenizer.name_or_path == demo.TARGET_NAME
-    # not a commit of that name that the Hub's cache may hold
+    # not a commit of that name that the Hub's cache may contain
     assert CoralDraftConfig.from_target(target.config).target_revision == demo.TARGET_REVISION
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],

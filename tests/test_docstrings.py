@@ -20,7 +20,7 @@ FILES = sorted(path for folder in ("coral_hf", "examples", "benchmarks") for pat
 
 
 def examples_of(path: Path) -> list[doctest.DocTest]:
-    """One test for each text of a file that holds examples: docstrings, and what `evaluate` makes docstrings of."""
+    """One test for each text of a file that contains examples: docstrings, and what `evaluate` makes docstrings of."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and EXAMPLE_LINE.search(node.value):

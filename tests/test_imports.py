@@ -115,7 +115,7 @@ def test_the_house_has_room():
     assert len(listed) <= 13, sorted(path.name for path in listed)
     for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
         files = [path for path in folder.iterdir() if path.is_file()]
-        assert len(files) <= 16, f"{folder} holds {len(files)} files"
+        assert len(files) <= 16, f"{folder} contains {len(files)} files"
     for folder in ("coral_hf", "tests", "examples", "benchmarks", "scripts", "docs"):
         for path in (PACKAGE.parent / folder).rglob("*.py"):
             assert len(path.read_text().splitlines()) <= 350, path

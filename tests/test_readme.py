@@ -90,7 +90,7 @@ def test_command_parses(place, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parse_verb(
         words[1], cli.COMMANDS[words[1]], words[2:]
-    )  # SystemExit for what is no flag, ValueError for what is no setting
+    )  # SystemExit for what is not a flag, ValueError for whatever is not a setting
 
 
 def documented_scripts() -> list[tuple[str, str, tuple[str, ...]]]:

@@ -23,7 +23,7 @@ def documents(paths: list[str], tokenizer: Any = None, prefix: str = "") -> list
         prefix (`str`): leaves out rows whose `id` begins otherwise.
 
     Raises:
-        ValueError: if a file holds ids and there is no tokenizer, or rows of another kind.
+        ValueError: if a file contains ids and there is no tokenizer, or rows of another kind.
     """
     files = [Path(path) for path in paths] or sorted(path for name in _OWN_TEXT for path in REPOSITORY.glob(name))
     found = [text for file in files for text in _of_file(file, tokenizer, prefix) if text.strip()]
@@ -56,7 +56,7 @@ def _of_row(row: dict[str, Any], where: str, tokenizer: Any) -> str:
     if "response_ids" not in row:
         raise ValueError(f"{where} has none of text, turns and response_ids: give other --text files.")
     if tokenizer is None:
-        raise ValueError(f"{where} holds ids: name the tokenizer that made them with --text_tokenizer.")
+        raise ValueError(f"{where} contains ids: name the tokenizer that made them with --text_tokenizer.")
     # not the prompt: a chat template begins all of them alike
     return tokenizer.decode(row["response_ids"], skip_special_tokens=True)
 

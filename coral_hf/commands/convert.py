@@ -166,7 +166,7 @@ class ConvertCommand(TargetOptions):
                     )
 
     def _resize(self, config: Any) -> None:
-        """Replaces a drafter's own sizes by those that are given, or cost-aware ones by the chain that pays."""
+        """Replaces a drafter's own sizes by the given ones, or cost-aware sizes by the chain that pays."""
         from ..conversion.serving import CHAIN_ENGINES
         from ..generation.settings import DraftSettings
         from ..generation.tree_size import chain_depth

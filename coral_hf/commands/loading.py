@@ -37,7 +37,7 @@ class TargetOptions:
     target_revision: str | None = field(
         default=None,
         metadata={
-            "help": "Branch, tag or commit of the target's Hub repository, v1.0 say (default: its main branch)."
+            "help": "Branch, tag or commit of the target's Hub repository, for example v1.0 (default: its main branch)."
         },
     )
     trust_remote_code: bool = field(
@@ -197,7 +197,7 @@ def _read_ends(name: str, dtype: torch.dtype, revision: str | None):
         file = cached_file(name, WEIGHTS_FILE if shards is None else shards[key], **at)
         with safe_open(file, framework="pt") as stored:
             if key not in stored.keys():  # noqa: SIM118  (no mapping)
-                raise LookupError(f"{file} holds no {key}")
+                raise LookupError(f"{file} contains no {key}")
             tensor = stored.get_tensor(key)
         if tensor.shape != module.weight.shape:
             raise LookupError(f"{key} is {list(tensor.shape)}, not {list(module.weight.shape)}")
@@ -257,11 +257,11 @@ def resolve_device_map(text: str) -> str | dict[str, Any]:
     try:
         places = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"--device_map {text!r} is no JSON object: {error}.") from error
+        raise ValueError(f"--device_map {text!r} is not a JSON object: {error}.") from error
     if not places or not all(type(place) in (int, str) for place in places.values()):
         raise ValueError(f'--device_map {text!r}: each module needs a device, 0 or "cpu" say.')
     for place in places.values():
-        if place != "disk":  # accelerate's: read anew for each forward
+        if place != "disk":  # accelerate's: read again for each forward
             resolve_device(place, "device_map")
     return places
 
@@ -273,7 +273,7 @@ def resolve_device(name: str | int | None, option: str = "device") -> torch.devi
     try:
         device = torch.device(name)
         if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
+            raise RuntimeError("it contains no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
@@ -302,7 +302,7 @@ def load_drafter(name: str, revision: str | None = None):
 def _named(role: str, name: str, revision: str | None = None):
     """Says which model could not be loaded; Transformers takes a missing folder for a Hub id, and speaks of the Hub."""
     if Path(name).is_file():
-        raise ValueError(f"--{role} {name} is a file; give the folder that holds config.json and the weights.")
+        raise ValueError(f"--{role} {name} is a file; give the folder that contains config.json and the weights.")
     if revision is not None and Path(name).is_dir():
         raise ValueError(
             f"--{role}_revision {revision}: --{role} {name} is a folder, which has no revisions. Leave it out, or give the "
@@ -315,7 +315,7 @@ def _named(role: str, name: str, revision: str | None = None):
             raise OSError(f"--{role} {name}: {error}") from error
         at = "" if revision is None else f" at --{role}_revision {revision}"
         raise OSError(
-            f"--{role} {name} is no folder here, and could not be loaded from the Hub under that id{at}: check the path, or "
+            f"--{role} {name} is not a folder here, and could not be loaded from the Hub under that id{at}: check the path, or "
             f"the spelling and your access. ({error})"
         ) from error
     except ValueError as error:
@@ -331,7 +331,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`'bfloat16'` or `'bf16'` -> `torch.bfloat16`; `'auto'`: bfloat16 where `device` multiplies it natively, else float32.
 
     Raises:
-        ValueError: for what is no floating-point dtype.
+        ValueError: for what is not a floating-point dtype.
     """
     name = name.removeprefix("torch.")
     name = _DTYPES.get(name.lower(), name)

@@ -33,7 +33,7 @@ class OutputOptions:
 
 
 def check_output_folder(path: str | Path | None, option: str = "output") -> None:
-    """Raises `ValueError` where a folder to write, or one on the way to it, is a file; None is no folder."""
+    """Raises `ValueError` where a folder to write, or one on the way to it, is a file; None means no folder."""
     if path is None:
         return
     for place in (Path(path), *Path(path).parents):
@@ -44,7 +44,7 @@ def check_output_folder(path: str | Path | None, option: str = "output") -> None
 
 
 def check_output_file(path: str | Path | None, option: str = "json", make_folder: bool = False) -> None:
-    """Raises `ValueError` where a file to write is a folder, or its folder is none; None is no file.
+    """Raises `ValueError` where a file to write is a folder, or its folder is not one; None means no file.
 
     Args:
         path (`str` or `Path`, *optional*), option (`str`): as given, and by which option.

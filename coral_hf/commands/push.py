@@ -10,7 +10,7 @@ from .outputs import finished
 
 @dataclass
 class PushCommand:
-    """Publish a drafter with its card, its code and the records behind its figures.
+    """Publish a drafter with its card, its code and the records for its figures.
 
     Examples:
         coral-hf push outputs/drafter org/name
@@ -41,7 +41,7 @@ class PushCommand:
 
         validate_repo_id(positional.repo_id)
         if positional.folder != DEMO and not Path(positional.folder).is_dir():
-            raise ValueError(f"{positional.folder} is no folder here: give that of a drafter.")
+            raise ValueError(f"{positional.folder} is not a folder here: give the folder of a drafter.")
         stated = {} if self.license is None else {"license": self.license}
         if self.dry_run is not None:
             place = Path(self.dry_run)

@@ -111,7 +111,7 @@ class RegenerateCommand(RenderingOptions, DrafterOptions, DataOptions):
             )
         if self.shards is not None and self.endpoint is not None and not self.endpoint_token_ids:
             raise ValueError(
-                f"--shards {self.shards} holds token ids: add --endpoint_token_ids true, or leave it out."
+                f"--shards {self.shards} contains token ids: add --endpoint_token_ids true, or leave it out."
             )
         if self.endpoint is not None:
             here: dict[str, Any] = {"dtype": None if self.dtype == "auto" else self.dtype, "device": self.device}

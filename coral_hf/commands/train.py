@@ -117,7 +117,9 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
         if router_stage and self.drafter is None:
             raise ValueError("--stage router trains the router of a trained drafter: name it with --drafter.")
         if self.drafter is None and self.drafter_revision is not None:
-            raise ValueError(f"--drafter_revision {self.drafter_revision} is of a --drafter to go on from: name it.")
+            raise ValueError(
+                f"--drafter_revision {self.drafter_revision} requires --drafter (the drafter to continue training)."
+            )
         if self.router_groups is not None and not router_stage:
             raise ValueError(f"--router_groups {self.router_groups} adds a router: train it with --stage router.")
         if self.router_grouping is not None and self.router_groups is None:
@@ -221,13 +223,13 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
         try:
             overrides = json.loads(self.config_overrides or "{}")
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"--config_overrides {self.config_overrides!r} is no JSON: {error}.") from error
+            raise ValueError(f"--config_overrides {self.config_overrides!r} is not JSON: {error}.") from error
         if not isinstance(overrides, dict):
             raise ValueError(f"--config_overrides {self.config_overrides!r} must be a JSON object of settings.")
         return overrides if self.shape is None else {**overrides, "shape": self.shape}
 
     def _settings(self, target_config: Any) -> dict[str, Any]:
-        """Settings of a new drafter: those that are given, and the recipe's where they leave it to it."""
+        """Settings of a new drafter: the given ones, and the recipe's where they leave it to it."""
         overrides = self._overrides()
         best = drafter_settings(target_config)
         return {**best, **overrides} if overrides.get("shape", best["shape"]) == best["shape"] else overrides

@@ -16,7 +16,7 @@ from .rendering import FORMATS_HELP, DataOptions, RenderingOptions
 class TuneCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
     """Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
 
-    The costs that generate keeps for cost-aware drafts of the drafter's own sizes are measured anew.
+    The costs that generate keeps for cost-aware drafts of the drafter's own sizes are measured again.
 
     Examples:
         coral-hf tune --target your/model --drafter outputs/drafter --data prompts.jsonl --output outputs/tune --save true

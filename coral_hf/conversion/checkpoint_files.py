@@ -19,7 +19,7 @@ from ..utils.jsonl import read_json
 CONFIG_FILE = "config.json"
 # SGLang's `--speculative-token-map`: ids that drafting is limited to
 HOT_TOKENS_FILE = "hot_token_ids.pt"
-# In order of preference: safetensors cannot hold code.
+# In order of preference: safetensors cannot contain code.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -43,12 +43,12 @@ def resolve_folder(path_or_repo: str | os.PathLike, revision: str | None = None)
     if folder.is_dir():
         return folder
     if folder.exists() or str(path_or_repo).startswith((".", "/", "~")):
-        raise OSError(f"{path_or_repo} is no folder; give one with a {CONFIG_FILE} and weights, or a Hub id.")
+        raise OSError(f"{path_or_repo} is not a folder; give one with a {CONFIG_FILE} and weights, or a Hub id.")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     repo = str(path_or_repo)
-    failed = f"{repo!r} is no local folder, and fetching it from the Hub failed: "
+    failed = f"{repo!r} is not a local folder, and fetching it from the Hub failed: "
     try:
         listed = HfApi().list_repo_tree(repo, revision=revision)
         names = [entry.path for entry in listed if "/" not in entry.path]  # other servers list subfolders as well
@@ -78,7 +78,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` as a dict; `ValueError` if it is missing, malformed or no object."""
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} holds no {CONFIG_FILE}; give the folder of a checkpoint.")
+        raise ValueError(f"{folder} contains no {CONFIG_FILE}; give the folder of a checkpoint.")
     return read_json(path)
 
 
@@ -86,11 +86,11 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder in the first of `WEIGHT_FILES` that it has, sharded or not.
 
     Raises:
-        ValueError: if there are no weights, a file is damaged or holds anything but tensors, or shards and index differ.
+        ValueError: if there are no weights, a file is damaged or contains anything but tensors, or shards and index differ.
     """
     name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
-        raise ValueError(f"{folder} holds no weights: put one of {list(WEIGHT_FILES)} beside its {CONFIG_FILE}.")
+        raise ValueError(f"{folder} contains no weights: put one of {list(WEIGHT_FILES)} beside its {CONFIG_FILE}.")
     if not name.endswith(".index.json"):
         return read_weight_file(folder / name)
     weight_map = check_index(folder / name, read_json(folder / name))
@@ -103,7 +103,9 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         part = read_weight_file(folder / shard)
         twice = sorted(set(part) & set(tensors))
         if twice:
-            raise ValueError(f"{folder / shard} holds tensors that another shard has as well: {twice}. {_FETCH_AGAIN}")
+            raise ValueError(
+                f"{folder / shard} contains tensors that another shard has as well: {twice}. {_FETCH_AGAIN}"
+            )
         tensors |= part
     missing, extra = sorted(set(weight_map) - set(tensors)), sorted(set(tensors) - set(weight_map))
     if missing or extra:
@@ -117,7 +119,7 @@ def read_weight_file(path: Path) -> dict[str, torch.Tensor]:
     """One safetensors or pickle file of named tensors; a pickle is never allowed to run code.
 
     Raises:
-        ValueError: if the file is damaged or holds anything but a dict of tensors.
+        ValueError: if the file is damaged or contains anything but a dict of tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -131,9 +133,9 @@ def read_weight_file(path: Path) -> dict[str, torch.Tensor]:
     elif others := sorted(str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)):
         wrong = f"non-tensors under {others}"
     elif unnamed := [key for key in loaded if not isinstance(key, str)]:
-        wrong = f"tensors under {unnamed}, which are no names"
+        wrong = f"tensors under {unnamed}, which are not names"
     if wrong is not None:
-        raise ValueError(f"{path} must hold named tensors only; found {wrong}. Save the state dict alone.")
+        raise ValueError(f"{path} must contain named tensors only; found {wrong}. Save the state dict alone.")
     return loaded
 
 
@@ -146,10 +148,10 @@ def load_plain_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's message goes on with advice to turn the check off
+        # torch's message continues with advice to turn the check off
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{path} holds more than plain tensors and would run code when loaded; it is refused. Ask for a safetensors "
+            f"{path} contains more than plain tensors and would run code when loaded; it is refused. Ask for a safetensors "
             f"file. ({reason})"
         ) from error
     except Exception as error:

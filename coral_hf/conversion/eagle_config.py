@@ -97,7 +97,7 @@ def check_supported(raw: dict[str, Any]) -> None:
         problems.append(f"model_type {kind!r} (a layer that computes something else than Llama's)")
     if problems:
         raise ValueError(
-            f"A CORAL drafter cannot hold this checkpoint{named_as(raw)}: {'; '.join(problems)}. Convert an EAGLE-1, EAGLE-2, "
+            f"A CORAL drafter cannot represent this checkpoint{named_as(raw)}: {'; '.join(problems)}. Convert an EAGLE-1, EAGLE-2, "
             "HASS or EAGLE-3 drafter with one Llama-shaped layer."
         )
 
@@ -142,7 +142,9 @@ def read_rope(layer: dict[str, Any]) -> dict[str, Any]:
             )
     partial = rope.pop("partial_rotary_factor", layer.get("partial_rotary_factor"))
     if partial not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor={partial}: a CORAL drafter rotates whole heads and cannot hold it.")
+        raise ValueError(
+            f"partial_rotary_factor={partial}: a CORAL drafter rotates whole heads and cannot represent it."
+        )
     return {**rope, "rope_theta": float(rope["rope_theta"])}
 
 

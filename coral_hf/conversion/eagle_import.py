@@ -113,7 +113,7 @@ def canonical_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
         if short == f"{LAYER}.self_attn.o_proj.bias" and not tensor.any():
             continue
         if short in result:
-            raise ValueError(f"The checkpoint holds {short} twice: as {origin[short]} and as {name}.")
+            raise ValueError(f"The checkpoint contains {short} twice: as {origin[short]} and as {name}.")
         result[short], origin[short] = tensor, name
     return result
 
@@ -171,7 +171,7 @@ def _check(config: CoralDraftConfig, tensors: dict[str, torch.Tensor], biased: l
         if norms and config.shape == "eagle3" and not getattr(config, setting):
             # engines would leave them out, or fail over them
             raise ValueError(
-                f"{where} holds {norms}, but its config.json does not say {setting}: true. If the drafter was trained "
+                f"{where} contains {norms}, but its config.json does not say {setting}: true. If the drafter was trained "
                 f"with them, add that, or pass {setting}=True."
             )
     if config.shape == "eagle3" and config.num_target_features > 1:
@@ -186,7 +186,7 @@ def _check(config: CoralDraftConfig, tensors: dict[str, torch.Tensor], biased: l
     )
     if broken:
         raise ValueError(
-            f"{where} holds values that are not finite in {broken}: use another checkpoint of that training."
+            f"{where} contains values that are not finite in {broken}: use another checkpoint of that training."
         )
     if "d2t" in tensors:
         _check_vocabulary(tensors["d2t"], tensors.get("t2d"), config.vocab_size)
@@ -250,7 +250,7 @@ def _build(model_class: type, config: CoralDraftConfig, tensors: dict[str, torch
     floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if floating:
         dtype = floating.pop()
-        for other in floating:  # mixed files: the dtype that holds all of them exactly
+        for other in floating:  # mixed files: the dtype that represents all of them exactly
             dtype = torch.promote_types(dtype, other)
     state = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d", "lm_head.weight")}
     if config.draft_vocab_size is not None:

@@ -206,7 +206,7 @@ def _tensors(drafter: Any, engine: str, target: Any) -> dict[str, torch.Tensor]:
         # cloned: nothing may share storage in a safetensors file
         tensors[name] = tensor.detach().cpu().clone().contiguous()
     if engine == "sglang" and config.shape == "eagle" and not config.fc_bias:
-        # SGLang's fc always has a bias, random unless the file holds one.
+        # SGLang's fc always has a bias, random unless the file contains one.
         tensors["fc.bias"] = torch.zeros(config.hidden_size, dtype=drafter.dtype)
     own = drafter.draft_head
     if own is not None:

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold: names, shapes and dtypes of tensors and config keys, checked against `schemas.json`."""
+"""What a checkpoint must contain: names, shapes and dtypes of tensors and config keys, checked against `schemas.json`."""
 
 import json
 from functools import cache

@@ -65,7 +65,7 @@ def export_notes(config: CoralDraftConfig, engine: str, hot_tokens: bool) -> lis
         notes.append(
             "Left out: cost-aware sizes; EAGLE's code drafts a tree of its own."
             if engine == "eagle"
-            else f"Left out: cost-aware sizes, decided anew at every step; {called} always drafts the largest of them, {own}. "
+            else f"Left out: cost-aware sizes, chosen at every step; {called} always drafts the largest of them, {own}. "
             f"Name smaller ones with {', '.join(f'--{name}' for name in names)}; `coral-hf tune` ranks fixed sizes."
         )
     if chain and config.draft_top_k > 1:

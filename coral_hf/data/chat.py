@@ -50,7 +50,7 @@ def check_messages(messages: Sequence[Any], where: str) -> list[dict[str, Any]]:
     """Messages whose content is text, the rest (`tool_calls`, `name`) as it is for the chat template.
 
     Raises:
-        ValueError: naming `where` and the message, if one has no role, or a content that is no text.
+        ValueError: naming `where` and the message, if one has no role, or a content that is not text.
     """
     return [_message(message, f"{where}: message {number}") for number, message in enumerate(messages)]
 
@@ -61,7 +61,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             f"{where} must be an object with the strings role and content; got {str(message)[:80]}. Mend it, or leave the row "
             "out."
         )
-    # columns of a table stand in every message, empty where it has none
+    # columns of a table are in every message, empty where it has none
     message = {name: value for name, value in message.items() if value is not None}
     content = message.get("content")
     if isinstance(content, list):
@@ -131,7 +131,7 @@ def check_tools(row: dict[str, Any], where: str) -> list[Any] | None:
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: tools is no JSON ({error}); give a list of tools.") from error
+            raise ValueError(f"{where}: tools is not JSON ({error}); give a list of tools.") from error
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"{where}: tools must be a list of tools; got {str(tools)[:80]!r}.")
     return without_none(tools)
@@ -145,7 +145,7 @@ def without_none(value: Any) -> Any:
 
 
 def check_system(row: dict[str, Any], where: str) -> str | None:
-    """A row's `system` text; `ValueError` if it is no text."""
+    """A row's `system` text; `ValueError` if it is not text."""
     system = row.get("system")
     if system is not None and not isinstance(system, str):
         raise ValueError(f"{where}: system must be a string; got {system!r}.")
@@ -162,7 +162,7 @@ def check_template_kwargs(value: Any, where: str) -> dict[str, Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is no JSON ({error}); give an object, such as {_EXAMPLE}.") from error
+            raise ValueError(f"{where} is not JSON ({error}); give an object, such as {_EXAMPLE}.") from error
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):

@@ -17,7 +17,7 @@ class CoralDataCollator:
     Returns a dict of `input_ids` `[B, S]`, `document_ids` `[B, S]` (a row's conversations count from 0, padding is -1),
     `labels` `[B, S]` (the id where it is a trainable response token, else -100; `Trainer` counts them to scale
     accumulated losses); for packed rows (items with `lengths`, see [`PackedConversations`]) `position_ids` `[B, S]`,
-    which begin anew at each conversation; and, with a feature cache that holds all conversations, `features`
+    which restart at each conversation; and, with a feature cache that contains all conversations, `features`
     `[B, S, n * H]`.
     """
 
@@ -60,7 +60,7 @@ def _starts(lengths: Sequence[int]) -> list[int]:
 
 
 def _positions(lengths: list[list[int]], width: int) -> torch.Tensor:
-    """Positions inside each conversation, and inside the padding behind them, `[B, S]`."""
+    """Positions inside each conversation, and inside the padding after them, `[B, S]`."""
     rows = [torch.cat([torch.arange(part) for part in [*parts, width - sum(parts)]]) for parts in lengths]
     return torch.stack(rows)
 

@@ -46,7 +46,7 @@ def encode_row_parts(
     """One training row -> rows of token ids and response mask, each pair of one length.
 
     There is one, but for conversations whose earlier answers the chat template renders differently later (Qwen3 and
-    GLM-4.5 leave out their thinking): there each answer is trained behind its own prompt.
+    GLM-4.5 leave out their thinking): there each answer is trained after its own prompt.
 
     Args:
         row (`dict`): of any format of docs/data_formats.md, with an answer. Beside `turns` and `responses` or `messages` may
@@ -74,7 +74,7 @@ def encode_row_parts(
     elif known.kind == "masked":
         ids, mask = list(row["input_ids"]), [bool(flag) for flag in row["response_mask"]]
         if strange := [flag for flag in row["response_mask"] if flag not in (0, 1)]:
-            raise ValueError(f"{where}: response_mask must hold 0 and 1, or false and true; got {strange[0]!r}.")
+            raise ValueError(f"{where}: response_mask must contain 0 and 1, or false and true; got {strange[0]!r}.")
     elif tokenizer is None:
         raise ValueError(f"{where}: text rows ({known.name}) need the target's tokenizer (processing_class).")
     elif known.kind == "text":

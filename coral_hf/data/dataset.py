@@ -148,7 +148,7 @@ def nothing_to_train(max_length: int | None, reasons: list[str]) -> ValueError:
 
 
 def check_ids(dataset: Any, vocab_size: int) -> None:
-    """Raises `ValueError` if a conversation holds an id that the target does not have; a stream checks on its way."""
+    """Raises `ValueError` if a conversation contains an id that the target does not have; a stream checks on its way."""
     if dataset is None or not hasattr(dataset, "conversations"):
         return
     largest = max((int(ids.max()) for ids, _ in dataset.conversations), default=0)
@@ -159,7 +159,7 @@ def check_ids(dataset: Any, vocab_size: int) -> None:
 def unknown_id(token: int, vocab_size: int) -> ValueError:
     """The error for an id past the target's vocabulary."""
     return ValueError(
-        f"The data holds token id {token}, but the target's vocabulary ends at {vocab_size - 1}: these ids were "
+        f"The data contains token id {token}, but the target's vocabulary ends at {vocab_size - 1}: these ids were "
         "made with another tokenizer. Use the responses of this target."
     )
 

@@ -136,7 +136,7 @@ def _call(said: str, where: str) -> Row:
 
 
 def _single_turn(prompt: str, *answers: str, context: tuple[str, ...] = ()) -> Callable[[Row, str], Row]:
-    """Reads a prompt, what it is about, and an answer, each from the first column that holds it."""
+    """Reads a prompt, what it is about, and an answer, each from the first column that has it."""
 
     def read(row: Row, where: str) -> Row:
         text, history = row[prompt], row.get("history") or []

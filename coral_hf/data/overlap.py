@@ -1,4 +1,4 @@
-"""Prompts that stand in an evaluation file too: what a drafter is measured on must not be what it was trained on."""
+"""Prompts that are in an evaluation file too: what a drafter is measured on must not be what it was trained on."""
 
 import itertools
 import os

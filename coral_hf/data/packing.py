@@ -43,7 +43,7 @@ def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 def join(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
-    """Conversations one behind the other: `input_ids` `[S]`, `response_mask` `[S]` and their `lengths`."""
+    """Conversations one after the other: `input_ids` `[S]`, `response_mask` `[S]` and their `lengths`."""
     joined = {name: torch.cat([item[name] for item in items]) for name in ("input_ids", "response_mask")}
     return {**joined, "lengths": [len(item["input_ids"]) for item in items]}
 
@@ -51,7 +51,7 @@ def join(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
 class PackedConversations(torch.utils.data.Dataset):
     """Rows of up to `max_length` tokens, each of several whole conversations (see [`join`]).
 
-    What stands in one row depends on the data alone, and the sampler orders rows by seed and epoch, so that a resumed
+    What one row contains depends on the data alone, and the sampler orders rows by seed and epoch, so that a resumed
     training finds every batch again.
 
     Args:

@@ -48,11 +48,11 @@ def as_prompt(known: Format, row: dict[str, Any], where: str) -> dict[str, Any]:
         where (`str`): its place, for errors.
 
     Raises:
-        ValueError: if it holds no text, no user turn, or a system text that is no string.
+        ValueError: if it contains no text, no user turn, or a system text that is not a string.
     """
     if known.kind in ("ids", "masked"):
         raise ValueError(
-            f'{where} holds {known.name}, which are not answered again: give prompts, such as {{"prompt": "Hi!"}}.'
+            f'{where} contains {known.name}, which are not answered again: give prompts, such as {{"prompt": "Hi!"}}.'
         )
     if known.kind == "messages":
         row = _user_turns(row, where)
@@ -76,7 +76,7 @@ def _user_turns(row: dict[str, Any], where: str) -> dict[str, Any]:
     leading = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
     if any(message["role"] == "system" for message in messages[len(leading) :]):
         raise ValueError(
-            f"{where}: a system message stands behind others, where a row of turns cannot hold it; put it in front, or leave "
+            f"{where}: a system message comes after others, which a row of turns cannot represent; put it in front, or leave "
             "the row out."
         )
     if leading and row.get("system") is not None:
@@ -118,7 +118,7 @@ def read_prompts(
             kwargs = check_template_kwargs(row.get("chat_template_kwargs"), where)
             prompts.append(Prompt(row_id(found, where)[0], name, tuple(row["turns"]), row.get("system"), kwargs))
         if not rows:
-            raise ValueError(f'{source} holds no prompts: give a file with rows such as {{"prompt": "Hi!"}}.')
+            raise ValueError(f'{source} contains no prompts: give a file with rows such as {{"prompt": "Hi!"}}.')
     print(reading.told(), flush=True)
     return prompts
 

@@ -99,7 +99,7 @@ def _with_answer(
     where: str,
     eos_ids: Collection[int],
 ) -> Encoded:
-    """`part` and the answer at `place` behind it, or where that does not continue it, the answer behind its own prompt."""
+    """`part` and the answer at `place` after it, or where that does not continue it, the answer after its own prompt."""
     messages, kwargs = chat.messages, {"tools": chat.tools, **chat.template_kwargs}
     message = messages[place]
     prompt_text = render(tokenizer, messages[:place], where, add_generation_prompt=True, **kwargs)
@@ -116,7 +116,7 @@ def _with_answer(
         mask = before.mask + [False] * (len(prompt) - len(before.ids)) + [trained] * end
         # no later prompt continues a text that its template does not write
         return Encoded(prompt + response, mask + [False] * (len(response) - end), None)
-    begin, known = 0, list[int]()  # the text from there on was tokenised as one, behind these ids
+    begin, known = 0, list[int]()  # the text from there on was tokenised as one, after these ids
     if prompt[: len(part.ids)] != part.ids or full[: len(prompt)] != prompt:
         if part.text is None or not (prompt_text.startswith(part.text) and full_text.startswith(prompt_text)):
             return _with_answer(Encoded(), chat, place, is_cut, trained, tokenizer, where, eos_ids)

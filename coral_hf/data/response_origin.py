@@ -65,15 +65,15 @@ def check_same_run(row: Mapping[str, Any], where: str, temperature: float, origi
     found = row.get("temperature") or 0.0
     if found != temperature:
         raise ValueError(
-            f"{where} holds a response at temperature {found}, this run has {temperature}; give another output file."
+            f"{where} contains a response at temperature {found}, this run has {temperature}; give another output file."
         )
     if (other := Origin.read(row)).contradicts(origin):
         pinned = other.target_revision if other.target_revision != origin.target_revision else None
-        # other than the Hub's, the demo's say, no option takes
+        # no option takes revisions other than the Hub's (the demo's, for example)
         is_commit = pinned is not None and re.fullmatch(r"[0-9a-f]{4,64}", pinned)
-        instead = "" if not is_commit else f", or go on with --target_revision {pinned}"
+        instead = "" if not is_commit else f", or continue with --target_revision {pinned}"
         raise ValueError(
-            f"{where} holds a response of {other}, this run's target is {origin}; give another output file{instead}."
+            f"{where} contains a response of {other}, this run's target is {origin}; give another output file{instead}."
         )
 
 
@@ -111,11 +111,11 @@ class WatchedRows:
                 "responses.jsonl`, and train on responses.jsonl.",
                 flush=True,
             )
-        # an endpoint's name for a model is no name of a target
+        # an endpoint's name for a model is not the name of a target
         if Origin(None, found.target_revision, found.target_weights).contradicts(self.origin):
             self._told = True
             print(
-                f"warning: row {row.get('id', '')!r} holds an answer of {found}, and the target of this training is "
+                f"warning: row {row.get('id', '')!r} contains an answer of {found}, and the target of this training is "
                 f"{self.origin}. A drafter is best trained on its own target's answers: make them with `coral-hf regenerate`.",
                 flush=True,
             )

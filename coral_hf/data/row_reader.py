@@ -54,7 +54,7 @@ def read_row(row: Any, where: str, columns: Mapping[str, str] | None = None) -> 
 
 
 def has_answers(known: Format, row: Row) -> bool:
-    """Whether a row of [`read_row`] holds anything to train on."""
+    """Whether a row of [`read_row`] contains anything to train on."""
     if known.kind == "turns":
         return "responses" in row
     if known.kind == "messages":
@@ -66,7 +66,7 @@ def check_answered(known: Format, row: Row, where: str) -> None:
     """Raises [`UnusableRow`] for a row of which nothing can be trained."""
     if not has_answers(known, row):
         raise UnusableRow(
-            f"{where} holds a prompt without an answer ({known.name}), so there is nothing to train on: let the target answer "
+            f"{where} contains a prompt without an answer ({known.name}), so there is nothing to train on: let the target answer "
             "it first, with `coral-hf regenerate --prompts FILE --output responses.jsonl`."
         )
 
@@ -131,7 +131,7 @@ def parse_columns(given: Sequence[str]) -> dict[str, str]:
     """`["prompt=query"]` -> `{"prompt": "query"}`.
 
     Raises:
-        ValueError: for what is no such pair, and for a name that no format has.
+        ValueError: for what is not such a pair, and for a name that no format has.
     """
     pairs: dict[str, str] = {}
     for text in given:

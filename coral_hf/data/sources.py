@@ -177,7 +177,7 @@ def iter_source(path: str | os.PathLike, split: str = "train", streaming: bool =
         shards = sorted(place.glob("*.parquet")) or sorted(file for file in place.iterdir() if _is_row_file(file))
         if not shards:
             raise ValueError(
-                f"{path} is a folder; give one with rows in it: it holds no .parquet shards, no other files of rows ({KINDS}), "
+                f"{path} is a folder; give one with rows in it: it contains no .parquet shards, no other files of rows ({KINDS}), "
                 "nor a data set of save_to_disk."
             )
         for shard in shards:
@@ -200,7 +200,7 @@ def _sources(data: Any) -> list[Any]:
         return [data]
     if not isinstance(data, Iterable) or isinstance(data, bytes):
         raise ValueError(
-            f"data of type {type(data).__name__} ({str(data)[:60]!r}) holds no rows: give a path, a Hub id, a list of prompts "
+            f"data of type {type(data).__name__} ({str(data)[:60]!r}) contains no rows: give a path, a Hub id, a list of prompts "
             "or of rows, a datasets.Dataset or a DataFrame."
         )
     if not isinstance(data, Sequence) or not data or not all(isinstance(item, str | os.PathLike) for item in data):
@@ -298,7 +298,7 @@ def _from_hub(name: str, split: str, streaming: bool) -> Iterable[dict[str, Any]
     # cannot be read as one data set
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"{name} is no file or folder here and could not be loaded as a data set of the Hub, split {split!r} "
+            f"{name} is not a file or folder here and could not be loaded as a data set of the Hub, split {split!r} "
             f"({_first_line(error)}). Give a {KINDS} file, a folder of them, or "
             "org/name[@revision][:config] (with --split); offline, data sets load from the local cache only."
         ) from error

@@ -24,7 +24,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
     its start. What needs all rows at one time (length grouping, response counts, the feature cache) is not to be had.
 
     Args:
-        rows (`Iterable[dict]`): training rows, iterated anew in every pass: a [`RowStream`] or a
+        rows (`Iterable[dict]`): training rows, iterated in every pass: a [`RowStream`] or a
             `datasets.IterableDataset`.
         tokenizer (*optional*): the target's tokenizer, for rows of text.
         max_length (`int`): longer rows are cut there, and left out without a response token before it: counted, and the
@@ -55,7 +55,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
     ):
         if iter(rows) is rows:
             raise ValueError(
-                "The rows are an iterator, which can be read once only: give what makes one anew for every pass "
+                "The rows are an iterator, which can be read once only: give what creates a new one for every pass "
                 "(training.sources.RowStream, datasets.IterableDataset, a list)."
             )
         self.rows = rows if origin is None else WatchedRows(rows, origin)

@@ -54,7 +54,9 @@ def check_dtype(dtype: Any) -> None:
     """Raises `ValueError` for what is neither a floating-point dtype, nor the name of one, nor None."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"dtype={str(dtype)[:80]!r} is no floating-point dtype; write 'float32' or 'bfloat16' say.")
+        raise ValueError(
+            f"dtype={str(dtype)[:80]!r} is not a floating-point dtype; write 'float32' or 'bfloat16', for example."
+        )
 
 
 def check_settings(config: Any) -> None:
@@ -80,13 +82,13 @@ def check_settings(config: Any) -> None:
         )
     if config.target_embedding_scale is not None and config.target_embedding_scale <= 0:
         raise ValueError(
-            f"target_embedding_scale={config.target_embedding_scale} must be positive; 1.0 is no scaling."
+            f"target_embedding_scale={config.target_embedding_scale} must be positive; 1.0 means no scaling."
         )
     rope = config.rope_parameters
     theta, kind = rope.get("rope_theta", 10000.0), rope.get("rope_type", "default")
     if not (_is_of(theta, float) and theta > 0 and kind in ("default", *ROPE_INIT_FUNCTIONS)):
         raise ValueError(
-            f"rope_parameters={rope} must hold a positive number as rope_theta and one of "
+            f"rope_parameters={rope} must contain a positive number as rope_theta and one of "
             f"{['default', *ROPE_INIT_FUNCTIONS]} as rope_type."
         )
     if config.hidden_act not in ACT2FN:
@@ -129,7 +131,7 @@ def check_settings(config: Any) -> None:
             or row[-1] > 1
         ):
             raise ValueError(
-                f"draft_calibration holds {row}: a row is {len(CALIBRATION_KNOTS)} numbers from 0 to 1 that never "
+                f"draft_calibration contains {row}: a row is {len(CALIBRATION_KNOTS)} numbers from 0 to 1 that never "
                 "fall. Fit it with `coral-hf tune --save true`, or set it to null."
             )
 
@@ -167,7 +169,7 @@ def check_head(config: Any) -> None:
 
 
 def check_draft_sizes(depth: Any, top_k: Any, total: Any) -> None:
-    """Raises `ValueError` for sizes of a draft that are no numbers of at least one, or that cannot be drafted.
+    """Raises `ValueError` for sizes of a draft that are not numbers of at least one, or that cannot be drafted.
 
     Args:
         depth, top_k, total: `draft_depth`, `draft_top_k` and `draft_total_tokens` (None: all that the others produce).

@@ -116,7 +116,7 @@ class CoralDraftConfig(PreTrainedConfig):
             Size of a draft: levels below the root, branches per node (1: a chain), nodes verified with the root. See
             `generation.settings.DraftSettings`, also for overriding them per call.
         draft_cost_aware (`bool`, defaults to `False`):
-            Decide a draft's size anew at every step within that box, by measured costs (`generation.tree_size`).
+            Choose a draft's size at every step within these limits, by measured costs (`generation.tree_size`).
         draft_lookup (`bool`, defaults to `False`):
             Let trees also take nodes that continue the text as it continued before (`generation.lookup`). False, which is
             not written: it pays where answers repeat their prompts.
@@ -204,7 +204,7 @@ class CoralDraftConfig(PreTrainedConfig):
         if self.router_groups and self.vocab_size > 0:  # `check_settings` refuses others
             asked, self.router_groups = self.router_groups, group_count(self.vocab_size, self.router_groups)
             if self.router_groups < asked:
-                # what is saved holds the real number: this is said where it was asked for, and never again
+                # what is saved contains the real number: this is said where it was asked for, and never again
                 logger.warning(
                     "router_groups=%d: groups of %d ids hold the %d ids in %d groups; the router has so many.",
                     *(asked, group_size(self.vocab_size, asked), self.vocab_size, self.router_groups),
@@ -238,7 +238,7 @@ class CoralDraftConfig(PreTrainedConfig):
         """Reads the `config.json` of a folder or of the Hub, as [`~transformers.PreTrainedConfig.from_pretrained`].
 
         Raises:
-            ValueError: if it is missing, holds no JSON object, or a value of it is unknown or malformed.
+            ValueError: if it is missing, contains no JSON object, or a value of it is unknown or malformed.
         """
         with loading(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -246,11 +246,11 @@ class CoralDraftConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         settings, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        # Transformers would go on with the defaults; some of its releases add keys of their own
+        # Transformers would continue with the defaults; some of its releases add keys of their own
         if all(name.startswith("_") for name in settings):
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds no config.json, or one without settings: the upload or copy is "
-                "not complete, or it is no drafter. Fetch it again, or save the drafter again with "
+                f"{pretrained_model_name_or_path} contains no config.json, or one without settings: the upload or copy is "
+                "not complete, or it is not a drafter. Fetch it again, or save the drafter again with "
                 "drafter.save_pretrained(folder)."
             )
         return settings, unused
@@ -260,7 +260,7 @@ class CoralDraftConfig(PreTrainedConfig):
         settings = super()._dict_from_json_file(json_file)
         if not isinstance(settings, dict):
             raise ValueError(
-                f"{json_file} must hold a JSON object, got {str(settings)[:80]!r}. Fetch it again, or save the drafter "
+                f"{json_file} must contain a JSON object, got {str(settings)[:80]!r}. Fetch it again, or save the drafter "
                 "again with drafter.save_pretrained(folder)."
             )
         return settings
@@ -275,7 +275,7 @@ class CoralDraftConfig(PreTrainedConfig):
 
         Args:
             target_config ([`PreTrainedConfig`]): configuration of a Llama-shaped causal LM (its text part is used).
-            **overrides: any setting of [`CoralDraftConfig`]; `target_revision` say, where the cache of the Hub holds
+            **overrides: any setting of [`CoralDraftConfig`]; `target_revision` for example, where the cache of the Hub holds
                 several commits of the target.
 
         Returns:

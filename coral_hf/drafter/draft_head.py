@@ -18,7 +18,7 @@ from .target_adapter import placed
 class LMHeadRouter(nn.Module):
     """Which groups of token ids are worth computing (CORAL section 3.2).
 
-    Group g holds the ids at places `g * group_size` on of the router's order: the ids themselves (a group is then a view
+    Group g contains the ids at places `g * group_size` on of the router's order: the ids themselves (a group is then a view
     of the target's own weight), or, clustered, the permutation `token_order`, for which drafting keeps one copy of the
     head in that order. It is trained after the drafter towards the target's probability mass per group.
 
@@ -107,18 +107,18 @@ class DraftVocabularyHead(nn.Linear):
 
 
 def checked_ids(owner: FrequencyShortlist | DraftVocabularyHead, vocab_size: int) -> torch.Tensor:
-    """The owner's `token_ids`; a damaged checkpoint may hold any.
+    """The owner's `token_ids`; a damaged checkpoint may contain any.
 
     Raises:
-        ValueError: if one is no id of the vocabulary, or is there twice: siblings of a draft tree hold different tokens.
+        ValueError: if one is not an id of the vocabulary, or is there twice: siblings of a draft tree hold different tokens.
     """
     # not by class: a drafter loaded as remote code has others
     ids, name = owner.token_ids, "draft_head" if hasattr(owner, "weight") else "shortlist"
     outside = ids[(ids < 0) | (ids >= vocab_size)].tolist()
     if outside:
-        problem = f"holds {outside[0]}, which is none of the {vocab_size} ids"
+        problem = f"contains {outside[0]}, which is none of the {vocab_size} ids"
     elif ids.unique().numel() < ids.numel():
-        problem = "holds an id twice"
+        problem = "contains an id twice"
     else:
         return ids
     other = ", or use draft_head='full'" if name == "shortlist" else ""
@@ -230,7 +230,7 @@ class DraftHead:
         return self._token_ids(logits.argmax(dim=-1, keepdim=True), groups)[..., 0]
 
     def _active_logits(self, hidden: torch.Tensor, weights: torch.Tensor | None):
-        """fp32 logits `[B, T, A]` (-inf where a slot holds no token), the active groups and log Z where it is known."""
+        """fp32 logits `[B, T, A]` (-inf where a slot contains no token), the active groups and log Z where it is known."""
         if self.router is None:
             logits = self._fixed_logits(hidden)
             return placed(logits, logits.device, torch.float32), None, None

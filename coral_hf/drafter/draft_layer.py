@@ -16,7 +16,7 @@ from .rollout_attention import rollout_attention
 class DraftKeyValues:
     """The drafter's KV cache: preallocated, written at given slots, so that a draft step has static shapes.
 
-    Slots `[0, length)` hold rows built from true target features; whatever drafting writes behind them is scratch
+    Slots `[0, length)` hold rows built from true target features; whatever drafting writes after them is scratch
     that the next write overwrites. The rows of a batch share their slots: where one has fewer true features than another,
     some of its slots hold nothing, which is a matter of the mask.
     """

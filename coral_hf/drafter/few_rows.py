@@ -120,7 +120,7 @@ def _layers(models: tuple[nn.Module, ...]) -> list[nn.Linear]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """By `torch.compile` of the module or of its forward, or by its method `compile`: a changed layer would compile it anew."""
+    """By `torch.compile` of the module or of its forward, or by its method `compile`: a changed layer would recompile it."""
     forward = vars(module).get("forward")
     return (
         hasattr(module, "_orig_mod")

@@ -25,7 +25,7 @@ def ordered_head(adapter: Any, router: Any) -> Any:
         router ([`LMHeadRouter`])
 
     Raises:
-        ValueError: if the router's `token_order` is no permutation of the vocabulary, or the head is quantised.
+        ValueError: if the router's `token_order` is not a permutation of the vocabulary, or the head is quantised.
     """
     adapter.check_rows()
     if router.token_order is None:
@@ -35,7 +35,7 @@ def ordered_head(adapter: Any, router: Any) -> Any:
         ids = router.token_order.to(adapter.device).long()
         if not torch.equal(ids.sort().values, torch.arange(adapter.vocab_size, device=ids.device)):
             raise ValueError(
-                f"The router's token_order is no permutation of the {adapter.vocab_size} ids: its checkpoint is damaged. "
+                f"The router's token_order is not a permutation of the {adapter.vocab_size} ids: its checkpoint is damaged. "
                 "Train the router again (`coral-hf train --stage router`), or use draft_head='full'."
             )
         return adapter.head_rows(ids)
@@ -50,7 +50,7 @@ def kept_copy(owner: Any, ids: torch.Tensor, head: Any, make: Callable[[], T]) -
         owner (`nn.Module`): whose ids they are.
         ids (`torch.Tensor`): the rows that are taken.
         head (`nn.Module`): with `weight` and perhaps `bias`.
-        make (`Callable`): may hold neither owner nor head in what it returns.
+        make (`Callable`): may contain neither owner nor head in what it returns.
     """
     tensors = (head.weight, getattr(head, "bias", None), ids)
     state: list[Any] = [None if tensor is None else tensor_state(tensor) for tensor in tensors]

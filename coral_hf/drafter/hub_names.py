@@ -17,7 +17,7 @@ def public_name(name: str | None) -> str | None:
         return name
     if Path(name).exists():
         return Path(name).resolve().name
-    # a revision behind the id (`org/name@refs/pr/1`) may hold slashes
+    # a revision after the id (`org/name@refs/pr/1`) may contain slashes
     if re.match(r"[./~\\]|[A-Za-z]:\\", name) or re.search(r"/.*/|\\", name.partition("@")[0]):
         return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     return name
@@ -27,7 +27,7 @@ def hub_commit(config: Any) -> str | None:
     """The commit that a model was loaded from, by its config and the local cache; the Hub is never asked.
 
     Transformers 5.24 no longer notes the commit in the config (`_commit_hash`), and `from_pretrained` leaves no other
-    trace of it: the cache tells where it holds one commit of the repository. Of several it may be any, also where `main`
+    trace of it: the cache tells where it contains one commit of the repository. Of several it may be any, also where `main`
     is one of them: no commit is better than a wrong one.
 
     Args:

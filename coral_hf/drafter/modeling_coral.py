@@ -35,7 +35,7 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
     """A CORAL drafter (Weng et al., ACL 2025): pass it to `target.generate(..., assistant_model=drafter)`.
 
     Row t reads the target's embedding of token x_{t+1} and the feature f_t and predicts f_{t+1}, whose LM-head logits
-    are those of token x_{t+2}; in later steps its own output stands in for the missing feature.
+    are those of token x_{t+2}; in later steps its own output replaces the missing feature.
 
     Args:
         config ([`CoralDraftConfig`])
@@ -79,7 +79,7 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         self.post_init()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """As every model's, with weights that whoever may read the config may read as well."""
+        """As every model's, with weights that anyone who may read the config may read as well."""
         saved = super().save_pretrained(save_directory, *args, **kwargs)
         follow_umask(save_directory)
         return saved
@@ -149,7 +149,7 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         """Limits drafting to the `size` most frequent ids of `[V]` counts, beside a router's groups if there is one.
 
         Raises:
-            ValueError: if `size` is no integer between 1 and V - 1, `counts` no tensor of length V, or the drafter has a
+            ValueError: if `size` is not an integer between 1 and V - 1, `counts` is not a tensor of length V, or the drafter has a
                 head of its own.
         """
         vocab_size = self.config.vocab_size
@@ -221,8 +221,8 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         r-1, detached, and row r attends to what inference would see (see `CoralAttention.attend_rollout`).
 
         Args:
-            inputs_embeds (`torch.Tensor` of shape `[B, S, H]`): row r holds e(x_{r+1}).
-            features (`torch.Tensor` of shape `[B, S, n * H]`): row r holds the target's f_r.
+            inputs_embeds (`torch.Tensor` of shape `[B, S, H]`): row r contains e(x_{r+1}).
+            features (`torch.Tensor` of shape `[B, S, n * H]`): row r contains the target's f_r.
             num_steps (`int`): K.
             position_ids (`torch.LongTensor` of shape `[B, S]`, *optional*): defaults to 0..S-1.
             document_ids (`torch.LongTensor` of shape `[B, S]`, *optional*): rows attend inside one document only;

@@ -31,7 +31,7 @@ class PackageMethods:
             [`CoralDraftModel`] in the checkpoint's dtype on the CPU.
 
         Raises:
-            ValueError: if the checkpoint is no drafter for this target; the message lists names, expected and found.
+            ValueError: if the checkpoint is not a drafter for this target; the message lists names, expected and found.
             OSError: if there is no such folder or repository.
         """
         return cls._extension("from_eagle")(cls, path_or_repo, target, revision, **overrides)
@@ -49,7 +49,7 @@ class PackageMethods:
             write_code(save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Publishes the drafter with its card, its code and the records behind its figures.
+        """Publishes the drafter with its card, its code and the records for its figures.
 
         Args:
             repo_id (`str`): `"org/name"`, or `"name"` in your own namespace.

@@ -20,13 +20,13 @@ def rollout_attention(
     """Softmax attention over columns that all rows share and L more keys that each row has of its own.
 
     `scaled_dot_product_attention` has no place for keys of single rows but a mask over all of them, K full matrices of
-    scores. Columns behind a block of rows are not computed at all; the backward computes the scores of a block again.
+    scores. Columns after a block of rows are not computed at all; the backward computes the scores of a block again.
 
     Args:
         query (`torch.Tensor` of shape `[B, g, n, S, d]`): scaled; n queries share a key.
         key, value (`torch.Tensor` of shape `[B, g, S, d]`): the shared columns.
         chain_keys, chain_values (`torch.Tensor` of shape `[B, g, S, L, d]`): each row's own.
-        mask (`torch.BoolTensor` of shape `[B, 1, S, S]`): shared columns that a row sees, none of them behind it.
+        mask (`torch.BoolTensor` of shape `[B, 1, S, S]`): shared columns that a row sees, none of them after it.
 
     Returns:
         `torch.Tensor` of shape `[B, g, n, S, d]` in the query's dtype.

@@ -35,7 +35,7 @@ def active_adapters(layer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def active_prompt(model: Any) -> str | None:
-    """Kind of the learnt prompt that a PEFT wrapper puts before every text (PROMPT_TUNING, say); None where it has none."""
+    """Kind of the learnt prompt that a PEFT wrapper puts before every text (PROMPT_TUNING, for example); None where it has none."""
     config: Any = getattr(model, "active_peft_config", None)
     if not getattr(config, "is_prompt_learning", False):
         return None
@@ -49,7 +49,7 @@ def resolve_target(target: Any, argument: str = "target") -> Any:
         target (`PreTrainedModel`, `str` or `os.PathLike`), argument (`str`): as it is called, for errors.
 
     Raises:
-        ValueError: if it is no model, or a CORAL drafter.
+        ValueError: if it is not a model, or a CORAL drafter.
         OSError: if there is no such folder or repository.
     """
     is_name = isinstance(target, str | os.PathLike)
@@ -57,7 +57,7 @@ def resolve_target(target: Any, argument: str = "target") -> Any:
         config = AutoConfig.from_pretrained(target) if is_name else getattr(target, "config", None)
     except OSError as error:
         raise OSError(
-            f"{argument}={os.fspath(target)!r} is no folder here, and could not be loaded from the Hub: check the path, or the "
+            f"{argument}={os.fspath(target)!r} is not a folder here, and could not be loaded from the Hub: check the path, or the "
             f"spelling and your access. ({error})"
         ) from error
     if getattr(config, "model_type", None) == CoralDraftConfig.model_type:
@@ -78,7 +78,7 @@ class TargetAdapter:
 
     Scalings that a family applies outside its embedding and LM-head modules (Granite's multipliers, Cohere's logit
     scale, Gemma's soft-capping) are applied here, so that `logits(features(outputs)) == outputs.logits`
-    ([`check_identity`] asserts it, whenever a drafter is made for a target or trained). The adapter holds a reference to the target and no weights of
+    ([`check_identity`] asserts it, whenever a drafter is made for a target or trained). The adapter keeps a reference to the target and no weights of
     its own; it is passed to the drafter per call.
 
     Args:
@@ -107,7 +107,7 @@ class TargetAdapter:
         if (getattr(config.get_text_config(), "altup_num_inputs", None) or 1) > 1:
             raise ValueError(
                 f"target {type(base).__name__} carries several hidden states for each token (AltUp), where a drafter reads "
-                "one: choose another target (Gemma 3 or 4, say)."
+                "one: choose another target (Gemma 3 or 4, for example)."
             )
         self.target = base
         self.text_config = config.get_text_config()
@@ -122,7 +122,7 @@ class TargetAdapter:
         if not isinstance(getattr(self.head, "weight", None), torch.Tensor):
             raise ValueError(
                 f"The LM head of target {type(base).__name__} is a {type(self.head).__name__} without a weight tensor (of "
-                "torch's quantize_dynamic, say), which a drafter cannot share: leave lm_head out of the quantisation."
+                "torch's quantize_dynamic, for example), which a drafter cannot share: leave lm_head out of the quantisation."
             )
         text = self.text_config
         self._embedding_scale = float(getattr(text, "embedding_multiplier", None) or 1.0)
@@ -219,7 +219,7 @@ class TargetAdapter:
         weight = self.head.weight
         if type(weight) not in (torch.Tensor, torch.nn.Parameter) or weight.dtype not in _DTYPES_OF_ROWS:
             raise ValueError(
-                f"The LM head of {type(self.target).__name__} holds {type(weight).__name__} of {weight.dtype}, of which single "
+                f"The LM head of {type(self.target).__name__} contains {type(weight).__name__} of {weight.dtype}, of which single "
                 "rows cannot be scored (it is quantised, or sharded). Draft from all of it with draft_head='full', or load "
                 "the target with its LM head as it was."
             )

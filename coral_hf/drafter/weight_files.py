@@ -110,7 +110,7 @@ def loading(name: Any) -> Iterator[None]:
 
 
 def most_bytes(model: torch.nn.Module) -> int:
-    """The largest file that the weights of a model (on the meta device, say) can need."""
+    """The largest file that the weights of a model (on the meta device, for example) can need."""
     return _MOST_BYTES_PER_PARAMETER * sum(tensor.numel() for tensor in model.state_dict().values()) + _HEADER_BYTES
 
 
@@ -199,11 +199,11 @@ def check_index(path: str | os.PathLike, index: Any) -> dict[str, str]:
         index: its JSON value.
 
     Raises:
-        ValueError: if it is no index, or names files that are not beside it.
+        ValueError: if it is not an index, or names files that are not beside it.
     """
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path} holds no weight_map, so no index of shards. Fetch it again, with its shards.")
+        raise ValueError(f"{path} contains no weight_map, so no index of shards. Fetch it again, with its shards.")
     outside = sorted({str(shard) for shard in weight_map.values() if Path(str(shard)).name != shard})
     if outside:
         raise ValueError(f"{path} names shards outside its folder: {outside}. Fetch it again, with its shards.")
@@ -227,12 +227,12 @@ def _remote_size(name: str, file: str, hub: dict[str, Any]) -> int | None:
 def _refuse(name: str, pickled: list[str]) -> None:
     if pickled:
         raise ValueError(
-            f"{name} holds {pickled[0]}, a pickle, which can run code when it is loaded; drafters are read from "
+            f"{name} contains {pickled[0]}, a pickle, which can run code when it is loaded; drafters are read from "
             f"{WEIGHTS_FILE} only. If you trust it, load it with torch.load(..., weights_only=True) in a process of its "
             "own and save the drafter with drafter.save_pretrained(folder)."
         )
     raise ValueError(
-        f"{name} holds no {WEIGHTS_FILE}: the upload or copy is not complete, or it is no drafter. Save the drafter "
+        f"{name} contains no {WEIGHTS_FILE}: the upload or copy is not complete, or it is not a drafter. Save the drafter "
         "again with drafter.save_pretrained(folder), or push it again with drafter.push_to_hub(name)."
     )
 

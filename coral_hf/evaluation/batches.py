@@ -60,7 +60,7 @@ def run_batches(
 
     Returns:
         `dict`: the record. `runs` has a row for each method, batch size and context: `speedup` is the median over the batches of
-        their tokens per second over plain's, `identical` counts the rows that are equal to plain's, `plain_steps` how many of
+        their tokens per second over plain `generate`'s, `identical` counts the rows that are equal to plain `generate`'s, `plain_steps` how many of
         the `steps` drafted nothing (a forward over n rows counts as n steps).
 
     Raises:
@@ -223,7 +223,7 @@ def print_batches(record: dict[str, Any]) -> None:
     except ImportError as error:
         raise ImportError("The table needs rich: pip install 'coral-hf[eval]'.") from error
     title = f"{record['target']}, {record['environment']['dtype']}, {record['environment']['device']}"
-    table = Table(title=title, caption="same: rows equal to plain's; plain: steps without a draft")
+    table = Table(title=title, caption="same: rows identical to plain generate; plain: steps without a draft")
     for column in ("context", "batch", "method", "tok/s", "speedup", "tau", "plain", "same"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in record["runs"]:

@@ -91,7 +91,7 @@ def run_benchmark(
     """Answers every prompt with plain `generate` and with every method, and writes `benchmark.json`.
 
     All methods answer a prompt before any answers the next, the order turning from prompt to prompt, so that a drift of
-    the machine hits all alike. Later turns follow on plain's answers. The record is rewritten after every prompt and
+    the machine hits all alike. Later turns continue plain `generate`'s answers. The record is rewritten after every prompt and
     says `"partial": true` until the last: an interrupted run leaves what it measured.
 
     Args:
@@ -107,9 +107,10 @@ def run_benchmark(
 
     Returns:
         `dict`: the record, with `environment`, `methods`, `drafters`, `compile_seconds` (of methods that compile, not in their
-        times), `partial` and `runs`: one row per method, benchmark and temperature. `n_prompts` are conversations, `n_turns` answers, one to each turn; `speedup` is the median of
-        the answers' paired ratios of tokens per second; `identical` counts answers equal to plain's (None where a sampling method draws other samples by design), `first_divergences` holds the place
-        of the first unequal token of the others (bf16 has near-ties that fall either way).
+        times), `partial` and `runs`: one row per method, benchmark and temperature. `n_prompts` counts conversations and `n_turns` answers, one per turn. `speedup` is the median of the
+        answers' paired ratios of tokens per second. `identical` counts answers equal to plain `generate`'s (None if a
+        sampling method draws other samples by design). `first_divergences` contains the position of the first different
+        token of the others (bf16 has near-ties that fall either way).
 
     Raises:
         ValueError: if two methods have the same name, there are no prompts, a temperature is negative, not finite or repeated,
@@ -195,7 +196,7 @@ def _measure_all(
     compiling: dict[str, float],
     ids: torch.Tensor,
 ) -> list[int]:
-    """Adds every method's fastest answer to one turn of the `prompt`-th conversation to its results; returns plain's.
+    """Adds every method's fastest answer to one turn of the `prompt`-th conversation to its results; returns plain `generate`'s.
 
     The seconds that were spent on compiling are added to `compiling`.
     """
@@ -251,7 +252,7 @@ def _write(
 
 
 def differences(record: dict[str, Any]) -> list[str]:
-    """A line for every method whose greedy answers are not plain's although the dtype is exact enough for equality."""
+    """A line for every method whose greedy answers are not plain `generate`'s although the dtype is exact enough for equality."""
     if record["environment"]["dtype"] not in EXACT_DTYPES:
         return []
     rows = [row for row in record["runs"] if row["benchmark"] == "all" and not row["temperature"]]
@@ -291,7 +292,7 @@ def print_table(record: dict[str, Any]) -> None:
     title = f"{record['target']}, {record['environment']['dtype']}, {record['environment']['device']}"
     table = Table(
         title=title,
-        caption="T: temperature; n: answers, one to each turn; same: equal to plain's; from: first token that is not",
+        caption="T: temperature; n: answers, one to each turn; same: equal to plain `generate`'s; from: first token that is not",
     )
     for column in ("benchmark", "method", "T", "n", "tok/s", "speedup", "tau", "same", "from"):
         named = column in ("benchmark", "method")

@@ -114,7 +114,7 @@ class Method:
             model, known = drafter, DraftSettings.__dataclass_fields__
         unknown = sorted(set(settings) - set(known))
         if unknown:
-            raise ValueError(f"--method {text!r}: {unknown} are no settings of it; those are {', '.join(known)}.")
+            raise ValueError(f"--method {text!r}: {unknown} are not settings of it; those are {', '.join(known)}.")
         for key, (wanted, fits) in {**LOOKUP_SETTINGS, **ASSISTANT_SETTINGS}.items():
             if key in settings and not fits(settings[key]):
                 raise ValueError(f"--method {text!r}: {key}={settings[key]!r} must be {wanted}.")
@@ -134,7 +134,7 @@ class Method:
     def samples_like_plain(self) -> bool:
         """With the same seed it draws the same tokens as plain `generate`.
 
-        Transformers' own assisted loop draws for all candidates at once, so that its samples have plain's distribution
+        Transformers' own assisted loop draws for all candidates at once, so that its samples have plain `generate`'s distribution
         but are others.
         """
         return self.is_plain or (self.is_coral and not self.settings.get("draft_stock_loop"))

@@ -13,7 +13,7 @@ def expected_acceptance_length(acceptance_per_depth: Sequence[float]) -> float:
     """tau from the conditional acceptance at depth 1, 2, ...: 1 + a_1 + a_1 a_2 + ...
 
     Raises:
-        ValueError: if an acceptance is no share.
+        ValueError: if an acceptance is not a share.
     """
     if not all(0 <= acceptance <= 1 for acceptance in acceptance_per_depth):
         raise ValueError(f"acceptance_per_depth={list(acceptance_per_depth)}: give shares from 0 to 1.")
@@ -50,7 +50,7 @@ def predict_speedup(
 
 
 def costs_of(record: dict[str, Any], draft_top_k: int, active_groups: int | None = None) -> DraftCosts | None:
-    """The costs that a record of `coral-hf tune` holds for a width; None where it was not measured."""
+    """The costs that a record of `coral-hf tune` contains for a width; None where it was not measured."""
     for row in record["drafting"]:
         if row["draft_top_k"] == draft_top_k and row["draft_active_groups"] == active_groups:
             return DraftCosts(tuple(record["target_ms"]), row["first_level_ms"], row["level_ms"])

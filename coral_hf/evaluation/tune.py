@@ -198,11 +198,11 @@ def save_settings(folder: str | Path, settings: dict[str, Any]) -> None:
     """Puts settings into the config of a drafter's folder, whose weights stay as they are.
 
     Raises:
-        ValueError: if the folder holds no drafter, or its config refuses them.
+        ValueError: if the folder contains no drafter, or its config refuses them.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is no drafter's folder: save the drafter there first (save_pretrained).")
+        raise ValueError(f"{folder} is not a drafter's folder: save the drafter there first (save_pretrained).")
     config = {**json.loads(path.read_text(encoding="utf-8")), **settings}
     CoralDraftConfig.from_dict(config)  # refuses what it does not know
     # Beside and renamed: a reader finds the old file or the new one.

@@ -137,7 +137,7 @@ def verify(
 ) -> list[Check]:
     """Answers every turn of every prompt with plain `generate` and with every method, and compares the tokens.
 
-    Later turns follow on plain's answers, as in a benchmark.
+    Later turns continue plain `generate`'s answers, as in a benchmark.
 
     Args:
         target (`PreTrainedModel`): in float32; lower dtypes have near-ties that fall either way.
@@ -149,7 +149,7 @@ def verify(
             (`draft_stock_loop`) draws other samples by design: it is compared greedily only.
         seed (`int`): of the samples of the first prompt, one more for each next.
         output (`str` or `Path`, *optional*): folder of one `check_NAME.json` a method, written after every prompt: of
-            `n_turns` answers to `n_prompts` conversations `identical` are plain's, `different` names the others.
+            `n_turns` answers to `n_prompts` conversations `identical` are plain `generate`'s, `different` names the others.
 
     Returns:
         `list[Check]`: one per method and temperature.
@@ -226,7 +226,7 @@ def _compare(
     how: dict[str, Any],
     ids: torch.Tensor,
 ) -> list[int]:
-    """Adds every method's answer to its check; returns plain's."""
+    """Adds every method's answer to its check; returns plain `generate`'s."""
     turn = next(turns)
     plain = measure(target, ids, **how)
     for check in checks:

@@ -10,7 +10,7 @@ def draw_curve(folder: str | Path) -> Path:
     """Draws held-out tau over response tokens seen, from `training/log.jsonl`, to `training/curve.png`.
 
     Raises:
-        ValueError: if the log holds no evaluation.
+        ValueError: if the log contains no evaluation.
     """
     try:
         import matplotlib

@@ -168,7 +168,7 @@ def _summary(records: Records, config: CoralDraftConfig, target: str | None) -> 
             pieces = [weights.get_slice(name) for name in weights.keys()]  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{records.folder / WEIGHTS_FILE} is damaged ({error}); save the drafter again.") from error
-    floats = [piece for piece in pieces if "F" in piece.get_dtype()]  # the shortlist's ids are no parameters
+    floats = [piece for piece in pieces if "F" in piece.get_dtype()]  # the shortlist's ids are not parameters
     count = sum(math.prod(piece.get_shape()) for piece in floats)
     dtypes = "/".join(sorted({piece.get_dtype() for piece in floats}))
     parts = [f"`{config.shape}` shape", f"{count / 1e6:.1f} M parameters, {dtypes}"]

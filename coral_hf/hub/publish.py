@@ -1,6 +1,6 @@
 """Publishing a drafter: the files of a published folder, and pushing it to the Hub.
 
-A published folder holds, beside config and weights: the card; the records behind its figures; the model's code with an
+A published folder contains, next to config and weights: the card; the records for its figures; the model's code with an
 `auto_map`, so that `AutoModel.from_pretrained(..., trust_remote_code=True)` needs no package; and `custom_generate/`.
 """
 
@@ -65,7 +65,7 @@ def push_drafter(
         token (`str`, *optional*): by default the one of `hf auth login` or `HF_TOKEN`.
         revision (`str`, *optional*): branch to push to, made if there is none.
         commit_message, commit_description (`str`, *optional*), create_pr (`bool`)
-        **stated: keys of `card.json`, `license` say.
+        **stated: keys of `card.json`, for example `license`.
 
     Returns:
         `str`: URL of the commit.

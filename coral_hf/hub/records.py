@@ -1,6 +1,6 @@
-"""The records behind a card: what was measured, with which drafter, and how the drafter was trained.
+"""The records for a card: what was measured, with which drafter, and how the drafter was trained.
 
-A drafter's folder holds them under `training/`:
+A drafter's folder contains them under `training/`:
 
 - `benchmark*.json`: `coral-hf benchmark --output FOLDER/training` (`benchmark.json` gives the figures of the metadata)
 - `check_*.json`: `coral-hf verify --output FOLDER/training`
@@ -80,7 +80,9 @@ def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = Tr
     folder = Path(folder)
     for name in ("config.json", WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} holds no {name}: give the folder of a drafter, as save_pretrained writes it.")
+            raise ValueError(
+                f"{folder} contains no {name}: give the folder of a drafter, as save_pretrained writes it."
+            )
     records = Records(folder, file_sha256(folder / WEIGHTS_FILE))
     training = folder / RECORD_FOLDER
     benchmarks = sorted(training.glob("benchmark*.json"), key=lambda path: (path.name != "benchmark.json", path.name))
@@ -98,14 +100,14 @@ def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = Tr
     if not (records.benchmarks or records.foreign or records.unusable or unmeasured):
         which = " that says which drafter it measured" if records.anonymous else ""
         raise ValueError(
-            f"{training} holds no benchmark.json{which}: {_remedy(folder)}, or ask for a card that says "
+            f"{training} contains no benchmark.json{which}: {_remedy(folder)}, or ask for a card that says "
             "'not measured' with --unmeasured true."
         )
     for path in sorted(training.glob("check_*.json")):
         if (record := _read(records, path, strict)) is not None:
             _sort_in(records, path, record, records.checks, strict)
     for path in sorted(training.glob("compare_heads*.json")):
-        # candidates that do not ship are compared too: theirs is no error
+        # candidates that do not ship are compared too: their records are not an error
         record = _read(records, path, strict)
         if record is not None and record.get("drafter_sha256") == records.sha256:
             records.heads.append((path.name, record))

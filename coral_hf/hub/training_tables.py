@@ -1,4 +1,4 @@
-"""A card's section on training and the page behind it, as Markdown: data, runs, commands, curve and comparisons."""
+"""A card's section on training and the page that it links, as Markdown: data, runs, commands, curve and comparisons."""
 
 import statistics
 from pathlib import Path

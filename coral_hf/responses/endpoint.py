@@ -1,7 +1,7 @@
 """Regeneration by a serving engine: any server with OpenAI's chat completions (vLLM, SGLang, TGI) answers the prompts.
 
 For targets that outgrow one machine: the engine distributes and batches, this side keeps many requests open, and a file
-that a later run goes on with.
+that a later run continues with.
 
     >>> from coral_hf.responses.endpoint import regenerate_from_endpoint
     >>> from coral_hf.responses.response_files import iter_prompts
@@ -162,7 +162,7 @@ def regenerate_from_endpoint(
     Texts are kept one conversation a row, `{"id", "target", "turns", "responses", "finish_reasons"}` with `system`,
     `temperature` and `chat_template_kwargs` where they are set and `reasonings` where the server gives them apart (`target` is the model); training tokenises them, and learns no end from a response that was cut
     ("length"). With `token_ids` a row is one turn, as [`regenerate`] writes it, and its text. An `output` that exists is
-    continued; a row of texts that goes on with a conversation names its `first_turn`, before which the answers stand in
+    continued; a row of texts that continues a conversation names its `first_turn`, before which the answers stand in
     an earlier row and are context only.
 
     Args:
@@ -185,7 +185,7 @@ def regenerate_from_endpoint(
 
     Raises:
         ValueError: on settings out of range, duplicate ids, a request that the server refuses, answers that cannot be
-            trained on, or an `output` that holds other rows or is being written by another process.
+            trained on, or an `output` that contains other rows or is being written by another process.
         ConnectionError: if the server stops answering; what was answered is on file.
     """
     for name, value in {"max_new_tokens": max_new_tokens, "concurrency": concurrency}.items():
@@ -219,7 +219,7 @@ def regenerate_from_endpoint(
             raise error
         raise ConnectionError(
             f"{error}. {writer.counts['n_responses']} new answers are in {output}: start the server and run the same "
-            "command again to go on."
+            "command again to resume."
         ) from error
     return {**writer.stats(), "n_resumed": sum(map(len, on_file.values())), "n_excluded": n_excluded}
 

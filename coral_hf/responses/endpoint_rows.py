@@ -116,7 +116,7 @@ def answers_on_file(
     for number, row in read_jsonl(output):
         where = f"{output}, line {number}"
         if "id" not in row or any(column not in row for column in columns):
-            raise ValueError(f"{where} is no row of such a run ({', '.join(columns)}); give another output file.")
+            raise ValueError(f"{where} is not a row of such a run ({', '.join(columns)}); give another output file.")
         check_same_run(row, where, temperature, origin)
         found = answers.setdefault(row["id"], {})
         kwargs = check_template_kwargs(row.get(TEMPLATE_COLUMN), f"{where}: {TEMPLATE_COLUMN}")

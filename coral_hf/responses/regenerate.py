@@ -86,7 +86,7 @@ def regenerate(
 
     Greedy at temperature 0: the same tokens as `generate(do_sample=False)` prompt by prompt, up to near-ties of the
     dtype. Of the target's generation config only the EOS ids are used. An `output` that exists is continued: a last
-    line cut off by a kill is dropped, turns on file are not answered again, and conversations go on from their rows.
+    line cut off by a kill is dropped, turns on file are not answered again, and conversations continue from their rows.
 
     Args:
         target (`PreTrainedModel`):
@@ -112,7 +112,7 @@ def regenerate(
         seed (`int`, defaults to 0):
             Seeds the order of the prompts and the sampling.
         max_turns (`int`, *optional*):
-            Answer at most so many turns of each conversation; all by default.
+            Answer at most this many turns of each conversation; all by default.
         exclude (`Iterable[str]`, defaults to `()`):
             Ids of prompts to leave out, because another file has their answers.
         text (`bool`, *optional*):
@@ -131,7 +131,7 @@ def regenerate(
 
     Raises:
         ValueError: on settings out of range, duplicate ids, a target with layers that cannot be batched this way, or
-            an `output` that holds other rows, or those of another target, or is being written by another process.
+            an `output` that contains other rows, or those of another target, or is being written by another process.
     """
     positions = getattr(target.config.get_text_config(), "max_position_embeddings", None) or 2**20
     if max_prompt_tokens is None:

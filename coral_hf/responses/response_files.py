@@ -57,7 +57,7 @@ def iter_prompts(
         seen[name] = where
         yield {**as_prompt(known, found, where), "id": name}
     if not seen:
-        raise ValueError(f'{reading.names} holds no prompts: give a file with rows such as {{"prompt": "Hi!"}}.')
+        raise ValueError(f'{reading.names} contains no prompts: give a file with rows such as {{"prompt": "Hi!"}}.')
     print(reading.told(), flush=True)
     if n_repeated:
         print(f"{n_repeated:,} rows repeat an earlier prompt and are left out.", flush=True)
@@ -161,7 +161,7 @@ class AnswerWriter:
         except OSError as error:
             self.failed = True
             raise OSError(
-                f"{self.output} could not be written ({error}). Free the disk and run the same command again: it goes on from the "
+                f"{self.output} could not be written ({error}). Free the disk and run the same command again: it resumes from the "
                 "answers that are on file."
             ) from error
 
@@ -211,7 +211,7 @@ def write_shards(
 ) -> list[Path]:
     """
     Packs response rows into Parquet shards of ids (zstd; uint16 where the vocabulary allows, else int32), which
-    `datasets` and [`read_rows`] read. Shards that stand in the directory already are kept, the numbers go on from
+    `datasets` and [`read_rows`] read. Shards in the directory already are kept, the numbers continue from
     theirs, and answers that they hold (id, turn and temperature) are not packed again. All new shards appear, or none.
 
     Args:
@@ -226,7 +226,7 @@ def write_shards(
         `list[Path]`: the shards written; none where all answers are packed already.
 
     Raises:
-        ValueError: on a malformed row, without any row, or if a shard in the directory is damaged or holds answers of
+        ValueError: on a malformed row, without any row, or if a shard in the directory is damaged or contains answers of
             another target.
         ImportError: if pyarrow is missing.
     """
@@ -256,7 +256,7 @@ def write_shards(
             optional = [name for name in _OPTIONAL if name in columns]
         for other, one in ((other, one) for other in origins for one in ours if other.contradicts(one)):
             raise ValueError(
-                f"{shard} holds answers of {other}, and {source} those of {one}: pack them into another folder."
+                f"{shard} contains answers of {other}, and {source} those of {one}: pack them into another folder."
             )
     rows = [row for row in rows if _answer_key(row) not in packed]
     if not rows:

@@ -109,7 +109,7 @@ class CoralTrainingArguments(TrainingArguments):
     step_decay: float = field(
         default=1.0, metadata={"help": "Step k's loss is weighted step_decay ** (k - 1) (EAGLE-3: 0.8)."}
     )
-    csra_weight: float = field(default=CHOSEN, metadata={"help": "Weight of CSRA (0.05 but for eagle and hass)."})
+    csra_weight: float = field(default=CHOSEN, metadata={"help": "Weight of CSRA (0.05 except for eagle and hass)."})
     csra_temperature: float = field(default=0.07, metadata={"help": "Temperature of CSRA (ours; usual for the loss)."})
     csra_include_target: bool = field(
         default=True, metadata={"help": "Add the target's feature as one more, detached view in CSRA (ours)."}

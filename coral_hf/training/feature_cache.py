@@ -42,7 +42,7 @@ def _same_target(found: Any, target_id: str) -> bool:
 class FeatureCache:
     """Features on disk, in bf16 shards that are written once and read through a memory map.
 
-    A shard `features-NNNNN.safetensors` holds the rows that its `.json` names (by a hash of their token ids, so that
+    A shard `features-NNNNN.safetensors` contains the rows that its `.json` names (by a hash of their token ids, so that
     order and epochs do not matter) and counts only once that `.json`, written last with the shard's checksum, exists: a
     killed run loses at most one shard, and a damaged one is computed again. `cache[input_ids]` is `[S, n * H]`.
 
@@ -52,7 +52,7 @@ class FeatureCache:
         target_id (`str`): what identifies that target (name and revision); a cache of another one is refused.
 
     Raises:
-        ValueError: if the folder holds features of another target or other feature layers.
+        ValueError: if the folder contains features of another target or other feature layers.
     """
 
     def __init__(self, directory: str | Path, adapter: TargetAdapter, target_id: str):
@@ -119,7 +119,7 @@ class FeatureCache:
             barrier (*optional*): waits for the other processes, which call it as often.
 
         Raises:
-            ValueError: if the disk cannot hold the features, or another training is writing into the folder.
+            ValueError: if the disk is too small for the features, or another training is writing into the folder.
             OSError: if it fills up meanwhile; what was written counts.
         """
         wait = barrier or (lambda: None)

@@ -206,7 +206,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         features, positions = inputs.get("features"), inputs.get("position_ids")
         with torch.autocast(ids.device.type, enabled=False), torch.no_grad():
             if features is None:
-                # Transformers keeps packed conversations apart by positions that begin anew, where no mask is given
+                # Transformers keeps packed conversations apart by positions that restart, where no mask is given
                 mask = (documents >= 0).long() if positions is None else None
                 features = self.adapter.compute_features(ids, attention_mask=mask, position_ids=positions)
             embeds = self.adapter.embed(ids[:, 1:])

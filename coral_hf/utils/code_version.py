@@ -13,7 +13,7 @@ def code_commit(root: Path | None = None) -> str | None:
     if not (root / ".git").exists():
         return None
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
-    # the code alone: a record that was just written anew changes no figure
+    # the code alone: a record that was just rewritten changes no figure
     changed = _git(root, "status", "--porcelain", "--", "coral_hf", "examples/*.py", "benchmarks/*.py")
     return f"{commit}-dirty" if commit and changed else commit
 

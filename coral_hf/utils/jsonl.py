@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-# longer lines are no rows: a small .gz can hold one that fills the memory
+# longer lines are not rows: a small .gz can hold one that fills the memory
 LONGEST_LINE = 1 << 28
 
 
@@ -25,7 +25,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: if the file cannot be read or holds anything else.
+        ValueError: if the file cannot be read or contains anything else.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -33,7 +33,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error}); write it again or delete it.") from error
     value = parse_json(text, str(path), "Write it again or delete it.")
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}; write it again or delete it.")
+        raise ValueError(
+            f"{path} must contain a JSON object, got {type(value).__name__}; write it again or delete it."
+        )
     return value
 
 

@@ -36,7 +36,7 @@ class LineStream:
             self._show_due()
             self._state = ""
         head, newline, tail = rest.rpartition("\n")
-        if newline:  # the line that a bar leaves behind, or ordinary text
+        if newline:  # the line that a bar leaves, or ordinary text
             self._stream.write(f"{self._state}{head}\n")
             self._state = ""
         self._state += tail
@@ -49,7 +49,7 @@ class LineStream:
             self._last = now
 
     def flush(self) -> None:
-        """Passes on what is no bar's: text without an end of line stays until it has one, or until the stream is left."""
+        """Passes on everything that does not belong to a bar: text without an end of line stays until it has one, or until the stream is left."""
         self._stream.flush()
 
     def finish(self) -> None:
@@ -65,7 +65,7 @@ class LineStream:
 
 @contextmanager
 def log_lines() -> Iterator[None]:
-    """While it lasts, standard error holds whole lines, unless it is a terminal."""
+    """While it lasts, standard error contains whole lines, unless it is a terminal."""
     before = sys.stderr
     if before.isatty():
         yield

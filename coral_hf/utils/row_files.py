@@ -85,7 +85,7 @@ def _prompts(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in read_lines(path, _ENCODING):
         if "\0" in line:
             raise ValueError(
-                f"{path}, line {number} holds bytes that are no text; give a text file with a prompt a line."
+                f"{path}, line {number} contains bytes that are not text; give a text file with a prompt a line."
             )
         yield f"{path}, line {number}", {"prompt": line.strip()}
 

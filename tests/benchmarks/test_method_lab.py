@@ -97,7 +97,7 @@ def test_ids_need_their_tokenizer(tmp_path):
     from lab.text import documents
 
     (tmp_path / "rows.jsonl").write_text('{"prompt_ids": [1, 2], "response_ids": [3]}\n')
-    with pytest.raises(ValueError, match=r"rows.jsonl, line 1 holds ids.*--text_tokenizer"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 1 contains ids.*--text_tokenizer"):
         documents([str(tmp_path / "rows.jsonl")])
 
 

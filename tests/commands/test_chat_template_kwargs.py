@@ -133,7 +133,7 @@ def test_a_rows_own_mode_goes_before_the_runs(thinking, capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("{", "--chat_template_kwargs is no JSON"),
+        ("{", "--chat_template_kwargs is not JSON"),
         ("[1]", "--chat_template_kwargs must be an object"),
         ('{"enable_thinkng": false}', "sets enable_thinkng, which this target's chat template does not read"),
         ('{"add_generation_prompt": false}', "sets add_generation_prompt, which depends on the row"),

@@ -54,7 +54,7 @@ def test_usage(capsys):
         (["verify", "--data", "x", "--temprature", "1"], "'--temprature'; did you mean --temperature?"),
         (["verify", "--data", "x", "--xyz"], "`coral-hf verify --help` lists the options"),
         (["verify", "--data", "x", "--threads", "0"], "--threads 0 must be at least 1"),
-        (["benchmark", "--output", "out", "--drafter", "nothere"], "--drafter nothere is no folder here"),
+        (["benchmark", "--output", "out", "--drafter", "nothere"], "--drafter nothere is not a folder here"),
         (["benchmark", "--output", "out", "--drafter", __file__], "is a file; give the folder"),
         (["benchmark", "--output", __file__], "is a file; give a folder"),
         (["benchmark", "--output", "out", "--limit", "-1"], "--limit -1 must be at least 1"),
@@ -96,7 +96,7 @@ def test_missing_target_is_named(folder, capsys):
     output = folder / "out.jsonl"
     arguments = ["regenerate", "--prompts", str(folder / "prompts.jsonl"), "--output", str(output), "--target", "gone"]
     assert main(arguments) == 2
-    assert "--target gone is no folder here" in capsys.readouterr().err
+    assert "--target gone is not a folder here" in capsys.readouterr().err
     assert not output.exists()
 
 

@@ -85,7 +85,7 @@ def test_the_commit_is_known(hub, digests):
         (["benchmark", *MEASURE, "--drafter", "org/drafter", "main"], "at --drafter_revision v3"),
         (
             ["train", "--data", "x", "--output_dir", "o"],
-            "--drafter_revision v3 is of a --drafter to go on from: name it",
+            "--drafter_revision v3 requires --drafter",
         ),
         (["demo"], "demo runs the shipped pair alone"),
     ],

@@ -75,7 +75,7 @@ def test_a_budget_is_spent_and_kept(make, folder, monkeypatch):
 
 
 def test_without_data_the_target_writes_its_prompts(make, folder, capsys, monkeypatch):
-    """As many as its answers need, the first held out; here by a writer that stands in for a random target's babble."""
+    """As many as its answers need, the first held out; here by a writer that replaces a random target's babble."""
 
     def write(target, tokenizer, count, output, **kwargs):
         rows = [{"id": f"self-{number}", "turns": [f"w{number} w{number + 1}"]} for number in range(count)]
@@ -195,7 +195,7 @@ def test_a_killed_make_resumes(stage, make, folder, monkeypatch):
         (["--hours", "0"], "--hours 0.0 must be above 0"),
         (["--tokens", "-3"], "--tokens -3 must be above 0"),
         (["--data", "prompts.jsonl", "missing.jsonl"], "missing.jsonl"),
-        (["--output", "."], "holds something else than a make"),
+        (["--output", "."], "does not contain a make"),
     ],
 )
 def test_refusals_are_one_line(words, message, make, capsys):
@@ -223,7 +223,7 @@ def test_another_make_in_the_folder_is_refused(tmp_path):
     MakeState(tmp_path, {"target": "a", "data": ["x"]}).finish("prompts", train=3)
     again = MakeState(tmp_path, {"target": "a", "data": ["x"]})
     assert again.of("prompts") == {"train": 3} and again.of("answers") is None
-    with pytest.raises(ValueError, match=r"holds a make with target='a', here 'b': give the same to resume it"):
+    with pytest.raises(ValueError, match=r"contains a make with target='a', here 'b': give the same to resume it"):
         MakeState(tmp_path, {"target": "b", "data": ["x"]})
 
 

@@ -60,7 +60,7 @@ def test_prompts_given_to_train(rows, capsys):
         (["--batch_size", "2"], "did you mean --per-device-train-batch-size?"),
         (["--packing", "maybe"], "--packing: Truthy value expected: got maybe"),
         (["--shape", "eagle4"], "--shape 'eagle4' is unknown; choose eagle or eagle3"),
-        (["--config-overrides", "{"], "is no JSON"),
+        (["--config-overrides", "{"], "is not JSON"),
     ],
 )
 def test_slips_of_the_pen_in_train(words, remedy, rows, capsys, monkeypatch):
@@ -88,7 +88,9 @@ def test_dtypes_by_their_other_names(name, dtype):
 
 def test_last_without_a_checkpoint(rows, capsys):
     assert main([*TRAIN, "--resume-from-checkpoint", "last"]) == 0
-    assert "out holds no checkpoint to resume from: the training starts from the beginning." in capsys.readouterr().out
+    assert (
+        "out contains no checkpoint to resume from: the training starts from the beginning." in capsys.readouterr().out
+    )
 
 
 def test_a_drafter_of_ours_to_convert(rows, capsys):

@@ -90,7 +90,7 @@ def test_the_demo_target_takes_none_of_them(verb, folder, capsys):
         ([*VERIFY, "--target", "target", "--device_map", '{"model": "there"}'], "--device_map 'there' cannot be used here"),
         ([*VERIFY, "--target", "target", "--device_map", "meta"], "--device_map 'meta' cannot be used here"),
         ([*VERIFY, "--target", "target", "--device_map", "{}"], 'each module needs a device, 0 or "cpu" say'),
-        ([*VERIFY, "--target", "target", "--device_map", '{"model": '], "is no JSON object"),
+        ([*VERIFY, "--target", "target", "--device_map", '{"model": '], "is not a JSON object"),
         ([*VERIFY, "--target", "target", "--device_map", '{"model": [0]}'], 'each module needs a device, 0 or "cpu" say'),
         (["train", "--data", "x", "--output_dir", "out", "--device_map", "auto"], "split over several processes"),
         (["demo", "--target_revision", "v2"], "demo runs the shipped pair alone"),
@@ -179,7 +179,7 @@ def test_the_revision_is_loaded_and_recorded(revisions, tmp_path, capsys):
     for drafter, branch in (
         ([], "v2"),
         (["--drafter", "out-v2"], "main"),
-    ):  # one that goes on is trained for it from now on
+    ):  # one that continues is trained for it from now on
         assert main([*train, *drafter, "--target-revision", branch, "--output_dir", f"out-{branch}"]) == 0
         config = CoralDraftConfig.from_pretrained(f"out-{branch}")
         assert (config.target_name_or_path, config.target_revision) == ("org/target", revisions[branch])
@@ -194,7 +194,7 @@ def test_what_is_continued_notices_another_revision(revisions, capsys):
     assert f"caches features of {{'target': 'org/target {revisions['v2']}'" in capsys.readouterr().err
     resumed = [*TRAIN_ON, "--max_steps", "2", "--resume_from_checkpoint", "last"]
     assert main(resumed) == 2
-    assert f"Go on with the target of then (--target_revision {revisions['v2']})" in capsys.readouterr().err
+    assert f"Resume with the earlier target (--target_revision {revisions['v2']})" in capsys.readouterr().err
     assert main([*resumed, "--target_revision", revisions["v2"]]) == 0
     arguments = [*REGENERATE, "--max-new-tokens", "4", "--slots", "2", "--dtype", "float32"]
     assert main([*arguments, "--target_revision", "v2"]) == 0
@@ -202,7 +202,7 @@ def test_what_is_continued_notices_another_revision(revisions, capsys):
     assert {row["target_revision"] for row in rows} == {revisions["v2"]}
     capsys.readouterr()
     assert main(arguments) == 2
-    assert f"go on with --target_revision {revisions['v2']}" in capsys.readouterr().err
+    assert f"continue with --target_revision {revisions['v2']}" in capsys.readouterr().err
     assert main([*arguments, "--target_revision", revisions["v2"]]) == 0
 
 

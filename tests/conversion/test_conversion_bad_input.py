@@ -1,4 +1,4 @@
-"""Checkpoints that are no drafter for a target: one error that lists names, expected and found, and no code run."""
+"""Checkpoints that are not a drafter for a target: one error that lists names, expected and found, and no code run."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def target():
 
 
 def refuse(path, target, *parts):
-    """Reading and converting `path` both raise one ValueError that holds all `parts`, and write nothing."""
+    """Reading and converting `path` both raise one ValueError that contains all `parts`, and write nothing."""
     before = sorted(path.parent.iterdir())
     with pytest.raises(ValueError) as error:
         CoralDraftModel.from_eagle(path, target)
@@ -76,7 +76,7 @@ TENSOR_CASES = {
     "norms that the config does not name": (
         LLAMA,
         lambda: eagle3_tensors(norm="fc_norm"),
-        ["holds ['fc_norm.0.weight', 'fc_norm.1.weight', 'fc_norm.2.weight']", "fc_norm: true", "fc_norm=True"],
+        ["contains ['fc_norm.0.weight', 'fc_norm.1.weight', 'fc_norm.2.weight']", "fc_norm: true", "fc_norm=True"],
     ),
     "both norms": (
         {**LLAMA, "norm_before_fc": True, "fc_norm": True},
@@ -291,7 +291,7 @@ def test_shards_and_index_differ(target, tmp_path):
         refuse(path, target, part)
     index_file.write_text(json.dumps({"weight_map": without(index["weight_map"], "fc.weight")}))
     refuse(path, target, "not in the index ['fc.weight']")
-    for text, message in (("[]", "must hold a JSON object"), ('{"metadata": {}}', "holds no weight_map")):
+    for text, message in (("[]", "must contain a JSON object"), ('{"metadata": {}}', "contains no weight_map")):
         index_file.write_text(text)
         refuse(path, target, message)
 
@@ -319,14 +319,14 @@ def test_bytes_flipped_in_a_pickle(zipped, tmp_path):
 
 def test_folders(target, tmp_path):
     (tmp_path / "empty").mkdir()
-    refuse(tmp_path / "empty", target, "holds no config.json")
+    refuse(tmp_path / "empty", target, "contains no config.json")
     (tmp_path / "empty" / "config.json").write_text("{")
     refuse(tmp_path / "empty", target, "not valid JSON")
     (tmp_path / "empty" / "config.json").write_text("[]")
-    refuse(tmp_path / "empty", target, "must hold a JSON object")
+    refuse(tmp_path / "empty", target, "must contain a JSON object")
     (tmp_path / "empty" / "config.json").write_text(json.dumps(LLAMA))
-    refuse(tmp_path / "empty", target, "holds no weights", "model.safetensors")
-    with pytest.raises(OSError, match=r"is no folder; give one with a config\.json"):
+    refuse(tmp_path / "empty", target, "contains no weights", "model.safetensors")
+    with pytest.raises(OSError, match=r"is not a folder; give one with a config\.json"):
         CoralDraftModel.from_eagle(tmp_path / "absent", target)
     with pytest.raises(OSError, match="no local folder"):
         CoralDraftModel.from_eagle("nobody/no-such-drafter", target)

@@ -97,9 +97,9 @@ def test_revision(hub, target, tmp_path, capsys):
 
 def test_repositories_that_are_none(hub, target):
     hub.commit("org/empty", {"README.md": b"a card"})
-    with pytest.raises(ValueError, match=r"holds no config\.json"):
+    with pytest.raises(ValueError, match=r"contains no config\.json"):
         CoralDraftModel.from_eagle("org/empty", target)
-    with pytest.raises(OSError, match="'org/absent' is no local folder"):
+    with pytest.raises(OSError, match="'org/absent' is not a local folder"):
         CoralDraftModel.from_eagle("org/absent", target)
 
 

@@ -25,7 +25,7 @@ named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.file)
 
 
 def trained(row: dict) -> list:
-    """What is trained of a row: ids where it holds them, else texts."""
+    """What is trained of a row: ids where it contains them, else texts."""
     tokenizer = make_tokenizer("{% for m in messages %}<1>{{ m.content }}<2>{% endfor %}")
     ids, mask = encode_row(row, tokenizer, eos_ids={2})
     runs = [[]]
@@ -47,7 +47,7 @@ def test_there_are_enough():
 def test_files_are_trained_on_as_their_owner_means(case, tmp_path, capsys):
     path = case.write(tmp_path)
     if case.answers is None:
-        with pytest.raises(ValueError, match=r"holds a prompt without an answer .*coral-hf regenerate"):
+        with pytest.raises(ValueError, match=r"contains a prompt without an answer .*coral-hf regenerate"):
             read_rows(path, columns=case.columns)
         return
     rows = read_rows(path, columns=case.columns)
@@ -61,7 +61,7 @@ def test_files_are_answered_as_their_owner_means(case, tmp_path, capsys):
     path = case.write(tmp_path)
     if case.prompts is None:
         for read in (read_prompts, lambda *args, **kwargs: list(iter_prompts(*args, **kwargs))):
-            with pytest.raises(ValueError, match=r'holds token ids.*, which are not answered .*"prompt"'):
+            with pytest.raises(ValueError, match=r'contains token ids.*, which are not answered .*"prompt"'):
                 read(path, columns=case.columns)
         return
     prompts = read_prompts(path, columns=case.columns)
@@ -187,4 +187,4 @@ def test_rows_without_answers_among_others_are_left_out_and_counted(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "hi", "completion": "hello"}\n{"prompt": "ho"}\n')
     dataset = ConversationDataset(read_rows(tmp_path / "rows.jsonl"), make_tokenizer())
     assert len(dataset) == 1 and dataset.unusable == 1
-    assert "row 1 holds a prompt without an answer" in dataset.left_out[0]
+    assert "row 1 contains a prompt without an answer" in dataset.left_out[0]

@@ -73,7 +73,7 @@ def test_missing_empty_and_mixed_files(tmp_path):
         read_rows(tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match=r"absent\.parquet does not exist"):
         read_rows(tmp_path / "absent.parquet")
-    with pytest.raises(ValueError, match=r"holds no \.parquet shards"):
+    with pytest.raises(ValueError, match=r"contains no \.parquet shards"):
         read_rows(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no rows to train on"):
@@ -85,7 +85,7 @@ def test_missing_empty_and_mixed_files(tmp_path):
     ):
         read_rows([first, second])
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "turns": ["hi"]}])
-    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 1 holds a prompt without .*coral-hf regenerate"):
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 1 contains a prompt without .*coral-hf regenerate"):
         read_rows(prompts)
 
 
@@ -129,7 +129,7 @@ def test_saved_data_sets_and_their_splits(tmp_path):
 def test_a_data_set_that_the_hub_cannot_give():
     pytest.importorskip("datasets")
     for name in ("org/absent", "org/absent@main:config"):
-        with pytest.raises(ValueError, match=f"{name} is no file or folder here and could not be loaded .*offline"):
+        with pytest.raises(ValueError, match=f"{name} is not a file or folder here and could not be loaded .*offline"):
             read_rows(name)
 
 

@@ -24,6 +24,6 @@ def test_answers_of_another_target_are_told_of_once(capsys):
     row = {"id": "b", "prompt_ids": [1], "response_ids": [2]}
     (line,) = said(capsys, row, {**row, **OTHERS}, {**row, **OTHERS}, {**row, **MINE.columns})
     assert (
-        line.startswith("warning: row 'b' holds an answer of org/other (weights 4567)")
+        line.startswith("warning: row 'b' contains an answer of org/other (weights 4567)")
         and "coral-hf regenerate" in line
     )

@@ -134,7 +134,7 @@ def test_a_streamed_training_goes_on_with_its_buffer(tmp_path):
 
     trainer(8).train()
     with pytest.raises(
-        ValueError, match=r"another stream_buffer_size \(8, here 16\).* Go on with stream_buffer_size=8"
+        ValueError, match=r"another stream_buffer_size \(8, here 16\).* Continue with stream_buffer_size=8"
     ):
         trainer(16).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 

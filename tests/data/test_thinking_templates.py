@@ -64,7 +64,7 @@ def test_answers_without_thinking(family):
     tokenizer = thinking_tokenizer(family)
     found = texts(tokenizer, {"messages": MESSAGES})
     trained = [PLAIN[family].replace("TEXT", answer) for answer in ("yes", "no", "so")]
-    # GLM's history has the same empty blocks, so that one row holds all answers
+    # GLM's history has the same empty blocks, so that one row contains all answers
     assert [part for _, part in found] == (["".join(trained)] if family == "glm45" else trained)
     assert found[-1][0].startswith(prompt_of(tokenizer, MESSAGES[:-1]))
 

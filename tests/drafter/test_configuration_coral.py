@@ -111,8 +111,8 @@ def test_overrides_win_and_unknown_keys_are_refused():
             r"draft_total_tokens=60 .* \(2, the root included\)\. Lower it to 2",
         ),
         ({"router_groups": 8, "router_hidden_size": -1}, "router_hidden_size=-1 must be at least 1; leave it out"),
-        ({"draft_calibration": [0.1] * 8}, r"draft_calibration holds 0\.1: a row is 8 numbers"),
-        ({"draft_calibration": [["a"] * 8]}, "draft_calibration holds .* a row is 8 numbers"),
+        ({"draft_calibration": [0.1] * 8}, r"draft_calibration contains 0\.1: a row is 8 numbers"),
+        ({"draft_calibration": [["a"] * 8]}, "draft_calibration contains .* a row is 8 numbers"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be at least 1"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "must be a multiple of num_key_value_heads=3"),
         ({"num_hidden_layers": 2}, "exactly 1 layer"),
@@ -169,7 +169,7 @@ def test_a_misspelt_key_in_config_json_is_refused(tmp_path):
 
 @pytest.mark.parametrize("value", ["Infinity", "null", "7", '"x"', "[1]", "{}", None])
 def test_a_config_json_without_settings_is_refused(value, tmp_path):
-    """Where there is none, too: Transformers would go on with the defaults, Llama-2-7B's sizes."""
+    """Where there is none, too: Transformers would continue with the defaults, Llama-2-7B's sizes."""
     if value is not None:
         (tmp_path / "config.json").write_text(value)
     with pytest.raises(ValueError, match=r"config\.json.*save_pretrained") as caught:
@@ -186,7 +186,7 @@ def test_an_odd_dtype_is_refused(key, value, reader, tmp_path):
     settings = json.loads(path.read_text())
     assert settings.pop("dtype") == "bfloat16"
     path.write_text(json.dumps({**settings, key: value}))
-    with pytest.raises(ValueError, match=re.escape(f"dtype={str(value)!r} is no floating-point dtype")):
+    with pytest.raises(ValueError, match=re.escape(f"dtype={str(value)!r} is not a floating-point dtype")):
         reader.from_pretrained(tmp_path)
 
 

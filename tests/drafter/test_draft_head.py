@@ -53,7 +53,7 @@ def ids_of(router, group: int) -> list[int]:
 
 @contextmanager
 def right_when_active(monkeypatch, continuation):
-    """Puts the true next token first wherever the head's own selection holds it: some drafts are accepted."""
+    """Puts the true next token first wherever the head's own selection contains it: some drafts are accepted."""
     original_logits, original_propose = DraftHead._active_logits, CoralCandidateGenerator.propose
     place = {}
 

@@ -23,12 +23,14 @@ def test_damaged_ids_are_refused(part, bad, prompt, tmp_path):
     ids[3] = ids[4] if bad == "twice" else bad
     drafter.save_pretrained(tmp_path)
     damaged = CoralDraftModel.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"{part}.token_ids holds .*{'twice' if bad == 'twice' else bad}.* damaged"):
+    with pytest.raises(
+        ValueError, match=rf"{part}.token_ids contains .*{'twice' if bad == 'twice' else bad}.* damaged"
+    ):
         target.generate(prompt, assistant_model=damaged, max_new_tokens=4)
 
 
 class Quantised(torch.Tensor):
-    """Says that it is float32, and holds codes, as torchao's tensors do."""
+    """Says that it is float32, and contains codes, as torchao's tensors do."""
 
 
 class Int8Linear(nn.Linear):
@@ -61,7 +63,7 @@ def test_rows_of_a_quantised_head_are_not_drafted_from(kind, prompt):
         plain = target.generate(**kwargs)
         assert torch.equal(coral_generate(target, drafter, **kwargs, draft_head="full"), plain)
     for head in ("router", "shortlist", "both"):
-        with pytest.raises(ValueError, match=r"LM head of Qwen2ForCausalLM holds .* draft_head='full'"):
+        with pytest.raises(ValueError, match=r"LM head of Qwen2ForCausalLM contains .* draft_head='full'"):
             coral_generate(target, drafter, **kwargs, draft_head=head)
     with pytest.raises(ValueError, match="draft_head='full'"):
         TargetAdapter(target).logits(torch.randn(1, 32), token_ids=slice(0, 8))

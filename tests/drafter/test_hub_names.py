@@ -113,7 +113,7 @@ def test_a_training_notices_another_commit(hub, commit, tmp_path):
     target = load()
     make_trainer(tmp_path / "out", target, CoralDraftModel.from_target(target), **settings).train()
     assert json.loads((tmp_path / "features" / "meta.json").read_text())["target"] == f"org/target {commit}"
-    # a drafter of before, or of another commit, goes on with this target
+    # a drafter of before, or of another commit, continues with this target
     again = make_drafter(target, target_name_or_path="org/target", target_revision=None)
     trainer = make_trainer(tmp_path / "out", target, again, **settings)
     assert trainer.target_revision == commit

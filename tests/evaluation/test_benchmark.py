@@ -296,7 +296,7 @@ def test_bad_input_of_the_command(folder, capsys):
     arguments = ["benchmark", "--target", "target", "--output", "out", "--dtype", "float32"]
     for extra, message in (
         (["--drafter", "drafters/other", "--data", "prompts.jsonl"], "Load a drafter trained for this target"),
-        (["--drafter", "drafters/eagle", "--data", "empty.jsonl"], "holds no prompts: give a file"),
+        (["--drafter", "drafters/eagle", "--data", "empty.jsonl"], "contains no prompts: give a file"),
     ):
         assert main([*arguments, *extra]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]

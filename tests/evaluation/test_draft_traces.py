@@ -203,7 +203,7 @@ def test_tune_says_where_no_size_pays(folder, capsys, monkeypatch):
 def test_tune_refuses(folder, capsys):
     (folder / "empty.jsonl").write_text("")
     for arguments, message in (
-        (["--data", "empty.jsonl"], "holds no prompts"),
+        (["--data", "empty.jsonl"], "contains no prompts"),
         (["--data", "prompts.jsonl", "--drafter", "org/name", "--save", "true"], "is none"),
         (
             ["--data", "prompts.jsonl", "--drafter", "demo", "--save", "true"],

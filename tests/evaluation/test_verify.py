@@ -204,7 +204,7 @@ def test_command(tmp_path, capsys, monkeypatch, request):
     record = json.loads((tmp_path / "records" / "check_coral.json").read_text())
     assert record["drafter"] == "drafter" and len(record["drafter_sha256"]) == 64
     assert main([*arguments, "--data", "empty.jsonl"]) == 2
-    assert "holds no prompts" in capsys.readouterr().err
+    assert "contains no prompts" in capsys.readouterr().err
     assert main([*good, "--method", "fly"]) == 2
     assert "'fly' is unknown; choose coral, chain" in capsys.readouterr().err
     with monkeypatch.context() as nothing:  # whatever the reason: what was not compared is not equal

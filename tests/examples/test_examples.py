@@ -90,7 +90,7 @@ def test_ablate_training(tiny_demo, tmp_path, monkeypatch, capsys):
     strong = "strong:preset=coral,rollout_schedule=2,csra_weight=0.5,config.target_feature_layers=[0,-1]"
     variants = ["--variants", "hass", strong]
     run(monkeypatch, "ablate_training.py", *common, "--seeds", "0", *variants)
-    run(monkeypatch, "ablate_training.py", *common, "--seeds", "0", "1", *variants)  # goes on
+    run(monkeypatch, "ablate_training.py", *common, "--seeds", "0", "1", *variants)  # continues
     record = json.loads((output / "ablation.json").read_text())
     assert [(one["variant"], one["seed"]) for one in record["runs"]] == [
         (n, s) for s in (0, 1) for n in ("hass", "strong")
@@ -102,7 +102,7 @@ def test_ablate_training(tiny_demo, tmp_path, monkeypatch, capsys):
     with refused(capsys, "csra_wait"):
         run(monkeypatch, "ablate_training.py", *common, "--variants", "odd:preset=coral,csra_wait=1")
     stands = (output / "ablation.json").read_text()
-    with pytest.raises(SystemExit, match=r"holds runs with training_arguments .*, and these are with .*0\.05"):
+    with pytest.raises(SystemExit, match=r"contains runs with training_arguments .*, and these are with .*0\.05"):
         run(
             monkeypatch,
             "ablate_training.py",
@@ -114,7 +114,7 @@ def test_ablate_training(tiny_demo, tmp_path, monkeypatch, capsys):
             "--learning_rate",
             "5e-2",
         )
-    with pytest.raises(SystemExit, match=r"holds runs of that name with .*give it another name"):
+    with pytest.raises(SystemExit, match=r"contains runs of that name with .*give it another name"):
         run(
             monkeypatch,
             "ablate_training.py",
@@ -186,7 +186,7 @@ def test_benchmark_regeneration(tiny_demo, prompt_file, tmp_path, monkeypatch, c
     run(monkeypatch, "benchmark_regeneration.py", *arguments)
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["identical"] == 1 and record["tokens_per_second_ratio"] > 0
-    with refused(capsys, "holds 2 prompts"):
+    with refused(capsys, "contains 2 prompts"):
         run(
             monkeypatch,
             "benchmark_regeneration.py",

@@ -12,7 +12,7 @@ def test_users_errors_are_one_line(tmp_path, monkeypatch, capsys):
     records = ["--tune", str(tmp_path / "broken.json"), "--benchmark", str(tmp_path / "gone.json")]
     with refused(capsys, f"predict_speedup.py: {tmp_path / 'broken.json'}: not valid JSON"):
         run(monkeypatch, "predict_speedup.py", *records)
-    with refused(capsys, "chat.py: --target nowhere/at-all is no folder here"):
+    with refused(capsys, "chat.py: --target nowhere/at-all is not a folder here"):
         run(monkeypatch, "chat.py", "--target", "nowhere/at-all")
     with refused(capsys, "compare_runs.py: "):
         run(monkeypatch, "compare_runs.py", "--runs", str(tmp_path), str(tmp_path))

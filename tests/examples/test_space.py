@@ -171,7 +171,7 @@ def test_page_in_a_browser(pair, tmp_path, monkeypatch):
     import app
 
     def broken():
-        raise ValueError("DRAFTER=<none> is no drafter; name another.")
+        raise ValueError("DRAFTER=<none> is not a drafter; name another.")
 
     pages = [app.build(lambda: pair), app.build(broken)]
     browser = open_browser(tmp_path / "profile")
@@ -201,7 +201,7 @@ def test_page_in_a_browser(pair, tmp_path, monkeypatch):
         assert "The prompt is empty" in wait_for(browser, ".verdict.error").text
         _, url, _ = app.launch(pages[1], prevent_thread_lock=True, quiet=True)
         browser.get(url)
-        assert "DRAFTER=<none> is no drafter" in wait_for(browser, "[role=alert]").text
+        assert "DRAFTER=<none> is not a drafter" in wait_for(browser, "[role=alert]").text
         assert not wait_for(browser, "#go").is_enabled()
         assert requested_hosts(browser) <= {"127.0.0.1", "localhost"}
         assert called <= {"127.0.0.1", "localhost", "::1", "0.0.0.0"}

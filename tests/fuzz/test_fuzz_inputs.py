@@ -84,5 +84,5 @@ def test_a_config_of_other_sizes(tmp_path):
     drafter, info = CoralDraftModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True, output_loading_info=True)
     assert drafter.config.intermediate_size == 65 and len(info["mismatched_keys"]) == 3
     path.unlink()
-    with pytest.raises(ValueError, match=r"holds no config\.json"):
+    with pytest.raises(ValueError, match=r"contains no config\.json"):
         CoralDraftModel.from_pretrained(tmp_path)

@@ -99,7 +99,7 @@ def test_built_trees(data, top_k, depth):
 
 
 def slow_walk(tree, choices: list[int], most: int) -> tuple[list[int], list[int]]:
-    """Down from the root while some child holds the choice at its parent, at most `most` tokens."""
+    """Down from the root while some child contains the choice at its parent, at most `most` tokens."""
     path, chosen = [0], [choices[0]]
     while len(chosen) < most:
         found = [

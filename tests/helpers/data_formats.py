@@ -12,7 +12,7 @@ class Case:
     """A file, and what it means.
 
     Args:
-        file (`str`): its name; a folder's ends with a slash and holds a file for each row.
+        file (`str`): its name; a folder's ends with a slash and contains a file for each row.
         content: its text, or rows: written one JSON object a line, as an array (.json) or a table (.parquet).
         prompts (`list`): (turns, system text) of each row; None where there is no text to answer.
         answers (`list`): what is trained of each row; None where there is nothing to train on.

@@ -125,7 +125,7 @@ def test_connection_cut_during_upload(hub, drafter):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({}, "holds no model.safetensors"),
+        ({}, "contains no model.safetensors"),
         ({"pytorch_model.bin": b"pickle"}, "pytorch_model.bin, a pickle"),
         ({"model.safetensors": bytes(3_000_000)}, "another model's weights"),
     ],

@@ -161,7 +161,7 @@ def test_ablation(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: None, "holds no benchmark.json: measure this drafter with `coral-hf benchmark"),
+        (lambda folder: None, "contains no benchmark.json: measure this drafter with `coral-hf benchmark"),
         (lambda folder: add_record(folder, digest="f" * 64), "measured another drafter"),
         (
             lambda folder: add_record(folder, digest=None),
@@ -176,8 +176,8 @@ def test_ablation(folder):
         (lambda folder: (folder / "training" / "benchmark.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "training" / "benchmark.json").write_text("[]"), "JSON object"),
         (lambda folder: (folder / "training" / "card.json").write_text('{"tau": 9}') and add_record(folder), "'tau'"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
-        (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "contains no model.safetensors"),
+        (lambda folder: (folder / "config.json").unlink(), "contains no config.json"),
         (
             lambda folder: (folder / "config.json").write_text("Infinity") and add_record(folder),
             "JSON object, got 'inf'",

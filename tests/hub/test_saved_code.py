@@ -85,7 +85,7 @@ def test_a_dry_run_writes_what_a_push_sends(folder, hub, tmp_path, capsys, monke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere", "org/name"], "nowhere is no folder here"),
+        (["nowhere", "org/name"], "nowhere is not a folder here"),
         ([".", "org/name/more"], "Repo id must be in the form"),
         (["."], "give repo_id"),
     ],

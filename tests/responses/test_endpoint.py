@@ -225,11 +225,11 @@ def test_what_cannot_be_mended_by_asking_again(server, tmp_path):
         with pytest.raises(ValueError, match=message):
             ask(server, PROMPTS, tmp_path / "never.jsonl", **wrong)
     ask(server, PROMPTS[:2], tmp_path / "out.jsonl")
-    with pytest.raises(ValueError, match=r"line 1 holds a response at temperature 0\.0, this run has 0\.5"):
+    with pytest.raises(ValueError, match=r"line 1 contains a response at temperature 0\.0, this run has 0\.5"):
         ask(server, PROMPTS, tmp_path / "out.jsonl", temperature=0.5)
-    with pytest.raises(ValueError, match="holds a response of big-model, this run's target is OTHER; give"):
+    with pytest.raises(ValueError, match="contains a response of big-model, this run's target is OTHER; give"):
         regenerate_from_endpoint(server.url, "OTHER", PROMPTS, tmp_path / "out.jsonl", progress=False)
-    with pytest.raises(ValueError, match=r"out\.jsonl, line 1 is no row of such a run"):
+    with pytest.raises(ValueError, match=r"out\.jsonl, line 1 is not a row of such a run"):
         ask(server, PROMPTS, tmp_path / "out.jsonl", token_ids=True)
 
 

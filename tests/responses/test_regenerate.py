@@ -251,7 +251,7 @@ def test_answers_of_another_target_do_not_mix(target, tmp_path):
     (row,) = read(output)
     assert (row["target"], row["target_revision"], len(row["target_weights"])) == ("org/name", "aaaa", 12)
     other = make_target(seed=5)
-    named = rf"holds a response of org/name at revision aaaa .weights {row['target_weights']}., this run's target is .*; give"
+    named = rf"contains a response of org/name at revision aaaa .weights {row['target_weights']}., this run's target is .*; give"
     with pytest.raises(ValueError, match=named):
         regenerate(other, make_tokenizer(), prompts, output, max_new_tokens=9, **arguments)
     same = make_target(dtype=torch.bfloat16)  # in another dtype, and from a folder
@@ -259,7 +259,7 @@ def test_answers_of_another_target_do_not_mix(target, tmp_path):
     regenerate(same, make_tokenizer(), prompts[:2], output, max_new_tokens=6, **arguments)
     assert [row["target"] for row in read(output)] == ["org/name", tmp_path.name]
     same.config._commit_hash = "bbbb"
-    with pytest.raises(ValueError, match="or go on with --target_revision aaaa"):
+    with pytest.raises(ValueError, match="or continue with --target_revision aaaa"):
         regenerate(same, make_tokenizer(), prompts, output, max_new_tokens=6, **arguments)
     for row in (rows := read(output)):  # as earlier versions wrote them
         for name in ("target", "target_revision", "target_weights", "prompt_hash"):

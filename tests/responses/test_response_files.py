@@ -39,7 +39,7 @@ def test_system_messages_of_prompts_stand_in_front(tmp_path):
     (row,) = iter_prompts(path)
     assert row == {"id": row["id"], "turns": ["user", "user"], "system": "system\n\nsystem"} and len(row["id"]) == 16
     path.write_text(json.dumps({"messages": [*chat[2:], chat[0]]}))
-    with pytest.raises(ValueError, match="line 1: a system message stands behind others"):
+    with pytest.raises(ValueError, match="line 1: a system message comes after others"):
         list(iter_prompts(path))
     path.write_text(json.dumps({"messages": chat, "system": "other"}))
     with pytest.raises(ValueError, match="line 1 has a system text beside a system message"):
@@ -70,7 +70,7 @@ def test_a_malformed_row_leaves_no_shard(tmp_path):
     pytest.importorskip("pyarrow.parquet")
     with pytest.raises(ValueError, match='row 1: "prompt_ids"'):
         write_shards([{"id": "a", "prompt_ids": [1], "response_ids": [1]}, {"id": "b"}], tmp_path / "shards")
-    with pytest.raises(ValueError, match="these are no rows to write"):
+    with pytest.raises(ValueError, match="these are not rows to write"):
         write_shards([], tmp_path / "shards")
     with pytest.raises(ValueError, match="rows_per_shard must be at least 1, got 0"):
         write_shards([], tmp_path / "shards", rows_per_shard=0)
@@ -98,7 +98,7 @@ def test_shards_keep_whose_answers_they_are(tmp_path):
     assert [found for _, found in iter_source(tmp_path / "new")] == [{**row, "temperature": 0.0, **origin}]
     for changed in ({"target_weights": "89ab"}, {"target_revision": "bbbb"}):
         with pytest.raises(
-            ValueError, match=r"responses-00000.parquet holds answers of org/name at revision aaaa .*pack"
+            ValueError, match=r"responses-00000.parquet contains answers of org/name at revision aaaa .*pack"
         ):
             write_shards([{**row, **origin, **changed}], tmp_path / "new")
     write_shards([row], tmp_path / "old")  # as earlier versions did: its columns stay those of the folder

@@ -54,7 +54,7 @@ def test_what_is_kept_and_what_is_dropped(script, tmp_path, capsys):
     longer = write_self_prompts(target, make_tokenizer(TEMPLATE), 3, path, **how)
     assert longer[:2] == rows and longer[2]["turns"] == [OWL]
     assert write_self_prompts(target, make_tokenizer(TEMPLATE), 2, path, **how) == rows, "nothing is written twice"
-    with pytest.raises(ValueError, match=r"holds a response of .*, this run's target is"):
+    with pytest.raises(ValueError, match=r"contains a response of .*, this run's target is"):
         write_self_prompts(make_target(seed=5), make_tokenizer(TEMPLATE), 3, path, **how)
     with pytest.raises(ValueError, match="self_prompts=0 must be at least 1"):
         write_self_prompts(target, make_tokenizer(TEMPLATE), 0, path)

@@ -59,7 +59,7 @@ def test_an_adapted_drafter_is_merged_and_drafts(shape, tmp_path):
     trainable = {name for name, value in trainer.model.named_parameters() if value.requires_grad}
     assert trainable and all("lora_" in name for name in trainable)
     trainer.save_model()
-    assert any("lora_" in name for name, _ in trainer.model.named_parameters()), "training can go on"
+    assert any("lora_" in name for name, _ in trainer.model.named_parameters()), "training can continue"
     merged = AutoModel.from_pretrained(tmp_path)
     assert isinstance(merged, CoralDraftModel) and set(merged.state_dict()) == set(before)
     moved = {name for name, value in before.items() if not torch.equal(value, merged.state_dict()[name])}
@@ -86,7 +86,7 @@ def test_adapters_resume_exactly(tmp_path):
         runs.append(weights(trainer.model))
     assert_same_weights(*runs, rtol=0, atol=0)
     plain = make_trainer(tmp_path, target, **settings)
-    with pytest.raises(ValueError, match=r"holds no model.safetensors, which this training needs"):
+    with pytest.raises(ValueError, match=r"contains no model.safetensors, which this training needs"):
         plain.train(resume_from_checkpoint=True)
 
 

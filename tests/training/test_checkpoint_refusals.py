@@ -33,15 +33,16 @@ def test_a_wrong_checkpoint_is_refused(trained):
         with pytest.raises(ValueError, match=message):
             trainer.train(resume_from_checkpoint=where)
 
-    resume(r"'/no/such' is no folder; the last checkpoint is .*checkpoint-2", "/no/such")
-    message = "holds no readable trainer_state.json: it is no checkpoint of a training.*--drafter"
+    resume(r"'/no/such' is not a folder; the last checkpoint is .*checkpoint-2", "/no/such")
+    message = "contains no readable trainer_state.json: it is not a checkpoint of a training.*--drafter"
     resume(message, folder.parent, overwrite_output_dir=True)
     resume("is a checkpoint of another drafter: .* has shape .*tensors differ", drafter=quick_drafter(target, "eagle"))
     resume("with another data", rows=random_rows(15))
     resume("with another data", rows=random_rows(16, seed=8))
     resume(r"with another batch \(4, here 8\)", per_device_train_batch_size=8)
     resume(
-        r"with another seed \(42, here 7\).* Go on with seed=42, or read the rows anew with ignore_data_skip", seed=7
+        r"with another seed \(42, here 7\).* Continue with seed=42, or read the rows again with ignore_data_skip",
+        seed=7,
     )
     resume(r"with another seed \(42, here 7\)", data_seed=7)
     resume("with another train_sampling_strategy", train_sampling_strategy="random")
@@ -52,21 +53,19 @@ def test_a_wrong_checkpoint_is_refused(trained):
     )
     resume("with another vocabulary", drafter=quick_drafter(target, target_vocab_hash="f" * 64))
     (checkpoint / "optimizer.pt").rename(folder / "kept")
-    resume("holds no optimizer.pt, which this training needs")
+    resume("contains no optimizer.pt, which this training needs")
     (folder / "kept").rename(checkpoint / "optimizer.pt")
     whole = (checkpoint / "model.safetensors").read_bytes()
     (checkpoint / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     resume("model.safetensors is damaged")
     (checkpoint / "trainer_state.json").write_text('{"half": ')
-    resume("holds no readable trainer_state.json")
+    resume("contains no readable trainer_state.json")
 
 
 def test_other_losses_are_told_of_when_going_on(trained, caplog):
     target, folder, settings = trained
     settings = {**settings, "max_steps": 3}
-    message = (
-        r"goes on with other losses: csra_weight=0.5 (0.05 until now), rollout_schedule='3' ('1:0.3,3:0.7' until now)."
-    )
+    message = r"continues with other losses: csra_weight=0.5 (0.05 until now), rollout_schedule='3' ('1:0.3,3:0.7' until now)."
 
     def go_on(**changed):
         caplog.clear()

@@ -100,7 +100,7 @@ def test_two_processes_are_one_with_the_doubled_batch(kind, tmp_path, one_proces
         assert found["metrics"][name] == pytest.approx(metrics[name], rel=1e-5), name
     trained = CoralDraftModel.from_pretrained(tmp_path)
     assert_same_weights(expected, weights(trained), rtol=0, atol=1e-7)
-    # a checkpoint holds both ranks' generators, no target, and nothing of it is left half-written
+    # a checkpoint contains both ranks' generators, no target, and nothing of it is left half-written
     assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == ["checkpoint-2", "checkpoint-4"]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in (tmp_path / "checkpoint-2").iterdir()}
     if kind == "ddp":

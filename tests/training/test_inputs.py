@@ -92,5 +92,5 @@ def test_wrong_and_swapped_models_are_named(folder):
             CoralTrainer(drafter, target_model, make_args(folder / "out"), random_rows(4))
     with pytest.raises(ValueError, match="target is a CORAL drafter"):
         CoralDraftModel.from_target(drafter)
-    with pytest.raises(OSError, match="target='org/missing' is no folder here"):
+    with pytest.raises(OSError, match="target='org/missing' is not a folder here"):
         CoralDraftModel.from_target("org/missing")

@@ -131,7 +131,9 @@ def test_clusters_hold_like_rows(vocab_size, size):
 def test_a_router_starts_as_the_groups_mean_rows():
     adapter = TargetAdapter(make_target("granite"))
     counts = torch.randint(0, 50, (128,))
-    router = LMHeadRouter(32, 128, 7, 33, clustered=True).double()  # rank 16 holds all of 7 groups; one unit left over
+    router = LMHeadRouter(
+        32, 128, 7, 33, clustered=True
+    ).double()  # rank 16 contains all of 7 groups; one unit left over
     start_from_centroids(router, adapter, counts)
     hidden = torch.randn(5, 32, dtype=torch.float64)
     full, order = adapter.logits(hidden), router.token_order.tolist()

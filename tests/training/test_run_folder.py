@@ -87,7 +87,7 @@ def test_what_is_overwritten_goes_with_all_its_checkpoints(tmp_path, target):
 
 def test_last_without_a_checkpoint_is_the_beginning(tmp_path, target, capsys):
     assert train(tmp_path / "new", target, "last", max_steps=2).state.global_step == 2
-    told = "holds no checkpoint to resume from: the training starts from the beginning"
+    told = "contains no checkpoint to resume from: the training starts from the beginning"
     assert capsys.readouterr().out.count(told) == 1
     assert train(tmp_path / "new", target, "last", max_steps=3).state.global_step == 3
     assert told not in capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_last_is_never_a_checkpoint_of_another_run(tmp_path, target):
     assert names(tmp_path / "b") == ["checkpoint-3", "checkpoint-4", "checkpoint-6"], "the limit is of its own run"
     for path in (tmp_path / "b").glob("checkpoint-[1-5]"):
         shutil.rmtree(path)
-    with pytest.raises(ValueError, match="holds no checkpoint of the run that wrote it last"):
+    with pytest.raises(ValueError, match="contains no checkpoint of the run that wrote it last"):
         check_run_folder(tmp_path / "b", "last")
 
 

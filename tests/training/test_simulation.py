@@ -58,7 +58,7 @@ def test_chain_statistics_by_hand():
     statistics = ChainStatistics(2)
     statistics.add(matches, trained)
     assert statistics.tokens.tolist() == [5.0, 2.0]
-    # rows 1..6 all start a chain; after a match at 2, 3 and 5 a second draft follows and always holds (row 6 has none)
+    # rows 1..6 all start a chain; after a match at 2, 3 and 5 a second draft follows and is always right (row 6 has none)
     assert statistics.summary() == {"acceptance_1": 4 / 6, "acceptance_2": 1.0, "acceptance_length": 2.5}
     statistics.add(torch.zeros(2, 1, 8, dtype=torch.bool), trained)
     assert statistics.tokens.tolist() == [10.0, 7.0]

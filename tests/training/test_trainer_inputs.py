@@ -229,8 +229,8 @@ def test_what_was_left_out_is_said_once(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (["a text", "another"], "row 0 holds a prompt without an answer"),
-        ({"a": ["a text"]}, "row 0 holds a prompt without an answer"),
+        (["a text", "another"], "row 0 contains a prompt without an answer"),
+        ({"a": ["a text"]}, "row 0 contains a prompt without an answer"),
         ([3], "row 0 is '3', of type int, where a row is an object or a string"),
     ],
 )
@@ -332,5 +332,5 @@ def test_answers_of_another_target_are_told_of_once(streamed, tmp_path, capsys):
         trainer = make_trainer(tmp_path, target, rows=stream if streamed else rows, max_steps=4)
         trainer.train()
         told = capsys.readouterr().out
-        assert told.count("holds an answer of org/name") == warned, columns
+        assert told.count("contains an answer of org/name") == warned, columns
         assert f"the target of this training is org/name at revision bbbb (weights {sample})" in told or not warned

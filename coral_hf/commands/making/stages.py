@@ -90,7 +90,9 @@ class Making(Measuring):
             return
         rows = list(iter_prompts(data, **reading))
         if len(rows) < 4:
-            raise ValueError(f"--data holds {len(rows)} prompts; a make needs 4 at least, and a drafter thousands.")
+            raise ValueError(
+                f"--data contains {len(rows)} prompts; make needs at least 4, and a good drafter needs thousands."
+            )
         kept, held_out = hold_out(rows, min(HELD_OUT_PROMPTS, max(2, len(rows) // 10)))
         random.Random(self.seed).shuffle(kept)
         self.state.begin()
@@ -100,7 +102,7 @@ class Making(Measuring):
         self.state.finish("prompts", train=len(kept), held_out=len(held_out))
 
     def write_prompts(self, count: int) -> list[dict[str, Any]]:
-        """Lets the target write prompts until there are so many; the first are held out.
+        """Lets the target write prompts until there are enough; the first are held out.
 
         Returns:
             `list[dict]`: those to train on.

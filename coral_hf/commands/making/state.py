@@ -32,12 +32,12 @@ class MakeState:
             for name, value in json.loads(json.dumps(settings)).items():
                 if earlier.get(name) != value:
                     raise ValueError(
-                        f"{folder} holds a make with {name}={earlier.get(name)!r}, here {value!r}: give the same to resume it, "
+                        f"{folder} contains a make with {name}={earlier.get(name)!r}, here {value!r}: give the same to resume it, "
                         "or another --output."
                     )
             self.stages = record["stages"]
         elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise ValueError(f"{folder} holds something else than a make: give --output a new or an empty folder.")
+            raise ValueError(f"{folder} does not contain a make: give --output a new or an empty folder.")
         self.settings = settings
 
     def of(self, stage: str) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """One pass over the vocabulary for all terms that compare the drafter's distribution with the target's.
 
-It never holds the logits of a whole batch: it works through chunks of rows and computes the gradient with respect to the
+It never keeps the logits of a whole batch: it works through chunks of rows and computes the gradient with respect to the
 drafter's output in the same pass, so that one chunk of fp32 logits exists at a time.
 """
 
@@ -88,7 +88,7 @@ class _GradientFromForward(torch.autograd.Function):
 
 
 class _ChunkMemory:
-    """Tensors that every chunk fills anew: on a CPU, fresh memory for each costs more than a pass over it.
+    """Tensors that every chunk overwrites: on a CPU, fresh memory for each costs more than a pass over it.
 
     Args:
         rows (`int`): rows of the largest chunk.

@@ -60,7 +60,7 @@ class LossTerm:
     """One term of the loss; `terms.TERMS` lists all of them.
 
     Args:
-        name (`str`): in the log and the learning curve, where a term of single steps has the step's number behind it.
+        name (`str`): in the log and the learning curve, where a term of single steps has the step's number after it.
         weight (`str`): the field of [`CoralTrainingArguments`] that weighs it; at 0 it is left out.
         function: of the [`LossBatch`] and the arguments; returns a mean for each step `[K]`, or a scalar.
         settings (`tuple[str, ...]`): further fields that decide what it computes.

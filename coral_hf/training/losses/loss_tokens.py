@@ -17,7 +17,7 @@ class LossTokens:
         vocab_size (`int`): of the target.
 
     Raises:
-        ValueError: if `loss_vocab_size` is no part of the vocabulary.
+        ValueError: if `loss_vocab_size` is not part of the vocabulary.
     """
 
     def __init__(self, args: Any, dataset: Any, vocab_size: int):

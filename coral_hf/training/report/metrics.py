@@ -45,7 +45,7 @@ class CountTokens(TrainerCallback):
     """Counts the response tokens of the updates that were made.
 
     Not those of a batch that was read: a checkpoint may be written between reading and updating, and with
-    `auto_find_batch_size` a try that ran out of memory begins anew.
+    `auto_find_batch_size` a try that ran out of memory restarts.
     """
 
     def __init__(self) -> None:

@@ -44,7 +44,7 @@ class ChainStatistics:
                 # The response's first token comes out of the prefill, without a draft.
                 row = start + 1
                 while row < end:
-                    # The last drafts stop where the response does: there is no bonus token behind its end.
+                    # The last drafts stop where the response does: there is no bonus token after its end.
                     produced = min(lengths[row] + 1, end - row)
                     self.tokens += torch.tensor([produced, 1.0], dtype=torch.float64)
                     row += produced

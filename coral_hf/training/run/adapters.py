@@ -58,7 +58,7 @@ def adaptable_modules(drafter: CoralDraftModel) -> list[str]:
 
 
 def rebuild(model: Any, state_dict: dict[str, Any]) -> Any:
-    """An adapted drafter anew, whole, from the gathered weights of a sharded one, which can be neither copied nor merged."""
+    """A new copy of an adapted drafter, whole, from the gathered weights of a sharded one, which can be neither copied nor merged."""
     from peft import get_peft_model
 
     copied = get_peft_model(CoralDraftModel(model.get_base_model().config), model.active_peft_config)
@@ -70,7 +70,7 @@ def save_merged(model: Any, folder: str | Path) -> CoralDraftModel:
     """Saves an adapted drafter as a plain one into `folder`, and its adapters into `folder/adapter`.
 
     Adapters in `folder` itself (of a checkpoint, or of `Trainer`'s own saving) are removed: `from_pretrained` would apply
-    them to weights that hold them already. The model itself keeps its adapters, so that its training can go on.
+    them to weights that hold them already. The model itself keeps its adapters, so that its training can continue.
 
     Returns:
         [`CoralDraftModel`]: the merged drafter.

@@ -1,4 +1,4 @@
-"""Checkpoints that outlive a kill: written beside and renamed, and checked before a training goes on from one."""
+"""Checkpoints that outlive a kill: written beside and renamed, and checked before a training resumes from one."""
 
 import hashlib
 import json
@@ -67,7 +67,7 @@ class CheckpointMixin(Trainer):
         output = Path(self.args.output_dir)
         folder = check_run_folder(output, resume_from_checkpoint, self.args.overwrite_output_dir)
         if folder is None and resume_from_checkpoint and self.args.process_index == 0:
-            print(f"{output} holds no checkpoint to resume from: the training starts from the beginning.")
+            print(f"{output} contains no checkpoint to resume from: the training starts from the beginning.")
         self._tokens.start = self.tokens_seen
         if folder is not None:
             self.check_checkpoint(folder)
@@ -110,7 +110,7 @@ class CheckpointMixin(Trainer):
                 raise
             raise OSError(
                 f"{final} could not be written ({str(error).splitlines()[0]}); {last_checkpoint(run)}. Free or change the disk "
-                "(--output_dir), then go on with --resume_from_checkpoint last."
+                "(--output_dir), then continue with --resume_from_checkpoint last."
             ) from error
         finally:
             self._staging = None
@@ -180,7 +180,7 @@ class CheckpointMixin(Trainer):
 
     @property
     def target_revision(self) -> str | None:
-        """The target's own where it is of the Hub: a drafter that goes on may name the commit that it was begun for."""
+        """The target's own where it is of the Hub: a drafter that continues may name the commit that it was begun for."""
         return hub_commit(self.adapter.target.config) or self.model.config.target_revision
 
     def _global_batch(self) -> int:
@@ -188,17 +188,17 @@ class CheckpointMixin(Trainer):
         return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def check_checkpoint(self, folder: str | Path) -> None:
-        """Raises `ValueError` unless a training of this drafter on this data can go on from `folder` exactly.
+        """Raises `ValueError` unless a training of this drafter on this data can resume from `folder` exactly.
 
         Another schedule or other weights of the losses are told of only: they change what is learnt, not what was.
         """
         folder = Path(folder)
-        anew = "To start a new training from its weights, give that folder as the drafter (--drafter) instead."
+        again = "To start a new training from its weights, give that folder as the drafter (--drafter) instead."
         try:
             state = read_json(folder / STATE_FILE)
         except ValueError as error:
             raise ValueError(
-                f"{folder} holds no readable {STATE_FILE}: it is no checkpoint of a training. {anew}"
+                f"{folder} contains no readable {STATE_FILE}: it is not a checkpoint of a training. {again}"
             ) from error
         if self.args.auto_find_batch_size:  # `Trainer` begins with the one that was found
             self._train_batch_size = state.get("train_batch_size") or self._train_batch_size
@@ -206,7 +206,7 @@ class CheckpointMixin(Trainer):
         weights = ADAPTER_FILE if is_peft(self.model) else WEIGHTS_FILE
         for name in (weights, "optimizer.pt", "scheduler.pt"):
             if not sharded and not (folder / name).is_file():
-                raise ValueError(f"{folder} holds no {name}, which this training needs to go on. {anew}")
+                raise ValueError(f"{folder} contains no {name}, which this training needs to resume. {again}")
         if not sharded and weights == WEIGHTS_FILE:
             expected = {key: list(value.shape) for key, value in self.model.state_dict().items()}
             found = _shapes(folder / WEIGHTS_FILE)
@@ -226,14 +226,12 @@ class CheckpointMixin(Trainer):
                 continue
             if stored.get(name) is not None and value is not None and stored[name] != value:
                 if name == "target_revision":
-                    anew = f"Go on with the target of then (--target_revision {stored[name]}). {anew}"
+                    again = f"Resume with the earlier target (--target_revision {stored[name]}). {again}"
                 if name in _ORDER:
-                    anew = (
-                        f"Go on with {name}={stored[name]}, or read the rows anew with ignore_data_skip=True. {anew}"
-                    )
+                    again = f"Continue with {name}={stored[name]}, or read the rows again with ignore_data_skip=True. {again}"
                 raise ValueError(
                     f"{folder} was written by a training with another {name} ({stored[name]!r}, here {value!r}): its "
-                    f"steps would not continue. {anew}"
+                    f"steps would not continue. {again}"
                 )
         self._warn_of_recipe(folder, stored.get("recipe") or {}, recipe)
 
@@ -245,7 +243,7 @@ class CheckpointMixin(Trainer):
             if stored[name] != here[name]
         ]
         if changed and self.args.process_index == 0:
-            logger.warning("The training of %s goes on with other losses: %s.", folder, ", ".join(sorted(changed)))
+            logger.warning("The training of %s continues with other losses: %s.", folder, ", ".join(sorted(changed)))
 
     # The order of rows -----------------------------------------------------------------------------------------
 

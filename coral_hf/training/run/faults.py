@@ -11,7 +11,7 @@ from .run_folder import last_of_run
 class StopOnNonFiniteGradient(TrainerCallback):
     """Raises before an update whose loss or gradient is NaN or infinite, so that weights and checkpoints stay as they were.
 
-    One such update turns every weight into NaN, and `Trainer` would go on with a logged loss of 0. Runs in float16
+    One such update turns every weight into NaN, and `Trainer` would continue with a logged loss of 0. Runs in float16
     are left to the gradient scaler, which skips such updates itself.
 
     Raises:

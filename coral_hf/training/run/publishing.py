@@ -56,7 +56,7 @@ class PublishingMixin(Trainer):
             raise OSError(
                 f"The drafter could not be written into {folder} ({error}); {last_checkpoint(Path(self.args.output_dir))}. "
                 "Nothing of the training is lost while this process runs: free the disk and call save_model() again, or "
-                "save_model(another_folder). Afterwards, go on from a checkpoint (--resume_from_checkpoint last)."
+                "save_model(another_folder). Afterwards, resume from a checkpoint (--resume_from_checkpoint last)."
             ) from error
         if _internal_call:  # of `push_to_hub`, which adds card and record itself
             return
@@ -64,7 +64,7 @@ class PublishingMixin(Trainer):
             if self._folder is not None and folder == Path(self.args.output_dir):
                 self._folder.claim(folder)
             self.write_training_record(folder)
-            # Records of an earlier drafter in this folder are no reason to lose a training.
+            # Records of an earlier drafter in this folder must not end a training.
             write_card(folder, unmeasured=True, strict=False)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -85,7 +85,7 @@ class PublishingMixin(Trainer):
             super().save_model(str(folder), _internal_call=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Adapters alone are no drafter, and `Trainer` would push a checkpoint's as one: an adapted drafter goes merged,
+        # Adapters alone are not a drafter, and `Trainer` would push a checkpoint's as one: an adapted drafter goes merged,
         # when it is saved.
         if is_peft(self.model):
             return
@@ -98,7 +98,7 @@ class PublishingMixin(Trainer):
         self._remove_arguments()
 
     def _remove_arguments(self) -> None:
-        """A pickle, which may run code and holds paths of this machine, is no part of a drafter: a checkpoint keeps its own."""
+        """A pickle, which may run code and contains paths of this machine, is not part of a drafter: a checkpoint keeps its own."""
         if self.args.should_save:
             for name in (ARGUMENTS_FILE, f"_{ARGUMENTS_FILE}"):
                 (Path(self.args.output_dir) / name).unlink(missing_ok=True)

@@ -56,7 +56,7 @@ def last_checkpoint(folder: Path) -> str:
     """Says which checkpoint of a folder's run is the last, for a message."""
     if (last := last_of_run(folder)) is not None:
         return f"the last checkpoint is {last}"
-    return f"{folder} holds no checkpoint" + (" of the run that wrote it last" if checkpoints(folder) else "")
+    return f"{folder} contains no checkpoint" + (" of the run that wrote it last" if checkpoints(folder) else "")
 
 
 def resume_folder(given: str | bool | None, output: Path) -> Path | None:
@@ -71,10 +71,10 @@ def resume_folder(given: str | bool | None, output: Path) -> Path | None:
         return None
     if given is not True and str(given).lower() not in ("true", "last"):
         if not Path(given).is_dir():
-            raise ValueError(f"resume_from_checkpoint={str(given)!r} is no folder; {last_checkpoint(output)}.")
+            raise ValueError(f"resume_from_checkpoint={str(given)!r} is not a folder; {last_checkpoint(output)}.")
         return Path(given)
     if (found := last_of_run(output)) is None and checkpoints(output):
-        raise ValueError(f"resume_from_checkpoint={given}: {last_checkpoint(output)}. Leave it out to start anew.")
+        raise ValueError(f"resume_from_checkpoint={given}: {last_checkpoint(output)}. Leave it out to start again.")
     return found
 
 

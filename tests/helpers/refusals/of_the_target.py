@@ -182,7 +182,7 @@ def what_is_no_model(monkeypatch):
     return partial(resolve_target, 3), remedies
 
 
-@refusal(" is no folder here, and could not be loaded from the Hub: check the path, ")
+@refusal(" is not a folder here, and could not be loaded from the Hub: check the path, ")
 def a_folder_that_is_not_there(monkeypatch):
     folder = tempfile.mkdtemp()
     make_target().save_pretrained(folder)

@@ -71,7 +71,7 @@ class AcceptanceLength(evaluate.Metric):
             lengths = {len(getattr(stats, name)) for name in names if name.endswith("_per_depth")}
             if stats.steps < 0 or not 0 <= stats.n_accepted == sum(stats.accepted_per_depth) or len(lengths) > 1:
                 raise ValueError(
-                    f"{stats} is no answer's statistics: n_accepted must be the sum of accepted_per_depth, the counts per "
+                    f"{stats} are not the statistics of an answer: n_accepted must be the sum of accepted_per_depth, the counts per "
                     "depth must go equally far, and none be negative. Pass the fields of drafter.last_stats as they are."
                 )
             pooled = pooled.merge(stats)
