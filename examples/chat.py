@@ -20,7 +20,7 @@ class ScriptArguments:
     target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of its drafter, or 'demo'."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
-    temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily."})
+    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature; 0 is greedy."})
 
 
 class LiveStreamer(TextStreamer):

@@ -15,7 +15,7 @@ from coral_hf.commands.scripts import parse_script, run_script
 class ScriptArguments:
     repo_id: str = field(metadata={"help": "Where to: 'org/name', or 'name' in your own namespace."})
     drafter: str = field(default="demo", metadata={"help": "Folder of the drafter, or 'demo'."})
-    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    private: bool = field(default=False, metadata={"help": "Create the repository as private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
     license: str | None = field(default=None, metadata={"help": "Licence of the weights."})
 

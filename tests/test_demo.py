@@ -110,7 +110,7 @@ def test_a_bad_file_is_refused_and_leaves_nothing(cache, tmp_path, monkeypatch, 
 def test_wheels_that_are_none(cache, tmp_path):
     wheel = tmp_path / demo.TARGET_WHEEL_FILE
     wheel.write_bytes(b"PK no")
-    with pytest.raises(ValueError, match="damaged or no wheel"):
+    with pytest.raises(ValueError, match="damaged or not a wheel"):
         demo.load_target(path=wheel)
     write_wheel(wheel, member="other/file.gguf")
     with pytest.raises(ValueError, match="does not hold"):

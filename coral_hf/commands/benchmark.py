@@ -18,7 +18,7 @@ MAX_NEW_TOKENS = 128
 
 @dataclass
 class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
-    """Time plain decoding and other methods side by side; write benchmark.json and plots.
+    """Time plain decoding and drafting side by side; write benchmark.json and plots.
 
     Examples:
         coral-hf benchmark --quick --output outputs/quick
@@ -42,7 +42,7 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
     )
     limit: int | None = field(default=None, metadata={"help": "Prompts per file."})
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": f"Tokens generated per turn ({MAX_NEW_TOKENS} where nothing is given)."}
+        default=None, metadata={"help": f"Tokens generated per turn (default: {MAX_NEW_TOKENS})."}
     )
     method: list[str] = field(
         default_factory=lambda: ["coral"],
@@ -56,26 +56,25 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
     seed: int = field(default=0, metadata={"help": "Seed of the sampled answers."})
     repeats: int = field(
         default=1,
-        metadata={"help": "Times that all methods answer each prompt in turn; of each method the fastest counts."},
+        metadata={"help": "Runs of each prompt with every method; the fastest run of each method counts."},
     )
     batch_size: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "Measure whole batches of these sizes instead of one prompt after the other: first turns, greedy; writes "
+            "help": "Measure batches of these sizes (first turns, greedy) instead of single prompts; writes "
             "batches.json and batches.png."
         },
     )
     context: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "With batches (of 1 if no size is given): tokens that prompts are brought to by the data's own text."
+            "help": "With batches (of 1 if no size is given): lengths in tokens to which prompts are extended with text of the data."
         },
     )
-    quick: bool = field(
-        default=False, metadata={"help": f"A first impression in minutes: {QUICK} where nothing else is given."}
-    )
+    quick: bool = field(default=False, metadata={"help": f"A quick run of a few minutes; sets {QUICK} unless given."})
     profile: bool = field(
-        default=False, metadata={"help": "Then time a step's parts on two prompts of each benchmark: step_time.json."}
+        default=False,
+        metadata={"help": "Also time the parts of a step on two prompts per benchmark; writes step_time.json."},
     )
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 

@@ -13,7 +13,7 @@ KINDS = ("costs", "targets", "all")
 
 @dataclass
 class CacheCommand:
-    """List what is kept on this machine, measured costs and converted targets, or remove it.
+    """List or remove what is stored on this machine: measured costs and converted targets.
 
     Everything in it is made again where it is needed.
 
@@ -24,7 +24,7 @@ class CacheCommand:
     """
 
     clear: str | None = field(
-        default=None, metadata={"help": "Remove what is kept: costs, targets or all (default: list it)."}
+        default=None, metadata={"help": "Remove stored files: costs, targets or all (default: list them)."}
     )
 
     def run(self) -> int:

@@ -21,8 +21,11 @@ class CardCommand(OutputOptions):
     POSITIONAL: ClassVar[dict[str, str]] = {"folder": "Folder of the drafter; its records are in FOLDER/training."}
 
     repo_id: str | None = field(default=None, metadata={"help": "Hub id that the card's example loads."})
-    unmeasured: bool = field(default=False, metadata={"help": "Without a benchmark record: say 'not measured'."})
-    curve: bool = field(default=False, metadata={"help": "First draw training/curve.png from training/log.jsonl."})
+    unmeasured: bool = field(
+        default=False,
+        metadata={"help": "Accept a drafter without a benchmark record and mark its figures as not measured."},
+    )
+    curve: bool = field(default=False, metadata={"help": "Draw training/curve.png from training/log.jsonl first."})
 
     def run(self, positional) -> int:
         from ..hub.curve_table import draw_curve

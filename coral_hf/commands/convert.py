@@ -14,7 +14,7 @@ FORMATS = ("eagle",)
 
 @dataclass
 class ConvertCommand(TargetOptions):
-    """Turn an EAGLE, HASS or EAGLE-3 checkpoint into a drafter, or a drafter into a serving engine's checkpoint.
+    """Convert an EAGLE, HASS or EAGLE-3 checkpoint to a drafter, or a drafter to a serving engine's checkpoint.
 
     Examples:
         coral-hf convert --from eagle org/EAGLE3-model outputs/drafter --target org/model
@@ -38,7 +38,7 @@ class ConvertCommand(TargetOptions):
         },
     )
     dtype: str | None = field(
-        default=None, metadata={"help": f"Dtype the target is loaded in, where it is needed ({DTYPE} unless given)."}
+        default=None, metadata={"help": f"Dtype of the target, if it is loaded (default: {DTYPE})."}
     )
     target_feature_layers: list[int] | None = field(
         default=None, metadata={"help": "With --from: the target layers whose inputs an EAGLE-3 checkpoint reads."}
@@ -53,15 +53,16 @@ class ConvertCommand(TargetOptions):
     draft_depth: int | None = field(
         default=None,
         metadata={
-            "help": "With --to: levels that the engine drafts, instead of the drafter's own, "
-            "or of the chain that pays most where those are cost-aware."
+            "help": "With --to: levels that the engine drafts (default: the drafter's own, "
+            "or the best chain for a cost-aware drafter)."
         },
     )
     draft_top_k: int | None = field(
-        default=None, metadata={"help": "With --to sglang: branches per node, instead of the drafter's own."}
+        default=None, metadata={"help": "With --to sglang: branches per node (default: the drafter's own)."}
     )
     draft_total_tokens: int | None = field(
-        default=None, metadata={"help": "With --to sglang: nodes verified, the root included; see --draft_depth."}
+        default=None,
+        metadata={"help": "With --to sglang: nodes verified, the root included (default: the drafter's own)."},
     )
 
     def run(self, positional) -> int:
@@ -75,8 +76,8 @@ class ConvertCommand(TargetOptions):
             check_new_folder(positional.output)
             if self.target is None:
                 raise ValueError(
-                    f"--from {self.from_format} reads a drafter of some model: name its target with --target (the shipped demo "
-                    "target is --target demo)."
+                    f"--from {self.from_format} needs the drafter's target: name it with --target (--target demo for the shipped "
+                    "demo target)."
                 )
             target = load_target_ends(self.target, self.dtype or DTYPE, **self.loading_arguments)
             layers = self.target_feature_layers
@@ -175,8 +176,8 @@ class ConvertCommand(TargetOptions):
         if not sizes and config.draft_cost_aware and self.to in CHAIN_ENGINES:
             sizes = {"draft_depth": chain_depth(config)}
             print(
-                f"A chain of {sizes['draft_depth']} pays most by the drafter's calibration, of up to {config.draft_depth} that "
-                "it drafts with cost-aware sizes. Name another depth with --draft_depth; `coral-hf tune` ranks fixed sizes."
+                f"By the drafter's calibration a chain of {sizes['draft_depth']} is fastest (its cost-aware drafts go up to depth "
+                f"{config.draft_depth}). Choose another depth with --draft_depth; `coral-hf tune` ranks fixed sizes."
             )
         if not sizes:
             return

@@ -42,9 +42,7 @@ class TargetOptions:
     )
     trust_remote_code: bool = field(
         default=False,
-        metadata={
-            "help": "Run the Python code that the target's repository (and an assistant's) brings, if you have read it."
-        },
+        metadata={"help": "Run Python code from the target's (and an assistant's) repository. Read it first."},
     )
 
     def __post_init__(self) -> None:
@@ -53,7 +51,7 @@ class TargetOptions:
                 if value := getattr(self, name, None):
                     instead = ", or use --device" if name == "device_map" else ""
                     raise ValueError(
-                        f"--{name} {value} is for a target of a folder or of the Hub, and 'demo' is always the same: name "
+                        f"--{name} {value} is for a target in a folder or on the Hub, and 'demo' has one version only: name "
                         f"another with --target, or leave --{name} out{instead}."
                     )
 
@@ -74,7 +72,7 @@ class DrafterOptions:
     drafter_revision: str | None = field(
         default=None,
         metadata={
-            "help": "Branch, tag or commit of the Hub repository of --drafter, of each where there are several (default: main)."
+            "help": "Branch, tag or commit of the Hub repository of --drafter; of each, if there are several (default: main)."
         },
     )
 
@@ -87,7 +85,7 @@ class PlacedTargetOptions(TargetOptions):
     device_map: str | None = field(
         default=None,
         metadata={
-            "help": "Place the target by accelerate instead of on one --device: auto (over all GPUs), balanced, "
+            "help": "Let accelerate place the target instead of --device: auto (over all GPUs), balanced, "
             "balanced_low_0, sequential, a device (cuda:1), or JSON of modules and devices (or disk)."
         },
     )
@@ -96,7 +94,7 @@ class PlacedTargetOptions(TargetOptions):
         super().__post_init__()
         if self.device_map is not None and self.device is not None:
             raise ValueError(
-                f"--device_map {self.device_map} and --device {self.device} both say where the target lies: give one of them."
+                f"--device_map {self.device_map} and --device {self.device} both place the target: give only one of them."
             )
 
     def load_target(self, dtype: str | torch.dtype, device: str | None = None):
@@ -259,7 +257,7 @@ def resolve_device_map(text: str) -> str | dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--device_map {text!r} is not a JSON object: {error}.") from error
     if not places or not all(type(place) in (int, str) for place in places.values()):
-        raise ValueError(f'--device_map {text!r}: each module needs a device, 0 or "cpu" say.')
+        raise ValueError(f'--device_map {text!r}: each module needs a device, for example 0 or "cpu".')
     for place in places.values():
         if place != "disk":  # accelerate's: read again for each forward
             resolve_device(place, "device_map")
@@ -322,7 +320,7 @@ def _named(role: str, name: str, revision: str | None = None):
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"--{role} {name} needs Python code that its repository brings, which would run on this machine. Read it, and "
+            f"--{role} {name} needs Python code from its repository, which would run on this machine. Read it, and "
             "add --trust_remote_code true if you trust it."
         ) from error
 

@@ -15,7 +15,8 @@ class OutputOptions:
     """What verbs share that write files under fixed names."""
 
     overwrite: bool = field(
-        default=False, metadata={"help": "Replace what another run wrote there. Without it, that is refused."}
+        default=False,
+        metadata={"help": "Replace files of another run. Without it, they are kept and the run is refused."},
     )
 
     def check_record(self, path: str | Path, measured: Mapping[str, Any], option: str = "output") -> None:

@@ -24,12 +24,12 @@ class PushCommand:
     }
 
     dry_run: str | None = field(
-        default=None, metadata={"help": "Write what would be sent into this folder, new or empty, and send nothing."}
+        default=None, metadata={"help": "Write the files to this new or empty folder and send nothing."}
     )
-    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
-    license: str | None = field(default=None, metadata={"help": "The card's licence, apache-2.0 for example."})
+    private: bool = field(default=False, metadata={"help": "Create the repository as private."})
+    license: str | None = field(default=None, metadata={"help": "Licence on the card, for example apache-2.0."})
     revision: str | None = field(
-        default=None, metadata={"help": "Branch to push to, made if there is none (default: main)."}
+        default=None, metadata={"help": "Branch to push to; created if it does not exist (default: main)."}
     )
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
     message: str | None = field(default=None, metadata={"help": "Commit message."})

@@ -28,40 +28,43 @@ class RegenerateCommand(RenderingOptions, DrafterOptions, DataOptions):
         coral-hf regenerate --endpoint http://host:8000/v1 --endpoint-model your/model --prompts prompts.jsonl --output responses.jsonl
     """
 
-    output: str = field(metadata={"aliases": ["--output_dir"], "help": "JSONL file of responses, appended to."})
+    output: str = field(metadata={"aliases": ["--output_dir"], "help": "JSONL file to append the responses to."})
     prompts: str | None = field(
-        default=None, metadata={"help": f"Prompts to answer: {FORMATS_HELP}; of conversations the user's turns count."}
+        default=None,
+        metadata={"help": f"Prompts to answer: {FORMATS_HELP}; of conversations, the user's turns are used."},
     )
     self_prompts: int | None = field(
         default=None,
         metadata={
-            "help": "Instead of --prompts: let the target write this many itself, kept beside --output in NAME.prompts.jsonl; "
-            "those that are in a file of --check_overlap are dropped."
+            "help": "Instead of --prompts: let the target write this many prompts. They are kept next to --output in NAME.prompts.jsonl; "
+            "prompts that are also in a file of --check_overlap are dropped."
         },
     )
     text: bool | None = field(
         default=None,
-        metadata={"help": "Write texts beside the token ids (default: where the file stays below 1 GB)."},
+        metadata={"help": "Write texts next to the token ids (default: if the file stays below 1 GB)."},
     )
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of the target; auto: bfloat16 where it is computed natively."}
     )
-    max_new_tokens: int = field(default=512, metadata={"help": "Longest response."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Tokens per response, at most."})
     max_prompt_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Longer prompts are left out and counted (default: 2048, or what --max_new_tokens leaves of the "
+            "help": "Skip and count longer prompts (default: 2048, or what --max_new_tokens leaves of the "
             "target's positions)."
         },
     )
-    slots: int | None = field(default=None, metadata={"help": "Conversations decoded at one time (default: 128)."})
-    temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily."})
+    slots: int | None = field(
+        default=None, metadata={"help": "Conversations decoded at the same time (default: 128)."}
+    )
+    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature; 0 is greedy."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampled responses."})
-    max_turns: int | None = field(default=None, metadata={"help": "Answer at most this many turns a conversation."})
+    max_turns: int | None = field(default=None, metadata={"help": "Turns to answer per conversation, at most."})
     exclude: list[str] = field(default_factory=list, metadata={"help": "Response files whose prompts are skipped."})
-    shards: str | None = field(default=None, metadata={"help": "Also pack all rows as Parquet into this folder."})
+    shards: str | None = field(default=None, metadata={"help": "Also write all rows as Parquet to this folder."})
     check_overlap: list[str] = field(
-        default_factory=list, metadata={"help": "Evaluation prompts: warn of prompts that are among them."}
+        default_factory=list, metadata={"help": "Evaluation prompts: warn if a prompt is among them."}
     )
     drafter: str | None = field(
         default=None,
@@ -77,15 +80,13 @@ class RegenerateCommand(RenderingOptions, DrafterOptions, DataOptions):
             "--target, whose tokenizer then checks that training can use the answers; OPENAI_API_KEY is sent if set."
         },
     )
-    endpoint_model: str | None = field(
-        default=None, metadata={"help": "The name that the server knows the target by."}
-    )
+    endpoint_model: str | None = field(default=None, metadata={"help": "Name of the target on the server."})
     endpoint_token_ids: bool = field(
         default=False, metadata={"help": "Keep the token ids that the server returns (vLLM) instead of texts."}
     )
-    endpoint_concurrency: int = field(default=64, metadata={"help": "Requests under way at one time."})
+    endpoint_concurrency: int = field(default=64, metadata={"help": "Requests at the same time."})
     endpoint_attempts: int = field(
-        default=6, metadata={"help": "Attempts of a request, with growing pauses, before the run stops."}
+        default=6, metadata={"help": "Attempts per request, with growing pauses, before the run stops."}
     )
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
@@ -102,7 +103,7 @@ class RegenerateCommand(RenderingOptions, DrafterOptions, DataOptions):
             raise ValueError(f"--self_prompts {self.self_prompts} must be at least 1.")
         if self.endpoint is not None and self.self_prompts is not None:
             raise ValueError(
-                f"--self_prompts {self.self_prompts} needs the target here, not behind --endpoint: write the prompts with --target "
+                f"--self_prompts {self.self_prompts} needs the target on this machine, not at --endpoint: write the prompts with --target "
                 "first, and give the endpoint the file NAME.prompts.jsonl with --prompts."
             )
         if (self.endpoint is None) != (self.endpoint_model is None):
@@ -125,8 +126,8 @@ class RegenerateCommand(RenderingOptions, DrafterOptions, DataOptions):
                 if value is not None and value is not False:
                     option = "target_revision" if name == "revision" else name
                     raise ValueError(
-                        f"--{option} {value} is for --target, which --endpoint {self.endpoint} answers instead of: set it where "
-                        "the server starts, and leave it out here."
+                        f"--{option} {value} is for --target, but --endpoint {self.endpoint} answers: set it when you start "
+                        "the server, and leave it out here."
                     )
         check_output_file(self.output, "output", make_folder=True)
         if self.shards is not None:
@@ -228,8 +229,8 @@ class RegenerateCommand(RenderingOptions, DrafterOptions, DataOptions):
             if "/" in name:
                 return AutoTokenizer.from_pretrained(name)
         print(
-            f"note: there is no tokenizer under the name {name!r} here, so the answers are not checked: with --target "
-            "NAME, what training could not use is said at once.",
+            f"note: there is no tokenizer under the name {name!r} here, so the answers are not checked. With --target "
+            "NAME, answers that training cannot use are reported at once.",
             flush=True,
         )
         return None

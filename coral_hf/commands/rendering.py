@@ -9,7 +9,7 @@ from .loading import PlacedTargetOptions
 
 
 FORMATS_HELP = (
-    "JSON lines, a JSON array, CSV, Parquet, text with a prompt a line, or data sets on the Hub "
+    "JSON lines, a JSON array, CSV, Parquet, text with one prompt per line, or data sets on the Hub "
     "(org/name[@revision][:config]), in any format of docs/data_formats.md"
 )
 
@@ -21,8 +21,8 @@ class RenderingOptions(PlacedTargetOptions):
     chat_template_kwargs: str | None = field(
         default=None,
         metadata={
-            "help": "Variables of the target's chat template as JSON, such as '{\"enable_thinking\": false}'; a row's own column "
-            "of that name goes before them."
+            "help": "Variables of the target's chat template as JSON, such as '{\"enable_thinking\": false}'; a column "
+            "of that name in a row takes precedence."
         },
     )
 
@@ -39,10 +39,10 @@ class RenderingOptions(PlacedTargetOptions):
 class DataOptions:
     """Which split and columns a verb reads."""
 
-    split: str = field(default="train", metadata={"help": "Split of data sets that have several."})
+    split: str = field(default="train", metadata={"help": "Split of data sets with several splits."})
     columns: list[str] = field(
         default_factory=list,
-        metadata={"help": "Columns of other names, as NAME=COLUMN: prompt=query reads the prompts from query."},
+        metadata={"help": "Names of other columns, as NAME=COLUMN: prompt=query reads the prompts from query."},
     )
 
     @property

@@ -23,7 +23,7 @@ class ServeCommand(PlacedTargetOptions, DrafterOptions):
     host: str = field(default="localhost", metadata={"help": "Address to listen on."})
     port: int = field(default=8000, metadata={"help": "Port to listen on."})
     continuous_batching: bool = field(
-        default=False, metadata={"help": "Refused: a drafter drafts for one sequence at a time."}
+        default=False, metadata={"help": "Refused: continuous batching does not call generate."}
     )
 
     def run(self) -> int:
@@ -32,8 +32,8 @@ class ServeCommand(PlacedTargetOptions, DrafterOptions):
 
         if self.continuous_batching:
             raise ValueError(
-                "--continuous_batching true: a drafter drafts for one sequence at a time. Leave it out, or serve many requests "
-                "at once with an engine (`coral-hf convert --to vllm` or `--to sglang`)."
+                "--continuous_batching true does not call generate, so no draft would be made. Leave it out, or serve many "
+                "requests at once with an engine (`coral-hf convert --to vllm` or `--to sglang`)."
             )
         if not 0 < self.port < 2**16:
             raise ValueError(f"--port {self.port} must be between 1 and 65535.")

@@ -29,9 +29,8 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
     """
 
     REFUSED: ClassVar[dict[str, str]] = {
-        "--device_map": "a training puts the whole target onto each process's device. One that is too large for it is split "
-        "over several processes with --shard_target true; another device is chosen by `accelerate launch` or "
-        "CUDA_VISIBLE_DEVICES."
+        "--device_map": "training puts the whole target on each process's device. --shard_target true splits a larger one over several "
+        "processes. Choose another device with `accelerate launch` or CUDA_VISIBLE_DEVICES."
     }
 
     data: list[str] = field(
@@ -41,14 +40,16 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
         default=False,
         metadata={
             "help": "Read --data while training instead of before it: needs --max_steps; rows are shuffled in buffers "
-            "(--stream_buffer_size) and not grouped by length; resuming reads the stream again up to where it was."
+            "(--stream_buffer_size) and not grouped by length; resuming reads the stream again up to the last step."
         },
     )
     dtype: str = field(
         default="auto",
         metadata={"help": "Dtype of the frozen target; auto: bfloat16 where the hardware multiplies it natively."},
     )
-    drafter: str | None = field(default=None, metadata={"help": "Go on from this drafter instead of a new one."})
+    drafter: str | None = field(
+        default=None, metadata={"help": "Continue training this drafter instead of a new one."}
+    )
     shape: str | None = field(
         default=None,
         metadata={
@@ -65,18 +66,20 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
     shortlist_size: int | None = field(
         default=None,
         metadata={
-            "help": "Give the drafter a shortlist of this many ids, the most frequent in the responses (default: for a new "
-            "drafter a sixth of the vocabulary, in thousands; 0: none)."
+            "help": "Draft only the N most frequent ids in the responses (default for a new drafter: a sixth of the "
+            "vocabulary, in thousands; 0: no shortlist)."
         },
     )
     config_overrides: str | None = field(
         default=None,
-        metadata={"help": "Settings of a new drafter as JSON, e.g. '{\"target_feature_layers\": [2, 15, -1]}'."},
+        metadata={
+            "help": "Settings of a new drafter as JSON, for example '{\"target_feature_layers\": [2, 15, -1]}'."
+        },
     )
     eval_rows: int | None = field(
         default=None,
         metadata={
-            "help": "Rows held out for evaluation, whole conversations chosen by a hash of their ids (default: 64, at most a "
+            "help": "Rows held out for evaluation: whole conversations, chosen by a hash of their ids (default: 64, at most a "
             "tenth of the rows; 0: none)."
         },
     )
@@ -85,12 +88,12 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
     )
     check_overlap: list[str] = field(
         default_factory=list,
-        metadata={"help": "Evaluation prompts: warn of training prompts that are among them (as with --eval_data)."},
+        metadata={"help": "Evaluation prompts: warn if training prompts are among them (as with --eval_data)."},
     )
     tune: bool = field(
         default=True,
         metadata={
-            "help": "Then measure which draft size pays here, on held-out conversations, and save it in the drafter's config."
+            "help": "Afterwards, measure on held-out conversations which draft size pays here, and save it in the drafter's config."
         },
     )
     estimate: bool = field(
@@ -123,12 +126,12 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
         if self.router_groups is not None and not router_stage:
             raise ValueError(f"--router_groups {self.router_groups} adds a router: train it with --stage router.")
         if self.router_grouping is not None and self.router_groups is None:
-            raise ValueError(f"--router_grouping {self.router_grouping} is of a new router: name its --router_groups.")
+            raise ValueError(f"--router_grouping {self.router_grouping} requires --router_groups.")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         if self.streaming and (self.estimate or self.shortlist_size):
             name = "--estimate" if self.estimate else f"--shortlist_size {self.shortlist_size}"
-            raise ValueError(f"{name} goes over all rows first: leave --streaming out.")
+            raise ValueError(f"{name} reads all rows first: leave out --streaming.")
         self._check_new_drafter()
         rows, eval_rows = self._read(tell=args.process_index == 0)
         if not self.eval_data and self.eval_rows != 0 and args.process_index == 0:
@@ -182,7 +185,7 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
         from ..training.run.run_folder import last_checkpoint, last_of_run
 
         if last_of_run(args.output_dir) is None:
-            return f"{last_checkpoint(Path(args.output_dir))}, so the same command begins again"
+            return f"{last_checkpoint(Path(args.output_dir))}, so the same command starts from the beginning"
         return (
             f"{last_checkpoint(Path(args.output_dir))}; resume with the same command and --resume-from-checkpoint last"
         )

@@ -25,7 +25,7 @@ class TuneCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
     """
 
     output: str = field(metadata={"aliases": ["--output_dir"], "help": "Folder for tune.json."})
-    data: list[str] = field(metadata={"help": f"Prompts, whose first turns are answered: {FORMATS_HELP}."})
+    data: list[str] = field(metadata={"help": f"Prompts to answer, first turns only: {FORMATS_HELP}."})
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of the models; auto: bfloat16 where it is computed natively."}
@@ -37,7 +37,7 @@ class TuneCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
     draft_depth: int = field(default=8, metadata={"help": "Deepest draft to try."})
     draft_top_k: int = field(default=4, metadata={"help": "Most branches per node to try."})
     draft_total_tokens: int = field(default=32, metadata={"help": "Most nodes to try, the root included."})
-    save: bool = field(default=False, metadata={"help": "Put the best settings into the drafter's config.json."})
+    save: bool = field(default=False, metadata={"help": "Write the best settings to the drafter's config.json."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:

@@ -37,7 +37,9 @@ class VerifyCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions
         metadata={"help": "Temperatures to sample at with the same seed; greedy decoding is always checked."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the sampled answers."})
-    dtype: str = field(default="float32", metadata={"help": "float32 proves identity; bfloat16 has near-ties."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Dtype of the models; float32 proves identity, bfloat16 has near-ties."}
+    )
     output: str | None = field(
         default=None, metadata={"aliases": ["--output_dir"], "help": "Folder for one check_NAME.json per method."}
     )

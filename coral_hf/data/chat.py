@@ -79,7 +79,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, str):
         raise ValueError(
             f"{where} must be an object with the strings role and content (which tool_calls can stand for); got "
-            f"{str(message)[:80]}. Mend it, or leave the row out."
+            f"{str(message)[:80]}. Fix it, or leave the row out."
         )
     return {**message, "content": content}
 

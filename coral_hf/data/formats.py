@@ -118,9 +118,7 @@ def _sharegpt_message(turn: Any, where: str) -> Row:
         return {"role": ASSISTANT, "content": "", "tool_calls": [{"type": "function", "function": _call(said, where)}]}
     if not isinstance(speaker, str) or speaker.lower() not in _ROLES:
         known = ", ".join((*_ROLES, *_CALLS))
-        raise ValueError(
-            f"{where} is said by {speaker!r}; the speakers that are known are {known}. An example: {_SHAREGPT}"
-        )
+        raise ValueError(f"{where} is from {speaker!r}; the known speakers are {known}. An example: {_SHAREGPT}")
     kept = {name: value for name, value in turn.items() if name not in ("from", "value")}
     return {**kept, "role": _ROLES[speaker.lower()], **({} if said is None else {"content": said})}
 
@@ -131,7 +129,7 @@ def _call(said: str, where: str) -> Row:
     except (ValueError, RecursionError):
         call = None
     if not isinstance(call, dict):
-        raise ValueError(f"{where} must be a call as a JSON object, got {said[:60]!r}; mend it, or leave the row out.")
+        raise ValueError(f"{where} must be a call as a JSON object, got {said[:60]!r}; fix it, or leave the row out.")
     return call
 
 

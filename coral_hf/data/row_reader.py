@@ -48,9 +48,7 @@ def read_row(row: Any, where: str, columns: Mapping[str, str] | None = None) -> 
             return known, known.read(row, where)
     if empty := [name for name in _LEADING if name in row and row[name] is None]:
         raise ValueError(f"{where}: its {empty[0]!r} is empty. Fill it, or leave the row out.")
-    raise ValueError(
-        f"{where} is in none of the formats that are read: its keys are {sorted(map(str, row))}. {_expected()}"
-    )
+    raise ValueError(f"{where} has an unknown format: its keys are {sorted(map(str, row))}. {_expected()}")
 
 
 def has_answers(known: Format, row: Row) -> bool:
@@ -91,7 +89,7 @@ def given_id(row: Row, where: str) -> str | None:
         if (value := row.get(name)) not in (None, ""):
             if isinstance(value, bool | list | Mapping):
                 raise ValueError(
-                    f'{where}: "{name}" must be a string or a number, got {str(value)[:60]!r}; mend it, or leave it out.'
+                    f'{where}: "{name}" must be a string or a number, got {str(value)[:60]!r}; fix it, or leave it out.'
                 )
             return str(value)
     return None

@@ -162,7 +162,7 @@ def iter_source(path: str | os.PathLike, split: str = "train", streaming: bool =
     """Yields (where, row) of a source, rows as they are on file.
 
     Args:
-        path: a file of JSON lines or a JSON array, CSV, text (a prompt a line) or Parquet; a folder of such files, or of
+        path: a file of JSON lines or a JSON array, CSV, text (one prompt per line) or Parquet; a folder of such files, or of
             `save_to_disk`; or a data set on the Hub: `org/name`, `org/name@revision`, `org/name:config`.
         split (`str`): of data sets with several splits.
         streaming (`bool`): read data sets of the Hub while they are used instead of fetching them first.
@@ -270,7 +270,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _numbered(str(path), rows)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged or no Parquet file ({_first_line(error)}). Fetch or write it again."
+            f"{path} is damaged or not a Parquet file ({_first_line(error)}). Fetch or write it again."
         ) from error
 
 

@@ -206,7 +206,7 @@ class CoralDraftConfig(PreTrainedConfig):
             if self.router_groups < asked:
                 # what is saved contains the real number: this is said where it was asked for, and never again
                 logger.warning(
-                    "router_groups=%d: groups of %d ids hold the %d ids in %d groups; the router has so many.",
+                    "router_groups=%d: groups of %d ids hold the %d ids in %d groups; the router has that many groups.",
                     *(asked, group_size(self.vocab_size, asked), self.vocab_size, self.router_groups),
                 )
         if self.router_groups and self.router_active_groups is None:

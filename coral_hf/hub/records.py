@@ -92,7 +92,7 @@ def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = Tr
             continue
         if record.get("partial"):
             if strict:
-                raise ValueError(f"{path} is of a run that was cut off; {_remedy(folder)}.")
+                raise ValueError(f"{path} is incomplete; {_remedy(folder)}.")
             records.unusable.append(path.name)
             continue
         _sort_in(records, path, _own_part(record, records.sha256), records.benchmarks, strict)

@@ -52,7 +52,7 @@ def iter_prompts(
             continue
         if name in seen:
             raise ValueError(
-                f"{where}: id {name!r} already stands on {seen[name]}; ids must be unique (--columns id=COLUMN takes another)."
+                f"{where}: id {name!r} already occurs on {seen[name]}; ids must be unique (--columns id=COLUMN takes another)."
             )
         seen[name] = where
         yield {**as_prompt(known, found, where), "id": name}
@@ -322,5 +322,5 @@ def _packed_answers(shard: Path) -> tuple[list[tuple[str, int, float]], list[str
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{shard} is damaged or no shard of answers ({reason}). Remove it, or pack elsewhere."
+            f"{shard} is damaged or not a shard of answers ({reason}). Remove it, or pack elsewhere."
         ) from error

@@ -50,15 +50,15 @@ class CoralTrainingArguments(TrainingArguments):
     preset: str = field(
         default="recipe",
         metadata={
-            "help": "recipe (the best known), or a method of the papers: eagle (K=1), hass (K=3, no CSRA) or coral (K=3 with "
-            "CSRA), without feature noise. Sets rollout_schedule, csra_weight and feature_noise where they are not given."
+            "help": "recipe (the best known), or a paper's method: eagle (K=1), hass (K=3, no CSRA) or coral (K=3 with CSRA), each "
+            "without feature noise. Sets rollout_schedule, csra_weight and feature_noise unless given."
         },
     )
     stage: str = field(
         default="drafter",
         metadata={
-            "help": "drafter, or router: trains the drafter's LM-head router alone, towards the target's probability "
-            "mass per group, after the drafter (CORAL section 3.2)."
+            "help": "drafter, or router: train only the LM-head router of a trained drafter, on the target's probability mass per "
+            "group (CORAL section 3.2)."
         },
     )
     rollout_schedule: str = field(
@@ -70,7 +70,7 @@ class CoralTrainingArguments(TrainingArguments):
     )
     regression_loss_weight: float = field(
         default=0.2,
-        metadata={"help": "Weight of smooth L1 to the next feature (measured: 0.2 beats the paper's 1.0)."},
+        metadata={"help": "Weight of smooth L1 to the next feature (0.2 was better than the paper's 1.0)."},
     )
     classification_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of the cross-entropy to the target (the paper's is 0.1)."}
@@ -103,7 +103,7 @@ class CoralTrainingArguments(TrainingArguments):
         default=CHOSEN,
         metadata={
             "help": "Uniform noise on the features in training, up to this share of their rms (EAGLE's data "
-            f"augmentation): against memorising few conversations over several epochs {_BY_TARGET}."
+            f"augmentation). It reduces overfitting when few conversations are repeated {_BY_TARGET}."
         },
     )
     step_decay: float = field(
@@ -120,22 +120,24 @@ class CoralTrainingArguments(TrainingArguments):
     loss_vocab_size: int | None = field(
         default=None,
         metadata={
-            "help": "Sampled classification loss: over this many most frequent response tokens, the batch's own and "
-            "loss_negatives others. None: the whole vocabulary, exact."
+            "help": "Compute a sampled classification loss over this many most frequent response tokens, the batch's own and "
+            "loss_negatives others. None: the exact loss over the whole vocabulary."
         },
     )
     loss_negatives: int = field(
         default=4096,
-        metadata={"help": "With loss_vocab_size: tokens drawn per batch to stand for the rest of the vocabulary."},
+        metadata={"help": "With loss_vocab_size: tokens drawn per batch to represent the rest of the vocabulary."},
     )
     loss_chunk_size: int = field(
         default=CHOSEN,
         metadata={
-            "help": "Rows whose fp32 logits exist at one time (default: 256 on a CPU; on an accelerator, where few large "
-            "products are faster, 2048, or fewer where those would be over 1 GiB)."
+            "help": "Rows whose fp32 logits are in memory at the same time (default: 256 on a CPU; on an accelerator 2048, or "
+            "fewer if that would exceed 1 GiB)."
         },
     )
-    max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut here (and counted)."})
+    max_length: int = field(
+        default=2048, metadata={"help": "Longer conversations are cut to this length and counted."}
+    )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -146,65 +148,66 @@ class CoralTrainingArguments(TrainingArguments):
     packing: bool = field(
         default=False,
         metadata={
-            "help": "Pack several whole conversations into rows of up to max_length (a batch then counts rows), which "
-            "neither target nor drafter attend across."
+            "help": "Pack several whole conversations into rows of up to max_length (a batch then counts rows). Attention "
+            "never crosses conversations."
         },
     )
     stream_buffer_size: int = field(
-        default=1024, metadata={"help": "Streamed conversations that are shuffled, and packed, at one time."}
+        default=1024, metadata={"help": "Streamed conversations that are shuffled and packed together."}
     )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
             "aliases": ["--overwrite"],
-            "help": "Replace the run, or the drafter, that output_dir contains. Without it, such a folder is refused.",
+            "help": "Replace the run or the drafter in output_dir. Without it, such a folder is refused.",
         },
     )
     cache_features: str | None = field(
-        default=None, metadata={"help": "Folder of a feature cache: filled once, then read instead of the target."}
+        default=None,
+        metadata={"help": "Folder of a feature cache. It is filled once and then read instead of running the target."},
     )
     shard_target: bool = field(
         default=False,
         metadata={
-            "help": "Split the frozen target's decoder layers over the processes instead of keeping a whole copy on "
-            "each; embedding and head stay whole."
+            "help": "Split the frozen target's decoder layers over the processes instead of keeping a copy on each. "
+            "Embedding and head stay whole."
         },
     )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "Resume a training: 'last' (the folder's last checkpoint, or from the beginning where there is none), or the "
-            "folder of a checkpoint."
+            "help": "Checkpoint to resume from: 'last' (the last one in the folder; without any, training starts from the "
+            "beginning), or the folder of a checkpoint."
         },
     )
     learning_curve: bool = field(
         default=True,
         metadata={
-            "help": "Draw losses and acceptance to learning_curve.png in output_dir, where matplotlib is installed."
+            "help": "Plot losses and acceptance to learning_curve.png in output_dir, if matplotlib is installed."
         },
     )
     eval_chain_depth: int = field(default=5, metadata={"help": "Depth of the chain simulated at evaluation."})
 
     learning_rate: float = field(default=CHOSEN, metadata={"help": f"Initial learning rate {_BY_TARGET}."})
     per_device_train_batch_size: int = field(
-        default=CHOSEN, metadata={"help": f"Conversations that a device computes at one time {_BY_TARGET}."}
+        default=CHOSEN, metadata={"help": f"Conversations per device and forward pass {_BY_TARGET}."}
     )
     gradient_accumulation_steps: int = field(
         default=CHOSEN,
         metadata={
-            "help": "Batches that a step adds up (default: by target, data and device; 1 where "
+            "help": "Batches accumulated per step (default: by target, data and device; 1 if "
             "per_device_train_batch_size is given)."
         },
     )
     num_train_epochs: float = field(default=CHOSEN, metadata={"help": f"Passes over the data {_BY_TARGET}."})
     warmup_steps: float = field(
-        default=CHOSEN, metadata={"help": f"Steps of warm-up, or below 1 their share of all steps {_BY_TARGET}."}
+        default=CHOSEN, metadata={"help": f"Warm-up steps; below 1, their share of all steps {_BY_TARGET}."}
     )
     weight_decay: float = field(default=CHOSEN, metadata={"help": f"AdamW's weight decay {_BY_TARGET}."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 (HASS)."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Gradient clipping (HASS)."})
     bf16: bool | None = field(
-        default=None, metadata={"help": "bf16 autocast; by default where the hardware multiplies bf16 natively."}
+        default=None, metadata={"help": "bf16 autocast (default: if the hardware multiplies bf16 natively)."}
     )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Keep the mask columns."})
     train_sampling_strategy: str = field(
@@ -222,7 +225,7 @@ class CoralTrainingArguments(TrainingArguments):
         }
         self._given = {name for name, default in defaults.items() if getattr(self, name) != default}
         if self.output_dir is None:
-            raise ValueError("Nothing says where the drafter goes: give a folder with --output (output_dir=...).")
+            raise ValueError("No output folder: give one with --output (output_dir=...).")
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is unknown; choose one of {list(PRESETS)}.")
         if self.stage not in ("drafter", "router"):

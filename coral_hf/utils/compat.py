@@ -111,7 +111,7 @@ def openai_server(model: Any, tokenizer: Any, name: str) -> Callable[..., Any]:
         missing += [f"ModelManager.{method}" for method in loaders if not callable(getattr(manager, method, None))]
     if missing:
         raise ValueError(
-            f"The server of this Transformers release has another form (no {', '.join(missing)}): install a release that this "
+            f"The server of this Transformers release is different (missing: {', '.join(missing)}): install a release that this "
             "version of coral-hf was tested with (see its changelog), or serve with an engine (`coral-hf convert --to vllm`)."
         )
 

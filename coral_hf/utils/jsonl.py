@@ -66,7 +66,7 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
             for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), ""), start=1):
                 if len(line) == LONGEST_LINE:
                     raise ValueError(
-                        f"{path}, line {number}: longer than {LONGEST_LINE:,} characters, so no row. Write one row a line."
+                        f"{path}, line {number}: longer than {LONGEST_LINE:,} characters, which is too long for a row. Write one row per line."
                     )
                 if line.strip():
                     yield number, line

@@ -27,7 +27,7 @@ _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Erro
 
 
 def read_rows_of_file(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-    """Yields (place, row) of a file of JSON lines, a JSON array, a table with a header, or text with a prompt a line.
+    """Yields (place, row) of a file of JSON lines, a JSON array, a table with a header, or text with one prompt per line.
 
     Args:
         path (`str` or `os.PathLike`): its name says which; other names are taken for JSON where they begin like it.
@@ -52,7 +52,7 @@ def read_rows_of_file(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
             yield from _objects(path)
         else:
             raise ValueError(
-                f"{path} is of a kind that is not read ({suffix or 'no suffix'}); give a {KINDS} file, such as text with a "
+                f"{path} cannot be read as data ({suffix or 'no suffix'}); give a {KINDS} file, such as text with a "
                 "prompt a line under the name prompts.txt."
             )
     except _DAMAGED as error:
@@ -85,7 +85,7 @@ def _prompts(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in read_lines(path, _ENCODING):
         if "\0" in line:
             raise ValueError(
-                f"{path}, line {number} contains bytes that are not text; give a text file with a prompt a line."
+                f"{path}, line {number} contains bytes that are not text; give a text file with one prompt per line."
             )
         yield f"{path}, line {number}", {"prompt": line.strip()}
 
@@ -95,11 +95,11 @@ def _objects(path: Path) -> Iterator[tuple[str, Any]]:
         where = f"{path}, line {number}"
         if number == 1 and line.strip() == "{":
             raise ValueError(
-                f"{where}: one object over several lines; write one row a line, or an array of rows, [{{...}}]."
+                f"{where}: one object over several lines; write one row per line, or an array of rows, [{{...}}]."
             )
         remedy = "Fix or remove that line."
         if number == 1:
-            remedy = "Fix or remove that line; plain text with a prompt a line is read from a .txt file."
+            remedy = "Fix or remove that line; plain text with one prompt per line is read from a .txt file."
         yield where, _checked(parse_json(line, where, remedy), where, remedy)
 
 
@@ -108,7 +108,7 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
         text = file.read(_LONGEST_ARRAY)
     if len(text) == _LONGEST_ARRAY:
         raise ValueError(
-            f"{path}: an array of more than {_LONGEST_ARRAY:,} characters; write one row a line (.jsonl)."
+            f"{path}: an array of more than {_LONGEST_ARRAY:,} characters; write one row per line (.jsonl)."
         )
     rows = parse_json(text, str(path), "The array is cut off or damaged: write it again, or one row a line (.jsonl).")
     for number, row in enumerate(rows):
@@ -139,7 +139,7 @@ def _table(path: Path) -> Iterator[tuple[str, Any]]:
             if len(cells) != len(names):
                 raise ValueError(
                     f"{where} has {len(cells)} cells, and the header names {len(names)} columns ({', '.join(names)}). Quote texts "
-                    f'that contain "{separator}", or mend the line.'
+                    f'that contain "{separator}", or fix the line.'
                 )
             yield where, {name: cell or None for name, cell in zip(names, cells, strict=True)}
 

@@ -51,7 +51,7 @@ def test_the_package_s_own_settings_come_first(capsys):
         (["train", "--data", "x", "--batch_size", "2"], "did you mean --per-device-train-batch-size?"),
         (["train", "--data", "x", "--batch-size=2"], "did you mean --per-device-train-batch-size?"),
         (["train", "--dataset", "x", "--output", "o"], "give --data"),
-        (["train", "--data", "x"], "Nothing says where the drafter goes: give a folder with --output"),
+        (["train", "--data", "x"], "No output folder: give one with --output"),
         (
             ["train", "--data", "x", "--output", "o", "--packing", "maybe"],
             "--packing: Truthy value expected: got maybe",

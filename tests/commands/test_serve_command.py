@@ -23,7 +23,7 @@ NAME = "tiny"
 
 def test_continuous_batching_and_odd_ports_are_refused(capsys):
     assert main(["serve", "--continuous-batching", "true"]) == 2
-    assert "one sequence at a time" in capsys.readouterr().err
+    assert "does not call generate" in capsys.readouterr().err
     assert main(["serve", "--port", "0"]) == 2
     assert "--port 0 must be between" in capsys.readouterr().err
 

@@ -98,7 +98,7 @@ def test_the_demo_target_takes_none_of_them(verb, folder, capsys):
         (["convert", "--to", "vllm", "drafter", "out", "--target", "t", "--target_revision", "v2"], "export needs none"),
         (
             [*REGENERATE, "--endpoint", "http://localhost:1/v1", "--endpoint_model", "m", "--target_revision", "v2"],
-            "--target_revision v2 is for --target, which --endpoint http://localhost:1/v1 answers instead of",
+            "--target_revision v2 is for --target, but --endpoint http://localhost:1/v1 answers",
         ),
     ],
 )  # fmt: skip

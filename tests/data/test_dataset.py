@@ -172,7 +172,7 @@ def test_data_sets_of_the_hub_pass_name_revision_and_split(monkeypatch):
 def test_a_damaged_parquet_file_is_named(tmp_path):
     pytest.importorskip("pyarrow")
     (tmp_path / "rows.parquet").write_bytes(b"no such thing")
-    with pytest.raises(ValueError, match=r"rows\.parquet is damaged or no Parquet file"):
+    with pytest.raises(ValueError, match=r"rows\.parquet is damaged or not a Parquet file"):
         read_rows(tmp_path / "rows.parquet")
 
 

@@ -86,7 +86,7 @@ def test_shards_hold_an_answer_once(tmp_path):
         assert sum(len(list(iter_source(shard))) for shard in shards) == written
     assert len(list(iter_source(tmp_path))) == 5
     (tmp_path / "responses-00001.parquet").write_text("damaged")
-    with pytest.raises(ValueError, match=r"responses-00001.parquet is damaged or no shard .*Remove it"):
+    with pytest.raises(ValueError, match=r"responses-00001.parquet is damaged or not a shard .*Remove it"):
         write_shards(rows, tmp_path)
 
 

@@ -12,7 +12,7 @@ from ..rendering import FORMATS_HELP, DataOptions, RenderingOptions
 
 @dataclass
 class MakeCommand(RenderingOptions, DataOptions):
-    """Make a drafter for a target: answers, training, tuning, verification, benchmark and card; a second call resumes.
+    """Make a drafter for a target, from prompts to card. The same command resumes an interrupted run.
 
     Examples:
         coral-hf make --target your/model --data prompts.jsonl --output outputs/made --hours 2
@@ -29,18 +29,16 @@ class MakeCommand(RenderingOptions, DataOptions):
     )
     hours: float | None = field(
         default=None,
-        metadata={"help": "Time for everything, kept within a tenth (default: what data and recipe take)."},
+        metadata={"help": "Hours for everything, kept within 10 % (default: as long as data and recipe need)."},
     )
     tokens: int | None = field(
-        default=None, metadata={"help": "Response tokens to make, at most (default: all prompts')."}
+        default=None, metadata={"help": "Response tokens to generate, at most (default: answers to all prompts)."}
     )
-    yes: bool = field(default=False, metadata={"help": "Do not ask before a make of more than an hour."})
+    yes: bool = field(default=False, metadata={"help": "Do not ask before a run of more than an hour."})
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of the target; auto: bfloat16 where it is computed natively."}
     )
-    seed: int = field(
-        default=0, metadata={"help": "Seed of the order of prompts, of new weights and of the training."}
-    )
+    seed: int = field(default=0, metadata={"help": "Seed of the order of prompts, of new weights and of training."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:

@@ -56,7 +56,7 @@ class VerbParser(HfArgumentParser):
             self.add_argument(
                 "--help_all",
                 action="help",
-                help="Show also the options that Transformers' TrainingArguments bring.",
+                help="Also show the options of Transformers' TrainingArguments.",
             )
         for action in self._actions:
             _make_readable(action)

@@ -49,7 +49,7 @@ def encoder_decoder(monkeypatch):
 def several_states(monkeypatch):
     needs("gemma3n_text")
     target = build("gemma3n_text", {**PER_LAYER, **GEMMA_3N})
-    remedy = "choose another target (Gemma 3 or 4, say)"
+    remedy = "choose another target (Gemma 3 or 4, for example)"
     return partial(make, target), {remedy: lambda: Call(make_target("gemma3_text"))()}
 
 
