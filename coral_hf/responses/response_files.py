@@ -237,7 +237,7 @@ def write_shards(
         raise ImportError("Writing Parquet needs pyarrow: pip install 'coral-hf[train]'.") from error
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard must be at least 1, got {rows_per_shard}.")
-    source = f"{rows} holds" if isinstance(rows, str | os.PathLike) else "these are"
+    source = f"{rows} contains" if isinstance(rows, str | os.PathLike) else "these are"
     if isinstance(rows, str | os.PathLike):
         rows = list(iter_responses(rows))
     else:

@@ -328,7 +328,7 @@ def test_folders(target, tmp_path):
     refuse(tmp_path / "empty", target, "contains no weights", "model.safetensors")
     with pytest.raises(OSError, match=r"is not a folder; give one with a config\.json"):
         CoralDraftModel.from_eagle(tmp_path / "absent", target)
-    with pytest.raises(OSError, match="no local folder"):
+    with pytest.raises(OSError, match="not a local folder"):
         CoralDraftModel.from_eagle("nobody/no-such-drafter", target)
     path = write(tmp_path / "good", LLAMA, eagle1_tensors())
     with pytest.raises(ValueError, match="exists already"):

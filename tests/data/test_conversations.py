@@ -159,7 +159,7 @@ def test_training_and_generation_give_a_target_without_a_template_one_format():
         ({"turns": ["hi", "you"], "responses": ["ok"]}, "here: 2 turns but 1 responses"),
         ({"turns": ["hi"], "responses": [None]}, r"here: \"responses\" must be a list of strings, got '\[None\]'"),
         ({"turns": ["hi"]}, "here contains a prompt without an answer .*coral-hf regenerate"),
-        ({"prompt_ids": 3, "response_ids": [1]}, r"here is in none of the formats .*\['prompt_ids', 'response_ids'\]"),
+        ({"prompt_ids": 3, "response_ids": [1]}, r"here has an unknown format: .*\['prompt_ids', 'response_ids'\]"),
     ],
 )
 def test_malformed_rows_name_their_place(row, message):

@@ -93,7 +93,7 @@ def test_broken_files_are_refused_in_one_line(case, tmp_path, capsys, monkeypatc
 
 def test_an_unknown_file_shows_its_keys_and_every_format(tmp_path):
     (tmp_path / "odd.jsonl").write_text('{"foo": 1, "bar": "x"}\n')
-    with pytest.raises(ValueError, match=r"odd\.jsonl, line 1 is in none of the formats .*\['bar', 'foo'\]") as error:
+    with pytest.raises(ValueError, match=r"odd\.jsonl, line 1 has an unknown format: .*\['bar', 'foo'\]") as error:
         read_rows(tmp_path / "odd.jsonl")
     assert all(known.example in str(error.value) for known in FORMATS)
 

@@ -185,7 +185,7 @@ def test_the_ordered_copy_follows_its_target_and_its_router():
         assert torch.equal(after.bias, adapter.head.bias[router.token_order.long()])
     assert torch.equal(ordered_head(other, router).head.weight, other.head.weight[router.token_order.long()])
     router.token_order[0] = router.token_order[1]
-    with pytest.raises(ValueError, match="no permutation"):
+    with pytest.raises(ValueError, match="not a permutation"):
         DraftHead(adapter, router)
 
 

@@ -172,7 +172,7 @@ def test_ablation(folder):
             "measured another drafter",
         ),
         (lambda folder: add_record(folder, "benchmark_b.json", digest="f" * 64), "benchmark_b.json"),
-        (lambda folder: add_record(folder, partial=True), "cut off"),
+        (lambda folder: add_record(folder, partial=True), "is incomplete"),
         (lambda folder: (folder / "training" / "benchmark.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "training" / "benchmark.json").write_text("[]"), "JSON object"),
         (lambda folder: (folder / "training" / "card.json").write_text('{"tau": 9}') and add_record(folder), "'tau'"),

@@ -15,11 +15,11 @@ from coral_hf.responses.response_files import exclusive
     [
         ('{"id": "b", "turns": ["x"]', "line 2: not valid JSON"),
         ("[1]", "line 2: expected"),
-        ('{"id": "b"}', r"line 2 is in none of the formats .* \['id'\]"),
+        ('{"id": "b"}', r"line 2 has an unknown format: .*\['id'\]"),
         ('{"id": "b", "turns": []}', 'line 2: "turns" must be'),
         ('{"id": "b", "turns": [3]}', 'line 2: "turns" must be'),
         ('{"id": [7], "turns": ["x"]}', r'line 2: "id" must be a string or a number, got \'\[7\]'),
-        ('{"id": "a", "turns": ["x"]}', "line 2: id 'a' already stands on .*, line 1;"),
+        ('{"id": "a", "turns": ["x"]}', "line 2: id 'a' already occurs on .*, line 1;"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
@@ -70,7 +70,7 @@ def test_a_malformed_row_leaves_no_shard(tmp_path):
     pytest.importorskip("pyarrow.parquet")
     with pytest.raises(ValueError, match='row 1: "prompt_ids"'):
         write_shards([{"id": "a", "prompt_ids": [1], "response_ids": [1]}, {"id": "b"}], tmp_path / "shards")
-    with pytest.raises(ValueError, match="these are not rows to write"):
+    with pytest.raises(ValueError, match="these are no rows to write"):
         write_shards([], tmp_path / "shards")
     with pytest.raises(ValueError, match="rows_per_shard must be at least 1, got 0"):
         write_shards([], tmp_path / "shards", rows_per_shard=0)

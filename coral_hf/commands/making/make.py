@@ -29,7 +29,7 @@ class MakeCommand(RenderingOptions, DataOptions):
     )
     hours: float | None = field(
         default=None,
-        metadata={"help": "Hours for everything, kept within 10 % (default: as long as data and recipe need)."},
+        metadata={"help": "Hours for everything, kept within a tenth (default: as long as data and recipe need)."},
     )
     tokens: int | None = field(
         default=None, metadata={"help": "Response tokens to generate, at most (default: answers to all prompts)."}
