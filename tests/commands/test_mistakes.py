@@ -69,7 +69,7 @@ def test_slips_of_the_pen_in_train(words, remedy, rows, capsys, monkeypatch):
 
 
 def test_no_output(rows, capsys):
-    assert "give a folder with --output" in refused(capsys, "train", "--data", "rows.jsonl")
+    assert "give one with --output" in refused(capsys, "train", "--data", "rows.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_drafter_of_ours_to_convert(rows, capsys):
 
 
 def test_convert_without_the_target(rows, capsys):
-    assert "name its target with --target" in refused(capsys, "convert", "--from", "eagle", "target", "new")
+    assert "name it with --target" in refused(capsys, "convert", "--from", "eagle", "target", "new")
 
 
 def test_answers_of_another_target_are_refused_with_advice_that_works():
