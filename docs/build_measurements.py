@@ -31,15 +31,16 @@ def step_time() -> str:
     count = len([prompt for ids in record["prompts"].values() for prompt in ids])
     return f"""## Where a step's time goes
 
-SmolLM2-135M-Instruct and its shipped drafter, milliseconds per step; the last column is the share of what is neither target
-forward nor drafter layer nor draft head (we want at most 8 %). One run of `coral-hf benchmark --profile true --limit 2
---max-new-tokens {record["max_new_tokens"]}` on {count} prompts, two each of {listed(list(SETS.values()))}; record `{OWN}/step_time.json`
-({machine(record)}).
+Milliseconds per step of SmolLM2-135M-Instruct with its shipped drafter. The last column is the share of everything except the
+target's forward pass, the drafter's layer and the draft head. It should be at most 8 %.
+
+One run of `coral-hf benchmark --profile true --limit 2 --max-new-tokens {record["max_new_tokens"]}` on {count} prompts, two each of
+{listed(list(SETS.values()))}; record `{OWN}/step_time.json` ({machine(record)}).
 
 {table(["draft", "target forward", "drafter layer", "draft head", "tree", "other", "step", "tree and other"], rows)}
 
-In float32 on a CPU with AVX2 alone a step takes {min(slower):.1f} to {max(slower):.1f} times as long, and the last column was
-{min(shares):.0f} to {max(shares):.0f} % (this record, and all others of that machine that are cited below, stand in `{AVX2}`)."""
+In float32 on a CPU without AVX-512 a step takes {min(slower):.1f} to {max(slower):.1f} times as long, and the last column was
+{min(shares):.0f} to {max(shares):.0f} %. All records of that machine are in `{AVX2}`."""
 
 
 def tree_sizes() -> str:
@@ -62,20 +63,22 @@ def tree_sizes() -> str:
     single = [abs(row["error"]) <= 0.1 for row in predicted if row["benchmark"] != "all"]
     return f"""## How large a draft pays
 
-T(n), the target's forward over n tokens, differs from machine to machine. In bf16 with AVX-512, two threads, T(8), T(16) and
-T(32) cost {costs} times T(1) (`{OWN}/tune.json`, {machine(tuned)}); in float32 with AVX2 alone T(8) already
-cost {old_ms[7] / old_ms[0]:.1f} times, in steps, because `few_row_linear` works in blocks of 4 and 8 rows. A fixed size is therefore right
-for one machine only. Cost-aware trees (`draft_depth=8, draft_top_k=3, draft_total_tokens=16`, calibrated by `coral-hf tune`)
-against twelve fixed sizes by `benchmarks/compare_tree_sizes.py`: {prompts} answers, {record["max_new_tokens"]} new tokens
-(`{RECORDS}/tree_sizes.json`, {machine(record)}), as a share of the others' speedup:
+T(n), the time of a forward pass over n tokens, differs between machines. In bf16 with AVX-512 on two threads, T(8), T(16) and
+T(32) are {costs} times T(1) (`{OWN}/tune.json`, {machine(tuned)}). In float32 without AVX-512, T(8) is already
+{old_ms[7] / old_ms[0]:.1f} times T(1). It grows in steps there, because `few_row_linear` works in blocks of 4 and 8 rows. A fixed size is
+therefore right for one machine only.
+
+The table compares cost-aware trees (`draft_depth=8, draft_top_k=3, draft_total_tokens=16`, calibrated by `coral-hf tune`) with
+twelve fixed sizes. `benchmarks/compare_tree_sizes.py` measured {prompts} answers with {record["max_new_tokens"]} new tokens
+(`{RECORDS}/tree_sizes.json`, {machine(record)}). Shares are relative to the speedup of the other size:
 
 {table(["prompts", "speedup", "of the best fixed size", "of the best tuned tree", "of EAGLE-2's own 60 nodes"], rows)}
 
-Few prompts on a shared machine: differences under 5 % within a row mean little. On AVX2 in float32 the last row was
-{listed([percent(before[share]) for share in keys])}.
+These are few prompts on a shared machine: differences below 5 % within a row mean little. In float32 without AVX-512, the last
+row was {listed([percent(before[share]) for share in keys])}.
 
-`benchmarks/predict_speedup.py` computes those speedups from the times of `tune.json` and the acceptance that the benchmark
-measured: {sum(pooled)} of {len(pooled)} sizes within 10 % of what was measured over all prompts, {sum(single)} of {len(single)} by benchmark
+`benchmarks/predict_speedup.py` predicts these speedups from the times in `tune.json` and the measured acceptance. Over all prompts,
+{sum(pooled)} of {len(pooled)} predictions are within 10 % of the measured speedup; by benchmark, {sum(single)} of {len(single)} are
 (`{RECORDS}/predictions.json`)."""
 
 
@@ -91,12 +94,17 @@ def predictions_7b() -> str:
         for name in targets
     ]
     spans = [f"{min(values):.0f} to {max(values):.0f} ms on the {gpu}" for gpu, values in plain.items()]
-    return f"""What the paper's 7B targets would gain on a GPU is **predicted, not measured**, from bytes alone: `python
-benchmarks/predict_from_bandwidth.py --json FILE` (record `{RECORDS}/predictions_7b.json`, where each figure names its
-source) takes the time to read the bf16 weights at 80 % of an A6000's 768 GB/s or an H100's 3,350, T(n) as flat up to 64
-nodes, an acceptance of 0.8 at each of six levels, and a router that computes a sixteenth of the head. Predicted on either
-card, since the bandwidth cancels: {listed(gains)}; plain steps of {listed(spans)}. Launches and all that stands around the
-forwards are left out: upper bounds at that acceptance, on an H100 above all."""
+    return f"""What the paper's 7B targets would gain on a GPU is **predicted, not measured**. `python benchmarks/predict_from_bandwidth.py
+--json FILE` computes it from bytes (record `{RECORDS}/predictions_7b.json`, where each figure names its source). It assumes:
+
+- weights in bf16 are read at 80 % of an A6000's 768 GB/s or an H100's 3,350 GB/s
+- T(n) is constant up to 64 nodes
+- 80 % of the tokens are accepted at each of six levels
+- the router computes a sixteenth of the head
+
+The predicted speedups are {listed(gains)}. They are the same on both GPUs, because the bandwidth cancels out. Plain steps take
+{listed(spans)}. Kernel launches and everything around the forward passes are left out. The speedups are therefore upper bounds at
+that acceptance, above all on an H100."""
 
 
 def two_runs() -> str:
@@ -106,10 +114,10 @@ def two_runs() -> str:
     by_set = listed([f"{percent(difference[key], 1)} ({name})" for key, name in SETS.items()])
     return f"""## Two runs of one benchmark
 
-`coral-hf benchmark --limit 8 --max-new-tokens 48 --repeats 3` on {listed(list(SETS.values()))}, twice, one after the other, compared
-by `benchmarks/compare_runs.py` (`{RECORDS}/two_runs.json`, {machine(record)}): the median speedup over all answers
-differed by {percent(difference["all"], 1)}; by benchmark {by_set}. Without `--repeats`, 16 answers a run in float32 on AVX2, it was
-{percent(before["all"], 1)}."""
+`coral-hf benchmark --limit 8 --max-new-tokens 48 --repeats 3` ran twice on {listed(list(SETS.values()))}, and
+`benchmarks/compare_runs.py` compared both runs (`{RECORDS}/two_runs.json`, {machine(record)}). The median speedup over all
+answers differed by {percent(difference["all"], 1)}; by benchmark, by {by_set}. Without `--repeats`, with 16 answers per run in float32
+without AVX-512, it differed by {percent(before["all"], 1)}."""
 
 
 def training_step() -> str:
@@ -133,17 +141,20 @@ def training_step() -> str:
     ]
     return f"""## What a training step takes
 
-Preset `hass`, K = {record["K"]}, by `benchmarks/benchmark_training.py`; speed at {record["B"]} x {record["S"]} tokens in turn with a plain reading of
-HASS's step (median of {len(record["seconds"]["trainer"])}), memory of the process at {record["B"]} x {record["memory_S"]}. First row: `--reference same --repeats 7 --json
-FILE`, record `{OWN}/benchmark_training.json` ({machine(record)}); second: `--vocab_size 262144 --hidden_size 640 --repeats 0
---reference none --json FILE`, record `{RECORDS}/training_memory_262144.json`.
+`benchmarks/benchmark_training.py` measured a step of the preset `hass` with K = {record["K"]}. Speed is at {record["B"]} x {record["S"]} tokens, in turn
+with a plain implementation of HASS's step (median of {len(record["seconds"]["trainer"])}). Memory is that of the process at {record["B"]} x
+{record["memory_S"]} tokens.
 
-{table(["target", "tokens per second", "features from a cache", "peak memory", "of which the step"], rows)}
+- First row: `--reference same --repeats 7 --json FILE`, record `{OWN}/benchmark_training.json` ({machine(record)})
+- Second row: `--vocab_size 262144 --hidden_size 640 --repeats 0 --reference none --json FILE`, record
+  `{RECORDS}/training_memory_262144.json`
 
-The reference runs the target in both columns; where it too is given the features, the trainer is
-{record["tokens_per_second_ratio_both_cached"]:.2f} times as fast. Most of the gain is memory: logits of a chunk, one pass of the teacher's
-head for all K steps, the later steps' attention in its diagonal form. On a CPU without native bf16, in float32, products take
-nearly all of the time and {old["tokens_per_second_ratio_same_precision"]:.2f} and {old["tokens_per_second_ratio_cached_same_precision"]:.2f} times were found."""
+{table(["target", "tokens per second", "features from a cache", "peak memory", "memory of the step"], rows)}
+
+The reference runs the target in both columns. If it also reads cached features, the trainer is
+{record["tokens_per_second_ratio_both_cached"]:.2f} times as fast. Most of the gain comes from less memory traffic: logits are computed in chunks, the target's
+head runs once for all K steps, and later steps attend in diagonal form. On a CPU without native bf16, in float32, matrix products
+take nearly all of the time. The trainer was {old["tokens_per_second_ratio_same_precision"]:.2f} and {old["tokens_per_second_ratio_cached_same_precision"]:.2f} times as fast there."""
 
 
 def recipes() -> str:
@@ -166,17 +177,17 @@ def recipes() -> str:
     }
     return f"""## What the recipes add
 
-Drafters of the shipped kind from random weights, {record["response_tokens"]:,} response tokens, {record["runs"][0]["steps"]} steps, rate
-{record["training_arguments"]["learning_rate"]:g}, the exact loss, three seeds: tau of a simulated greedy chain of {record["chain_depth"]} on the answers to 80
-development prompts (`benchmarks/ablate_training.py`, `{OWN}/ablation.json`, {machine(record)}), mean, standard deviation and
-values:
+Drafters of the shipped kind were trained from random weights: {record["response_tokens"]:,} response tokens, {record["runs"][0]["steps"]} steps, learning rate
+{record["training_arguments"]["learning_rate"]:g}, the exact loss, three seeds. The table shows tau of a simulated greedy chain of {record["chain_depth"]} on the answers to 80
+development prompts, as mean, standard deviation and values (`benchmarks/ablate_training.py`, `{OWN}/ablation.json`,
+{machine(record)}):
 
 {table(["recipe", "tau", "seeds"], rows)}
 
-So at this length the rollout adds {mean(taus["hass"]) - mean(taus["eagle"]):.2f}, and CSRA at its default weight of 0.05 nothing: it lowers the evaluation loss a
-little with every seed ({losses["coral"]:.4f} for {losses["hass"]:.4f}, and so on), and tau not at all. Nor is there anything to tune by: seed 0
-with a weight of 0.2, a temperature of 0.2, or without the target's view gave {listed([f"{taus[key][0]:.3f}" for key in tried])} against
-{taus["coral"][0]:.3f}. Its default stays small, and a longer training may tell otherwise."""
+At this length the rollout adds {mean(taus["hass"]) - mean(taus["eagle"]):.2f}. CSRA at its default weight of 0.05 adds nothing: it lowers the evaluation loss a
+little with every seed (for seed 0 from {losses["hass"]:.4f} to {losses["coral"]:.4f}), but does not change tau. Other settings do not help. With
+seed 0, a weight of 0.2, a temperature of 0.2, and no view of the target gave {listed([f"{taus[key][0]:.3f}" for key in tried])}, compared with
+{taus["coral"][0]:.3f}. The default therefore stays small. A longer training may give a different result."""
 
 
 def regeneration() -> str:
@@ -184,9 +195,9 @@ def regeneration() -> str:
     sizes = record["settings"]
     return f"""## What regeneration takes
 
-`regenerate` in {sizes["slots"]} slots beside `generate` on fixed batches of {sizes["batch_size"]} sorted by length, {sizes["round_prompts"]} prompts, at most
-{sizes["max_new_tokens"]} new tokens: {record["tokens_per_second_ratio"]:.2f} times the tokens per second, {percent(record["identical"])} of the answers equal
-(`{record["command"]}`, one round, record `{RECORDS}/regeneration.json`, {machine(record)})."""
+`regenerate` in {sizes["slots"]} slots produces {record["tokens_per_second_ratio"]:.2f} times the tokens per second of `generate` on fixed batches of
+{sizes["batch_size"]} sorted by length. {percent(record["identical"])} of the answers are equal. This was one round of {sizes["round_prompts"]} prompts with at most
+{sizes["max_new_tokens"]} new tokens (`{record["command"]}`, record `{RECORDS}/regeneration.json`, {machine(record)})."""
 
 
 def draft_heads() -> str:
@@ -197,7 +208,7 @@ def draft_heads() -> str:
     curves = [[name, *(percent(uncovered[key, share], 1) for share in shares)] for key, name in heads.items()]
     used = []
     for file, name in (
-        ("draft_heads", "cost-aware: the full head drafts less, being dear"),
+        ("draft_heads", "cost-aware (the full head is expensive, so it drafts less)"),
         ("draft_heads_same_tree", "the same fixed tree"),
     ):
         record = read(f"{RECORDS}/{file}.json")
@@ -234,15 +245,15 @@ def draft_heads() -> str:
     taus = [gemma[f"{head}{tree}"]["acceptance_length"] for head in ("full", "router") for tree in ("", "_tree")]
     return f"""## Which draft head pays
 
-A router of {curve["router_groups"]} {curve["router_grouping"]} groups was trained on an earlier state of the shipped drafter for one pass over 200k
-response tokens. Target probability outside of the active ids, on development answers, over three rollout steps
-(`benchmarks/compare_heads.py`, `{RECORDS}/router_heads.json`, {machine(curve)}; the router's MLP costs as much as
-{curve["router_mlp_rows"]:.0f} more rows):
+A router of {curve["router_groups"]} {curve["router_grouping"]} groups was trained for an earlier version of the shipped drafter, in one pass over 200k
+response tokens. The table shows the target's probability outside the active ids, on development answers, over three rollout steps
+(`benchmarks/compare_heads.py`, `{RECORDS}/router_heads.json`, {machine(curve)}). The router's MLP costs as much as
+{curve["router_mlp_rows"]:.0f} more rows.
 
 {table(["active rows", *(f"1/{round(1 / share)}" for share in shares)], curves)}
 
-In use on SmolLM2 the shortlist beside the full head, bf16, two threads, tokens per second and tau over the full head's
-(`coral-hf benchmark --method full:draft_head=full shortlist:draft_head=shortlist`, the second row with
+On SmolLM2 in bf16 with two threads, the shortlist compares with the full head as follows. Tokens per second and tau are relative to
+the full head (`coral-hf benchmark --method full:draft_head=full shortlist:draft_head=shortlist`, in the second row with
 `draft_depth=5,draft_top_k=3,draft_total_tokens=12` for both; `{RECORDS}/draft_heads.json`, `draft_heads_same_tree.json`):
 
 {table(["trees", "answers", "tokens per second", "tau", "drafter"], used)}
@@ -252,28 +263,29 @@ All heads with cost-aware trees, float32, two threads of a CPU with AVX2, {answe
 
 {table(["head", "tokens per second", "tau"], slow)}
 
-So the shipped drafter keeps the shortlist: 48 small products cost a CPU about what one of 8,192 rows does. The head alone, with
-1/16 of the rows active, router and selection included, over the full head's time (`benchmarks/benchmark_head.py`, records beside
-the shipped drafter's and in `{AVX2}`), two threads:
+The shipped drafter therefore keeps the shortlist: 48 small products take a CPU about as long as one product of 8,192 rows.
+
+The next table shows how many times faster than the full head the router is, with 1/16 of the rows active and the selection included,
+on two threads (`benchmarks/benchmark_head.py`, records next to the shipped drafter's and in `{AVX2}`):
 
 {table(["head", "dtype", "groups", "one row", "ten rows"], alone)}
 
-One row is bound by memory, and what is left of its time is calls from cold caches: in bf16 Gemma's differs by 10 % from run to
-run.
+A single row is bound by memory, and the rest of its time is spent on calls with cold caches. In bf16, Gemma's figure differs by
+10 % between runs.
 
-On Gemma-3-270M itself, drafter and router trained for some minutes by `examples/large_vocabulary.py`,
-{answers(gemma["plain"])} answers (`{RECORDS}/large_vocabulary.json`): tokens per second with the router over those with the full
-head {times(gains[""][0])} in chains of 3 and {times(gains["_tree"][0])} in trees of 12 (depth 5), tau {times(gains[""][1])} and {times(gains["_tree"][1])}. So short a training
-gives a tau of {min(taus):.1f} to {max(taus):.1f}, which is slower than plain decoding with any head."""
+On Gemma-3-270M, `examples/large_vocabulary.py` trained a drafter and a router for some minutes. Over {answers(gemma["plain"])} answers
+(`{RECORDS}/large_vocabulary.json`), the router gives {times(gains[""][0])} the full head's tokens per second in chains of 3 and
+{times(gains["_tree"][0])} in trees of 12 (depth 5). Tau changes to {times(gains[""][1])} and {times(gains["_tree"][1])}. After such a short training tau is
+{min(taus):.1f} to {max(taus):.1f}, and drafting is slower than plain decoding with any head."""
 
 
 def shapes() -> str:
     taus = {run["variant"]: run["eval_acceptance_length"] for run in read(f"{RECORDS}/shapes.json")["runs"]}
     return f"""## Which shape trains better
 
-From random weights, K = 1, 200k response tokens, one seed (`{RECORDS}/shapes.json`): tau {taus["eagle_shape"]:.3f} in the `eagle` shape,
-{taus["one_feature"]:.3f} in `eagle3` with the last feature, {taus["three_features"]:.3f} with EAGLE-3's three. Those do not win, so
-the default stays the shape that every engine serves."""
+Trained from random weights with K = 1 on 200k response tokens and one seed (`{RECORDS}/shapes.json`), tau is {taus["eagle_shape"]:.3f} in the
+`eagle` shape, {taus["one_feature"]:.3f} in `eagle3` with the last feature, and {taus["three_features"]:.3f} with EAGLE-3's three features. The
+differences are small, so the default is the shape that every engine serves."""
 
 
 def page() -> str:
@@ -282,8 +294,8 @@ def page() -> str:
     )  # fmt: skip
     head = """# Measurements
 
-Written by `python docs/build_measurements.py` from the records it names; a test compares it with them. Speeds are ratios
-measured side by side in one process; tau is tokens per target forward, the bonus included."""
+`python docs/build_measurements.py` writes this page from the records it names, and a test compares both. Speeds are ratios
+measured side by side in one process. Tau is the number of tokens per forward pass of the target, the bonus token included."""
     return "\n\n".join([head, *(section() for section in sections)]) + "\n"
 
 

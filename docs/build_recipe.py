@@ -85,15 +85,15 @@ def settings_text() -> str:
 
 {table(["hidden size", f"{recipe.FEW} per step", f"{recipe.MANY} per step", "source"], rates)}
 
-Between {narrow:,} and {wide:,}, and between {recipe.FEW} and {recipe.MANY}, the rate is interpolated in logarithms; beyond them the
-nearest value holds. A drafter that is trained further (`--drafter`) gets {recipe.CONTINUED_SHARE:g} of it. A router gets
+Between {narrow:,} and {wide:,}, and between {recipe.FEW} and {recipe.MANY}, the rate is interpolated logarithmically. Outside this
+range the nearest value applies. A drafter that is trained further (`--drafter`) gets {recipe.CONTINUED_SHARE:g} of it. A router gets
 {recipe.ROUTER_RATE:g} x {narrow} / hidden size.
 
 Conversations per step, over all devices (on a CPU at most {recipe.CPU_BATCH}; ours: 8 at 0.2 million tokens, 64 at 22 million):
 
 {table(["data", "per step"], batches)}
 
-Of these, an accelerator computes so many at one time, and a CPU {recipe.CPU_MICRO_BATCH}; the rest is accumulated:
+An accelerator computes this many of them at the same time, and a CPU {recipe.CPU_MICRO_BATCH}. The rest is accumulated:
 
 {table(["hidden size", "at one time"], micro)}
 

@@ -46,22 +46,27 @@ def operations() -> str:
     phases = [[NAMES[name], *(operations_of(methods[name], phase) for phase in PHASES)] for name in drafted]
     return f"""## What a step asks of a device
 
-On a GPU a step of one sequence costs what its launches and waits cost. Per decoding step of the demo pair, outside the target's
-forward: operations as PyTorch dispatches them, the kernels among them (views launch none), tensors uploaded from Python values,
-and times that the host waits for a value; in the last column what the target's forward (plain: {plain:,.0f} operations) has more
-than in plain `generate`. Each as it was at commit {read(f"{RECORDS}/operations_before.json")["environment"]["commit"]} and as it is. One run of `python benchmarks/count_operations.py
+On a GPU, kernel launches and waits determine the time of a step of one sequence. The table counts, per decoding step of the demo
+pair and outside the target's forward pass:
+
+- operations that PyTorch dispatches
+- kernels among them (views launch none)
+- tensors uploaded from Python values
+- waits of the host for a value
+
+The last column shows how many more operations the target's forward pass has than in plain `generate` ({plain:,.0f} operations). Each cell
+shows the count at commit {read(f"{RECORDS}/operations_before.json")["environment"]["commit"]} and the count now. One run of `python benchmarks/count_operations.py
 --max_new_tokens {record["max_new_tokens"]} --json FILE` (`{RECORDS}/operations.json`, {machine(record)}; before, with 64 tokens: `operations_before.json`):
 
-{table(["draft", *KINDS, "forward over plain's"], rows)}
+{table(["draft", *KINDS, "target's forward pass"], rows)}
 
-The operations by what they are for: drafting, building the tree and deciding its size, masks, acceptance, the cache's compaction,
-the rest.
+Operations by purpose: drafting, building the tree and choosing its size, masks, acceptance, compaction of the cache, and the rest.
 
 {table(["draft", *PHASES], phases)}
 
-The cost-aware rule is asked after every second level whether another one pays, and the host waits for each answer.
+The cost-aware rule decides after every second level whether another one pays. The host waits for each decision.
 
-`tests/benchmarks/test_count_operations.py` holds the counts of a tiny pair to `{RECORDS}/operations_tiny.json`."""
+`tests/benchmarks/test_count_operations.py` compares the counts of a tiny pair with `{RECORDS}/operations_tiny.json`."""
 
 
 __all__ = ["operations"]
