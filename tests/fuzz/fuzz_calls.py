@@ -127,6 +127,8 @@ def draw(seed: int, index: int) -> Case:
     prefilled = rng.choice(["whole", "whole", "own cache"]) if maybe(0.2) else None
     if prefilled:
         draft.pop("draft_stock_loop", None)
+    if "draft_stock_loop" not in draft and maybe(0.3):
+        draft["draft_lookup"] = True
     return Case(
         family=rng.choice(list(FAMILIES)),
         # eager attention in float64 makes NaN of a padding row, with or without a drafter

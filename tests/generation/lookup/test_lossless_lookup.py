@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.oracle import oracle
 from helpers.parity import CHAIN, TREES, compare, config_of, prompt_of
+from helpers.recurrent_targets import make_hybrid
 from helpers.tiny_models import every_family, make_drafter, make_target
 
 from coral_hf.generation import hook
@@ -32,6 +33,15 @@ def test_parity(family, name):
     compare(target, drafter, repeated(), SIZES[name], do_sample=True, temperature=0.5)
     compare(target, drafter, repeated(), SIZES[name], repetition_penalty=1.3)
     compare(target, drafter, repeated(), SIZES[name], eos_token_id=list(range(3, 20)), max_new_tokens=30)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", pytest.param("falcon_h1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", list(SIZES))
+def test_parity_of_recurrent_targets(family, name):
+    target = make_hybrid(family)
+    drafter = make_drafter(target)
+    for ids in (repeated(), repeated(20, 3)):
+        compare(target, drafter, ids, SIZES[name], max_new_tokens=60)
 
 
 @pytest.mark.parametrize("costs", [FAIR, DEAR], ids=["fair", "dear"])
