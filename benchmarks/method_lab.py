@@ -164,7 +164,10 @@ def main() -> None:
     if script.threads is not None:
         torch.set_num_threads(script.threads)
     start, folder = time.monotonic(), Path(script.output)
-    text_tokenizer = load_target(script.text_tokenizer, "auto")[1] if script.text_tokenizer else None
+
+    def text_tokenizer() -> Any:
+        return load_target(script.text_tokenizer, "auto")[1] if script.text_tokenizer else None
+
     asked = WorldSettings(**{name: getattr(script, name) for name in _WORLD if hasattr(script, name)})
     world = make_world(folder, asked, script.text, text_tokenizer, script.text_rows)
     file = folder / "method_lab.json"

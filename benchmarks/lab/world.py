@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,18 @@ class World:
 
 
 def make_world(
-    folder: Path, settings: WorldSettings, paths: list[str], text_tokenizer: Any = None, prefix: str = ""
+    folder: Path,
+    settings: WorldSettings,
+    paths: list[str],
+    text_tokenizer: Callable[[], Any] = lambda: None,
+    prefix: str = "",
 ) -> World:
     """Makes a world, or reads the parts of it that the folder contains.
+
+    Args:
+        folder (`Path`), settings ([`WorldSettings`])
+        paths (`list[str]`), prefix (`str`): of the text, see [`documents`].
+        text_tokenizer (`Callable`): loads what decodes ids in it; called where text is still needed.
 
     Raises:
         ValueError: if the folder contains a world of other settings, or there is too little text.
@@ -75,23 +85,27 @@ def make_world(
             f"{folder} contains a world of {found}, and these settings are {asked}: give another --output."
         )
     known.write_text(json.dumps(asked, indent=2) + "\n")
-    texts = documents(paths, text_tokenizer, prefix)
+    file = folder / "rows.json"
+    if file.exists():
+        tokenizer = _tokenizer(folder / "target", [], settings)
+        target, facts = _target(folder / "target", tokenizer, [], [], settings)
+        return World(target, tokenizer, json.loads(file.read_text()), facts)
+    texts = documents(paths, text_tokenizer(), prefix)
     seen, kept = [text for text in texts if not held_out(text)], [text for text in texts if held_out(text)]
     tokenizer = _tokenizer(folder / "target", seen, settings)
     target, facts = _target(folder / "target", tokenizer, seen, kept, settings)
-    file = folder / "rows.json"
-    if not file.exists():
-        generator = torch.Generator().manual_seed(0)
-        train = [
+    generator = torch.Generator().manual_seed(0)
+    rows = {
+        "train": [
             *_answers(target, _prompts(tokenizer, seen, settings, 0, settings.answers), 0.0, settings, generator),
             *_answers(target, _prompts(tokenizer, seen, settings, 1, settings.answers), 1.0, settings, generator),
         ]
-        rows = {"train": train}
-        for temperature in (0.0, 1.0):
-            prompts = _prompts(tokenizer, kept, settings, 0, settings.held_out_answers)
-            rows[f"temperature_{temperature:g}"] = _answers(target, prompts, temperature, settings, generator)
-        file.write_text(json.dumps(rows))
-    return World(target, tokenizer, json.loads(file.read_text()), facts)
+    }
+    prompts = _prompts(tokenizer, kept, settings, 0, settings.held_out_answers)
+    for temperature in (0.0, 1.0):
+        rows[f"temperature_{temperature:g}"] = _answers(target, prompts, temperature, settings, generator)
+    file.write_text(json.dumps(rows))
+    return World(target, tokenizer, rows, facts)
 
 
 def _tokenizer(folder: Path, texts: list[str], settings: WorldSettings) -> Any:
