@@ -19,16 +19,14 @@ from coral_hf.utils.compat import cache_kwarg, cache_of
 trees = pytest.mark.parametrize("tree", ["chain", "tree16"])
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @every_family
-def test_families(family, attention, untraced):
+def test_families(family, untraced):
     """Prompts below and beyond the sliding window of 16."""
-    target = make_target(family, attention=attention)
-    drafter = make_drafter(target, shape="eagle3" if attention == "sdpa" else "eagle")
-    for length in (6, 30):
-        for tree in ("chain", "tree16"):
-            _, stats = compare_graphed(target, drafter, prompt_of(length), TREES[tree])
-            assert stats.acceptance_length >= 2
+    target = make_target(family)
+    drafter = make_drafter(target)
+    for length, tree in ((6, "chain"), (30, "tree16")):
+        _, stats = compare_graphed(target, drafter, prompt_of(length), TREES[tree], max_new_tokens=24)
+        assert stats.acceptance_length >= 2
 
 
 @trees
@@ -99,7 +97,7 @@ def test_two_hundred_steps_are_two_graphs():
     target = make_target()
     drafter, ids = make_drafter(target), prompt_of(9)
     plain = target.generate(ids, generation_config=config_of({}, max_new_tokens=460))
-    sizes = {"draft_depth": 3, "draft_top_k": 2, "draft_total_tokens": 8}
+    sizes = {"draft_depth": 2, "draft_top_k": 2, "draft_total_tokens": 6}
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True), graph_oracle(plain, 0.6):
         found = target.generate(ids, generation_config=graphed(sizes, max_new_tokens=460), assistant_model=drafter)
@@ -137,3 +135,15 @@ def test_weights_that_change_are_read_anew(target, untraced):
     for seed in (0, 5):
         target.load_state_dict(make_target(seed=seed).state_dict())
         compare_graphed(target, drafter, ids, TREES["tree16"], max_new_tokens=12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tree", ["chain", "tree8"])
+def test_compiled_by_inductor_in_float32(tree):
+    """What a user gets: the same tokens, from two graphs."""
+    target = make_target(dtype=torch.float32)
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        _, stats = compare_graphed(target, make_drafter(target), prompt_of(9), TREES[tree], compile_config=None)
+    assert stats.acceptance_length >= 2
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
