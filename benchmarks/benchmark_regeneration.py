@@ -5,7 +5,7 @@ python benchmarks/benchmark_regeneration.py --prompts prompts.jsonl --json FILE
 Both answer the same prompts (first turns) greedily, in rounds that take turns: within a round `generate` runs batch by
 batch, left-padded and sorted by prompt length, and `regenerate` all of them through as many slots as a batch has rows.
 Prompt and response are capped; response tokens up to and with EOS count. `identical` is the share of equal answers (in
-float32 all, but for near-ties).
+float32 all, except for near-ties).
 """
 
 import json

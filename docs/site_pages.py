@@ -24,6 +24,14 @@ ELSEWHERE = {
 LINK = re.compile(r"(?<!!)\[([^\]\n]*(?:\n[^\]\n]+)?)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?\)")
 
 
+def on_config(config: Any) -> Any:
+    """Puts pages that mkdocs.yml does not place at the end of the navigation's results."""
+    placed = str(config.nav)
+    results = next(part["Results"] for part in config.nav if "Results" in part)
+    results += [page.name for page in sorted((ROOT / "docs").glob("*.md")) if f"'{page.name}'" not in placed]
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Adds the pages that no file of docs/ contains."""
     pages = {"cli.md": command_line(), "config.md": settings(), "api.md": api()}

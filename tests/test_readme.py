@@ -223,12 +223,6 @@ def test_readme_is_read_in_a_minute():
     assert sum(found) / len(found) < 17 and max(found) <= 35
 
 
-def test_every_page_of_the_manual_is_in_its_navigation():
-    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
-    for page in MANUAL:
-        assert re.search(rf"[ :]{Path(page).name}$", navigation, re.MULTILINE), f"{page} is not in mkdocs.yml"
-
-
 def test_every_key_of_a_record_is_explained():
     """docs/records.md has the keys of the shipped drafter's records."""
     page = (ROOT / "docs" / "records.md").read_text()
@@ -303,6 +297,31 @@ def test_figures_are_those_of_the_records(monkeypatch):
     drafters = json.loads((ROOT / "docs/hub_drafters.json").read_text())
     count = len(drafters["drafters"])
     assert f"names {count + len(drafters['named'])} drafters. The published config of {count} was tested" in text
+
+
+def test_readme_counts_the_families_of_the_table():
+    rows = re.findall(
+        r"^\| `\w.*` \| .* \| (yes|no) \| (yes|no) \|", (ROOT / "docs/supported_models.md").read_text(), re.M
+    )
+    trees, chains = (sum(row[place] == "yes" for row in rows) for place in (0, 1))
+    said = f"Of {len(rows)} model families tried, {trees} take trees, {chains - trees} take chains only, and {len(rows) - chains}"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_every_switch_and_file_of_the_papers_exists():
+    from dataclasses import fields
+
+    from coral_hf import CoralDraftConfig
+    from coral_hf.commands.train import TrainCommand
+    from coral_hf.generation.settings import DraftSettings
+    from coral_hf.training import CoralTrainingArguments
+
+    text = (ROOT / "docs/papers.md").read_text()
+    flags = {entry.name for kind in (TrainCommand, CoralTrainingArguments) for entry in fields(kind)}
+    assert [flag for flag in re.findall(r"`--([\w-]+)", text) if flag.replace("-", "_") not in flags] == []
+    settings = {entry.name for entry in fields(DraftSettings)} | set(CoralDraftConfig.__annotations__)
+    assert [name for name in re.findall(r"`(draft_\w+|norm_\w+|fc_norm)`", text) if name not in settings] == []
+    assert [path for path in re.findall(r"`(coral_hf/[\w/.]+)`", text) if not (ROOT / path).exists()] == []
 
 
 def test_pictures_are_those_of_the_records(monkeypatch):

@@ -105,7 +105,7 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
         texts = list(self.method)
         if self.assistant is not None and not any(text.partition(":")[0] == "assistant" for text in texts):
             texts.append("assistant")
-        # by their names, before any model loads, so that a slip of the pen costs nothing
+        # by their names, before any model loads, so that a typo costs nothing
         parse_methods(texts, {name: name for name in self.drafter}, self.assistant)
         drafters = {name: load_drafter(name, self.drafter_revision) for name in self.drafter}
         target, tokenizer = self.load_target(self.dtype)

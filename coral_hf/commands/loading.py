@@ -177,7 +177,7 @@ def load_target_ends(name: str, dtype: str, revision: str | None = None, trust_r
 
 
 def _read_ends(name: str, dtype: torch.dtype, revision: str | None):
-    """Raises `LookupError` where a tensor is not on file under its name in the model."""
+    """Raises `LookupError` if a tensor is not on file under its name in the model."""
     config = load_target_config(name, revision)
     if getattr(config, "quantization_config", None) is not None:
         raise LookupError(f"{name} is quantised")

@@ -20,7 +20,7 @@ class OutputOptions:
     )
 
     def check_record(self, path: str | Path, measured: Mapping[str, Any], option: str = "output") -> None:
-        """Raises `ValueError` where a record is there already that this run would not merely measure again.
+        """Raises `ValueError` if a record is there already that this run would not merely measure again.
 
         Args:
             path (`str` or `Path`): the JSON file to write.
@@ -34,7 +34,7 @@ class OutputOptions:
 
 
 def check_output_folder(path: str | Path | None, option: str = "output") -> None:
-    """Raises `ValueError` where a folder to write, or one on the way to it, is a file; None means no folder."""
+    """Raises `ValueError` if a folder to write, or one on the way to it, is a file; None means no folder."""
     if path is None:
         return
     for place in (Path(path), *Path(path).parents):
@@ -45,11 +45,11 @@ def check_output_folder(path: str | Path | None, option: str = "output") -> None
 
 
 def check_output_file(path: str | Path | None, option: str = "json", make_folder: bool = False) -> None:
-    """Raises `ValueError` where a file to write is a folder, or its folder is not one; None means no file.
+    """Raises `ValueError` if a file to write is a folder, or its folder is not one; None means no file.
 
     Args:
         path (`str` or `Path`, *optional*), option (`str`): as given, and by which option.
-        make_folder (`bool`): the folder is made where there is none.
+        make_folder (`bool`): the folder is made if there is none.
     """
     if path is None:
         return
@@ -66,7 +66,7 @@ def finished(*wrote: str | Path | None, then: str | None = None) -> None:
 
     Args:
         *wrote (`str` or `Path`, *optional*): files and folders; None is left out.
-        then (`str`, *optional*): the command, complete but for words in capitals.
+        then (`str`, *optional*): the command, complete except for words in capitals.
     """
     if any(wrote):
         print(f"Wrote {', '.join(str(place) for place in wrote if place)}")

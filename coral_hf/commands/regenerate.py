@@ -220,7 +220,7 @@ class RegenerateCommand(RenderingOptions, DrafterOptions, DataOptions):
         )
 
     def _tokenizer(self) -> Any:
-        """The target's tokenizer, by which answers of a server are checked; None where no name leads to one."""
+        """The target's tokenizer, by which answers of a server are checked; None if no name leads to one."""
         if self.target != DEMO:
             return AutoTokenizer.from_pretrained(self.target)
         name = self.endpoint_model or ""

@@ -56,7 +56,7 @@ class VerifyCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         prompts = read_prompts(self.data, self.limit, **self.reading)
-        # by its name, before any model loads, so that a slip of the pen costs nothing
+        # by its name, before any model loads, so that a typo costs nothing
         parse_methods(self.method, {self.drafter: self.drafter})
         drafter = load_drafter(self.drafter, self.drafter_revision)
         methods = parse_methods(self.method, {self.drafter: drafter})

@@ -45,7 +45,7 @@ def encode_row_parts(
 ) -> tuple[list[tuple[list[int], list[bool]]], list[UnusableRow]]:
     """One training row -> rows of token ids and response mask, each pair of one length.
 
-    There is one, but for conversations whose earlier answers the chat template renders differently later (Qwen3 and
+    There is one, except for conversations whose earlier answers the chat template renders differently later (Qwen3 and
     GLM-4.5 leave out their thinking): there each answer is trained after its own prompt.
 
     Args:
@@ -140,7 +140,7 @@ def chat_of(row: dict[str, Any], known: Format, where: str) -> Chat:
 
 
 def template_mode(row: Mapping[str, Any], tokenizer: Any) -> str | None:
-    """The variables of the chat template that a row was or is rendered with, as JSON; None where that is not known."""
+    """The variables of the chat template that a row was or is rendered with, as JSON; None if that is not known."""
     if "text" in row or not getattr(tokenizer, "chat_template", None):
         return None
     kwargs = check_template_kwargs(row.get("chat_template_kwargs"), "chat_template_kwargs")

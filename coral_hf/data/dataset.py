@@ -139,7 +139,7 @@ class ConversationDataset(torch.utils.data.Dataset):
 
 
 def nothing_to_train(max_length: int | None, reasons: list[str]) -> ValueError:
-    """The error for rows of which none is left, with the first reason why."""
+    """The error for rows none of which is left, with the first reason why."""
     why = f" ({reasons[0]})" if reasons else ""
     return ValueError(
         f"No conversation has a response token within max_length={max_length}: nothing to train on{why}. Raise it, or give "

@@ -8,8 +8,8 @@ from .sources import RowStream
 
 
 DEFAULT_ROWS = 64
-DEFAULT_SHARE = 10  # by default at most one row of so many
-STREAM_ROWS = 10_000  # of a stream, the held-out rows are chosen among so many
+DEFAULT_SHARE = 10  # by default at most one row of this many
+STREAM_ROWS = 10_000  # of a stream, the held-out rows are chosen among this many
 
 
 def hold_out(rows: Any, count: int | None = None) -> tuple[Any, list[dict[str, Any]]]:
@@ -49,7 +49,7 @@ def hold_out(rows: Any, count: int | None = None) -> tuple[Any, list[dict[str, A
             left -= sizes[key]
     if count is not None and not chosen:
         raise ValueError(
-            f"eval_rows={count}: no conversation has so few rows that it could be held out, with another one to train on. "
+            f"eval_rows={count}: every conversation has too many rows to be held out and leave another one to train on. "
             "Name rows to evaluate on instead, or leave eval_rows at 0."
         )
     held_out = [row for row, key in zip(known, keys, strict=True) if key in chosen]

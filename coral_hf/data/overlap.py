@@ -14,7 +14,7 @@ from .sources import Reading, RowStream
 
 PREFIX = 80  # normalised characters that count as the same beginning
 SHORTEST = 20  # shorter evaluation prompts ("hi") are compared as a whole only
-STREAM_ROWS = 10_000  # of a stream, so many rows are looked at
+STREAM_ROWS = 10_000  # rows of a stream that are checked
 
 
 @dataclass

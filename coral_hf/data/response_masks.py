@@ -28,7 +28,7 @@ class Chat:
 
 @dataclass
 class Encoded:
-    """Part of a conversation as token ids and response mask, and the text that they are of; None where that is not the
+    """Part of a conversation as token ids and response mask, and the text that they are of; None if that is not the
     template's."""
 
     ids: list[int] = field(default_factory=list)

@@ -45,7 +45,7 @@ class Origin:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def contradicts(self, other: "Origin") -> bool:
-        """Whether this is certainly another target: by commit or weights, or by name where there are no weights."""
+        """Whether this is certainly another target: by commit or weights, or by name if there are no weights."""
         pairs = [(self.target_revision, other.target_revision), (self.target_weights, other.target_weights)]
         if self.target_weights is None and other.target_weights is None:
             pairs.append((self.target, other.target))

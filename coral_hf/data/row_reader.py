@@ -61,7 +61,7 @@ def has_answers(known: Format, row: Row) -> bool:
 
 
 def check_answered(known: Format, row: Row, where: str) -> None:
-    """Raises [`UnusableRow`] for a row of which nothing can be trained."""
+    """Raises [`UnusableRow`] for a row without anything to train on."""
     if not has_answers(known, row):
         raise UnusableRow(
             f"{where} contains a prompt without an answer ({known.name}), so there is nothing to train on: let the target answer "

@@ -21,7 +21,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
 
     The stream has no end: `max_steps` ends a training. It is shuffled (and packed) inside buffers of `buffer_size`
     conversations, by seed and pass alone, so that a resumed training finds every batch again by reading the stream from
-    its start. What needs all rows at one time (length grouping, response counts, the feature cache) is not to be had.
+    its start. What needs all rows at the same time (length grouping, response counts, the feature cache) is not to be had.
 
     Args:
         rows (`Iterable[dict]`): training rows, iterated in every pass: a [`RowStream`] or a

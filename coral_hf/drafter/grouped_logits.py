@@ -64,7 +64,7 @@ def kept_copy(owner: Any, ids: torch.Tensor, head: Any, make: Callable[[], T]) -
 
 
 def tensor_state(tensor: torch.Tensor) -> tuple:
-    """What differs once a tensor was written to or replaced (but for writes to inference tensors)."""
+    """What changes when a tensor is written to or replaced (except for writes to inference tensors)."""
     version = None if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tensor.device
 

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
-# Rows whose scores exist at one time: with them O(block * S) memory instead of O(S^2), in caches on a CPU.
+# Rows whose scores exist at the same time: with them O(block * S) memory instead of O(S^2), in caches on a CPU.
 BLOCK_ROWS = 128
 
 

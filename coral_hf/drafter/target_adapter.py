@@ -35,7 +35,7 @@ def active_adapters(layer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def active_prompt(model: Any) -> str | None:
-    """Kind of the learnt prompt that a PEFT wrapper puts before every text (PROMPT_TUNING, for example); None where it has none."""
+    """Kind of the learnt prompt that a PEFT wrapper puts before every text (PROMPT_TUNING, for example); None if it has none."""
     config: Any = getattr(model, "active_peft_config", None)
     if not getattr(config, "is_prompt_learning", False):
         return None

@@ -266,7 +266,7 @@ def differences(record: dict[str, Any]) -> list[str]:
 
 
 def slower_than_plain(record: dict[str, Any]) -> str | None:
-    """What to try where the drafter, by its own settings, was slower than plain `generate`; None where it was not."""
+    """What to try where the drafter, by its own settings, was slower than plain `generate`; None if it was not."""
     slow = [
         row
         for row in record["runs"]

@@ -32,7 +32,7 @@ def plot_benchmark(record: dict[str, Any], folder: str | Path, step_time: dict[s
 
 
 def plot_batches(record: dict[str, Any], folder: str | Path) -> list[Path]:
-    """Draws `batches.png`: tokens per second over plain `generate`'s by batch size, and by context where there are several.
+    """Draws `batches.png`: tokens per second over plain `generate`'s by batch size, and by context if there are several.
 
     Args:
         record (`dict`): what [`run_batches`] returns.

@@ -50,7 +50,7 @@ def predict_speedup(
 
 
 def costs_of(record: dict[str, Any], draft_top_k: int, active_groups: int | None = None) -> DraftCosts | None:
-    """The costs that a record of `coral-hf tune` contains for a width; None where it was not measured."""
+    """The costs that a record of `coral-hf tune` contains for a width; None if it was not measured."""
     for row in record["drafting"]:
         if row["draft_top_k"] == draft_top_k and row["draft_active_groups"] == active_groups:
             return DraftCosts(tuple(record["target_ms"]), row["first_level_ms"], row["level_ms"])
@@ -107,7 +107,7 @@ def check_predictions(tuned: dict[str, Any], measured: dict[str, Any]) -> list[d
 
 
 def drafter_of(measured: dict[str, Any], method: str) -> str | None:
-    """The hash of the weights that a method of a benchmark drafted with; None where the record does not say."""
+    """The hash of the weights that a method of a benchmark drafted with; None if the record does not say."""
     drafter = measured.get("drafters", {}).get(method, measured)
     return drafter.get("drafter_sha256")
 

@@ -104,7 +104,7 @@ def _speedup(row: dict[str, Any]) -> float:
 
 
 def _active_groups(drafter: Any, box: DraftSettings) -> list[int | None]:
-    """The router's choice, half and twice of it; None where no router is used."""
+    """The router's choice, half and twice of it; None if no router is used."""
     router = getattr(drafter, "router", None)
     if router is None or box.draft_head in ("full", "shortlist"):
         return [None]

@@ -38,7 +38,7 @@ class Difference:
         method (`str`), prompt (`str`), temperature (`float`)
         turn (`int`): of the conversation, from 1.
         position (`int`): index among the new tokens.
-        plain_token, drafted_token (`int`, *optional*): None where that answer had ended.
+        plain_token, drafted_token (`int`, *optional*): None if that answer had ended.
         plain_text, drafted_text (`str`): the tokens around it.
     """
 

@@ -170,7 +170,7 @@ def regenerate_from_endpoint(
         prompts (`Iterable[dict]`): rows `{"id", "turns"}` with a `system` text or without, as from [`iter_prompts`].
         output (`str` or `os.PathLike`): JSONL file.
         max_new_tokens (`int`), temperature (`float`), seed (`int`): sent with every request.
-        concurrency (`int`): requests under way at one time.
+        concurrency (`int`): requests under way at the same time.
         token_ids (`bool`): keep the token ids that the server returns.
         max_turns (`int`, *optional*), exclude (`Iterable[str]`), progress (`bool`): as for [`regenerate`].
         template_kwargs (`dict`, *optional*): variables of the chat template, sent as `chat_template_kwargs` (vLLM, SGLang); a

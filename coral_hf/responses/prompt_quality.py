@@ -24,7 +24,7 @@ _WORDS = {
 
 
 def flaw_of(text: str, special_tokens: Iterable[str] = ()) -> str | None:
-    """Why a text is no prompt: `"empty"` or `"degenerate"`; None where nothing is wrong."""
+    """Why a text is no prompt: `"empty"` or `"degenerate"`; None if nothing is wrong."""
     if len(text) < SHORTEST or not any(character.isalpha() for character in text):
         return "empty"
     strange = any(

@@ -37,7 +37,7 @@ def iter_prompts(
             Names that the formats know, each with the data's own name for it.
 
     Returns:
-        `Iterator[dict]`: the rows in their order, with `id`, `turns` and `system` where there is one.
+        `Iterator[dict]`: the rows in their order, with `id`, `turns` and `system` if there is one.
 
     Raises:
         ValueError: if a source is missing, or a line is malformed or repeats an id (with its number).

@@ -237,7 +237,7 @@ class CoralTrainingArguments(TrainingArguments):
             self.gradient_accumulation_steps = 1
         if self.rollout_schedule == "1" and self.csra_weight is None:
             self.csra_weight = 0.0  # it compares steps
-        # whoever reads an argument finds a number, and `settle` puts the target's in its place
+        # readers find a number until `settle` replaces it by the target's value
         provisional = choose_recipe(stage=self.stage).to_dict()
         self._open = {name: value for name, value in provisional.items() if getattr(self, name) is None}
         for name, value in self._open.items():
@@ -279,7 +279,7 @@ class CoralTrainingArguments(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and native_bfloat16("cpu" if self.use_cpu else None)
         if not torch.accelerator.is_available():
-            self.use_cpu: bool = True  # or bf16=True would be refused where there is no GPU
+            self.use_cpu: bool = True  # or bf16=True would be refused if there is no GPU
         super().__post_init__()
         check_arguments(self)
         self._settled = self.to_dict()

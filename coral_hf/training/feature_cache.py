@@ -31,7 +31,7 @@ def _key(input_ids: torch.Tensor) -> str:
 
 
 def _same_target(found: Any, target_id: str) -> bool:
-    """Equal, or equal but for a commit that was not known then or is not now (`"NAME None"`): the weights tell."""
+    """Equal, or equal except for a commit that was not known then or is not now (`"NAME None"`): the weights tell."""
     pairs = ((found, target_id), (target_id, found))
     return found == target_id or any(
         isinstance(one, str) and one.endswith(" None") and str(other).startswith(one.removesuffix("None"))

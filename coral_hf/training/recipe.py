@@ -28,13 +28,13 @@ CONTINUED_SHARE = 0.25
 # The router's rate at a width of 576 (ours), lowered as 1 / width: no other has been measured.
 ROUTER_RATE = 1e-3
 
-# Response tokens below which a step takes so many conversations (ours: 8 at 0.2 million tokens, 64 at 22 million)
+# Response tokens below which a step takes this many conversations (ours: 8 at 0.2 million tokens, 64 at 22 million)
 BATCHES = ((1_000_000, 8), (5_000_000, 16), (20_000_000, 32), (None, 64))
 CPU_BATCH = 16  # at most: ours took 8 to 16 there
-# Widths up to which an accelerator takes so many conversations at one time (memory, see `--estimate`)
+# Widths up to which an accelerator takes this many conversations at the same time (memory, see `--estimate`)
 MICRO_BATCHES = ((1024, 16), (2048, 8), (3072, 4), (None, 2))
 CPU_MICRO_BATCH = 8
-# Response tokens below which the data is read so many times, for targets narrower than WIDE and for others: HASS reads 68k
+# Response tokens below which the data is read this many times, for targets narrower than WIDE and for others: HASS reads 68k
 # conversations 40 times, speculators advise 2 to 3 epochs of 500k; a small drafter learns few conversations by heart
 EPOCHS = ((5_000_000, 3.0, 10.0), (50_000_000, 2.0, 10.0), (500_000_000, 1.0, 3.0), (None, 1.0, 2.0))
 WIDE = 2048
@@ -46,7 +46,7 @@ NEW_SCHEDULE = "1:0.5,3:0.5"  # the shipped drafter's first two stages together
 CONTINUED_SCHEDULE = "3"  # its later stages
 CSRA_WEIGHT = 0.05
 
-# One id of so many is in the shortlist (the shipped drafter: 8,192 of 49,152; FR-Spec keeps 8k to 32k of 128k)
+# One id of this many is in the shortlist (the shipped drafter: 8,192 of 49,152; FR-Spec keeps 8k to 32k of 128k)
 SHORTLIST_SHARE, SHORTLIST_UNIT = 6, 1024
 
 

@@ -47,14 +47,14 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             saved (a finished one: `drafter.to(torch.bfloat16).save_pretrained(folder)`).
         target_model (`PreTrainedModel` or `str`): the frozen target, never saved, never trained; or its path or Hub id, to
             load it, and its tokenizer, in the checkpoint's dtype.
-        args ([`CoralTrainingArguments`]): or plain `TrainingArguments`, of which what differs from their defaults is taken.
+        args ([`CoralTrainingArguments`]): or plain `TrainingArguments`, whose non-default values are used.
         train_dataset, eval_dataset: [`ConversationDataset`], what [`read_rows`] reads (a path, a Hub id, a DataFrame), a
             `datasets.Dataset`, or a list of training rows (see [`encode_row`]); `eval_dataset` also a `dict` of those. Rows without a length (`RowStream`, `datasets.IterableDataset`) are streamed in training,
             which needs `max_steps`, and read whole for evaluation.
         processing_class (*optional*): the target's tokenizer; its vocabulary hash must be the drafter's.
         peft_config (`PeftConfig`, *optional*): adapts the drafter to this (fine-tuned) target with adapters instead of
             training it; `save_model` and `push_to_hub` write the merged drafter, and the adapters beside it.
-        **kwargs: as for [`~transformers.Trainer`], but for functions that would not be called (`compute_metrics`, ...).
+        **kwargs: as for [`~transformers.Trainer`], except for functions that would not be called (`compute_metrics`, ...).
 
     Raises:
         ValueError: if drafter and target or tokenizer do not belong together, no response token is left, one process

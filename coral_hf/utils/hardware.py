@@ -55,7 +55,7 @@ def native_bfloat16(device: torch.device | str | None = None) -> bool:
 
 
 def check_one_device(target: Any) -> None:
-    """Raises `ValueError` where a `device_map` spread the target: losses and continuous batching keep what they read of it
+    """Raises `ValueError` if a `device_map` spread the target: losses and continuous batching keep what they read of it
     on one device."""
     devices = {str(device) for device in (getattr(target, "hf_device_map", None) or {}).values()}
     if len(devices) > 1:

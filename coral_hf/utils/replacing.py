@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def check_replaceable(place: str | Path, found: str | None, overwrite: bool, remedies: str) -> None:
-    """Raises `ValueError` where writing would replace what another run left.
+    """Raises `ValueError` if writing would replace what another run left.
 
     Args:
         place (`str` or `Path`): the file or folder to write.

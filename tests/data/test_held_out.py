@@ -59,7 +59,7 @@ def test_by_default_at_most_a_tenth_and_never_all():
     for count, message in ((5, "there are 5 rows; leave some"), (-1, "must be 0 or more")):
         with pytest.raises(ValueError, match=f"eval_rows={count}.*{message}"):
             hold_out(answers(5), count)
-    with pytest.raises(ValueError, match="eval_rows=2: no conversation has so few rows"):
+    with pytest.raises(ValueError, match="eval_rows=2: every conversation has too many rows"):
         hold_out(answers(3, turns=4), 2)
 
 

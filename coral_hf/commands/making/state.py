@@ -41,7 +41,7 @@ class MakeState:
         self.settings = settings
 
     def of(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage found; None where it is not finished."""
+        """What a finished stage found; None if it is not finished."""
         return self.stages.get(stage)
 
     def begin(self) -> None:

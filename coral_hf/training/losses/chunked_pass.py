@@ -137,7 +137,7 @@ def chunked_pass(
             renormalised (cheaper; the default, the whole vocabulary, is exact).
         logit_offsets (`torch.Tensor` of shape `[A]`, *optional*): added to both logits; log(1 / sampling probability)
             lets sampled tokens stand for all those they were drawn from.
-        chunk_size (`int`): rows whose logits exist at one time.
+        chunk_size (`int`): rows whose logits exist at the same time.
 
     Returns:
         [`PassResult`]

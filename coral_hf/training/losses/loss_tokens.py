@@ -13,7 +13,7 @@ class LossTokens:
 
     Args:
         args ([`CoralTrainingArguments`]): `loss_vocab_size` (None: the exact loss) and `loss_negatives`.
-        dataset: the training rows; None where nothing is trained.
+        dataset: the training rows; None if nothing is trained.
         vocab_size (`int`): of the target.
 
     Raises:

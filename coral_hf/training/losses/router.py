@@ -21,7 +21,7 @@ def target_group_mass(
         target_features (`torch.Tensor` of shape `[M, H]`).
         logits_fn: `TargetAdapter.logits`.
         group_mass: `LMHeadRouter.group_mass`, `[C, V]` -> `[C, G]`.
-        chunk_size (`int`): rows whose fp32 logits exist at one time.
+        chunk_size (`int`): rows whose fp32 logits exist at the same time.
 
     Returns:
         `tuple`: P(g) `[M, G]` and the target's argmax token `[M]`.

@@ -77,7 +77,7 @@ def save_merged(model: Any, folder: str | Path) -> CoralDraftModel:
     """
     model.save_pretrained(Path(folder) / ADAPTER_FOLDER)
     follow_umask(Path(folder) / ADAPTER_FOLDER)
-    # PEFT's card of them: an empty form but for the path of the drafter that they were begun on
+    # PEFT's card of them: an empty form except for the path of the drafter that they were begun on
     (Path(folder) / ADAPTER_FOLDER / CARD_FILE).unlink(missing_ok=True)
     merged = copy.deepcopy(model).merge_and_unload()
     merged.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Checkpoints that outlive a kill: written beside and renamed, and checked before a training resumes from one."""
+"""Checkpoints that survive a killed process: written beside and renamed, and checked before a training resumes from one."""
 
 import hashlib
 import json

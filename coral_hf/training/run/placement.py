@@ -9,7 +9,7 @@ from ...utils.hardware import check_one_device
 
 
 def check_devices(args: Any) -> None:
-    """Raises `ValueError` where `Trainer` would run the drafter on several GPUs of one process (`DataParallel`): the
+    """Raises `ValueError` if `Trainer` would run the drafter on several GPUs of one process (`DataParallel`): the
     target, which computes the features, is on one of them."""
     if args.n_gpu > 1:
         raise ValueError(

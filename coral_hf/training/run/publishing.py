@@ -92,7 +92,7 @@ class PublishingMixin(Trainer):
         if self.args.should_save:
             strip_paths(checkpoint_folder)
         self._remove_arguments()
-        # `Trainer` pickles its arguments into the folder, and uploads all of it but for names that begin with `_`.
+        # `Trainer` pickles its arguments into the folder, and uploads all of it except for names that begin with `_`.
         with patch.object(trainer, "TRAINING_ARGS_NAME", f"_{ARGUMENTS_FILE}"):
             super()._push_from_checkpoint(checkpoint_folder)
         self._remove_arguments()
