@@ -25,6 +25,7 @@ from ..data.response_masks import eos_ids_of
 from ..data.response_origin import Origin, check_same_run
 from ..drafter.configuration_coral import check_vocabulary
 from ..drafter.modeling_coral import CoralDraftModel
+from ..generation.key_values.padded_batch import PaddedBatch, decoding_slots
 from ..generation.key_values.slot_cache import SlotCache
 from ..generation.slot_drafts import SlotDrafts
 from .job_queue import WINDOW_PER_SLOT, Answered, Conversation, Job, PromptQueue, prompt_hash, unanswered
@@ -90,7 +91,8 @@ def regenerate(
 
     Args:
         target (`PreTrainedModel`):
-            A decoder-only causal LM with full or sliding-window attention (`sdpa` or `eager`), in evaluation mode.
+            A decoder-only causal LM with full or sliding-window attention (`sdpa` or `eager`), in evaluation mode. With
+            recurrent layers it decodes in padded batches, and says so.
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer. Without a chat template the turns are taken as plain text.
         prompts (`Iterable[dict]`):
@@ -154,10 +156,16 @@ def regenerate(
 
     output, eos_ids, excluded = Path(output), eos_ids_of(target), set(exclude)
     origin = Origin.of(target)
-    cache = SlotCache(target, slots)
+    cache = decoding_slots(target, slots)
+    drafts = None
     if drafter is not None:
         check_vocabulary(drafter.config, tokenizer)
-    drafts = None if drafter is None else SlotDrafts(cache, drafter)
+        if isinstance(cache, PaddedBatch):
+            raise ValueError(
+                f"a drafter drafts for slots of a key-value store, which cannot hold the recurrent layers of "
+                f"{type(target).__name__}: leave the drafter out."
+            )
+        drafts = SlotDrafts(cache, drafter)
     with exclusive(output):
         on_file = _ids_on_file(output, temperature, origin)
         n_on_file = sum(len(answers) for answers in on_file.values())
@@ -226,7 +234,7 @@ class _TurnWriter(AnswerWriter):
 
 @torch.inference_mode()
 def decode_all(
-    cache: SlotCache,
+    cache: SlotCache | PaddedBatch,
     queue: Any,
     sampler: TokenSampler,
     writer: Any,
@@ -240,8 +248,7 @@ def decode_all(
     if drafts is None or not drafts.begin(queue.context()):
         cache.share_prefix(common)
     jobs: list[Job] = []  # jobs[i] lives in slot i
-    # A forward on an accelerator costs the same for one prompt as for many: there, prompts wait for each other.
-    refill_at = cache.slots - (1 if cache.device.type == "cpu" else max(1, cache.slots // 8))
+    refill_at = cache.refill_at
     while True:
         new_jobs: list[Job] = []
         if len(jobs) <= refill_at:
@@ -251,7 +258,7 @@ def decode_all(
         if new_jobs:
             prompts = [job.prompt_ids for job in new_jobs]
             slots = range(len(jobs), len(jobs) + len(new_jobs))
-            if drafts is not None and drafting:
+            if drafts is not None and drafting and isinstance(cache, SlotCache):
                 cache.prefill(slots, prompts, drafts.take, drafts.states)
             else:
                 cache.prefill(slots, prompts)

@@ -18,7 +18,7 @@ from ..data.chat import render, tokenize
 from ..data.overlap import EvaluationPrompts
 from ..data.response_masks import eos_ids_of
 from ..data.response_origin import Origin, check_same_run
-from ..generation.key_values.slot_cache import SlotCache
+from ..generation.key_values.padded_batch import decoding_slots
 from ..utils.jsonl import read_jsonl
 from .job_queue import Conversation, Job
 from .prompt_quality import NearDuplicates, flaw_of, language_of
@@ -84,7 +84,7 @@ def write_self_prompts(
             longest = max_tokens or (_LONGEST_BEGINNING if end is None else _LONGEST_PROMPT)
             common = {"source": "self", "seed": seed, "temperature": TEMPERATURE, **origin.columns}
             keeper = _Keeper(output, rows, count, tokenizer, stop_ids, end, common, evaluation, progress)
-            cache = SlotCache(target, max(1, min(slots, count)))
+            cache = decoding_slots(target, max(1, min(slots, count)))
             try:
                 queue: Any = _Starts(start, keeper, _ATTEMPTS * (count - len(rows)))
                 sampler = TokenSampler(TEMPERATURE, seed + 1_000_003 * len(rows), target.device)

@@ -145,11 +145,11 @@ def test_caches_that_plain_generate_filled(family):
 @some
 @sizes
 def test_left_padding(family, size):
-    target, ids = make_hybrid(family), prompt_of(20)
+    target, ids = make_hybrid(family, attention="sdpa"), prompt_of(20)  # eager is NaN at padding in float64
     mask = torch.ones_like(ids)
     mask[:, :6] = 0
-    _, stats = compare(target, make_drafter(target), ids, size, attention_mask=mask)
-    assert stats.n_accepted > stats.steps
+    plain, stats = compare(target, make_drafter(target), ids, size, attention_mask=mask)
+    assert stats.n_accepted > stats.steps and plain[0, 20:].unique().numel() > 10
 
 
 @some

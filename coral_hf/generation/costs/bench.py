@@ -12,6 +12,7 @@ from ..acceptance import accept_greedy
 from ..candidate_generator import CoralCandidateGenerator
 from ..draft_tree import DraftTree, ancestors_of
 from ..key_values.paths import store_obstacle
+from ..key_values.recurrent_layers import crop, is_linear
 from ..settings import DraftSettings
 from ..target_forward import TargetForward
 
@@ -44,6 +45,7 @@ class Bench:
         levels: int,
     ):
         self.rows = rows
+        self.settings = settings
         self.device = target.get_input_embeddings().weight.device
         vocab_size = target.config.get_text_config().vocab_size
         # whatever the total: the levels that are timed are drafted
@@ -54,12 +56,14 @@ class Bench:
         self.generator = CoralCandidateGenerator(drafter, target, fixed, context + settings.draft_depth + 1, padding)
         ids = (1 + torch.arange(context, device=self.device) * 7919 % (vocab_size - 1))[None]  # 0 pads
         cache = DynamicCache(config=target.config)
+        self.by_levels = any(map(is_linear, cache.layers))
         in_store = store_obstacle(target, cache, None, context + total) is None
         cache.activate_past_recording()
         asked = self.generator.adapter.output_hidden_states
         text = {"input_ids": ids[:, -read:], "use_cache": True, "output_hidden_states": asked, **cache_kwarg(cache)}
         outputs = target(**text)
-        cache.crop(0)
+        for layer in cache.layers:
+            crop(layer, 0)
         self.verifier = TargetForward(target, cache_kwarg(cache), asked)
         if in_store:
             _repeat(cache, rows, context)
@@ -72,11 +76,18 @@ class Bench:
         self.features = features[:, -NEW_ROWS:]
 
     def star(self, size: int) -> DraftTree:
-        """Trees of a root and leaves: times depend on the number of nodes alone."""
+        """Trees of a root and leaves: times depend on the number of nodes alone, but in recurrent layers.
+
+        Those read level by level: one path is then as deep as drafts get, and the other nodes are leaves.
+        """
+        depth = min(self.settings.draft_depth, size - 1) if self.by_levels else min(1, size - 1)
+        if self.by_levels and self.settings.is_chain:
+            return DraftTree.chain(self.ids[:, :size])
         parents = torch.zeros(self.rows, size, dtype=torch.long, device=self.device)
-        parents[:, 0] = -1
+        parents[:, : depth + 1] = torch.arange(-1, depth, device=self.device)
         depths = (parents >= 0).long()
-        return DraftTree(self.ids[:, :size], parents, depths, depths.float(), ancestors_of(parents, 1))
+        depths[:, : depth + 1] = torch.arange(depth + 1, device=self.device)
+        return DraftTree(self.ids[:, :size], parents, depths, depths.float(), ancestors_of(parents, max(depth, 1)))
 
     def verify(self, tree: DraftTree) -> None:
         """What a step does with a tree, from its mask to the features of what it keeps; the cache is then as before."""

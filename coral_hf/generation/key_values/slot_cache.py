@@ -47,6 +47,8 @@ class SlotCache:
                 f"the target cannot be batched continuously: {problem}. Answer the prompts with `generate` instead."
             )
         self.target, self.slots, self.device = target, slots, target.device
+        # A forward on an accelerator costs the same for one prompt as for many: there, prompts wait for each other.
+        self.refill_at = slots - (1 if self.device.type == "cpu" else max(1, slots // 8))
         # Slots begin anew: sliding layers keep every place.
         self.forward = StoreForward(target, slots, rolling=False)
         self.store = self.forward.store
