@@ -220,8 +220,8 @@ def test_targets_that_do_not_fit(target, tmp_path):
     with pytest.raises(ValueError, match=r"encoder-decoder .llama.; give a decoder-only model"):
         regenerate(target, make_tokenizer(), [], tmp_path / "out", max_new_tokens=4)
     target.config.is_encoder_decoder = False
-    target.config.layer_types = ["linear_attention"] * 4
-    with pytest.raises(ValueError, match="linear_attention"):
+    target.config.layer_types = ["chunked_attention"] * 4
+    with pytest.raises(ValueError, match="chunked_attention"):
         regenerate(target, make_tokenizer(), [], tmp_path / "out", max_new_tokens=4)
 
 

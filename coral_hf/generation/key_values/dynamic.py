@@ -7,20 +7,11 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..draft_tree import DraftTree
-from .recurrent_layers import crop, is_linear
+from .recurrent_layers import LINEAR_TYPES, crop, is_linear
 
 
 # Types of layers, as configs name them, that are given a tree's mask, or need none.
-_TYPES_OF_TREES = {
-    "full_attention",
-    "sliding_attention",
-    "linear_attention",
-    "conv",
-    "hybrid",
-    "hybrid_sliding",
-    "moe",
-    "mlp",
-}
+_TYPES_OF_TREES = {"full_attention", "sliding_attention", "moe", "mlp"} | LINEAR_TYPES
 
 
 def check_cache(

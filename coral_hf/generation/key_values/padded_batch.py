@@ -8,8 +8,8 @@ from transformers.utils import logging
 
 from ...utils.compat import cache_kwarg, cache_of
 from ...utils.hardware import check_one_device
-from .paths import target_obstacle
-from .recurrent_layers import is_linear
+from .paths import layer_kinds, target_obstacle
+from .recurrent_layers import LINEAR_TYPES
 from .slot_cache import SlotCache
 
 
@@ -120,7 +120,7 @@ def decoding_slots(target: PreTrainedModel, slots: int) -> SlotCache | PaddedBat
         ValueError: as [`SlotCache`].
     """
     problem = target_obstacle(target)
-    if problem is None or not any(map(is_linear, DynamicCache(config=target.config).layers)):
+    if problem is None or target.config.is_encoder_decoder or not LINEAR_TYPES & set(layer_kinds(target)):
         return SlotCache(target, slots)
     logger.warning_once(
         f"{type(target).__name__} is not batched continuously: {problem}. Its texts are decoded in padded batches of up to {slots}, and a "

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ...drafter.few_rows import is_compiled
 
 
+LINEAR_TYPES = {"conv", "hybrid", "hybrid_sliding", "linear_attention"}  # of layers with states, as configs name them
 UPDATES = {"update_conv_state", "update_recurrent_state"}  # methods of a cache by which a module writes its states
 
 
@@ -121,6 +122,7 @@ def check_recurrence(target: PreTrainedModel, cache: Cache, branches: bool) -> N
 
 
 __all__ = [
+    "LINEAR_TYPES",
     "UPDATES",
     "check_recurrence",
     "crop",
