@@ -76,6 +76,12 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
         default=False,
         metadata={"help": "Also time the parts of a step on two prompts per benchmark; writes step_time.json."},
     )
+    server_tau: bool = field(
+        default=False,
+        metadata={
+            "help": "Also count greedy answers as vLLM does: tokens accepted beyond an answer's end count (one more answer each)."
+        },
+    )
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
     def run(self) -> int:
@@ -87,9 +93,10 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
         require("rich", "matplotlib")
         check_output_folder(self.output)
         check_temperatures(self.temperature)
-        if (self.batch_size or self.context) and (self.profile or self.temperature != [0.0]):
+        if (self.batch_size or self.context) and (self.profile or self.server_tau or self.temperature != [0.0]):
             raise ValueError(
-                "--batch-size and --context measure greedy answers as a whole: leave --profile and --temperature out."
+                "--batch-size and --context measure greedy answers as a whole: leave --profile, --server-tau and --temperature "
+                "out."
             )
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -126,7 +133,16 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
         self.check_record(path, describe_run(target, tokenizer, methods, prompts, tokens, self.temperature, self.seed))
         try:
             record = run_benchmark(
-                target, tokenizer, methods, prompts, self.output, tokens, self.temperature, self.seed, self.repeats
+                target,
+                tokenizer,
+                methods,
+                prompts,
+                self.output,
+                tokens,
+                self.temperature,
+                self.seed,
+                self.repeats,
+                self.server_tau,
             )
         except KeyboardInterrupt:
             # Before the first prompt is done, an older record is left alone.

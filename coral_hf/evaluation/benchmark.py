@@ -3,7 +3,7 @@
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from .methods import (
     first_difference,
     measure,
 )
+from .server_counts import count_as_server
 
 
 # (benchmark, temperature) -> method -> measurements, in the order of the prompts
@@ -74,6 +75,10 @@ def result_row(
         row["acceptance_per_depth"] = stats.acceptance_per_depth
         row["reached_per_depth"] = stats.reached_per_depth
         row["steps"] = stats.steps
+    served = [measurement.served for measurement in measured if measurement.served is not None]
+    if served:
+        steps, accepted = (sum(counts) for counts in zip(*served, strict=True))
+        row["server_acceptance_length"] = 1.0 + accepted / steps if steps else 1.0
     return row
 
 
@@ -87,6 +92,7 @@ def run_benchmark(
     temperatures: Sequence[float] = (0.0,),
     seed: int = 0,
     repeats: int = 1,
+    server_tau: bool = False,
 ) -> dict[str, Any]:
     """Answers every prompt with plain `generate` and with every method, and writes `benchmark.json`.
 
@@ -104,6 +110,8 @@ def run_benchmark(
         seed (`int`): of the samples of the first prompt, one more for each next.
         repeats (`int`): times that all methods answer a prompt in turn; the fastest of each method counts, which neighbours
             on the machine disturbed least.
+        server_tau (`bool`): also count greedy answers of CORAL drafters as vLLM does (`server_acceptance_length`), from one more
+            answer each that is not timed.
 
     Returns:
         `dict`: the record, with `environment`, `methods`, `drafters`, `compile_seconds` (of methods that compile, not in their
@@ -158,6 +166,8 @@ def run_benchmark(
             answer = partial(
                 _measure_all, target, turned, by_method, max_new_tokens, repeats, index, how, shared, compiling
             )
+            if server_tau and temperature == 0:
+                answer = partial(_count_as_server, answer, target, methods, by_method, max_new_tokens)
             answer_turns(tokenizer, prompt, answer)
         record = _write(folder, record, methods, results, partial=True)
     return _write(folder, record, methods, results, partial=False)
@@ -215,6 +225,23 @@ def _measure_all(
         fastest = min((one[name] for one in rounds), key=lambda answer: answer.seconds)
         measurements.append(replace(fastest, prompt=prompt))
     return results[PLAIN][-1].new_ids
+
+
+def _count_as_server(
+    answer: Callable[[torch.Tensor], list[int]],
+    target: Any,
+    methods: list[Method],
+    results: dict[str, list[Measurement]],
+    max_new_tokens: int,
+    ids: torch.Tensor,
+) -> list[int]:
+    """Answers a turn, and then counts each drafter's answer as a server would."""
+    new_ids = answer(ids)
+    for method in methods:
+        if method.is_coral:
+            served = count_as_server(target, ids, method.drafter, max_new_tokens, **method.settings)
+            results[method.name][-1].served = served
+    return new_ids
 
 
 def _check(target, tokenizer, methods, prompts, max_new_tokens, temperatures) -> None:
@@ -289,16 +316,20 @@ def print_table(record: dict[str, Any]) -> None:
         from rich.table import Table
     except ImportError as error:
         raise ImportError("The table needs rich: pip install 'coral-hf[eval]'.") from error
+    served = any("server_acceptance_length" in row for row in record["runs"])
     title = f"{record['target']}, {record['environment']['dtype']}, {record['environment']['device']}"
     table = Table(
         title=title,
-        caption="T: temperature; n: answers, one to each turn; same: equal to plain `generate`'s; from: first token that is not",
+        caption="T: temperature; n: answers, one to each turn; same: equal to plain `generate`'s; from: first token that is not"
+        + ("; vLLM: tau as vLLM counts" if served else ""),
     )
-    for column in ("benchmark", "method", "T", "n", "tok/s", "speedup", "tau", "same", "from"):
+    taus = ("tau", "vLLM") if served else ("tau",)
+    for column in ("benchmark", "method", "T", "n", "tok/s", "speedup", *taus, "same", "from"):
         named = column in ("benchmark", "method")
         table.add_column(column, justify="left" if named else "right", overflow="fold" if named else "ellipsis")
     for row in record["runs"]:
-        tau, divergences = row["acceptance_length"], row["first_divergences"]
+        divergences = row["first_divergences"]
+        lengths = [row["acceptance_length"], row.get("server_acceptance_length")][: len(taus)]
         table.add_row(
             row["benchmark"],
             row["method"],
@@ -306,7 +337,7 @@ def print_table(record: dict[str, Any]) -> None:
             str(row["n_turns"]),
             f"{row['tokens_per_second']:.1f}",
             f"{row['speedup']:.2f}x",
-            "-" if tau is None else f"{tau:.2f}",
+            *("-" if length is None else f"{length:.2f}" for length in lengths),
             "-" if row["identical"] is None else f"{row['identical']}/{row['n_turns']}",
             str(divergences[0]) if divergences else "-",
         )

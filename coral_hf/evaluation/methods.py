@@ -62,6 +62,7 @@ class Measurement:
     stats: Any = None  # DraftStats, of a CORAL drafter's answer
     prompt: int = 0  # which conversation of the run it is an answer of
     compile_seconds: float = 0.0  # of what was compiled for it, not among its seconds
+    served: tuple[int, int] | None = None  # see `count_as_server`
 
     @property
     def tokens_per_second(self) -> float:

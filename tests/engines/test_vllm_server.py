@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.served_answers import NEAR_TIE, NEW_TOKENS, PROMPTS, explain, new_ids
 from helpers.vllm_server import draft_counters, serving
 
 from coral_hf import CoralDraftModel, demo
 from coral_hf.conversion import export_drafter
 from coral_hf.data.prompts import encode_context
 from coral_hf.evaluation.environment import describe_environment
+from coral_hf.evaluation.server_counts import count_as_server
 
 
 PYTHON = os.environ.get("VLLM_PYTHON")
@@ -30,21 +32,7 @@ if not PYTHON:
 openai = pytest.importorskip("openai", reason="the client is the openai package")
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
-PROMPTS = (
-    "Write a Python function that returns the n-th Fibonacci number.",
-    "Give me three tips for staying healthy.",
-    "What is the capital of France, and what is it known for?",
-    "Explain how a bicycle stays upright.",
-    "A train travels 60 miles in 1.5 hours. What is its average speed?",
-    "Write a short poem about the sea.",
-    "List five animals that live in Africa.",
-    "Translate 'good morning' into Spanish, French and German.",
-    "Why is the sky blue?",
-    "Write an email that asks for a day off.",
-)
-NEW_TOKENS, DEPTH = 32, 3
-# Two kernels may order two tokens differently where their float32 logits are this close.
-NEAR_TIE = 1e-3
+DEPTH = 3
 CASES = {
     "shipped drafter, vllm": ("vllm", None),
     "shipped drafter, speculators": ("speculators", None),
@@ -94,53 +82,14 @@ def record():
         Path(path).write_text(json.dumps(measured, indent=2) + "\n")
 
 
-def new_ids(target, ids, **settings):
-    mask = torch.ones_like(ids)
-    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **settings}
-    return target.generate(ids, attention_mask=mask, **settings)[0, ids.shape[1] :].tolist()
-
-
-class StepOfEachToken:
-    """A streamer that notes, for each new token, how many verify steps were complete when it came."""
-
-    def __init__(self, drafter):
-        self.drafter, self.steps, self.saw_prompt = drafter, [], False
-
-    def put(self, value):
-        if self.saw_prompt:
-            self.steps += [self.drafter.last_stats.steps] * value.numel()
-        self.saw_prompt = True
-
-    def end(self):
-        pass
-
-
 def our_chain(target, drafter, prompts):
     """Verify steps and accepted tokens of our chain, the last step of an answer counted whole, as vLLM does."""
     chain = {"draft_top_k": 1, "draft_depth": DEPTH, "draft_total_tokens": None, "draft_cost_aware": False}
     for name, value in chain.items():
         setattr(drafter.config, name, value)
-    steps = accepted = 0
-    for ids in prompts:
-        streamer = StepOfEachToken(drafter)
-        # longer than asked for, so that no draft is shortened towards the end of the answer
-        new_ids(target, ids, assistant_model=drafter, streamer=streamer, max_new_tokens=NEW_TOKENS + 2 * DEPTH)
-        before_last = streamer.steps[NEW_TOKENS - 1]
-        count = before_last + 1  # a step is counted once its tokens are out
-        steps += count
-        # without the prompt's token and the one that each step adds to what it accepts
-        accepted += streamer.steps.index(count) - 1 - count
+    counts = [count_as_server(target, ids, drafter, NEW_TOKENS) for ids in prompts]
+    steps, accepted = (sum(column) for column in zip(*counts, strict=True))
     return {"num_drafts": steps, "num_draft_tokens": steps * DEPTH, "num_accepted_tokens": accepted}
-
-
-def explain(target, ids, expected, found):
-    """Where two answers part and how close the target's logits of the two tokens are; None if they are equal."""
-    place = next((i for i, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1]), None)
-    if place is None:
-        return None
-    with torch.no_grad():
-        logits = target(torch.cat([ids, torch.tensor([expected[:place]])], dim=1).long()).logits[0, -1]
-    return {"token": place, "gap": (logits[expected[place]] - logits[found[place]]).abs().item()}
 
 
 def ask(address, model, prompts):

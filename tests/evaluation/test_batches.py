@@ -119,4 +119,4 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert main([*command, "--batch-size", "2", "--context", "30"]) == 2  # another measurement's record is there
     assert "--overwrite" in capsys.readouterr().err
     assert main([*command, "--context", "30", "--temperature", "1"]) == 2
-    assert "leave --profile and --temperature out" in capsys.readouterr().err
+    assert "leave --profile, --server-tau and --temperature out" in capsys.readouterr().err
