@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from helpers.batches import padded
 from helpers.oracle import oracle
 from helpers.parity import CHAIN, TREES, config_of, prompt_of
 from helpers.tiny_models import make_drafter, make_target, make_tokenizer
@@ -34,9 +35,10 @@ DEVICES = [
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 
 
-def generate(target, ids, size, drafter=None, **settings):
+def generate(target, ids, size, drafter=None, attention_mask=None, **settings):
     set_seed(0)
-    return target.generate(ids, generation_config=config_of(size, **settings), assistant_model=drafter)
+    config = config_of(size, **settings)
+    return target.generate(ids, attention_mask=attention_mask, generation_config=config, assistant_model=drafter)
 
 
 @pytest.mark.slow
@@ -66,6 +68,11 @@ def test_drafter_on_another_device(device):
     for size in (CHAIN, TREES["tree16"]):
         with oracle(plain, 0.85):
             assert torch.equal(generate(target, ids, size, drafter), plain)
+    ids, mask = (part.to(device) for part in padded([9, 3, 14]))
+    plain = generate(target, ids, {}, attention_mask=mask)
+    with oracle(plain.cpu(), 0.85):
+        assert torch.equal(generate(target, ids, TREES["tree16"], drafter, attention_mask=mask), plain)
+    assert drafter.last_stats.n_accepted > 0
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])

@@ -7,8 +7,10 @@ import torch
 
 from coral_hf import TargetAdapter, coral_generate, demo
 from coral_hf.cli import main
+from coral_hf.data.dataset import read_rows
 from coral_hf.data.prompts import encode_context
 from coral_hf.drafter.configuration_coral import vocab_hash
+from coral_hf.evaluation.batches import padded
 from coral_hf.evaluation.demo_run import PROMPTS
 from coral_hf.generation.statistics import DraftStats
 from coral_hf.utils.hardware import native_bfloat16
@@ -56,6 +58,23 @@ def test_greedy_identity(real, name):
         assert torch.equal(plain, drafted)
         stats = stats.merge(drafter.last_stats)
     assert stats.acceptance_length > 1.5
+
+
+@pytest.mark.slow
+def test_batches_are_plain_generates(real):
+    """Forty prompts in batches of four, row for row, where the shipped drafter's rule sizes the trees."""
+    target, _, drafter = real
+    rows = read_rows(demo.drafter_path() / "responses")  # the prompts that the package carries
+    prompts = [rows[place]["prompt_ids"] for place in range(0, len(rows), len(rows) // 40)][:40]
+    stats, different = DraftStats(), []
+    for start in range(0, len(prompts), 4):
+        ids, mask = padded(prompts[start : start + 4])
+        settings = {"attention_mask": mask, "max_new_tokens": 128, "do_sample": False}
+        plain = target.generate(ids, **settings)
+        drafted = target.generate(ids, assistant_model=drafter, **settings)
+        stats = stats.merge(drafter.last_stats)
+        different += [start + row for row in range(4) if not torch.equal(plain[row], drafted[row])]
+    assert not different and stats.acceptance_length > 1.3
 
 
 @pytest.mark.slow

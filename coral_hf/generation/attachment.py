@@ -7,13 +7,15 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from ..drafter.target_adapter import TargetAdapter
-from .drafter_checks import check_coral_drafter
+from .call_checks import check_ids
+from .drafter_checks import check_coral_drafter, is_coral_drafter
 from .settings import DraftSettings
 
 
@@ -166,6 +168,11 @@ def wrap_generate(original: Callable[..., Any], drafted: Callable[..., Any]) -> 
 
     @functools.wraps(original)
     def generate(self, *args, **kwargs):
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        # before Transformers, which looks at the last token of a batch first of all; not where the caller knows of no drafter
+        drafts = is_coral_drafter(kwargs.get("assistant_model")) and running.get() is None
+        if drafts and isinstance(ids, torch.Tensor) and ids.ndim == 2:
+            check_ids(ids)
         attachment = attachment_of(self)
         if attachment is None or running.get() is attachment:
             return original(self, *args, **kwargs)

@@ -47,10 +47,7 @@ def check_call(
                 f"prefill_chunk_size={chunk} splits ids, positions and attention mask of a prompt, but no "
                 f"{', '.join(sorted(others))}. Set prefill_chunk_size=None."
             )
-    if input_ids.shape[1] == 0:
-        raise ValueError(
-            "input_ids is empty, and CORAL drafts from token ids: pass a prompt of at least one token, not inputs_embeds."
-        )
+    check_ids(input_ids)
     if model_kwargs.get("use_cache") is False:
         raise ValueError("CORAL needs the target's KV cache; use_cache=False leaves it none. Set use_cache=True.")
     cache = cache_of(model_kwargs)
@@ -77,6 +74,14 @@ def check_call(
         _check_branches(target)
     if input_ids.shape[0] > 1:
         _check_batch(target, settings, cache, model_kwargs.get("attention_mask"), input_ids, generation_config)
+
+
+def check_ids(input_ids: torch.Tensor) -> None:
+    """Raises `ValueError` for prompts `[B, 0]` without a token."""
+    if input_ids.shape[1] == 0:
+        raise ValueError(
+            "input_ids is empty, and CORAL drafts from token ids: pass a prompt of at least one token, not inputs_embeds."
+        )
 
 
 def _check_batch(
@@ -176,4 +181,4 @@ def _holds_tensors(value: Any) -> bool:
     return any(isinstance(item, torch.Tensor | dict) for item in values)
 
 
-__all__ = ["check_call"]
+__all__ = ["check_call", "check_ids"]

@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers.scripts import BENCHMARKS
 
-from coral_hf.evaluation.operation_counts import OperationCounter
-from coral_hf.generation import draft_levels, draft_tree
+from coral_hf.evaluation.operation_counts import OperationCounter, count_step
+from coral_hf.generation import draft_levels, draft_tree, hook
+from coral_hf.generation.costs.pace import Pace
 
 
 RECORD = json.loads((BENCHMARKS / "records" / "operations_tiny.json").read_text())
@@ -36,6 +37,28 @@ def test_counts_are_the_committed_table(method, found):
         if versions:
             for kind in ("operations", "kernels", "uploads"):
                 assert now["outside"][kind] == pytest.approx(expected["outside"][kind], rel=0.01, abs=0.1), renew
+
+
+def test_a_plain_step_asks_no_more_than_plain_generates(monkeypatch):
+    """Where no draft pays: as many kernels, one wait, no draft; a few operations more, which are views."""
+
+    class FirstAlone(Pace):
+        """Drafts once, so that the counter knows where the prefill ends."""
+
+        def drafts(self, costs):
+            drafts, self.again = not hasattr(self, "again"), True
+            return drafts
+
+    script = runpy.run_path(str(BENCHMARKS / "count_operations.py"))
+    monkeypatch.setattr(hook, "draft_costs", lambda *_: script["COSTS"])
+    monkeypatch.setattr("coral_hf.generation.candidate_generator.Pace", FirstAlone)
+    found = count_step(*script["tiny_pair"](), RECORD["max_new_tokens"])
+    plain = RECORD["methods"]["plain"]
+    assert found["tokens_per_step"] < 1.05
+    assert found["outside"]["kernels"] <= plain["outside"]["kernels"] and found["outside"]["waits"] < 1.1
+    assert found["outside"]["operations"] <= plain["outside"]["operations"] + 8
+    forward = plain["phases"]["target_forward"]
+    assert found["phases"]["target_forward"]["kernels"] <= forward["kernels"]
 
 
 def counts_of(function) -> dict[str, int]:

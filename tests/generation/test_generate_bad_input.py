@@ -226,5 +226,26 @@ def test_refusals_come_first_and_leave_no_trace(target, case, tmp_path, monkeypa
     assert_refused(target, make_drafter(target), size, message, **settings)
 
 
+MASKS = {
+    "left and right": ([[0, 1, 1, 1], [1, 1, 1, 0]], "Prompt 1 of the batch has padding, .* Pad on the left"),
+    "both sides": ([[1, 1, 1, 1], [0, 1, 1, 0]], "Prompt 1 of the batch has padding"),
+    "a hole": ([[1, 0, 1, 1], [0, 1, 1, 1]], "Prompt 0 of the batch has padding, or a hole"),
+    "one empty": ([[0, 1, 1, 1], [0, 0, 0, 0]], "Prompt 1 of the batch is empty"),
+    "all empty": ([[0, 0, 0, 0], [0, 0, 0, 0]], "Prompt 0 of the batch is empty"),
+}
+
+
+@pytest.mark.parametrize("case", list(MASKS))
+def test_batches_that_are_not_padded_on_the_left_alone(target, case):
+    mask, message = MASKS[case]
+    batch = {"ids": torch.full((2, 4), 7), "mask": torch.tensor(mask)}
+    assert_refused(target, make_drafter(target), CHAIN, message, **batch)
+
+
+def test_a_batch_without_any_token(target):
+    with pytest.raises(ValueError, match="input_ids is empty"):
+        target.generate(torch.zeros(2, 0, dtype=torch.long), max_new_tokens=4, assistant_model=make_drafter(target))
+
+
 def test_a_drafter_of_another_target_is_refused_first(target):
     assert_refused(make_target("qwen2"), make_drafter(target), CHAIN, "model_type")

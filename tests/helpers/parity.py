@@ -78,7 +78,7 @@ def compare(target, drafter, ids, tree, probability=0.7, **settings):
     return plain, drafter.last_stats
 
 
-def assert_refused(target, drafter, size: dict, message: str, ids=None, cache=None, **settings) -> None:
+def assert_refused(target, drafter, size: dict, message: str, ids=None, cache=None, mask=None, **settings) -> None:
     """A `ValueError` before any forward of target and drafter, which are left as they were."""
     calls = []
     modules = (target, target.get_decoder(), drafter.layer)
@@ -94,6 +94,7 @@ def assert_refused(target, drafter, size: dict, message: str, ids=None, cache=No
 
     old = state()
     extra = {} if cache is None else cache_kwarg(cache)
+    extra |= {} if mask is None else {"attention_mask": mask}
     with pytest.raises(ValueError, match=message):
         config = config_of(size, **settings)
         ids = prompt_of(20) if ids is None else ids
