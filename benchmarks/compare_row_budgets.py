@@ -8,7 +8,6 @@ second needs a forward without padding; in one that pads every row to the larges
 """
 
 import json
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,7 +93,6 @@ def main() -> None:
     (script,) = parse_script(ScriptArguments)
     check_output_file(script.json)
     torch.set_num_threads(script.threads)
-    random.seed(0)
     dtype = getattr(torch, script.dtype)
     target, tokenizer = demo.load_target(dtype)
     drafter = demo.load_drafter(dtype)

@@ -223,7 +223,8 @@ class TreeSizeRule:
         """Chances `[B, M]` of a batch -> `[1, M]`: what the n-th best node of every row adds to the tokens of a row.
 
         A forward pads all trees of a batch to the largest: one more node in one row costs what one more in every row costs.
-        So all rows get as many nodes, each its likeliest, and their number is what pays for all of them together.
+        So all rows get as many nodes, each its likeliest, and their number is what pays for all of them together. (Unequal rows
+        were measured: 2.41 tokens a step at 6.6 padded nodes a row, where 6.6 nodes for every row give 2.70; see docs/batches.md.)
         """
         if len(chances) == 1:
             return chances
