@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache as remembered
+from functools import wraps
 from typing import Any
 
 import torch
@@ -179,6 +180,7 @@ def _stepping(kind: Any) -> type[nn.Module]:
     """The class that a module has while drafts are verified; for threads that verify none it is the module's own."""
 
     class Stepping(kind):
+        @wraps(kind.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             steps = getattr(_here, "steps", None)
             return kind.forward(self, *args, **kwargs) if steps is None else steps.step(self, kind, args, kwargs)
