@@ -35,7 +35,7 @@ def accept_walk(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Walks down from the root with one choice per accepted node: lossless for sampling and for logits processors.
 
-    At each accepted node one token is chosen from the true target distribution; if a child holds it the walk descends,
+    At each accepted node one token is chosen from the true target distribution; if a child has it the walk descends,
     else it is the bonus token. As long as the drafts were selected without randomness this equals the recursive
     rejection scheme over the children (EAGLE appendix, SpecInfer theorem 4.2), and a single sequence spends random numbers
     exactly as plain decoding does.
@@ -44,7 +44,7 @@ def accept_walk(
         tree ([`DraftTree`])
         choose: (rows that still walk, the node of each) -> the token chosen after each.
         stop: (those rows, their tokens) -> True where the text of a row ends.
-        in_step (`bool`): no row goes on without the others: all rows that have not ended yield as many tokens.
+        in_step (`bool`): no row continues without the others: all rows that have not ended yield as many tokens.
 
     Returns:
         `tuple`: as [`accept_greedy`].
@@ -78,7 +78,7 @@ def _walk(
 
 
 def _children(tokens: list[int], parents: list[int]) -> dict[tuple[int, int], int]:
-    """(parent, token) -> the child that holds it."""
+    """(parent, token) -> the child that has it."""
     return {(parents[node], tokens[node]): node for node in range(len(tokens) - 1, 0, -1)}
 
 

@@ -1,4 +1,4 @@
-"""A drafter attached to a target: every `target.generate(...)` drafts, whoever calls it."""
+"""A drafter attached to a target: every `target.generate(...)` drafts, no matter who calls it."""
 
 import copy
 import functools
@@ -57,7 +57,7 @@ class Attachment:
         return type(None), ()
 
     def obstacle(self, given: dict[str, Any]) -> str | None:
-        """Why a call with these arguments is not drafted; None where it is, or where only its tensors can tell."""
+        """Why a call with these arguments is not drafted; None if it is, or where only its tensors can tell."""
         for name in ("assistant_model", "custom_generate"):
             if given.get(name) is not None:
                 return f"the call has {name} of its own"
@@ -136,7 +136,7 @@ def detach(target: Any) -> None:
 
 
 def attachment_of(target: Any) -> Attachment | None:
-    """The attachment of a model; None where there is none."""
+    """The attachment of a model; None if there is none."""
     return target.__dict__.get(_NAME)
 
 
@@ -144,7 +144,7 @@ def generating_model(target: Any) -> PreTrainedModel:
     """The model whose `generate` runs when that of a wrapper is called.
 
     Raises:
-        ValueError: for what is no model that generates.
+        ValueError: for what is not a model that generates.
     """
     inner = extract_model_from_parallel(target)
     if hasattr(inner, "get_base_model"):  # PEFT's
@@ -158,7 +158,7 @@ def generating_model(target: Any) -> PreTrainedModel:
 
 
 def wrap_generate(original: Callable[..., Any], drafted: Callable[..., Any]) -> Callable[..., Any]:
-    """`generate` as it is, but for targets with a drafter attached.
+    """`generate` as it is, except for targets with a drafter attached.
 
     Args:
         original (`Callable`): Transformers' `generate`.

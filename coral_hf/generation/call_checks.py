@@ -106,7 +106,7 @@ def _check_batch(
                 )
             if sorted(tokens) != tokens:
                 raise ValueError(
-                    f"Prompt {row} of the batch has padding, or a hole in its attention mask, behind its first token. Pad on "
+                    f"Prompt {row} of the batch has padding, or a hole in its attention mask, after its first token. Pad on "
                     "the left (tokenizer.padding_side = 'left')."
                 )
     if (problem := store_obstacle(target, cache, mask, generation_config.max_length)) is not None:
@@ -163,7 +163,7 @@ def _check_prompts(target: PreTrainedModel) -> None:
 
 
 def _check_cross_attention(target: PreTrainedModel, cache: Cache, model_kwargs: dict[str, Any]) -> None:
-    """Raises `ValueError` where layers of the target attend to an image or an encoder: their keys are no tokens'."""
+    """Raises `ValueError` if layers of the target attend to an image or an encoder: their keys are no tokens'."""
     layers = getattr(target.config.get_text_config(), "cross_attention_layers", None) or []
     names = _CROSS_ATTENTION_INPUTS | ({"pixel_values"} if layers else set())
     given = sorted(name for name in names if model_kwargs.get(name) is not None)

@@ -24,7 +24,7 @@ class CoralCandidateGenerator(CandidateGenerator):
     """Drafts with a CORAL drafter from the target's true features.
 
     [`propose`] returns a [`DraftTree`]; [`get_candidates`], Transformers' `CandidateGenerator` contract, is its chain
-    case. The drafter's KV cache keeps only rows built from true features: what drafting writes behind them is
+    case. The drafter's KV cache keeps only rows built from true features: what drafting writes after them is
     overwritten at the next step (keeping it costs 8-15 % of the acceptance length).
 
     Args:
@@ -77,7 +77,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         scratch = settings.draft_depth * settings.draft_top_k
         slots = min(max_length, 4096) + scratch + 1
         self.cache = DraftKeyValues(drafter.config, slots, self._dtype, self._device, batch)
-        # which slots of the cache hold a true row, [B, slots]; None: all of them, of every row
+        # which slots of the cache contain a true row, [B, slots]; None: all of them, of every row
         self._filled: torch.Tensor | None = None
         self._pace = Pace()
         # features that plain steps have left for the next draft, [B, n, F] each, and how many of them each row has
@@ -106,7 +106,7 @@ class CoralCandidateGenerator(CandidateGenerator):
                 are new since the last call.
             max_depth (`int`, *optional*): draft at most this deep.
             lengths (`list[int]`, *optional*): tokens of each row of `input_ids`, its padding included; None: all L.
-            counts (`list[int]`, *optional*): how many of its features each row has, the others being behind them; None: n.
+            counts (`list[int]`, *optional*): how many of its features each row has, the others come after them; None: n.
             found ([`Found`], *optional*): nodes that the tree may take as well.
 
         Returns:
@@ -121,7 +121,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         root = _roots(input_ids, lengths)
         if depth <= 0:
             return DraftTree.chain(root)
-        # Row t holds token x_{t+1}: drafts of the root's children sit at the root's own index.
+        # Row t contains token x_{t+1}: drafts of the root's children sit at the root's own index.
         places = [length - 1 - padding for length, padding in zip(lengths, self.padding, strict=True)]
         if len(set(places)) == 1:
             rotary = self._rotary.rows(places[0], depth)
@@ -212,7 +212,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         """Keeps what was read beside the target's cache, of which `features` `[1, n, F]` are the last tokens'."""
         known = cache.get_seq_length()
         features, _ = self._with_unread(features, [features.shape[1]])
-        # Not of a call whose ids began behind what the cache held already, nor of one that ended before a draft.
+        # Not of a call whose ids began after what the cache held already, nor of one that ended before a draft.
         if known == input_ids.shape[1] - 1 and self.cache.length:
             keep_rows(cache, self.drafter, ReadRows(input_ids[:, :known], self.padding[0], self.cache, features))
 
@@ -224,7 +224,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         Args:
             hidden_states (`tuple` of `torch.Tensor` of shape `[B, N, H]`): of every layer, or None for those
                 that are not read.
-            paths (`list[list[int]]`, *optional*): the nodes to take of each row, n at most; behind fewer stands anything.
+            paths (`list[list[int]]`, *optional*): the nodes to take of each row, n at most; after fewer there may be anything.
                 None: all.
         """
         states = list(hidden_states)

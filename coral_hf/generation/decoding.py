@@ -137,7 +137,7 @@ def coral_decoding(
         scores=None if choice.scores is None else tuple(choice.scores),
         logits=None if choice.logits is None else tuple(choice.logits),
         hidden_states=None if states is None else states.returned(),
-        # A batch's rows have left it one by one: nothing is there to go on with.
+        # A batch's rows have left it one by one: nothing is there to continue with.
         **cache_kwarg(verifier.cache if len(padding) == 1 else None),
     )
 

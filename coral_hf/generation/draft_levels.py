@@ -1,4 +1,4 @@
-"""Drafts the levels of a tree, or the tokens of a chain, behind the true rows of a drafter's cache."""
+"""Drafts the levels of a tree, or the tokens of a chain, after the true rows of a drafter's cache."""
 
 from functools import cache
 from typing import Any
@@ -78,7 +78,7 @@ class LevelDrafter:
             self.costs, self.calibration = costs, calibration_of(drafter.config)
 
     def rule_at(self, rows: int, context: int) -> TreeSizeRule | None:
-        """What sizes the trees of so many rows, the longest of which has so many tokens; None: sizes are fixed."""
+        """What sizes the trees of this many rows, the longest of which has this many tokens; None: sizes are fixed."""
         if self.costs is None:
             return None
         costs = self.costs.at(rows, context)
@@ -110,7 +110,7 @@ class LevelDrafter:
                 input of the head, and what it feeds back.
             rotary (`tuple` of `torch.Tensor` of shape `[B or 1, 1, depth, d]`): of the positions of the levels.
             cache ([`DraftKeyValues`])
-            filled (`torch.BoolTensor` of shape `[B, length]`, *optional*): slots that hold a true row; None: all.
+            filled (`torch.BoolTensor` of shape `[B, length]`, *optional*): slots that contain a true row; None: all.
             depth (`int`): at least 1.
             rule ([`TreeSizeRule`], *optional*): of [`rule_at`].
             found ([`Found`], *optional*): nodes that the tree may take as well; a chain takes none.

@@ -72,7 +72,7 @@ def _check_settings_of_others(generation_config: GenerationConfig) -> None:
         value = getattr(generation_config, name, None)
         if value not in (None, False, filled_in.get(name)):
             raise ValueError(
-                f"{name}={value!r} has no effect with a CORAL drafter: {remedy}. (Where no call sets it, it stands in "
+                f"{name}={value!r} has no effect with a CORAL drafter: {remedy}. (Where no call sets it, it is in "
                 f"the target's own settings: target.generation_config.{name} = None.)"
             )
 
@@ -149,7 +149,7 @@ def _wrap_decoding(original):
             )
         if settings.draft_stock_loop and cache_of(kwargs).get_seq_length() > 0:
             raise ValueError(
-                f"draft_stock_loop=True reads the whole prompt again behind a prefilled cache ({CACHE_NAME}=...). Leave "
+                f"draft_stock_loop=True reads the whole prompt again after a prefilled cache ({CACHE_NAME}=...). Leave "
                 "draft_stock_loop=False, or drop the cache."
             )
         if settings.draft_stock_loop and getattr(self, "_is_stateful", False):

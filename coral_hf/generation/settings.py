@@ -25,7 +25,7 @@ class DraftSettings:
         draft_groups_per_row (`bool`): every node of a tree level has groups of its own instead of sharing them.
         draft_scoring (`str`): log q from the "active" logits, or from the "router" times the softmax in the group.
         draft_stock_loop (`bool`): run Transformers' own assisted loop (chains only) instead of ours.
-        draft_cost_aware (`bool`): decide depth and nodes anew at every step, by measured costs (see
+        draft_cost_aware (`bool`): choose depth and nodes at every step, by measured costs (see
             `generation.tree_size`); depth, top_k and total_tokens are then the most that is drafted. A call that names
             sizes drafts exactly those, unless it sets this as well.
         draft_lookup (`bool`): let the tree also take nodes that continue the text as it continued before, where its last
@@ -161,7 +161,7 @@ class DraftSettings:
         unknown = sorted(set(given) - set(names))
         if unknown:
             raise ValueError(f"Unknown draft setting(s) {unknown}; the settings are {names}.")
-        # None is unset, but for a total: there it is all that depth and top_k produce
+        # None is unset, except for a total: there it is all that depth and top_k produce
         given = {key: value for key, value in given.items() if value is not None or key == "draft_total_tokens"}
         defaults = {name: getattr(config, name, None) for name in names if name != "draft_compile"}
         defaults = {name: value for name, value in defaults.items() if value is not None}

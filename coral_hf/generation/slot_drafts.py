@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class SlotDrafts:
     """Steps a [`SlotCache`] with draft trees, where they save time.
 
-    Every slot's rows lie at the front of the drafter's cache. New ones are written behind the longest slot's, like drafts, and
+    Every slot's rows lie at the front of the drafter's cache. New ones are written after the longest slot's, like drafts, and
     then moved to their slot's end.
 
     Attributes:
@@ -67,7 +67,7 @@ class SlotDrafts:
         self.positions = getattr(target.config.get_text_config(), "max_position_embeddings", None)
 
     def begin(self, context: int) -> bool:
-        """Whether all slots draft, of which the longest prompt has so many tokens; a line says so."""
+        """Whether all slots draft, the longest prompt of which has this many tokens; a line says so."""
         costs = self.costs.at(self.cache.slots, context)
         self.on = costs.can_pay
         two, first = (costs.target_ms[min(nodes, len(costs.target_ms)) - 1] for nodes in (2, 1))
@@ -99,7 +99,7 @@ class SlotDrafts:
         return {"acceptance_length": round(stats.acceptance_length, 3), "plain_steps": round(plain, 3)}
 
     def take(self, slots: Sequence[int], texts: Sequence[list[int]], states: tuple[torch.Tensor, ...]) -> None:
-        """Begins slots anew, from the states of all tokens of their texts but the last: see [`SlotCache.prefill`]."""
+        """Begins slots again, from the states of all tokens of their texts but the last: see [`SlotCache.prefill`]."""
         features = self._features(states)  # [m, L, F]
         counts = [len(text) - 1 for text in texts]
         for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
@@ -238,7 +238,7 @@ class SlotDrafts:
         return self.levels.draft(self.cache.roots(n).tokens, hidden, feature, rotary, rows, filled, depth, rule)
 
     def _move_new(self, rows: DraftKeyValues, read: Sequence[int], counts: Sequence[int], start: int) -> None:
-        """Moves each slot's new rows from behind the longest slot's to its own end."""
+        """Moves each slot's new rows from after the longest slot's to its own end."""
         moves = [
             (slot, start + index, end + index)
             for slot, (end, count) in enumerate(zip(read, counts, strict=True))

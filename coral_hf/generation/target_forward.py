@@ -23,7 +23,7 @@ from .key_values.store_forward import StoreForward, as_added
 class TargetForward:
     """Runs the target for one call of `generate`, on its KV cache and with its masks and positions.
 
-    The prompts are prefilled in a dynamic cache, as plain `generate` does it. [`enter_store`] then moves what it holds into
+    The prompts are prefilled in a dynamic cache, as plain `generate` does it. [`enter_store`] then moves what it contains into
     a key-value store, for calls that `paths.store_obstacle` finds nothing against; the others stay, one sequence at a time.
 
 
@@ -112,12 +112,12 @@ class TargetForward:
             features.append(features_of(outputs.hidden_states))
         if expected is not None and self.cache.get_seq_length() != expected:
             raise ValueError(
-                f"After {expected} tokens the KV cache of {type(self.target).__name__} holds {self.cache.get_seq_length()}: "
+                f"After {expected} tokens the KV cache of {type(self.target).__name__} contains {self.cache.get_seq_length()}: "
                 "no draft can be verified with it. Generate without assistant_model."
             )
         self._positions = positions
         if positions is not None:
-            # The caller's own positions go on from the last one, as in plain generate.
+            # The caller's own positions resume from the last one, as in plain generate.
             self.position_offset = _next_positions(positions) - self.cache.get_seq_length()
         # Without padding the models need none: it would only grow with every step.
         if self.mask is not None and (not self.num_padding or self.mask.shape[1] < self.cache.get_seq_length()):
@@ -280,7 +280,7 @@ def _next_positions(positions: torch.Tensor) -> int | torch.Tensor:
     """The position after the prompt's: an int for `[1, n]`, `[axes, 1, 1]` for the `[axes, 1, n]` of image models."""
     if positions.ndim == 2:
         return int(positions[:, -1].max()) + 1
-    # Qwen-VL: four rows are the text's own positions, then time, height and width, which text goes on from the
+    # Qwen-VL: four rows are the text's own positions, then time, height and width, which text resumes from the
     # largest of; three rows are those alone. An image spans fewer positions than tokens.
     following = positions.amax(dim=(-2, -1))  # [axes]
     rotary = 1 if positions.shape[0] == 4 else 0

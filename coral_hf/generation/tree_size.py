@@ -1,6 +1,6 @@
 """How large a draft pays: measured costs, calibrated path probabilities, and the rule that weighs them.
 
-Plain tensors, no model: `costs/measurement.py` takes the times that stand in [`DraftCosts`].
+Plain tensors, no model: `costs/measurement.py` takes the times in [`DraftCosts`].
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class DraftCosts:
 
     Args:
         target_ms (`tuple[float, ...]`): T(n) for n = 1, 2, ... nodes: the target's forward and what follows on it. It
-            never falls, but is no convex curve: matmuls come in blocks.
+            never falls, but is not a convex curve: matmuls come in blocks.
         first_level_ms (`float`): drafting one level, the new true rows included.
         level_ms (`float`): each further level.
     """
@@ -32,7 +32,7 @@ class DraftCosts:
         times = [*self.target_ms, self.first_level_ms, self.level_ms]
         if not self.target_ms or not all(isinstance(time, int | float) and 0 <= time < 1e9 for time in times):
             raise ValueError(
-                f"{self} is no table of times: target_ms must hold one number of milliseconds or more, and none may be "
+                f"{self} is not a table of times: target_ms must contain one number of milliseconds or more, and none may be "
                 "negative. Measure again with `coral-hf tune`."
             )
 
@@ -232,7 +232,7 @@ class TreeSizeRule:
 
     @staticmethod
     def asks(levels: int) -> bool:
-        """Whether it is asked after so many levels if another one pays: the host waits for each answer, so after every other."""
+        """Whether it is asked after this many levels if another one pays: the host waits for each answer, so after every other."""
         return levels % 2 == 1
 
 
@@ -289,7 +289,7 @@ def chain_depth(config: Any) -> int:
 
 
 def calibration_of(config: Any) -> Calibration | None:
-    """The drafter's own calibration, None where it has none (drafters of other code may lack the setting)."""
+    """The drafter's own calibration, None if it has none (drafters of other code may lack the setting)."""
     rows = getattr(config, "draft_calibration", None)
     return Calibration(rows) if rows else None
 

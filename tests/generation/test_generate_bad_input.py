@@ -54,7 +54,7 @@ def test_a_target_that_fills_no_cache_is_refused(tree):
     config = CONFIG_MAPPING["openai-gpt"](vocab_size=128, n_embd=32, n_layer=4, n_head=4, n_positions=512)
     target = AutoModelForCausalLM.from_config(config).eval()
     target.generation_config.use_cache = True
-    with pytest.raises(ValueError, match="After 9 tokens the KV cache of OpenAIGPTLMHeadModel holds 0"):
+    with pytest.raises(ValueError, match="After 9 tokens the KV cache of OpenAIGPTLMHeadModel contains 0"):
         target.generate(prompt_of(9), generation_config=config_of(TREES[tree]), assistant_model=make_drafter(target))
 
 

@@ -129,7 +129,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="up to 8 nodes, draft_total_tokens=9"):
         TreeSizeRule(STAIRS, 9)
     for times in ((), (1.0, float("nan")), (-1.0,)):
-        with pytest.raises(ValueError, match="no table of times"):
+        with pytest.raises(ValueError, match="not a table of times"):
             DraftCosts(times, 1.0, 1.0)
     for row in ([0.0] * 7, [0.5] * 7 + [0.4], [0.0] * 7 + [1.5]):
         with pytest.raises(ValueError, match="draft_calibration"):

@@ -16,7 +16,7 @@ from .grouped import HALF, joined_attention, masked_attention, softmax_attention
 
 
 _OTHER_SCORES = ("softcap", "s_aux", "position_bias")
-# From so many places on, a CPU is faster at products than at sdpa with a mask (measured in float32, one thread).
+# From this many places on, a CPU is faster at products than at sdpa with a mask (measured in float32, one thread).
 _LONG = 1000
 # Of the thread that verifies: whether all nodes see all of the prefix, by layer.
 _here = threading.local()
@@ -49,7 +49,7 @@ def verifying(target: PreTrainedModel, whole: Sequence[bool]) -> Iterator[None]:
     Args:
         target (`PreTrainedModel`): for which [`replaces_attention`] holds; it is given masks of four dimensions that are added
             to the scores.
-        whole (`Sequence[bool]`): of each layer, whether all nodes see all of the prefix that the layer holds.
+        whole (`Sequence[bool]`): of each layer, whether all nodes see all of the prefix that the layer contains.
     """
     name = target.config.get_text_config()._attn_implementation
     with _lock:

@@ -46,7 +46,7 @@ def draft(
     starts: torch.Tensor,
     counts: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """Reads the new true rows and drafts behind the last of them. A row's slot is its position, behind the scratch.
+    """Reads the new true rows and drafts after the last of them. A row's slot is its position, after the scratch.
 
     Args:
         drafter ([`CoralDraftModel`]), adapter ([`TargetAdapter`]), head ([`DraftHead`])

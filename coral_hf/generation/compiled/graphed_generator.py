@@ -155,7 +155,7 @@ class GraphedGenerator(CoralCandidateGenerator):
         return self._graph.run(*models, self._shape, *held, tokens, features, numbers[1], numbers[2])
 
     def _size(self, promised: torch.Tensor, rows: int, context: int) -> tuple[int, DraftPromise]:
-        """The nodes that pay best, of a whole draft whose best 1, 2, ... nodes promise so many tokens, `[n, N]`."""
+        """The nodes that pay best, of a whole draft whose best 1, 2, ... nodes promise this many tokens, `[n, N]`."""
         rule: Any = self.levels.rule_at(rows, context)
         if self._times is None or self._times[0] is not rule.costs:
             levels, most = self._shape.depth, promised.shape[1]

@@ -67,7 +67,7 @@ def put_back(model: torch.nn.Module, key: Hashable, partner: torch.nn.Module, gr
 
 
 def forget(model: torch.nn.Module) -> None:
-    """Drops all that was compiled for a model, and the memory that it holds."""
+    """Drops all that was compiled for a model, and its memory."""
     with _lock:
         model.__dict__.pop(_NAME, None)
 

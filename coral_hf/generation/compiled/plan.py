@@ -60,7 +60,7 @@ def padded_count(nodes: int) -> int:
 
 
 def length_of(tokens: int) -> int:
-    """The length of a store for so many tokens: a power of two, above 4,096 a multiple of that."""
+    """The length of a store for this many tokens: a power of two, above 4,096 a multiple of that."""
     if tokens > _LONGEST_STEP:
         return -(-tokens // _LONGEST_STEP) * _LONGEST_STEP
     return max(_SHORTEST, 1 << (tokens - 1).bit_length())

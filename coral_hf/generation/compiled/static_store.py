@@ -28,7 +28,7 @@ class _StaticLayer(StoreLayer):
 class StaticStore(KeyValueStore):
     """A [`KeyValueStore`] that never grows: every layer has a tensor of its own, at one address for good.
 
-    All rows take part in every forward. Those that have ended are read and written like the others, behind nothing.
+    All rows take part in every forward. Those that have ended are read and written like the others, after nothing.
 
     Args:
         windows (`list` of `int` or `None`): of each layer.
@@ -62,7 +62,7 @@ class StaticStore(KeyValueStore):
         """Nothing grows."""
 
     def begin(self, count: int) -> None:
-        """Says where the next forward writes `count` tokens of each row: behind its end, rows that have ended at the front."""
+        """Says where the next forward writes `count` tokens of each row: after its end, rows that have ended at the front."""
         lengths = [length if row < self.num_rows else 0 for row, length in enumerate(self.lengths)]
         device = self.layers[0].kind.buffers[0][0].device
         self.starts = torch.tensor(lengths, device=device)

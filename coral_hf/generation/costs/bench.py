@@ -98,7 +98,7 @@ class Bench:
         self.verifier.keep([[] for _ in paths], tree.num_nodes)
 
     def propose(self, levels: int) -> None:
-        """Reads the newest rows again and drafts so many levels."""
+        """Reads the newest rows again and drafts this many levels."""
         self.generator.cache.length -= self.features.shape[1]
         self.generator.propose(self.ids, self.features, max_depth=levels)
 

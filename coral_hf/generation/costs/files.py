@@ -15,7 +15,7 @@ from ..tree_size import DraftCosts
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 5  # of these files; what another one holds is measured again
+FORMAT = 5  # of these files; what another one contains is measured again
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def cost_files() -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def file_name(key: dict[str, Any]) -> str:
-    """The name of the file that holds what was measured of this pair on this machine."""
+    """The name of the file that contains what was measured of this pair on this machine."""
     return f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
 
 

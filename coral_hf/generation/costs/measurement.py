@@ -34,10 +34,10 @@ from .files import KeptCosts, costs_folder, file_name, read_costs, write_costs
 logger = logging.getLogger(__name__)
 
 PREFIX_LENGTH = 256  # tokens before the root, of an ordinary chat
-MOST_LEVELS = 4  # of a draft that is timed; each level behind the first costs about the same
+MOST_LEVELS = 4  # of a draft that is timed; each level after the first costs about the same
 LONGEST_SECONDS = 20.0  # of a measurement, which somebody waits for
 PLAIN_CHANGE = 2.0  # times faster or slower than when it was measured: then it is measured again
-CHECK_SECONDS, KEEP_SECONDS = 60.0, 600.0  # between two looks at the speed; that long a measurement stands in any case
+CHECK_SECONDS, KEEP_SECONDS = 60.0, 600.0  # between two looks at the speed; a measurement is kept at least this long
 MOST_NODES = 128  # of all rows of a batch in a forward that is timed; more cost as many times as much
 _FEW_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60, 64)
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 12
@@ -221,7 +221,7 @@ def measure_costs(
     for size in sizes:
         found[size] = found[min(other for other in found if other >= size)]
     if sizes[-1] < total:
-        # so many nodes keep a device busy: each further one costs what those before it cost
+        # this many nodes keep a device busy: each further one costs what those before it cost
         last, middle = sizes[-1], max(size for size in sizes if size <= sizes[-1] / 2)
         slope = max(0.0, found[last] - found[middle]) / (last - middle)
         found[total] = found[last] + slope * (total - last)

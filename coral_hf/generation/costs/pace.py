@@ -10,7 +10,7 @@ class AnyCosts(Protocol):
     """What knows the costs of a step."""
 
     def at(self, rows: int, context: int) -> DraftCosts:
-        """Those of so many rows, the longest of which has so many tokens."""
+        """Those of this many rows, the longest of which has this many tokens."""
         ...
 
 

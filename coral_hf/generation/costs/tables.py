@@ -40,7 +40,7 @@ class MeasuredCosts:
         self._at: dict[tuple[int, int], DraftCosts] = {}
 
     def at(self, rows: int, context: int) -> DraftCosts:
-        """The costs of a step of so many rows, of which the longest has so many tokens."""
+        """The costs of a step of this many rows, the longest of which has this many tokens."""
         place = rows, context // BLOCK
         if place not in self._at:
             middle = place[1] * BLOCK + BLOCK // 2
@@ -57,7 +57,7 @@ class MeasuredCosts:
         return mixed(lower, found, (rows - upper // 2) / (upper - upper // 2))
 
     def _of_rows(self, rows: int, context: int, needed: bool) -> DraftCosts | None:
-        """At so many rows, between contexts; None if nothing is known of these rows."""
+        """At this many rows, between contexts; None if nothing is known of these rows."""
         contexts = self._contexts(rows)
         nearest = min(contexts, key=lambda other: max(other, context) / min(other, context))
         known = {}
@@ -81,7 +81,7 @@ class MeasuredCosts:
         return found
 
     def _contexts(self, rows: int) -> list[int]:
-        """At which costs of so many rows are measured, in ascending order."""
+        """At which costs of this many rows are measured, in ascending order."""
         contexts = [min(self.usual, max(MOST_TOKENS // rows, 8))]
         while (
             self.in_store and (following := contexts[-1] * GROWTH) * rows <= MOST_TOKENS and following <= self.longest

@@ -24,7 +24,7 @@ def check_cache(
     Args:
         cache (`Cache`)
         branches (`bool`): drafts are trees; a chain needs no more than a cache that can be cropped.
-        layer_types (`Sequence[str]`): the target's, of which some have no tree mask.
+        layer_types (`Sequence[str]`): the target's, some of which have no tree mask.
         own_layers (`Collection[type]`): layers of the cache that the target has where nobody chooses another.
     """
     # a layer without states belongs to a layer that reads another's keys, as Gemma 4's last ones do
@@ -113,7 +113,7 @@ def tree_attention_mask(
 
 
 def _ragged_mask(tree: DraftTree, lengths: torch.Tensor, keys: int, offset: int, window: int | None) -> torch.Tensor:
-    """[`tree_attention_mask`] of rows whose trees stand behind lengths `[B]` of their own."""
+    """[`tree_attention_mask`] of rows whose trees come after lengths `[B]` of their own."""
     nodes, device = tree.num_nodes, tree.tokens.device
     place = torch.arange(offset, offset + keys, device=device) - lengths.to(device)[:, None]  # [B, keys], 0: the root
     node = place.clamp(0, nodes - 1)
@@ -155,7 +155,7 @@ def compact_cache(cache: Cache, path: Sequence[int], num_nodes: int) -> None:
 
 
 def empty_layer(layer: DynamicLayer) -> None:
-    """Frees what a layer holds, so that it can be filled again."""
+    """Frees what a layer contains, so that it can be filled again."""
     layer.keys = layer.values = None
     layer.is_initialized = False
     if layer.is_sliding:

@@ -16,7 +16,7 @@ class ReadRows:
     """A drafter's rows of a text; without them it drafts the next turn as if that were the beginning.
 
     Args:
-        ids (`torch.LongTensor` of shape `[1, L]`): what the target's cache holds.
+        ids (`torch.LongTensor` of shape `[1, L]`): what the target's cache contains.
         num_padding (`int`): left padding among them.
         rows ([`DraftKeyValues`]): the drafter's KV cache.
         features (`torch.Tensor` of shape `[1, n, F]`): the target's, of the last n of the ids, not in `rows` yet.
@@ -44,7 +44,7 @@ def keep_rows(cache: Cache, drafter: Any, read: ReadRows) -> None:
 def take_rows(cache: Cache, drafter: Any, input_ids: torch.Tensor, known: int, num_padding: int) -> ReadRows | None:
     """What the drafter has read of the first `known` of `input_ids` `[1, L]`, which the cache held; None if not just that.
 
-    Were the cache to hold something else by now, rows of another text would make bad drafts, no other text.
+    If the cache contains something else by now, rows of another text would make bad drafts, no other text.
     """
     owner, weights, read = _kept.pop(cache, (None, None, None))
     if owner is None or read is None or owner() is not drafter or weights != _weights(drafter):

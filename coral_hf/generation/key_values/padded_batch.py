@@ -1,4 +1,4 @@
-"""Batches for targets whose states no key-value store holds: padded on the left, filled anew when all rows have ended."""
+"""Batches for targets whose states no key-value store holds: padded on the left, filled again when all rows have ended."""
 
 from collections.abc import Sequence
 

@@ -27,13 +27,13 @@ def layer_kinds(target: PreTrainedModel) -> list[str]:
 
 
 def layer_windows(target: PreTrainedModel) -> list[int | None]:
-    """The sliding window of each layer of the target, None where it has none."""
+    """The sliding window of each layer of the target, None if it has none."""
     window = getattr(target.config.get_text_config(), "sliding_window", None)
     return [window if kind == "sliding_attention" else None for kind in layer_kinds(target)]
 
 
 def rope_limits(config: Any) -> list[tuple[int, bool]]:
-    """Lengths from which RoPE has other frequencies, and whether they stay the same then (longrope) or go on changing."""
+    """Lengths from which RoPE has other frequencies, and whether they stay the same then (longrope) or keep changing."""
     rope = getattr(config, "rope_parameters", None) or {}
     limits = []
     for kind in [value for value in rope.values() if isinstance(value, dict)] or [rope]:

@@ -1,9 +1,9 @@
 """States of recurrent layers (Mamba, gated delta nets, short convolutions) while drafts are verified.
 
-A state is a sum over all tokens that were read: none can be taken out of it. And where a module reads several tokens behind
+A state is a sum over all tokens that were read: none can be taken out of it. And where a module reads several tokens after
 a state, its form of the recurrence is another than plain decoding's: Nemotron-H's and Zamba2's clamps the time steps, Jamba's
 begins without the state. So within a verify forward these modules, and only they, read one level of the draft tree after the
-other, as plain decoding does, each node behind the state of its parent. The states of all nodes are kept until it is known
+other, as plain decoding does, each node after the state of its parent. The states of all nodes are kept until it is known
 which of them are accepted. Projections before and after the recurrence are products over all nodes at once.
 """
 
@@ -83,7 +83,7 @@ class RecurrentStates:
                         module.__class__ = type(module).__mro__[1]
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
-        """Leaves the states as they are behind the accepted nodes of the forward.
+        """Leaves the states as they are after the accepted nodes of the forward.
 
         Args:
             paths (`Sequence[Sequence[int]]`): of each row, root first; an empty one leaves the states as they were before.
@@ -113,7 +113,7 @@ class RecurrentStates:
     # What runs within the target's forward ----------------------------------------------------------------------
 
     def step(self, module: nn.Module, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The outputs `[n, N, ...]` of a recurrent module, level by level, each node behind its parent's state."""
+        """The outputs `[n, N, ...]` of a recurrent module, level by level, each node after its parent's state."""
         index: Any = module.layer_idx
         layer = self.layers[index]
         # no node is padding
@@ -172,7 +172,7 @@ def _set_states(layer: Any, states: _States) -> None:
         getattr(layer, name)[index] = state
 
 
-# What stands in for parts of a module ----------------------------------------------------------------------------------
+# What replaces parts of a module ----------------------------------------------------------------------------------
 
 
 @remembered

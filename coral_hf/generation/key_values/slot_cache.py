@@ -15,7 +15,7 @@ from .store_forward import StoreForward
 
 # what takes slots, their texts and the states `[n, L, H]` of each layer, of all tokens but the last
 States = Callable[[Sequence[int], Sequence[list[int]], tuple[torch.Tensor, ...]], None]
-# Prompts are prefilled together up to so many padded tokens: enough for a full matrix product, little enough memory.
+# Prompts are prefilled together up to this many padded tokens: enough for a full matrix product, little enough memory.
 _PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
@@ -23,7 +23,7 @@ class SlotCache:
     """
     The target over a [`KeyValueStore`] whose rows are slots.
 
-    Live slots stand in front: `step(n)` decodes the slots 0 to n - 1. A slot knows its last token, whose keys and
+    Live slots are in front: `step(n)` decodes the slots 0 to n - 1. A slot knows its last token, whose keys and
     values are not in the store yet.
 
     Args:
@@ -33,7 +33,7 @@ class SlotCache:
             Rows of the store.
 
     Raises:
-        ValueError: if the target is none that the store can hold (`paths.OF_TARGETS`).
+        ValueError: if the store cannot hold the target (`paths.OF_TARGETS`).
     """
 
     def __init__(self, target: PreTrainedModel, slots: int):
@@ -49,7 +49,7 @@ class SlotCache:
         self.target, self.slots, self.device = target, slots, target.device
         # A forward on an accelerator costs the same for one prompt as for many: there, prompts wait for each other.
         self.refill_at = slots - (1 if self.device.type == "cpu" else max(1, slots // 8))
-        # Slots begin anew: sliding layers keep every place.
+        # Slots start again: sliding layers keep every place.
         self.forward = StoreForward(target, slots, rolling=False)
         self.store = self.forward.store
         self.last_tokens = torch.zeros(slots, dtype=torch.long, device=self.device)
@@ -62,7 +62,7 @@ class SlotCache:
 
         Args:
             ids (`list[int]`):
-                The prefix; a prompt that begins otherwise, or is no longer, is prefilled whole.
+                The prefix; a prompt that begins otherwise, or is not longer, is prefilled whole.
         """
         self.prefix = []
         if ids:

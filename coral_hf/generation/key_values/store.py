@@ -10,7 +10,7 @@ from ..draft_tree import DraftTree
 from .dynamic import empty_layer, tree_attention_mask
 
 
-# The store grows by so many places when the longest row asks for them: most texts never need their full length.
+# The store grows by this many places when the longest row asks for them: most texts never need their full length.
 BLOCK = 128
 
 
@@ -51,7 +51,7 @@ class StoreLayer(CacheLayerMixin):
         return self._write(0, key_states), self._write(1, value_states)
 
     def _write(self, side: int, states: torch.Tensor) -> torch.Tensor:
-        """Writes `[n, heads, T, d]` behind each row's end and returns all that the rows hold, `[n, heads, places, d]`."""
+        """Writes `[n, heads, T, d]` after each row's end and returns all that the rows contain, `[n, heads, places, d]`."""
         store, base = self.store, self.kind.base
         buffer, entry = self.entries[side]
         if store.places is None:
@@ -75,7 +75,7 @@ class KeyValueStore(Cache):
     """Keys and values of `capacity` rows of lengths of their own; the first `num_rows` of them are alive.
 
     The token at place p of a row is its p-th, whatever padding stood before the text. A forward over T tokens of each row
-    writes them behind the row's own end ([`begin`], the forward, [`keep`]): of a draft tree the accepted nodes then move to
+    writes them after the row's own end ([`begin`], the forward, [`keep`]): of a draft tree the accepted nodes then move to
     the front, by one gather and one scatter for all rows and all layers of a shape.
 
     Args:
@@ -104,7 +104,7 @@ class KeyValueStore(Cache):
         Args:
             cache (`Cache`): dynamic, of a batch of `len(rows)`; sliding layers may have dropped what is out of reach.
             rows (`Sequence[int]`): where each row of the batch goes.
-            first (`Sequence[int]`): the column of each row's first token, behind its padding.
+            first (`Sequence[int]`): the column of each row's first token, after its padding.
             lengths (`Sequence[int]`): tokens of each row.
         """
         for row, length in zip(rows, lengths, strict=True):
@@ -170,7 +170,7 @@ class KeyValueStore(Cache):
     # Stepping --------------------------------------------------------------------------------------------------
 
     def begin(self, count: int) -> None:
-        """Makes room for `count` tokens behind the end of every live row, where the next forward writes them."""
+        """Makes room for `count` tokens after the end of every live row, where the next forward writes them."""
         lengths = self.lengths[: self.num_rows]
         self.end = max(lengths) + count
         self._reserve(self.end)

@@ -31,7 +31,7 @@ class StoreForward:
         self.replaces_attention = replaces_attention(target)
 
     def run(self, tree: DraftTree, offsets: list[int] | None = None, most: int | None = None, **kwargs: Any) -> Any:
-        """One forward over the nodes `[n, N]` of every live row, behind what the row holds.
+        """One forward over the nodes `[n, N]` of every live row, after what the row contains.
 
         Args:
             tree ([`DraftTree`])
@@ -58,7 +58,7 @@ class StoreForward:
             )
 
     def by_kind(self, masks: dict[int | None, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Masks by window -> as the target takes them: one, or by the kind of layer where there are several."""
+        """Masks by window -> as the target takes them: one, or by the kind of layer if there are several."""
         found = {window: as_added(mask.to(self.device), self.target) for window, mask in masks.items()}
         kinds = {kind: found[window] for kind, window in self.kinds.items()}
         return kinds if len(kinds) > 1 else next(iter(kinds.values()))

@@ -20,7 +20,7 @@ class TreeLevel:
         self.places = {node: place for place, node in enumerate(nodes)}
 
     def behind(self, states: torch.Tensor) -> torch.Tensor:
-        """A copy, to be written into, of the states `[places, ...]` that the nodes stand behind."""
+        """A copy, to be written into, of the states `[places, ...]` that precede the nodes."""
         if self.parents is None:
             return states.clone(memory_format=torch.contiguous_format)
         return states[torch.tensor(self.parents, device=states.device)]

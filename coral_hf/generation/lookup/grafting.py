@@ -59,7 +59,7 @@ class GraftedTreeBuilder(DraftTreeBuilder):
     def build(self, total_tokens: int) -> DraftTree:
         drafted, length = sum(self._sizes), self._path.shape[1]
         twins = self._twins_of_path()
-        # of a node of the path the parent is the twin of the one before, where there is one
+        # of a node of the path the parent is the twin of the one before, if there is one
         before = torch.cat([torch.zeros_like(twins[:, :1]), twins[:, :-1]], dim=1)  # [B, L]; the root is its own twin
         places = torch.arange(drafted - 1, drafted - 1 + length, device=twins.device)
         self._grafts = torch.where(before >= 0, before, places)

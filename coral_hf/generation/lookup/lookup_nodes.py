@@ -76,7 +76,7 @@ class LookupNodes:
 
     Args:
         prompts (`list[list[int]]`): the ids of each row, without padding.
-        most (`int`): nodes of a row at one time, the root left out.
+        most (`int`): nodes of a row at the same time, the root left out.
     """
 
     def __init__(self, prompts: list[list[int]], most: int):
@@ -87,7 +87,7 @@ class LookupNodes:
         self._drafts, self._accepted, self._drafts_ms = 0, 0.0, 0.0
 
     def find(self, deepest: int, costs: DraftCosts | None = None, drafts: bool = True) -> Found | None:
-        """Continuations of the live rows' texts; None where no row has one that is worth a node.
+        """Continuations of the live rows' texts; None if no row has one that is worth a node.
 
         They are to be verified alone if they promise more tokens per millisecond than the call's drafts gave, or than a
         plain step gives where none is drafted; without costs, if they promise as many tokens as the drafts gave.

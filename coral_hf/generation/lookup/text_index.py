@@ -44,7 +44,7 @@ class TextIndex:
         """The continuation, `count` tokens long, of the longest match with the end of the text, the latest of several.
 
         At most [`PLACES`] occurrences are compared over at most [`LONGEST`] tokens, however long the text is. A continuation
-        that reaches the end of the text goes on with itself: a loop is drafted as a loop.
+        that reaches the end of the text continues with itself: a loop is drafted as a loop.
         """
         ids, end = self.ids, len(self.ids)
         places = self._places.get(tuple(ids[-SHORTEST:])) if end >= SHORTEST else None

@@ -7,14 +7,14 @@ _GROWTH = 128
 
 
 class TextRows:
-    """Prompts and what was generated behind them; a row that has ended is padded.
+    """Prompts and what was generated after them; a row that has ended is padded.
 
-    Rows of the batch keep their index; `live` holds those that still grow, in the order of the key-value store's rows.
+    Rows of the batch keep their index; `live` contains those that still grow, in the order of the key-value store's rows.
 
     Args:
         input_ids (`torch.LongTensor` of shape `[B, L]`): the prompts, padded on the left.
         padding (`list[int]`): of each prompt.
-        pad_token_id (`int`): what stands behind the end of a row.
+        pad_token_id (`int`): what comes after the end of a row.
     """
 
     def __init__(self, input_ids: torch.Tensor, padding: list[int], pad_token_id: int):
@@ -56,7 +56,7 @@ class TextRows:
             self._new[row].append(token)
 
     def extend(self, tokens: list[list[int]]) -> None:
-        """Several tokens behind each live row."""
+        """Several tokens after each live row."""
         starts = self.live_lengths
         for row, new in zip(self.live, tokens, strict=True):
             self.lengths[row] += len(new)
@@ -101,7 +101,7 @@ class TextRows:
 
 
 class KeptStates:
-    """Hidden states of every layer: of the prompts, then of one generated token after the other; zeros behind a row's end."""
+    """Hidden states of every layer: of the prompts, then of one generated token after the other; zeros after a row's end."""
 
     def __init__(self, rows: TextRows):
         self.batch, self.prompt_length = rows.batch, rows.prompt_length

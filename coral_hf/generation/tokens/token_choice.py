@@ -75,10 +75,10 @@ class TokenChoice:
         self.processors, self.criteria, self.rows, self.streamer = processors, criteria, rows, streamer
         self.do_sample = config.do_sample
         wanted = config.return_dict_in_generate
-        # of every generated token, [B, V]; zeros behind the end of a row
+        # of every generated token, [B, V]; zeros after the end of a row
         self.scores: list[torch.Tensor] | None = [] if wanted and config.output_scores else None
         self.logits: list[torch.Tensor] | None = [] if wanted and config.output_logits else None
-        self.ended = [False] * rows.batch  # by row of the batch; a row may have to go on all the same
+        self.ended = [False] * rows.batch  # by row of the batch; a row may have to continue all the same
         self._text_free = all(type(processor) in _TEXT_FREE for processor in processors)
         self._on_host = all(type(criterion) in _ON_HOST for criterion in criteria)
         self._eos_ids: set[int] = set()
@@ -91,7 +91,7 @@ class TokenChoice:
         by_rows &= all(type(criterion) in _CRITERIA_OF_ROWS for criterion in criteria)
         only_length = all(type(criterion) is stopping_criteria.MaxLengthCriteria for criterion in criteria)
         self.in_step = rows.batch > 1 and not (by_rows and (pads or only_length) and streamer is None)
-        # Without an EOS plain decoding pads nothing: rows that have ended go on until all have.
+        # Without an EOS plain decoding pads nothing: rows that have ended continue until all have.
         self._together = self.in_step and not pads
         self._is_argmax = not self.do_sample and not processors and self.scores is None and self.logits is None
 
@@ -132,7 +132,7 @@ class TokenChoice:
             ended = [end is not None for end in ends]
             for row, end in zip(self.rows.live, ended, strict=True):
                 self.ended[row] = end
-        else:  # other criteria may count their calls, or show the text: they never see tokens behind the end
+        else:  # other criteria may count their calls, or show the text: they never see tokens after the end
             counts = [0] * len(paths)
             going = list(range(len(paths)))
             while going:
@@ -166,7 +166,7 @@ class TokenChoice:
     # One token a row ------------------------------------------------------------------------------------------
 
     def _choose(self, indices: list[int], nodes: list[int], logits: torch.Tensor) -> list[int]:
-        """The next token of some live rows, from the logits after a node of each; written behind their texts."""
+        """The next token of some live rows, from the logits after a node of each; written after their texts."""
         rows = [self.rows.live[index] for index in indices]
         if len(indices) == logits.shape[0] and len(set(nodes)) == 1:
             raw = logits[:, nodes[0]]

@@ -33,7 +33,7 @@ def empty_prompt(monkeypatch):
     return call_of([5, 0, 9]), {"Leave it out": call_of([5, 9])}
 
 
-@refusal(" of the batch has padding, or a hole in its attention mask, behind its first token")
+@refusal(" of the batch has padding, or a hole in its attention mask, after its first token")
 def right_padding(monkeypatch):
     call = call_of([5, 9])
     flipped = call.but(ids=call.ids.flip(1), inputs={"attention_mask": call.inputs["attention_mask"].flip(1)})

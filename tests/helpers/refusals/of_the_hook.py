@@ -99,7 +99,7 @@ def stop_strings_in_the_stock_loop(monkeypatch):
     return call, {"Leave draft_stock_loop=False": call.but(size=CHAIN), "drop stop_strings": call.but(settings={})}
 
 
-@refusal("draft_stock_loop=True reads the whole prompt again behind a prefilled cache")
+@refusal("draft_stock_loop=True reads the whole prompt again after a prefilled cache")
 def a_filled_cache_in_the_stock_loop(monkeypatch):
     target = make_target()
 
