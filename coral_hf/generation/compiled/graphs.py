@@ -23,7 +23,12 @@ def compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[
     Args:
         function (`Callable`)
         options (`dict`): keyword arguments of `torch.compile`.
+
+    Raises:
+        ValueError: when it is called, if the code cannot be compiled.
     """
+    from torch._dynamo.exc import TorchDynamoException  # takes a second, which only those who compile spend
+
     own = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
@@ -32,7 +37,18 @@ def compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[
         function.__closure__,
     )
     own.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(own, **options)
+    graph = torch.compile(own, **options)
+
+    def run(*args: Any) -> Any:
+        try:
+            return graph(*args)
+        except TorchDynamoException as error:
+            raise ValueError(
+                f"draft_compile=True, but PyTorch cannot compile the models' forward: {str(error).splitlines()[0]}. Set "
+                "draft_compile=False, or let it compile the target in parts with compile_config=CompileConfig(fullgraph=False)."
+            ) from error
+
+    return run
 
 
 class _Kept(dict):

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from helpers.graphs import graphed
 from helpers.parity import STOCK, TREES, assert_refused, config_of, prompt_of
 from helpers.tiny_models import make_drafter, make_target
 from helpers.unusual_targets import CHAINS_ONLY, build
@@ -69,6 +70,23 @@ def test_without_a_compiler_inductor_is_refused(target, monkeypatch):
 
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
     assert_refused(target, make_drafter(target), COMPILE, r"needs a C\+\+ compiler")
+
+
+def test_a_target_that_is_no_one_graph_is_refused_or_compiled_in_parts(target, monkeypatch):
+    drafter, ids, forward = make_drafter(target), prompt_of(9), type(target.lm_head).forward
+    plain = target.generate(ids, generation_config=config_of({}, max_new_tokens=6))
+
+    def broken(self, hidden):
+        if self is target.lm_head and hidden.shape[1] == 8:  # of a tree, not of a level
+            torch._dynamo.graph_break()
+        return forward(self, hidden)
+
+    monkeypatch.setattr(type(target.lm_head), "forward", broken)
+    sizes = {"draft_depth": 2, "draft_top_k": 1, "draft_total_tokens": 3}
+    with pytest.raises(ValueError, match=r"cannot compile the models' forward.*fullgraph=False"):
+        target.generate(ids, generation_config=graphed(sizes, max_new_tokens=6), assistant_model=drafter)
+    parts = graphed(sizes, max_new_tokens=6, compile_config=CompileConfig(backend="eager"))
+    assert torch.equal(target.generate(ids, generation_config=parts, assistant_model=drafter), plain)
 
 
 @pytest.fixture
