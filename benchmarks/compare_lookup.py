@@ -1,6 +1,6 @@
 """Acceptance length with and without lookup nodes, for a fixed tree and a chain, on the same prompts. No times.
 
-    python benchmarks/compare_lookup.py --data cnn_dm.jsonl humaneval.jsonl --limit 8 --json benchmarks/records/lookup.json
+    python benchmarks/compare_lookup.py --data cnn_dm.jsonl --limit 8 --json benchmarks/records/lookup/cnn_dm.json
 
 Every prompt is answered greedily. In float32 all methods must give the same tokens, and the script checks that they do.
 """

@@ -9,9 +9,9 @@ from ..tree_size import DraftCosts
 from .text_index import LONGEST, SHORTEST, Match, TextIndex
 
 
-# How often the token after a match of 2, 3, ... 16 tokens was the target's: 180,000 matches in greedy answers of
-# SmolLM2-135M-Instruct to training prompts.
-PRIOR = (0.55, 0.63, 0.68, 0.71, 0.76, 0.78, 0.81, 0.82, 0.84, 0.84, 0.87, 0.88, 0.89, 0.89, 0.97)
+# How often the token after a match of 2, 3, ... 16 tokens was the target's, made monotone: 166,000 matches in greedy answers of
+# SmolLM2-135M-Instruct to 2,000 training prompts (`benchmarks/fit_lookup.py`, `benchmarks/records/lookup/prior.json`).
+PRIOR = (0.55, 0.63, 0.68, 0.71, 0.76, 0.78, 0.81, 0.82, 0.84, 0.84, 0.87, 0.88, 0.88, 0.88, 0.97)
 PRIOR_WEIGHT = 4.0  # tokens of a row's own that count as much as it
 LEAST_CHANCE = 0.05  # of a node that is worth its place in a tree
 FEWEST_DRAFTS = 4  # before what they bring is known well enough to leave one out
@@ -67,8 +67,9 @@ class Found:
 
     def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and chances, both `[B, L]`, which reach the device in one piece."""
-        tokens, chances = torch.tensor([self.tokens, self.chances], dtype=torch.float64).to(device)
-        return tokens.long(), chances.float()
+        # float32 is exact for ids below 2^24, and every device has it
+        tokens, chances = torch.tensor([self.tokens, self.chances], dtype=torch.float32).to(device)
+        return tokens.long(), chances
 
 
 class LookupNodes:
