@@ -1,6 +1,7 @@
 """Tokens per second of `regenerate` against plain `generate` on fixed batches sorted by length.
 
 python benchmarks/benchmark_regeneration.py --prompts prompts.jsonl --json FILE
+python benchmarks/benchmark_regeneration.py --prompts prompts.jsonl --drafter demo --json FILE
 
 Both answer the same prompts (first turns) greedily, in rounds that take turns: within a round `generate` runs batch by
 batch, left-padded and sorted by prompt length, and `regenerate` all of them through as many slots as a batch has rows.
@@ -18,12 +19,15 @@ from typing import Any
 
 import torch
 
-from coral_hf.commands.loading import load_target, resolve_device
+from coral_hf.commands.loading import load_drafter, load_target, resolve_device
 from coral_hf.commands.outputs import check_output_file
 from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.drafter.hub_names import hub_commit
 from coral_hf.evaluation.environment import describe_environment
 from coral_hf.responses.regenerate import iter_prompts, iter_responses, regenerate
+
+
+REPORTED = ("acceptance_length", "plain_steps", "tokens_per_second")
 
 
 @dataclass
@@ -39,6 +43,10 @@ class ScriptArguments:
     slots: int = field(default=64, metadata={"help": "Slots of regenerate."})
     max_new_tokens: int = field(default=512, metadata={"help": "Tokens per response, at most."})
     max_prompt_tokens: int = field(default=256, metadata={"help": "Prompts with more tokens are passed over."})
+    drafter: str | None = field(
+        default=None,
+        metadata={"help": "Path or Hub id of a drafter, or 'demo': adds regenerate with it, as 'drafts'."},
+    )
     threads: int = field(default=2, metadata={"help": "CPU threads."})
     json: str | None = field(default=None, metadata={"help": "Write the record here."})
 
@@ -68,13 +76,17 @@ def run_generate(target: Any, prompts: list[list[int]], script: ScriptArguments)
     return answers
 
 
-def run_regenerate(target: Any, tokenizer: Any, rows: list[dict], script: ScriptArguments) -> list[list[int]]:
+def run_regenerate(
+    target: Any, tokenizer: Any, rows: list[dict], script: ScriptArguments, drafter: Any = None
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """The answers in the order of `rows`, and what `regenerate` reports."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "responses.jsonl"
         limits = {"max_new_tokens": script.max_new_tokens, "max_prompt_tokens": script.max_prompt_tokens}
-        regenerate(target, tokenizer, rows, output, slots=script.slots, max_turns=1, progress=False, **limits)
+        how = {"slots": script.slots, "max_turns": 1, "progress": False, **limits}
+        stats = regenerate(target, tokenizer, rows, output, drafter=drafter, **how)
         found = {row["id"]: row["response_ids"] for row in iter_responses(output)}
-    return [found[row["id"]] for row in rows]
+    return [found[row["id"]] for row in rows], stats
 
 
 def pick_prompts(tokenizer: Any, script: ScriptArguments) -> tuple[list[dict], list[list[int]]]:
@@ -97,6 +109,10 @@ def main() -> None:
     target, tokenizer = load_target(script.target, script.dtype)
     rows, encoded = pick_prompts(tokenizer, script)
     times: dict[str, list[float]] = {"regenerate": [], "generate": []}
+    drafter, reports = None, []
+    if script.drafter is not None:
+        drafter = load_drafter(script.drafter).to(device=target.device, dtype=target.dtype)
+        times["drafts"] = []
     cpu_seconds, tokens, identical = dict.fromkeys(times, 0.0), dict.fromkeys(times, 0), 0
     for number in range(script.rounds):
         part = slice(number * script.round_prompts, (number + 1) * script.round_prompts)
@@ -106,7 +122,9 @@ def main() -> None:
             if name == "generate":
                 answers[name] = run_generate(target, encoded[part], script)
             else:
-                answers[name] = run_regenerate(target, tokenizer, rows[part], script)
+                with_drafts = drafter if name == "drafts" else None
+                answers[name], report = run_regenerate(target, tokenizer, rows[part], script, with_drafts)
+                reports += [report] if name == "drafts" else []
             times[name].append(time.perf_counter() - started)
             cpu_seconds[name] += time.process_time() - cpu_started
             tokens[name] += sum(map(len, answers[name]))
@@ -124,6 +142,9 @@ def main() -> None:
         "response_tokens": tokens,
         "identical": identical / len(rows),
         "target_revision": hub_commit(target.config),
+        **({} if drafter is None else {"tokens_per_second_drafts": speeds["drafts"]}),
+        **({} if drafter is None else {"drafts_over_regenerate": speeds["drafts"] / speeds["regenerate"]}),
+        **({} if drafter is None else {"drafts": [{name: r[name] for name in REPORTED} for r in reports]}),
         "environment": describe_environment(resolve_device(None), target.dtype),
     }
     print(json.dumps(record, indent=2))
