@@ -113,6 +113,7 @@ def main() -> None:
     if script.drafter is not None:
         drafter = load_drafter(script.drafter).to(device=target.device, dtype=target.dtype)
         times["drafts"] = []
+    equal_drafts = 0
     cpu_seconds, tokens, identical = dict.fromkeys(times, 0.0), dict.fromkeys(times, 0), 0
     for number in range(script.rounds):
         part = slice(number * script.round_prompts, (number + 1) * script.round_prompts)
@@ -129,6 +130,7 @@ def main() -> None:
             cpu_seconds[name] += time.process_time() - cpu_started
             tokens[name] += sum(map(len, answers[name]))
             print(f"round {number + 1} {name}: {times[name][-1]:.1f} s", flush=True)
+        equal_drafts += sum(a == b for a, b in zip(answers.get("drafts", ()), answers["regenerate"], strict=False))
         identical += sum(a == b for a, b in zip(answers["generate"], answers["regenerate"], strict=True))
     speeds = {name: tokens[name] / sum(times[name]) for name in times}
     record = {
@@ -144,6 +146,7 @@ def main() -> None:
         "target_revision": hub_commit(target.config),
         **({} if drafter is None else {"tokens_per_second_drafts": speeds["drafts"]}),
         **({} if drafter is None else {"drafts_over_regenerate": speeds["drafts"] / speeds["regenerate"]}),
+        **({} if drafter is None else {"identical_drafts": equal_drafts / len(rows)}),
         **({} if drafter is None else {"drafts": [{name: r[name] for name in REPORTED} for r in reports]}),
         "environment": describe_environment(resolve_device(None), target.dtype),
     }
