@@ -13,15 +13,15 @@ STREAM_ROWS = 10_000  # of a stream, the held-out rows are chosen among this man
 
 
 def hold_out(rows: Any, count: int | None = None) -> tuple[Any, list[dict[str, Any]]]:
-    """Parts rows into those to train on and those to evaluate on.
+    """Splits rows into rows to train on and rows to evaluate on.
 
     All rows of an id stay together: turns of one conversation, or answers to one prompt from several files. Which ids are
-    held out is decided by a hash, because the order of a file is none of chance: `regenerate` writes short answers first.
+    held out is decided by a hash, because the order of a file is not random: `regenerate` writes short answers first.
     Rows without ids are told apart by their prompts.
 
     Args:
-        rows (`Iterable[dict]`): training rows, or a [`RowStream`], of which the first 10,000 rows are chosen from.
-        count (`int`, *optional*): rows to hold out, at most; by default 64, or a tenth of the rows where that is less.
+        rows (`Iterable[dict]`): training rows, or a [`RowStream`], whose first 10,000 rows are chosen from.
+        count (`int`, *optional*): rows to hold out, at most; by default 64, or a tenth of the rows if that is less.
 
     Returns:
         `tuple`: the rows to train on (a [`RowStream`] again for one), and the held-out rows.

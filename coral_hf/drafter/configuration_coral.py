@@ -100,10 +100,10 @@ class CoralDraftConfig(PreTrainedConfig):
             Standard deviation of randomly initialised matrices (Llama's).
         target_name_or_path (`str`, *optional*), target_revision (`str`, *optional*), target_model_type (`str`, *optional*),
         target_num_hidden_layers (`int`, *optional*):
-            Which model the drafter was trained for (its commit, where it came from the Hub); type and depth are checked
+            Which model the drafter was trained for (with its commit, if it came from the Hub); type and depth are checked
             by `generate`.
         target_vocab_hash (`str`, *optional*):
-            [`vocab_hash`] of the target's tokenizer, checked wherever a tokenizer is at hand.
+            [`vocab_hash`] of the target's tokenizer, checked wherever a tokenizer is available.
         target_embedding_scale (`float`, *optional*):
             What the target multiplies its embedding by ([`TargetAdapter.embedding_scale`] when the drafter was made; 1.0:
             nothing): serving engines hand drafters the unscaled one. None, which is not written: not recorded.

@@ -79,7 +79,7 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         self.post_init()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """As every model's, with weights that anyone who may read the config may read as well."""
+        """As for every model. Whoever may read the config may read the weights, too."""
         saved = super().save_pretrained(save_directory, *args, **kwargs)
         follow_umask(save_directory)
         return saved
@@ -90,8 +90,8 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
 
         Args:
             target (`PreTrainedModel` or `str`): a Llama-shaped causal LM, or its path or Hub id.
-            tokenizer (*optional*): the target's tokenizer, whose vocabulary hash the config records; of a target given by name
-                it is loaded.
+            tokenizer (*optional*): the target's tokenizer, whose vocabulary hash the config records. It is loaded if the
+                target is given by name.
             **overrides: settings of [`CoralDraftConfig`].
 
         Returns:
@@ -179,7 +179,7 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         return super().__getattr__(name)
 
     def get_input_embeddings(self) -> None:
-        """None: the embedding is the target's. FSDP asks."""
+        """None, because the embedding is the target's. FSDP calls this."""
         return None
 
     @property
@@ -198,7 +198,7 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         return self.fc(features)
 
     def rotary(self, position_ids: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What rows at positions `[B, S]` are turned by, `[B, 1, S, d]` each, on the device and in the dtype of `x`."""
+        """RoPE's cosines and sines for positions `[B, S]`, `[B, 1, S, d]` each, on the device and in the dtype of `x`."""
         return rotary_factors(*self.rotary_emb(x, position_ids))
 
     def _outputs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

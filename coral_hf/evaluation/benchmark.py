@@ -96,8 +96,8 @@ def run_benchmark(
 ) -> dict[str, Any]:
     """Answers every prompt with plain `generate` and with every method, and writes `benchmark.json`.
 
-    All methods answer a prompt before any answers the next, the order turning from prompt to prompt, so that a drift of
-    the machine hits all alike. Later turns continue plain `generate`'s answers. The record is rewritten after every prompt and
+    All methods answer a prompt before the next prompt is answered, in an order that rotates from prompt to prompt. A drift
+    of the machine then affects all of them equally. Later turns continue plain `generate`'s answers. The record is rewritten after every prompt and
     says `"partial": true` until the last: an interrupted run leaves what it measured.
 
     Args:
@@ -107,7 +107,7 @@ def run_benchmark(
         output (`str` or `Path`): folder of the record.
         max_new_tokens (`int`): per turn.
         temperatures (`list[float]`): 0 is greedy; above it all methods sample with the same seed.
-        seed (`int`): of the samples of the first prompt, one more for each next.
+        seed (`int`): seed of the first prompt's samples; each further prompt adds one.
         repeats (`int`): times that all methods answer a prompt in turn; the fastest of each method counts, which neighbours
             on the machine disturbed least.
         server_tau (`bool`): also count greedy answers of CORAL drafters as vLLM does (`server_acceptance_length`), from one more

@@ -147,7 +147,7 @@ def verify(
         max_new_tokens (`int`): per turn.
         temperatures (`list[float]`): sampled with the same seed, besides greedy decoding. Transformers' own loop
             (`draft_stock_loop`) draws other samples by design: it is compared greedily only.
-        seed (`int`): of the samples of the first prompt, one more for each next.
+        seed (`int`): seed of the first prompt's samples; each further prompt adds one.
         output (`str` or `Path`, *optional*): folder of one `check_NAME.json` a method, written after every prompt: of
             `n_turns` answers to `n_prompts` conversations `identical` are plain `generate`'s, `different` names the others.
 

@@ -87,7 +87,7 @@ class Attachment:
 
 
 def attach(target: Any, drafter: Any, **draft_settings: Any) -> Attachment:
-    """Attaches a drafter to a target, so that every later `target.generate(...)` drafts with it.
+    """Attaches a drafter to a target. Every later `target.generate(...)` drafts with it.
 
     Pipelines, trainers and evaluation harnesses call `generate` themselves and have no place for a drafter. A call that
     cannot be drafted (beam search, another assistant, a quantised cache) runs as plain `generate` and logs the reason once.
@@ -121,7 +121,7 @@ def attach(target: Any, drafter: Any, **draft_settings: Any) -> Attachment:
 
 
 def detach(target: Any) -> None:
-    """Takes the attached drafter off a target.
+    """Detaches the drafter from a target.
 
     Args:
         target (`PreTrainedModel`): as given to [`attach`].

@@ -242,7 +242,7 @@ def coral_generate(
         What `generate` returns.
 
     Raises:
-        ValueError: for anything else than a CORAL drafter, contradictory sizes and what the loop does not support.
+        ValueError: if `drafter` is not a CORAL drafter, sizes contradict each other, or the call is not supported.
         RuntimeError: if this Transformers release is not one the hook knows.
     """
     if _problem is not None:

@@ -82,7 +82,7 @@ def render_card(
 
 
 def write_card(folder: str | Path, **settings: Any) -> Path:
-    """Writes [`render_card`] to the folder's `README.md`, and [`training_story`] beside the records, if there is one."""
+    """Writes [`render_card`] to the folder's `README.md`, and [`training_story`] next to the records if there is one."""
     path = Path(folder) / CARD_FILE
     text = render_card(folder, **settings)
     ModelCard(text)  # raises here if the Hub could not read it

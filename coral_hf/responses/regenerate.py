@@ -86,8 +86,8 @@ def regenerate(
     Lets the target answer every prompt, each turn after the answer to the one before, and appends the answers to a file.
 
     Greedy at temperature 0: the same tokens as `generate(do_sample=False)` prompt by prompt, up to near-ties of the
-    dtype. Of the target's generation config only the EOS ids are used. An `output` that exists is continued: a last
-    line cut off by a kill is dropped, turns on file are not answered again, and conversations continue from their rows.
+    dtype. Of the target's generation config only the EOS ids are used. An existing `output` is continued: an incomplete
+    last line is dropped, turns on file are not answered again, and conversations continue from their rows.
 
     Args:
         target (`PreTrainedModel`):

@@ -36,8 +36,8 @@ class CoralTrainingArguments(TrainingArguments):
     are refused with what to do instead; `unused_settings.ARGUMENTS` lists them.
 
     Learning rate, batch, warm-up, epochs, weight decay, feature noise, rollout schedule, CSRA's weight and chunk size follow
-    the target, the data and the device where they are not given: [`CoralTrainer`] settles them by
-    `training.recipe.choose_recipe`, and prints what was chosen. Until then they hold the values for a small target.
+    the target, the data and the device if they are not given: [`CoralTrainer`] settles them by
+    `training.recipe.choose_recipe`, and prints what was chosen. Until then they have the values for a small target.
 
     Defaults that differ from `TrainingArguments` otherwise: AdamW beta2, clipping, bf16, sampling by length, kept columns and
     logging.

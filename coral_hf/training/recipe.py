@@ -92,7 +92,7 @@ def choose_recipe(
     stage: str = "drafter",
     continued: bool = False,
 ) -> Recipe:
-    """The settings of a training that nobody chose.
+    """Chooses the settings of a training that were not given.
 
     Args:
         hidden_size (`int`), vocab_size (`int`): of the target.

@@ -40,7 +40,7 @@ coral-hf train $common --drafter average --data stage4b.jsonl --output_dir stage
 
 # dev_responses.jsonl: the target's greedy answers to 80 development prompts, 128 tokens each; never trained on.
 # dev_responses_40.jsonl: those to the first 10 prompts of MT-bench, HumanEval, GSM8K and CNN/DM, in float32; what stage 3's
-# lines in log.jsonl are measured on, so that they do not go on from stage 2's, nor stage 4's from them.
+# lines in log.jsonl are measured on. They therefore do not continue those of stage 2, nor do those of stage 4 continue them.
 # Afterwards: weights cast to bfloat16; draft_depth, draft_top_k, draft_total_tokens, draft_cost_aware and the calibration of
 # `coral-hf tune` (prompts 25 to 28 of MT-bench, HumanEval and GSM8K; of its cost-aware sizes, which predict alike within 2 %, one
 # that comes through on both kinds of CPU) set in config.json; and before stage 3
