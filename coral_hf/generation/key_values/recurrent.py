@@ -48,7 +48,9 @@ class RecurrentStates:
             if not getattr(layer, "is_sliding", False):  # a window beside the states records its past in any case
                 # without a record recurrent layers convolve as plain decoding does
                 layer.record_past = index not in self._recurrent
-        self._last: dict[type[nn.Module], str | None] = {}  # the linear layer that each kind of module ends with
+        # of each kind of module the linear layer that it ends with, and those that read what it is given
+        self._last: dict[type[nn.Module], str | None] = {}
+        self._first: dict[type[nn.Module], set[str]] = {}
         # of the forward that runs or ran last
         self._levels: list[TreeLevel] = []
         self._count = 0  # nodes of each row
@@ -135,6 +137,9 @@ class RecurrentStates:
                     name for name, child in children.items() if isinstance(child, _Spy) and child.output is output
                 )
                 self._last[kind] = next(names, None)
+                given = inputs[0][0] if inputs[0] else inputs[1].get("hidden_states")
+                spies = {name: child for name, child in children.items() if isinstance(child, _Spy)}
+                self._first[kind] = {name for name, spy in spies.items() if spy.given is given}
             fit_convolutions(layer)
             states = _states(layer)
             after.append(states)
@@ -144,7 +149,7 @@ class RecurrentStates:
         return joined if last is None else getattr(module, last)(joined)
 
     def _project(self, module: nn.Module, kind: type[nn.Module], args: tuple, kwargs: dict) -> dict[str, torch.Tensor]:
-        """What a module's linear layers make of all nodes before it writes a state."""
+        """What a module's linear layers make of all nodes: those before it writes a state, and those that read its input."""
         spies = _spies(module, {})
         stopping = _Stopping(self.cache)
 
@@ -155,6 +160,8 @@ class RecurrentStates:
         with suppress(_Stopped):
             kind.forward(_with_children(module, kind, spies), *map(without_cache, args), **kwargs)
         known = {name: spy.output for name, spy in spies.items() if spy.calls == 1}
+        for name in self._first.get(kind, set()) - known.keys():
+            known[name] = getattr(module, name)(args[0] if args else kwargs["hidden_states"])
         return {name: output for name, output in known.items() if output.ndim > 2 and output.shape[1] == self._count}
 
 
@@ -215,12 +222,13 @@ class _Spy(_Child):
 
     def __init__(self, module: Any):
         super().__init__(module)
+        self.given: Any = None
         self.output: Any = None
         self.calls = 0
 
     def __call__(self, *args: Any) -> Any:
         self.calls += 1
-        self.output = self.module(*args)
+        self.given, self.output = args[0], self.module(*args)
         return self.output
 
 
