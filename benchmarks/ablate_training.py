@@ -11,7 +11,7 @@ and, after `config.`, the drafter's settings; features of other layers need a ca
     --variants eagle "one_layer:preset=eagle,config.target_feature_layers=[-1],cache_features=outputs/last_layer"
 
 The rows are the first in a shuffled order that add up to --response_tokens; `seed` moves a drafter's random weights, the
-order of the rows and all draws. Finished runs stand in ablation.json and are not repeated; runs of
+order of the rows and all draws. Finished runs are in ablation.json and are not repeated; runs of
 other settings are refused. tau is that of a simulated greedy chain of
 `eval_chain_depth` on the answers in --eval_data, with the full head.
 """

@@ -96,7 +96,7 @@ def main() -> None:
     if script.json is not None:
         record = {"environment": describe_environment(target.device, target.dtype), "rows_measured": len(hidden)}
         record |= {"router_groups": router.num_groups, "router_grouping": drafter.config.router_grouping}
-        # the MLP's multiplications as so many rows of the head, on top of the active ones
+        # the MLP's multiplications as this many rows of the head, on top of the active ones
         mlp = (router.up_proj.weight.numel() + router.down_proj.weight.numel()) / adapter.hidden_size
         record |= {"router_mlp_rows": mlp, "steps": script.steps, "curve": rows}
         record |= describe_drafter(drafter)

@@ -1,4 +1,4 @@
-"""By how much two runs of the same benchmark differ in their speedups.
+"""How much the speedups of two runs of the same benchmark differ.
 
 coral-hf benchmark --data prompts.jsonl --output outputs/first
 coral-hf benchmark --data prompts.jsonl --output outputs/second

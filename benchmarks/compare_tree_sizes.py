@@ -79,7 +79,7 @@ def main():
     methods = [Method(name, drafter, settings) for name, settings in methods.items()]
     record = run_benchmark(target, tokenizer, methods, prompts, arguments.output, arguments.max_new_tokens)
     print_table(record)
-    if tuned is None:  # then the best of the grid's trees stands for it
+    if tuned is None:  # then the best of the grid's trees replaces it
         trees = [row for row in record["runs"] if row["benchmark"] == "all" and row["method"].startswith("fixed")]
         tuned = max((row for row in trees if "_1_" not in row["method"]), key=lambda row: row["speedup"])["method"]
     rows = summary(record, "eagle2", tuned)

@@ -60,7 +60,7 @@ class Arguments:
     part: str = field(metadata={"help": "steps or tests."})
     output: str = field(metadata={"help": "Folder of the JSON files."})
     model: str = field(default="llama-3-8b", metadata={"help": f"Of the steps: demo, {', '.join(SHAPES)}."})
-    minutes: float = field(default=10.0, metadata={"help": "No cell is begun after so many."})
+    minutes: float = field(default=10.0, metadata={"help": "No cell starts after this many."})
     share: float = field(default=0.6, metadata={"help": "Probability that a level of a draft is accepted."})
     context: int = field(default=128, metadata={"help": "Tokens of each prompt."})
     max_new_tokens: int = field(default=64, metadata={"help": "Tokens generated in each cell."})
@@ -146,7 +146,7 @@ def measured(target: Any, drafter: Any, cell: dict[str, Any], arguments: Argumen
             return timed(target, ids, torch.ones_like(ids), count, drafter if drafts else None, 0.0, settings)
 
     if not compile_settings(settings, "cpu") and not settings.get("draft_compile"):
-        answer()  # the first call of a method is no measurement
+        answer()  # the first call of a method is not measured
     reset_peak(target.device)
     _, seconds, compiling = timed_apart(answer)
     steps, tau = count - 1, 1.0

@@ -3,9 +3,9 @@
     python benchmarks/predict_from_bandwidth.py --json benchmarks/records/predictions_7b.json
     python benchmarks/predict_from_bandwidth.py --bandwidth_gb_s 2039 --gpu "A100 80GB" --acceptance 0.75 0.7 0.7 0.65
 
-One token at a time, a GPU waits for memory: a forward takes the time in which its weights are read. That holds up to some
-64 tokens as well, whose arithmetic fits into that time. Left out are launches, attention over the context and what stands
-around the forwards, so that the figures are upper bounds.
+For one token at a time, a GPU waits for memory: a forward pass takes as long as reading the weights. The same is true for up to
+about 64 tokens, whose arithmetic fits into that time. Launches, attention over the context and everything around the forward
+passes are left out. The figures are therefore upper bounds.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What `benchmark_training.py` compares with: a plain reading of HASS's training step (arXiv 2408.15766, section 3.2).
+"""What `benchmark_training.py` compares with: a plain implementation of HASS's training step (arXiv 2408.15766, section 3.2).
 
 Written from the papers in public PyTorch alone, the obvious way: in step k the queries meet the keys of all k steps in
 full [S, S] matrices, of which masks pick the entries that inference would see; logits of the response rows exist whole, in
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 class ReferenceDrafter(nn.Module):
-    """EAGLE's layer: fc([embedding ; feature]), attention without an input norm, gated MLP behind a norm."""
+    """EAGLE's layer: fc([embedding ; feature]), attention without an input norm, gated MLP after a norm."""
 
     def __init__(self, drafter: nn.Module):
         super().__init__()

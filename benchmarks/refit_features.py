@@ -3,7 +3,7 @@
 coral-hf convert --to sglang outputs/drafter outputs/for-sglang     # names the layers that SGLang cannot capture
 python benchmarks/refit_features.py --drafter outputs/drafter --layers 3 15 26 29 --data responses/ --output outputs/refitted
 
-What a drafter of several features learns is behind `fc`: the script fits a new `fc` by least squares to give, from the
+What a drafter of several features learns comes after `fc`. The script fits a new `fc` by least squares to give, from the
 new layers, what the old one gave from its own, on conversations with the target. It prints the share of the old output's
 variance that is not reproduced on held-out rows (below 1 %, the acceptance length hardly moves; measure it with
 `coral-hf benchmark`). Calibrations and heads are kept.

@@ -5,7 +5,7 @@
     python benchmarks/reproduce_tables.py --data ... --output outputs/tables --drafters eagle=org/a coral=outputs/b
 
 All drafters see the same rows, steps and loss weights. MT-bench, HumanEval and GSM8K, temperature 0 and 1, interleaved
-prompt by prompt with plain decoding. The paper's targets and hardware are others: its range is printed as its own.
+prompt by prompt with plain decoding. The paper's targets and hardware are different, so its range is printed separately.
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Chat in the terminal, with tokens per second and acceptance length (tau) live in the last line.
+"""Chat in the terminal. The last line shows tokens per second and acceptance length (tau) live.
 
 python examples/chat.py                                       # the embedded SmolLM2-135M-Instruct and its drafter
 python examples/chat.py --target my/model --drafter org/name

@@ -1,4 +1,4 @@
-"""What router and shortlist are worth on a vocabulary of 262,144: Gemma-3-270M, trained for a short while.
+"""Compare router and shortlist on a vocabulary of 262,144, with a short training for Gemma-3-270M.
 
     python examples/large_vocabulary.py --data prompts.jsonl --eval dev.jsonl --output outputs/gemma
 

@@ -1,6 +1,6 @@
 """A page that shows plain `generate` and CORAL side by side: `python examples/space/app.py`.
 
-TARGET and DRAFTER name another pair (paths or Hub ids), DTYPE another dtype than float32 on a CPU.
+TARGET and DRAFTER name another pair (paths or Hub ids), DTYPE a dtype other than float32 on a CPU.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Plain `generate` and CORAL on one prompt, taking turns: all that the page shows, without the page.
+"""Plain `generate` and CORAL on one prompt, taking turns. This is everything that the page shows, without the page.
 
-Both generate at the same time for the eye, but never at the same moment: each keeps the processor for a fifth of a
-second, then hands it over, and its clock counts its own turns alone. So neither slows the other's figures down.
+Both seem to generate at the same time, but they take turns: each uses the processor for a fifth of a second, then hands it
+over. Each clock counts its own turns only, so neither slows the other's figures down.
 """
 
 import os
