@@ -1,0 +1,84 @@
+"""`benchmarks/compare_rivals.py`: the folder that a rival reads, how its answers are counted, and what is refused."""
+
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.engine_drafters import DRAFT_IDS, THREE, eight_layer_target, read
+from helpers.tiny_models import make_drafter
+
+
+PROMPTS = [torch.tensor([[5, 9, 3, 77]]), torch.tensor([[31, 8, 100, 64]])]
+
+
+@pytest.fixture
+def rivals(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import compare_rivals
+    from rivals import economize_eagle3
+
+    return SimpleNamespace(compare=compare_rivals.compare, economize=economize_eagle3)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return eight_layer_target()
+
+
+def fake_economize(seen):
+    """Decodes one token after the other, as a drafter that is always wrong would."""
+
+    def load(target, folder):
+        seen["config"], seen["tensors"] = read(Path(folder))
+
+        def decode(ids, new_tokens, decoding):
+            assert decoding == {"cycle_length": 2}
+            tokens = target.generate(ids[None], max_new_tokens=new_tokens, do_sample=False)[0]
+            return SimpleNamespace(tokens=tokens, cost_summary=lambda: {"exact_calls": new_tokens})
+
+        return SimpleNamespace(decode=decode)
+
+    return SimpleNamespace(load=load, DecodeConfig=dict)
+
+
+def test_answers_and_steps_side_by_side(rivals, target, monkeypatch):
+    seen = {}
+    monkeypatch.setitem(sys.modules, "economize", fake_economize(seen))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.2")
+    drafter = make_drafter(target, dtype=torch.float32, **{**THREE, "norm_output": False})
+    rival = rivals.economize.Rival(target, drafter, depth=2)
+    rows = rivals.compare(target, drafter, rival, PROMPTS, 6, 2)
+    assert rival.version == "economize 0.3.2"
+    assert all(row["identical"] == 2 for row in rows.values())
+    assert rows["plain"]["steps"] == rows["rival"]["steps"] == 10 and rows["rival"]["tokens_per_step"] == 1.0
+    assert rows["coral"]["steps"] * rows["coral"]["tokens_per_step"] == pytest.approx(10)
+    # economize takes the head from the folder, and reads the whole vocabulary in order
+    assert torch.equal(seen["tensors"]["lm_head.weight"], target.get_output_embeddings().weight)
+    assert seen["config"]["draft_vocab_size"] == 128 and "d2t" not in seen["tensors"]
+
+
+def test_a_head_of_the_drafters_own_stays(rivals, target, tmp_path):
+    settings = {**THREE, "norm_output": False, "draft_vocab_size": 10}
+    drafter = make_drafter(target, dtype=torch.float32, **settings)
+    drafter.draft_head.token_ids.copy_(DRAFT_IDS)
+    config, tensors = read(rivals.economize.write_with_head(drafter, target, tmp_path / "out"))
+    assert config["draft_vocab_size"] == 10 and torch.equal(tensors["lm_head.weight"], drafter.draft_head.weight)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["norm_output"] is False
+
+
+def test_what_economize_lacks_is_refused(rivals, target, monkeypatch):
+    monkeypatch.setitem(sys.modules, "economize", fake_economize({}))
+    for settings, message in (
+        ({**THREE}, "norm_output=True"),
+        ({**THREE, "norm_output": False, "norm_before_fc": True}, "norm_before_fc=True"),
+        ({"shape": "eagle"}, "shape='eagle'"),
+    ):
+        with pytest.raises(ValueError, match=f"economize cannot express this drafter: {message}"):
+            rivals.economize.Rival(target, make_drafter(target, dtype=torch.float32, **settings), depth=2)
+    monkeypatch.setitem(sys.modules, "economize", None)
+    with pytest.raises(ImportError, match=r"pip install economize==0\.3\.2"):
+        rivals.economize.Rival(target, make_drafter(target, dtype=torch.float32, **THREE), depth=2)
