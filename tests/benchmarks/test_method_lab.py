@@ -144,3 +144,11 @@ def test_muon_steps_are_orthogonal():
     singular = torch.linalg.svdvals(matrix.detach())
     assert singular.min() > 0.06 and singular.max() < 0.13
     torch.testing.assert_close(vector.detach(), torch.full((3,), -0.01), atol=1e-6, rtol=0)
+
+
+def test_the_page_has_the_records_table():
+    from lab.summary import summarize, table
+
+    record = json.loads((BENCHMARKS / "records" / "method_lab.json").read_text())
+    assert record["summary"] == json.loads(json.dumps(summarize(record["runs"])))
+    assert table(record["summary"]) in (BENCHMARKS.parent / "docs" / "experiments.md").read_text()
