@@ -20,6 +20,9 @@ from .statistics import DraftStats
 from .tree_size import DraftCosts
 
 
+_PIECE = 1024  # tokens of a prompt that the drafter reads at a time
+
+
 class CoralCandidateGenerator(CandidateGenerator):
     """Drafts with a CORAL drafter from the target's true features.
 
@@ -116,6 +119,12 @@ class CoralCandidateGenerator(CandidateGenerator):
         lengths = [longest] * batch if lengths is None else lengths
         counts = [features.shape[1]] * batch if counts is None else counts
         features, counts = self._with_unread(features, counts)
+        # a long prompt in pieces: what the layer computes for all of it at once would be the peak of a call's memory
+        while max(counts) > _PIECE and min(counts) == features.shape[1] and not any(self.padding):
+            rest = features.shape[1] - _PIECE
+            read = [length - rest for length in lengths]
+            self._extend(input_ids, features[:, :_PIECE], read, [_PIECE] * batch)
+            features, counts = features[:, _PIECE:], [rest] * batch
         hidden, feature = self._extend(input_ids, features, lengths, counts)
         depth = self.settings.max_levels if max_depth is None else min(self.settings.max_levels, max_depth)
         root = _roots(input_ids, lengths)

@@ -173,6 +173,22 @@ def test_rows_that_were_put_off_are_those_read_at_once(target):
     torch.testing.assert_close(one.scores, other.scores)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_long_prompt_is_read_in_pieces(target, monkeypatch, rows):
+    """The drafts are those after reading it at once."""
+    drafter, settings = make_drafter(target), DraftSettings(**TREES["tree16"])
+    ids = torch.cat([prompt_of(24, seed=row) for row in range(rows)])
+    features = torch.randn(rows, 23, target.config.hidden_size, dtype=target.dtype)
+    trees = []
+    for piece in (5, 1024):
+        monkeypatch.setattr("coral_hf.generation.candidate_generator._PIECE", piece)
+        drafts = CoralCandidateGenerator(drafter, target, settings, 40, [0] * rows)
+        trees.append(drafts.propose(ids, features))
+        assert drafts.cache.length == 23
+    assert torch.equal(trees[0].tokens, trees[1].tokens)
+    torch.testing.assert_close(trees[0].scores, trees[1].scores)
+
+
 def test_the_next_turn_of_a_conversation_knows_what_was_put_off(target, monkeypatch):
     """A call that ends in plain steps leaves their features beside the cache."""
     monkeypatch.setattr("coral_hf.generation.candidate_generator.Pace", Turns)
