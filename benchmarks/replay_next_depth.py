@@ -39,7 +39,6 @@ class Arguments:
     limit: int = field(default=3, metadata={"help": "Prompts per file."})
     max_new_tokens: int = field(default=48, metadata={"help": "Per answer."})
     threads: int = field(default=1, metadata={"help": "CPU threads."})
-    traces: str | None = field(default=None, metadata={"help": "File that keeps the drafts for another replay."})
 
 
 class EveryLevel(TreeSizeRule):
@@ -102,15 +101,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     target, tokenizer = demo.load_target(torch.float32)
     drafter = demo.load_drafter(torch.float32)
-    kept = None if arguments.traces is None else Path(arguments.traces)
-    if kept is not None and kept.exists():
-        traces = [DraftTrace(**row) for row in torch.load(kept)]
-    else:
-        prompts = read_prompts(arguments.data, arguments.limit)
-        settings = DraftSettings(DEPTH, TOP_K, TOTAL)
-        traces = record_traces(target, tokenizer, drafter, prompts, settings, arguments.max_new_tokens)
-        if kept is not None:
-            torch.save([vars(trace) for trace in traces], kept)
+    prompts = read_prompts(arguments.data, arguments.limit)
+    settings = DraftSettings(DEPTH, TOP_K, TOTAL)
+    traces = record_traces(target, tokenizer, drafter, prompts, settings, arguments.max_new_tokens)
     calibration, record = calibration_of(drafter.config), {}
     for name, times in costs().items():
         rows = {policy: walked(traces, policy, times, calibration) for policy in POLICIES}
