@@ -58,7 +58,7 @@ class StaticStore(KeyValueStore):
             torch._dynamo.mark_static_address(tensor)
         return made
 
-    def _reserve(self, end: int) -> None:
+    def _reserve(self, end: int, cleared: bool = True) -> None:
         """Nothing grows."""
 
     def begin(self, count: int) -> None:

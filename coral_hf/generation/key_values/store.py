@@ -113,8 +113,10 @@ class KeyValueStore(Cache):
         if self.rolling:
             for kind in self.kinds.values():
                 kind.base = 0 if kind.window is None else max(min(lengths) - kind.window + 1, 0)
+        # cleared layer by layer as it fills: cleared at once, all of it would take memory beside all of the cache
+        whole = not self.layers[0].entries and len(rows) == self.capacity
         self._make_buffers(cache.layers)
-        self._reserve(max(lengths))
+        self._reserve(max(lengths), cleared=not whole)
         device = cache.layers[0].keys.device
         index = torch.tensor(rows, device=device)
         starts = torch.tensor(first, device=device)
@@ -126,7 +128,10 @@ class KeyValueStore(Cache):
             columns = columns.clamp(0, total - dropped - 1)
             for (buffer, entry), states in zip(layer.entries, (source.keys, source.values), strict=True):
                 places = columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-                layer.kind.buffers[buffer][entry][index, :, :width] = states.gather(2, places)
+                held = layer.kind.buffers[buffer][entry]
+                held[index, :, :width] = states.gather(2, places)
+                if whole:
+                    held[:, :, width:] = 0
             empty_layer(source)  # layer by layer: never two copies of all
 
     def _make_buffers(self, layers: Sequence[Any]) -> None:
@@ -149,8 +154,8 @@ class KeyValueStore(Cache):
         """An empty buffer for the keys and values of `count` entries."""
         return like.new_zeros(count, self.capacity, heads, 0, dim)
 
-    def _reserve(self, end: int) -> None:
-        """Room for rows of `end` tokens."""
+    def _reserve(self, end: int, cleared: bool = True) -> None:
+        """Room for rows of `end` tokens, `cleared` unless the caller writes all of it."""
         for kind in self.kinds.values():
             if not kind.buffers or kind.buffers[0].shape[3] >= end - kind.base:
                 continue
@@ -162,7 +167,8 @@ class KeyValueStore(Cache):
             size = max(-(-(end - kind.base - drop) // BLOCK) * BLOCK, held)
             for index, buffer in enumerate(kind.buffers):
                 # Zeros, not empty: a masked NaN is still a NaN after the product with its zero weight.
-                grown = buffer.new_zeros(*buffer.shape[:3], size, buffer.shape[4])
+                shape = (*buffer.shape[:3], size, buffer.shape[4])
+                grown = buffer.new_zeros(shape) if cleared else buffer.new_empty(shape)
                 grown[..., : held - drop, :] = buffer[..., drop:, :]
                 kind.buffers[index] = grown
             kind.base += drop
