@@ -225,6 +225,11 @@ def test_the_display_names_each_stage_in_a_log_and_moves_by_itself(capsys, monke
     assert re.search(r"make: answers, 20 tokens +50%.*0:30 min left, 5 tokens/s", log)
 
 
+def test_a_small_budget_cuts_answers_sooner():
+    found = [stages.longest_answer(hours if hours is None else 3600 * hours) for hours in (0.1, 0.5, 1, 5, None)]
+    assert found == [128, 257, 512, 512, 512]
+
+
 def test_another_make_in_the_folder_is_refused(tmp_path):
     MakeState(tmp_path, {"target": "a", "data": ["x"]}).finish("prompts", train=3)
     again = MakeState(tmp_path, {"target": "a", "data": ["x"]})

@@ -28,10 +28,24 @@ from .state import MakeState
 
 FIRST_ANSWERS, MORE_ANSWERS = 16, 64  # prompts that are answered between two looks at the clock
 SLOTS = 64
-LONGEST_ANSWER = 512
+LONGEST_ANSWER, SHORTEST_CUT = 512, 128  # tokens of an answer: at most, and where the budget is small
+SECONDS_PER_LENGTH = 7.0  # of a budget, for each token of the longest answer: all 512 from an hour on
 HELD_OUT_PROMPTS = 16
 # Steps are measured at the deepest K and on the longest rows; over a whole schedule they are faster by about this
 FASTER = 1.2
+
+
+def longest_answer(budget: float | None) -> int:
+    """Tokens after which an answer is cut.
+
+    The slots of a chunk wait for its longest answer: where time is short, long ones would take most of it.
+
+    Args:
+        budget (`float`, *optional*): seconds of the whole make.
+    """
+    if budget is None:
+        return LONGEST_ANSWER
+    return max(min(SHORTEST_CUT, LONGEST_ANSWER), min(LONGEST_ANSWER, int(budget / SECONDS_PER_LENGTH)))
 
 
 class Making(Measuring):
@@ -129,7 +143,7 @@ class Making(Measuring):
             return
         prompts = read_lines(self.train_prompts)
         positions = getattr(self.target.config.get_text_config(), "max_position_embeddings", None) or 4096
-        longest = min(LONGEST_ANSWER, positions // 2)
+        longest = min(longest_answer(self.seconds), positions // 2)
         begun, size = time.monotonic(), FIRST_ANSWERS
         answered = {row["id"] for row in read_lines(self.answers)}
         todo = [row for row in prompts if row["id"] not in answered][:most]
