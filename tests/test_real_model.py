@@ -61,15 +61,16 @@ def test_greedy_identity(real, name):
 
 
 @pytest.mark.slow
-def test_batches_are_plain_generates(real):
-    """Forty prompts in batches of four, row for row, where the shipped drafter's rule sizes the trees."""
+@pytest.mark.parametrize(("count", "tokens"), [(8, 48), pytest.param(40, 128, marks=pytest.mark.exhaustive)])
+def test_batches_are_plain_generates(count, tokens, real):
+    """Prompts in batches of four, row for row, where the shipped drafter's rule sizes the trees."""
     target, _, drafter = real
     rows = read_rows(demo.drafter_path() / "responses")  # the prompts that the package carries
-    prompts = [rows[place]["prompt_ids"] for place in range(0, len(rows), len(rows) // 40)][:40]
+    prompts = [rows[place]["prompt_ids"] for place in range(0, len(rows), len(rows) // count)][:count]
     stats, different = DraftStats(), []
     for start in range(0, len(prompts), 4):
         ids, mask = padded(prompts[start : start + 4])
-        settings = {"attention_mask": mask, "max_new_tokens": 128, "do_sample": False}
+        settings = {"attention_mask": mask, "max_new_tokens": tokens, "do_sample": False}
         plain = target.generate(ids, **settings)
         drafted = target.generate(ids, assistant_model=drafter, **settings)
         stats = stats.merge(drafter.last_stats)

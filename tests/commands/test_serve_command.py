@@ -31,7 +31,7 @@ def test_continuous_batching_and_odd_ports_are_refused(capsys):
 def test_another_form_of_the_server_is_named(monkeypatch):
     serve = pytest.importorskip("transformers.cli.serve", reason="Transformers' server needs its `serving` extra")
     monkeypatch.setattr(serve, "Serve", type("Serve", (), {"__init__": lambda self, model: None}))
-    with pytest.raises(ValueError, match=r"no Serve\(force_model\), Serve\(host\)"):
+    with pytest.raises(ValueError, match=r"missing: Serve\(force_model\), Serve\(host\)"):
         openai_server(None, None, NAME)
 
 

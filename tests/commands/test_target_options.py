@@ -75,7 +75,7 @@ def test_the_demo_target_takes_none_of_them(verb, folder, capsys):
         assert main([*verb, *options]) == 2
         error = capsys.readouterr().err.strip()
         value = "True" if options[1] == "true" else options[1]
-        assert f"{options[0].replace('-', '_').replace('__', '--')} {value} is for a target of a folder" in error
+        assert f"{options[0].replace('-', '_').replace('__', '--')} {value} is for a target in a folder" in error
         assert "name another with --target, or leave" in error and "\n" not in error
     assert not (folder / "out").exists() and not (folder / "out.jsonl").exists()
 

@@ -20,7 +20,11 @@ def test_settings_and_evaluation_data_of_a_new_drafter(folder, capsys, monkeypat
     assert main([*arguments, "--max_steps", "1", "--report_to", "none"]) == 0
     assert "Held out for evaluation: 0 of 3 rows" in capsys.readouterr().out
     arguments += ["--eval_data", "dev.jsonl", "--max_steps", "1", "--report_to", "none", "--shape", "eagle3"]
-    for wrong, message in (('{"widht": 3}', "Unknown setting(s) ['widht']"), ("[3]", "JSON object"), ("{", "no JSON")):
+    for wrong, message in (
+        ('{"widht": 3}', "Unknown setting(s) ['widht']"),
+        ("[3]", "JSON object"),
+        ("{", "is not JSON"),
+    ):
         assert main([*arguments, "--config_overrides", wrong, "--overwrite", "true"]) == 2
         assert message in capsys.readouterr().err
     settings = {"target_feature_layers": [1, -1], "intermediate_size": 48}

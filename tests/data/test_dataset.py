@@ -140,7 +140,9 @@ def test_a_data_set_whose_files_do_not_fit_together_is_named(monkeypatch):
         raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ValueError, match=r"org/name is no file .* \(An error occurred while generating the dataset\)"):
+    with pytest.raises(
+        ValueError, match=r"org/name is not a file .* \(An error occurred while generating the dataset\)"
+    ):
         read_rows("org/name")
 
 

@@ -215,7 +215,8 @@ def run_case(case: Batch) -> dict[str, int]:
         else:
             with oracle(getattr(plain[0], "sequences", plain[0]), case.probability, case.seed):
                 drafted = call(case, drafter=True)
-            counts["oracle_steps"] += drafted[2].last_stats.steps
+            stats = drafted[2].last_stats
+            counts["oracle_steps"] += stats.steps - stats.plain_steps  # those that drafted
         counts[f"{kind}_accepted"] += drafted[2].last_stats.n_accepted
         counts["plain_steps"] += drafted[2].last_stats.plain_steps
         found = difference(case, drafted, plain)

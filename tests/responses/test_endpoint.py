@@ -245,7 +245,7 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
     assert "--endpoint_token_ids true" in capsys.readouterr().err
     for option, value in (("slots", "8"), ("max_prompt_tokens", "99"), ("dtype", "float32"), ("device", "cpu")):
         assert main([*arguments, f"--{option}", value]) == 2
-        assert f"--{option} {value} is for --target, which --endpoint" in capsys.readouterr().err
+        assert f"--{option} {value} is for --target, but --endpoint" in capsys.readouterr().err
     arguments += ["--check-overlap", "prompts.jsonl"]
     assert main([*arguments, "--endpoint-token-ids", "true", "--shards", "shards"]) == 0
     assert "warning: 9 of 9" in capsys.readouterr().out
