@@ -1,7 +1,5 @@
 """Tokens per second of whole batches, by batch size and context, beside plain `generate` of the same batch."""
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ..data.prompts import Prompt, check_prompts, encode_first_turn
 from ..generation.statistics import DraftStats
+from ..utils.whole_files import write_json
 from .benchmark import describe_run, paired_speedup
 from .environment import describe_environment
 from .methods import PLAIN, Method, check_drafter, draft_settings, timed
@@ -94,9 +93,7 @@ def run_batches(
         length = sum(int(mask.sum()) for _, mask in batches) / (size * len(batches))
         record["runs"] += [batch_row(name, size, context, length, measured) for name in measured]
         record["partial"] = place + 1 < len(cells)
-        part = folder / f"{RECORD_FILE}.part"
-        part.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(part, folder / RECORD_FILE)
+        write_json(folder / RECORD_FILE, record)
     return record
 
 

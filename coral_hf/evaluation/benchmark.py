@@ -1,7 +1,5 @@
 """One benchmark run: plain `generate` and any number of methods, interleaved prompt by prompt."""
 
-import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..data.prompts import Prompt, answer_turns, check_prompts, describe_prompts, encode_first_turn
 from ..generation.statistics import DraftStats
+from ..utils.whole_files import write_json
 from .compiling import compiles, longest_text
 from .environment import describe_environment, describe_rendering, describe_target
 from .methods import (
@@ -272,9 +271,7 @@ def _write(
         for method in methods
     ]
     record = {**record, "partial": partial, "runs": rows}
-    part = folder / "benchmark.json.part"
-    part.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(part, folder / "benchmark.json")
+    write_json(folder / "benchmark.json", record)
     return record
 
 

@@ -1,7 +1,6 @@
 """Which draft size pays for a target and a drafter on this machine: measured costs, replayed acceptance, predictions."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..drafter.configuration_coral import DERIVED, CoralDraftConfig
 from ..generation.costs.measurement import measure_costs
 from ..generation.settings import DraftSettings
 from ..generation.tree_size import Calibration, DraftCosts, TreeSizeRule
+from ..utils.whole_files import write_json
 from .draft_traces import DraftTrace, fit_calibration, record_traces, replay_all
 from .environment import describe_drafter, describe_environment, describe_rendering, describe_target
 from .methods import Method, check_drafter
@@ -205,18 +205,14 @@ def save_settings(folder: str | Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{folder} is not a drafter's folder: save the drafter there first (save_pretrained).")
     config = {**json.loads(path.read_text(encoding="utf-8")), **settings}
     CoralDraftConfig.from_dict(config)  # refuses what it does not know
-    # Beside and renamed: a reader finds the old file or the new one.
-    part = path.with_name("config.json.part")
-    part.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_json(path, dict(sorted(config.items())))
 
 
 def write_record(record: dict[str, Any], folder: str | Path) -> Path:
-    """Writes `tune.json`, beside and renamed."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    path, part = Path(folder) / RECORD_FILE, Path(folder) / f"{RECORD_FILE}.part"
-    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """Writes `tune.json`."""
+    path = Path(folder) / RECORD_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
     return path
 
 

@@ -1,8 +1,6 @@
 """Is a pair lossless? A drafter's answers against plain `generate`'s, token by token, greedy and sampled."""
 
 import itertools
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..data.prompts import Prompt, answer_turns, check_prompts, describe_prompts
 from ..generation.statistics import DraftStats
+from ..utils.whole_files import write_json
 from .environment import describe_drafter, describe_environment, describe_rendering, describe_target
 from .methods import (
     EXACT_DTYPES,
@@ -239,10 +238,7 @@ def _write(folder: Path, checks: list[Check], seed: int, shared: dict[str, Any])
     """`check_NAME.json`: the greedy check, with the sampled ones in a list of their own."""
     greedy, *sampled = checks
     rows = [{"temperature": check.temperature, "seed": seed, **check.record()} for check in sampled]
-    path = check_file(folder, greedy.method)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps({**greedy.record(), "sampled": rows, **shared}, indent=2) + "\n")
-    os.replace(part, path)
+    write_json(check_file(folder, greedy.method), {**greedy.record(), "sampled": rows, **shared})
 
 
 def print_checks(checks: Sequence[Check], dtype: str) -> None:

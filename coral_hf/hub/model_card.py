@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..drafter.configuration_coral import CoralDraftConfig
 from ..drafter.weight_files import WEIGHTS_FILE
+from ..utils.whole_files import write_whole
 from .card_tables import NOT_MEASURED, headline_rows, measured_section, reading
 from .records import RECORD_FOLDER, Records, check_stated, read_records
 from .training_tables import STORY_FILE, training_section, training_story
@@ -88,16 +88,9 @@ def write_card(folder: str | Path, **settings: Any) -> Path:
     ModelCard(text)  # raises here if the Hub could not read it
     story = training_story(read_records(folder, settings.get("unmeasured", False), settings.get("strict", True)))
     if story is not None:
-        _write(Path(folder) / RECORD_FOLDER / STORY_FILE, story)
-    _write(path, text)
+        write_whole(Path(folder) / RECORD_FOLDER / STORY_FILE, story)
+    write_whole(path, text)
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    """All of a file or nothing."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)
 
 
 def foreign_card(folder: str | Path) -> str | None:

@@ -6,7 +6,6 @@ A published folder contains, next to config and weights: the card; the records f
 
 import itertools
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from ..drafter.hub_names import public_name
 from ..utils.code_version import __version__
 from ..utils.jsonl import parse_json, read_json
 from ..utils.replacing import check_replaceable
+from ..utils.whole_files import write_json
 from .model_card import write_card
 from .records import RECORD_FOLDER
 
@@ -140,9 +140,7 @@ def write_code(folder: str | Path) -> None:
         shutil.copyfile(path, folder / Path(path).name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["auto_map"] = AUTO_MAP
-    part = folder / "config.json.part"
-    part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(part, folder / "config.json")
+    write_json(folder / "config.json", dict(sorted(config.items())))
 
 
 def strip_paths(folder: str | Path) -> None:

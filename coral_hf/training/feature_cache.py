@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ..data.response_origin import weight_sample
 from ..drafter.target_adapter import TargetAdapter
 from ..drafter.weight_files import file_sha256, follow_umask
 from ..utils.jsonl import read_json
+from ..utils.whole_files import write_whole
 
 
 SHARD_ROWS = 256
@@ -74,7 +74,7 @@ class FeatureCache:
                     "delete this one."
                 )
         else:
-            _write_whole(meta, json.dumps(self._identity))
+            write_whole(meta, json.dumps(self._identity), shared=True)
         self.refresh()
 
     def refresh(self) -> None:
@@ -246,7 +246,7 @@ class FeatureCache:
             follow_umask(part)
             checksum = file_sha256(part)
             os.replace(part, weights)
-            _write_whole(index, json.dumps(_index_of(places, checksum)))
+            write_whole(index, json.dumps(_index_of(places, checksum)), shared=True)
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
             raise OSError(
@@ -270,16 +270,6 @@ def _sound_index(index: Path) -> dict:
     except (KeyError, ValueError):
         return {}
     return found if sound else {}
-
-
-def _write_whole(path: Path, text: str) -> None:
-    # a name of its own: processes that begin together write the same file, each whole
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        part.write_text(text)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 __all__ = ["FeatureCache"]

@@ -8,22 +8,19 @@ Runs where `LLAMA_CPP_PYTHON` names an interpreter with xllamacpp beside the dem
 `LLAMA_CPP_RECORD=FILE` keeps what was measured: `benchmarks/records/llama_cpp_server.json` is the last run's.
 """
 
-import datetime
-import json
 import os
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.engine_records import engine_record
 from helpers.llama_server import serving, write_dequantised
 from helpers.served_answers import NEAR_TIE, NEW_TOKENS, PROMPTS, explain, new_ids
 
 from coral_hf import CoralDraftModel, demo
 from coral_hf.conversion import export_gguf
 from coral_hf.data.prompts import encode_context
-from coral_hf.evaluation.environment import describe_environment
 
 
 PYTHON = os.environ.get("LLAMA_CPP_PYTHON")
@@ -82,21 +79,9 @@ def plain(real):
 
 @pytest.fixture(scope="module")
 def record():
-    version = "import importlib.metadata as m; print(m.version('xllamacpp'))"
-    found = subprocess.run([PYTHON, "-c", version], capture_output=True, text=True, check=False).stdout.strip()
-    measured = {
-        "date": datetime.date.today().isoformat(),
-        "xllamacpp": found,
-        "environment": describe_environment("cpu", torch.float32),
-        "target": demo.TARGET_NAME,
-        "prompts": len(PROMPTS),
-        "new_tokens": NEW_TOKENS,
-        "draft_depth": DEPTH,
-        "runs": {},
-    }
-    yield measured["runs"]
-    if path := os.environ.get("LLAMA_CPP_RECORD"):
-        Path(path).write_text(json.dumps(measured, indent=2) + "\n")
+    about = {"prompts": len(PROMPTS), "new_tokens": NEW_TOKENS, "draft_depth": DEPTH}
+    with engine_record(PYTHON, "xllamacpp", "xllamacpp", "LLAMA_CPP_RECORD", **about) as runs:
+        yield runs
 
 
 def our_chain(target, drafter, prompts):

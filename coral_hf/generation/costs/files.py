@@ -3,13 +3,13 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...utils.user_cache import cache_dir
+from ...utils.whole_files import write_json
 from ..tree_size import DraftCosts
 
 
@@ -65,22 +65,15 @@ def read_costs(key: dict[str, Any], prefix: int, nodes: int, rows: int = 1) -> K
 
 
 def write_costs(key: dict[str, Any], prefix: int, kept: KeptCosts, rows: int = 1) -> None:
-    """Puts a table in the place of the one for as many rows and the same prefix; the others stay.
-
-    Beside and renamed: two processes that measure at once leave one whole file.
-    """
+    """Puts a table in the place of the one for as many rows and the same prefix; the others stay."""
     path = costs_folder() / file_name(key)
     content = _content(path)
     same = content.get("format") == FORMAT and content.get("key") == key and isinstance(content.get("tables"), list)
     others = [table for table in content["tables"] if not _is_of(table, prefix, rows)] if same else []
     tables = [*others, {"rows": rows, "prefix": prefix, **asdict(kept)}]
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(
-            json.dumps({"format": FORMAT, "key": key, "tables": tables}, indent=1) + "\n", encoding="utf-8"
-        )
-        os.replace(part, path)
+        write_json(path, {"format": FORMAT, "key": key, "tables": tables}, shared=True)
     except OSError as error:
         # Only the next process pays for it: it measures again.
         logger.warning("Draft costs were measured but not kept in %s: %s", path, error)

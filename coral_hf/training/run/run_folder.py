@@ -1,7 +1,5 @@
 """Which run a folder of checkpoints belongs to: an id of the run in every checkpoint and one for the folder."""
 
-import json
-import os
 import re
 import shutil
 import uuid
@@ -12,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ...drafter.weight_files import WEIGHTS_FILE
 from ...utils.jsonl import read_json
 from ...utils.replacing import check_replaceable
+from ...utils.whole_files import write_json
 
 
 PROGRESS_FILE = "coral_progress.json"  # in a checkpoint: what TrainerState has no field for
@@ -132,9 +131,7 @@ class RunFolder:
             written (`str`, *optional*): the name of the checkpoint that was written.
         """
         self._written.add(written or "")
-        part = folder / f"{RUN_FILE}.part"
-        part.write_text(json.dumps({"run": self.run}), encoding="utf-8")
-        os.replace(part, folder / RUN_FILE)
+        write_json(folder / RUN_FILE, {"run": self.run})
         for path in self._replaced:
             if path.name not in self._written:
                 shutil.rmtree(path, ignore_errors=True)
