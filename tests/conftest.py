@@ -52,6 +52,20 @@ def our_deprecations():
 
 
 @pytest.fixture
+def transformers_log():
+    """The messages Transformers logs, each as often as it is logged.
+
+    `caplog` would count a message twice in a process in which something has let that logger propagate.
+    """
+    messages: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("transformers")
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
+@pytest.fixture
 def exact_norms(monkeypatch):
     """RMSNorm in its input's dtype: Llama's goes through float32, whose rounding hides small errors in float64 tests."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm

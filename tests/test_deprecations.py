@@ -1,7 +1,6 @@
 """No training argument that we name, in hints, help, docs, recipes or code, is one that Transformers deprecates."""
 
 import ast
-import logging
 import re
 import warnings
 from dataclasses import fields
@@ -66,31 +65,24 @@ def test_no_keyword_of_ours_is_deprecated():
     assert not found
 
 
-def test_no_named_value_is_deprecated(tmp_path):
+def test_no_named_value_is_deprecated(tmp_path, transformers_log):
     """Values can be as well (`fsdp` as a text): every flag is parsed with those that it is shown with."""
-    said: list[str] = []
-    handler, logger = logging.Handler(), logging.getLogger("transformers")
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
     parser, parsed, wrong = HfArgumentParser([CoralTrainingArguments]), 0, {}
-    try:
-        for (name, value), place in named_flags().items():
-            if name in ("output_dir", "use_cpu"):
-                continue
-            words = [f"--{name}"] + ([] if value is None else [value])
-            said.clear()
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                try:
-                    parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "true", *words])
-                except (SystemExit, ValueError, ImportError):
-                    continue  # a placeholder, or what needs another flag beside it
-            parsed += 1
-            said += [str(warning.message) for warning in caught]
-            if texts := [text for text in said if "deprecated" in text.lower()]:
-                wrong[place] = words, texts
-    finally:
-        logger.removeHandler(handler)
+    for (name, value), place in named_flags().items():
+        if name in ("output_dir", "use_cpu"):
+            continue
+        words = [f"--{name}"] + ([] if value is None else [value])
+        transformers_log.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "true", *words])
+            except (SystemExit, ValueError, ImportError):
+                continue  # a placeholder, or what needs another flag beside it
+        parsed += 1
+        said = [*transformers_log, *(str(warning.message) for warning in caught)]
+        if texts := [text for text in said if "deprecated" in text.lower()]:
+            wrong[place] = words, texts
     assert parsed > 15 and not wrong
 
 

@@ -1,7 +1,5 @@
 """What a call asks to be compiled, by `draft_compile` or as plain `generate` would be, and what is refused before any forward."""
 
-import logging
-
 import pytest
 import torch
 from helpers.graphs import graphed
@@ -100,16 +98,14 @@ def options(monkeypatch, untraced):
 @pytest.mark.parametrize(
     "asked", [{}, {"compile_config": CompileConfig(backend="eager")}, {"disable_compile": True}], ids=str
 )
-def test_a_static_cache_on_a_cpu_is_not_compiled(target, asked, options, caplog):
+def test_a_static_cache_on_a_cpu_is_not_compiled(target, asked, options, transformers_log):
     """As plain `generate`, which says so once where it was asked to compile."""
-    logging.getLogger("transformers").addHandler(caplog.handler)
     drafter, ids = make_drafter(target), prompt_of(9)
     plain = target.generate(ids, generation_config=config_of({}))
     for _ in range(2):
         config = config_of(TREE, cache_implementation="static", **asked)
         assert torch.equal(target.generate(ids, generation_config=config, assistant_model=drafter), plain)
-    logging.getLogger("transformers").removeHandler(caplog.handler)
-    said = [record.message for record in caplog.records if "Compilation will be skipped" in record.message]
+    said = [message for message in transformers_log if "Compilation will be skipped" in message]
     assert not options and len(said) == ("compile_config" in asked) and drafter.last_stats.steps
 
 
