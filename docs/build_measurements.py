@@ -5,6 +5,7 @@ python docs/build_measurements.py
 
 from statistics import mean, stdev
 
+from batch_tables import batches
 from measured import AVX2, OWN, RECORDS, ROOT, SETS, answers, listed, machine, percent, read, rows_of, times
 from operations import operations
 from readme_tables import with_tables
@@ -290,7 +291,7 @@ differences are small, so the default is the shape that every engine serves."""
 
 def page() -> str:
     sections = (
-        step_time, operations, tree_sizes, predictions_7b, two_runs, training_step, recipes, shapes, regeneration, draft_heads,
+        step_time, operations, batches, tree_sizes, predictions_7b, two_runs, training_step, recipes, shapes, regeneration, draft_heads,
     )  # fmt: skip
     head = """# Measurements
 

@@ -21,15 +21,28 @@ RECORD_FILE = "batches.json"
 
 @dataclass
 class BatchMeasurement:
-    """The answers to one batch: each row's new ids up to its end, and how long all of them took."""
+    """The answers to one batch.
+
+    Args:
+        new_ids (`list[list[int]]`): each row's, up to its end.
+        seconds (`float`), prefill_seconds (`float`): of all of it, and of an answer of one token.
+        stats ([`DraftStats`], *optional*): of a CORAL drafter's answers.
+    """
 
     new_ids: list[list[int]]
     seconds: float
-    stats: Any = None  # DraftStats, of a CORAL drafter's answers
+    prefill_seconds: float = 0.0
+    stats: Any = None
 
     @property
     def tokens_per_second(self) -> float:
         return sum(map(len, self.new_ids)) / self.seconds
+
+    @property
+    def decoding_tokens_per_second(self) -> float:
+        """Of the tokens after each row's first, which the prefill yields. What a drafter reads of the prompt counts here."""
+        later = sum(len(row) - 1 for row in self.new_ids)
+        return max(later, 1) / max(self.seconds - self.prefill_seconds, 1e-9)
 
 
 def run_batches(
@@ -59,7 +72,7 @@ def run_batches(
 
     Returns:
         `dict`: the record. `runs` has a row for each method, batch size and context: `speedup` is the median over the batches of
-        their tokens per second over plain `generate`'s, `identical` counts the rows that are equal to plain `generate`'s, `plain_steps` how many of
+        their tokens per second over plain `generate`'s, `decoding_speedup` the same without the prefills, `identical` counts the rows that are equal to plain `generate`'s, `plain_steps` how many of
         the `steps` drafted nothing (a forward over n rows counts as n steps).
 
     Raises:
@@ -141,12 +154,13 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 def _measure(
     target: Any, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, method: Method
 ) -> BatchMeasurement:
+    _, prefill = timed(target, ids, mask, 1, method.drafter, 0.0, method.settings)
     output, seconds = timed(target, ids, mask, max_new_tokens, method.drafter, 0.0, method.settings)
     eos = target.generation_config.eos_token_id
     ends = set(eos if isinstance(eos, list) else [eos])
     new = output[:, ids.shape[1] :].tolist()
     cut = [row[: next((place for place, token in enumerate(row, 1) if token in ends), len(row))] for row in new]
-    return BatchMeasurement(cut, seconds, getattr(method.drafter, "last_stats", None))
+    return BatchMeasurement(cut, seconds, prefill, getattr(method.drafter, "last_stats", None))
 
 
 def batch_row(
@@ -175,7 +189,11 @@ def batch_row(
         "n_rows": len(equal),
         "new_tokens": tokens,
         "tokens_per_second": tokens / sum(answer.seconds for answer in own),
+        "prefill_seconds": sum(answer.prefill_seconds for answer in own) / len(own),
         **paired_speedup([a.tokens_per_second for a in plain], [a.tokens_per_second for a in own]),
+        "decoding_speedup": paired_speedup(
+            [a.decoding_tokens_per_second for a in plain], [a.decoding_tokens_per_second for a in own]
+        )["speedup"],
         "identical": sum(equal),
     }
     if own[0].stats is not None:
@@ -220,8 +238,11 @@ def print_batches(record: dict[str, Any]) -> None:
     except ImportError as error:
         raise ImportError("The table needs rich: pip install 'coral-hf[eval]'.") from error
     title = f"{record['target']}, {record['environment']['dtype']}, {record['environment']['device']}"
-    table = Table(title=title, caption="same: rows identical to plain generate; plain: steps without a draft")
-    for column in ("context", "batch", "method", "tok/s", "speedup", "tau", "plain", "same"):
+    table = Table(
+        title=title,
+        caption="decoding: speedup without the prefill; plain: steps without a draft; same: rows identical to plain generate",
+    )
+    for column in ("context", "batch", "method", "tok/s", "speedup", "decoding", "tau", "plain", "same"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in record["runs"]:
         tau, steps = row.get("acceptance_length"), row.get("steps")
@@ -231,6 +252,7 @@ def print_batches(record: dict[str, Any]) -> None:
             row["method"],
             f"{row['tokens_per_second']:.1f}",
             f"{row['speedup']:.2f}x",
+            f"{row['decoding_speedup']:.2f}x",
             "-" if tau is None else f"{tau:.2f}",
             f"{row['plain_steps'] / steps:.0%}" if steps else "-",
             f"{row['identical']}/{row['n_rows']}",

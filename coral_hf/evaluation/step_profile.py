@@ -22,7 +22,7 @@ from .step_parts import wrapped_parts
 def profile_step(
     target: Any, drafter: Any, prompts: list[torch.Tensor], max_new_tokens: int, **settings: Any
 ) -> dict[str, float]:
-    """Generates with timers around the parts of a step; the prefill is left out.
+    """Generates with timers around the parts of a step. The prefill is left out, and with it the drafter's pass over the prompt.
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`])
@@ -86,32 +86,51 @@ def profile_methods(
 def _timers(target: Any, drafter: Any, spent: dict[str, float]) -> Iterator[None]:
     clock = partial(synchronized_clock, [target.device])
     wanted = ("target_forward", "drafter_layer", "draft_head", "tree", "draft")
-    proposing = inside = False
+    inside = drafting = drafted = False  # in a part; since the first proposal of a call; since its end
+    call_start = 0.0
+
+    def timed(function, part, *args, **kwargs):
+        nonlocal inside
+        start, inside = clock(), True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            inside = False
+            spent[part] += clock() - start
 
     def wrap(function, part):
         @wraps(function)  # generation reads the forward's signature
         def run(*args, **kwargs):
-            nonlocal proposing, inside
-            proposing |= part == "draft"
-            if part == "draft" or inside:  # what is in no smaller part is "other"; a part in another is the other's
-                return function(*args, **kwargs)
-            start, inside = clock(), True
-            try:
-                return function(*args, **kwargs)
-            finally:
-                inside = False
-                # before the first proposal of a call the target prefills
-                spent[part if proposing or part != "target_forward" else "prefill"] += clock() - start
+            nonlocal drafting, drafted
+            if part == "draft":
+                if not drafting:
+                    spent["prefill"] += clock() - call_start
+                drafting = True
+                found = function(*args, **kwargs)
+                drafted = True
+                return found
+            # what is in no smaller part is "other"; a part in another is the other's
+            return timed(function, part, *args, **kwargs) if drafting and not inside else function(*args, **kwargs)
 
         return run
 
     def start_call(self, *args, **kwargs):
-        nonlocal proposing
-        proposing = False
+        nonlocal drafting, drafted, call_start
+        drafting, drafted, call_start = False, False, clock()
         return original_init(self, *args, **kwargs)
 
-    original_init = CoralCandidateGenerator.__init__
-    with wrapped_parts(target, drafter, wrap, wanted), patch.object(CoralCandidateGenerator, "__init__", start_call):
+    def extend(self, *args, **kwargs):
+        """The first rows that a drafter reads in a call are the prompt's."""
+        if drafted:
+            return original_extend(self, *args, **kwargs)
+        return timed(original_extend, "prefill", self, *args, **kwargs)
+
+    original_init, original_extend = CoralCandidateGenerator.__init__, CoralCandidateGenerator._extend
+    with (
+        wrapped_parts(target, drafter, wrap, wanted),
+        patch.object(CoralCandidateGenerator, "__init__", start_call),
+        patch.object(CoralCandidateGenerator, "_extend", extend),
+    ):
         yield
 
 

@@ -68,25 +68,26 @@ class Calibration:
     rows: Sequence[Sequence[float]]
 
     @cached_property
-    def _tables(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
+    def _tables(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         return {}
 
-    def _tables_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        # Copied once, not at every level of every tree.
+    def _tables_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The knots between two pieces; each piece's value at 0 and its slope, `[depths, pieces]`."""
+        # Copied once, not at every level of every tree. Pieces as lines take a third of the operations of a lerp between knots.
         if device not in self._tables:
-            self._tables[device] = (
-                torch.tensor(CALIBRATION_KNOTS, device=device),
-                torch.tensor(self.rows, device=device),
-            )
+            knots, rows = torch.tensor(CALIBRATION_KNOTS).double(), torch.tensor(self.rows).double()
+            slopes = rows.diff(dim=1) / knots.diff()
+            tables = knots[1:-1], rows[:, :-1] - slopes * knots[:-1], slopes
+            between, starts, slopes = (table.float().to(device) for table in tables)
+            self._tables[device] = between, starts, slopes
         return self._tables[device]
 
     def __call__(self, probabilities: torch.Tensor, depth: int) -> torch.Tensor:
         """Path probabilities of nodes at `depth` (1: below the root) -> chances of acceptance, of the same shape."""
-        knots, rows = self._tables_on(probabilities.device)
-        row = rows[min(depth, len(rows)) - 1]
-        right = torch.bucketize(probabilities, knots).clamp(1, len(knots) - 1)
-        share = (probabilities - knots[right - 1]) / (knots[right] - knots[right - 1])
-        return torch.lerp(row[right - 1], row[right], share.clamp(0, 1))
+        between, starts, slopes = self._tables_on(probabilities.device)
+        row = min(depth, len(starts)) - 1
+        piece = torch.bucketize(probabilities, between)
+        return torch.addcmul(starts[row][piece], slopes[row][piece], probabilities).clamp(min=0)
 
     @classmethod
     def fit(cls, probabilities: Sequence[torch.Tensor], accepted: Sequence[torch.Tensor]) -> "Calibration":

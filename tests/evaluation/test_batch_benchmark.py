@@ -70,6 +70,14 @@ def test_a_row_pairs_batch_by_batch():
     assert row["new_tokens"] == 7 and row["tokens_per_second"] == 3.5
 
 
+def test_decoding_is_timed_apart_from_the_prefill():
+    plain = [BatchMeasurement([[1, 2, 3], [4, 5]], 5.0, prefill_seconds=2.0)]
+    other = [BatchMeasurement([[1, 2, 3], [4, 5]], 4.0, prefill_seconds=3.0)]
+    row = batch_row("coral", 2, None, 9.0, {"plain": plain, "coral": other})
+    assert (row["speedup"], row["decoding_speedup"], row["prefill_seconds"]) == (1.25, 3.0, 3.0)
+    assert plain[0].decoding_tokens_per_second == 1.0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
