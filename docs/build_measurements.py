@@ -5,7 +5,7 @@ python docs/build_measurements.py
 
 from statistics import mean, stdev
 
-from batch_tables import batches
+from batch_tables import batches, long_contexts
 from measured import AVX2, OWN, RECORDS, ROOT, SETS, answers, listed, machine, percent, read, rows_of, times
 from operations import operations
 from readme_tables import with_tables
@@ -192,13 +192,18 @@ seed 0, a weight of 0.2, a temperature of 0.2, and no view of the target gave {l
 
 
 def regeneration() -> str:
-    record = read(f"{RECORDS}/regeneration.json")
+    record, drafted = read(f"{RECORDS}/regeneration.json"), read(f"{AVX2}/regeneration.json")
     sizes = record["settings"]
+    last = [drafted["seconds"][key][-1] for key in ("regenerate", "drafts")]
     return f"""## What regeneration takes
 
 `regenerate` in {sizes["slots"]} slots produces {record["tokens_per_second_ratio"]:.2f} times the tokens per second of `generate` on fixed batches of
 {sizes["batch_size"]} sorted by length. {percent(record["identical"])} of the answers are equal. This was one round of {sizes["round_prompts"]} prompts with at most
-{sizes["max_new_tokens"]} new tokens (`{record["command"]}`, record `{RECORDS}/regeneration.json`, {machine(record)})."""
+{sizes["max_new_tokens"]} new tokens (`{record["command"]}`, record `{RECORDS}/regeneration.json`, {machine(record)}).
+
+On a CPU without AVX-512, `--drafter` does not pay in {drafted["settings"]["slots"]} slots: it produces {times(last[0] / last[1])} the tokens per second of the same
+slots without drafts, at a tau of {drafted["drafts"][-1]["acceptance_length"]:.2f} (`{AVX2}/regeneration.json`, {machine(drafted)}). A forward pass over so many rows
+is bound by multiplications, which drafts add to."""
 
 
 def draft_heads() -> str:
@@ -291,7 +296,7 @@ differences are small, so the default is the shape that every engine serves."""
 
 def page() -> str:
     sections = (
-        step_time, operations, batches, tree_sizes, predictions_7b, two_runs, training_step, recipes, shapes, regeneration, draft_heads,
+        step_time, operations, batches, long_contexts, tree_sizes, predictions_7b, two_runs, training_step, recipes, shapes, regeneration, draft_heads,
     )  # fmt: skip
     head = """# Measurements
 

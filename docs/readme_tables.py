@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from measured import OWN, RECORDS, SETS, listed, read, rows_of, times
+from batch_tables import coral_row
+from measured import AVX2, OWN, RECORDS, SETS, listed, read, rows_of, times
 
 from coral_hf.hub.card_tables import table
 
@@ -48,10 +49,22 @@ def help_by_size() -> str:
             "measured",
         ],
         [names, "1", gpus, f"at most {times(min(bounds))} to {times(max(bounds))}", "predicted"],
-        ["any", "1", "any GPU", "?", "not known: not measured yet"],
-        ["any", "2 or more", "any", "?", "not known: not measured yet"],
+        *_batches(),
+        ["any", "any", "any GPU", "?", "not known: not measured yet"],
     ]
     return table(["target", "prompts at once", "device", "speedup", "how we know"], rows)
+
+
+def _batches() -> list[list[str]]:
+    """The shipped drafter on the slower kind of CPU: the range over the benchmarks."""
+    records = [read(f"{AVX2}/batches_{key}.json") for key in SETS]
+    sizes = records[0]["batch_sizes"][1:]
+    rows = []
+    for label, some in ((listed([str(size) for size in sizes[:-1]]), sizes[:-1]), (str(sizes[-1]), sizes[-1:])):
+        found = [coral_row(record, batch_size=size)["speedup"] for record in records for size in some]
+        speedups = f"{times(min(found))} to {times(max(found))}"
+        rows.append(["SmolLM2-135M, shipped drafter", label, f"{_cpu(records[0])}, AVX2", speedups, "measured"])
+    return rows
 
 
 def _cpu(record: dict[str, Any]) -> str:
