@@ -1,8 +1,8 @@
-"""The section of docs/measurements.md on what a step asks of a device."""
+"""The sections of docs/measurements.md on what a step asks of a device, and on compiled steps."""
 
 from typing import Any
 
-from measured import RECORDS, machine, read
+from measured import AVX2, RECORDS, SETS, answers, machine, read, rows_of, times
 
 from coral_hf.hub.card_tables import table
 
@@ -69,4 +69,27 @@ The cost-aware rule decides after every second level whether another one pays. T
 `tests/benchmarks/test_count_operations.py` compares the counts of a tiny pair with `{RECORDS}/operations_tiny.json`."""
 
 
-__all__ = ["operations"]
+def compiled() -> str:
+    record = read(f"{AVX2}/compiled.json")
+    names = {
+        "plain_compiled": "plain `generate`, static cache and `torch.compile`",
+        "eager": "chain of 5",
+        "compiled": "chain of 5, `draft_compile=True`",
+    }
+    by_set = {key: rows_of(record, key) for key in ("all", *SETS)}
+    rows = [[name, *(times(found[method]["speedup"]) for found in by_set.values())] for method, name in names.items()]
+    speed = {method: row["tokens_per_second"] for method, row in by_set["all"].items()}
+    spent = [f"{record['compile_seconds'][method]:.0f} s" for method in ("plain_compiled", "compiled")]
+    return f"""## Compiled steps
+
+Speedups over plain eager `generate`, without the time of compiling ({spent[0]} for plain `generate`, {spent[1]} for the chain). {answers(by_set["all"]["eager"])}
+answers of {record["max_new_tokens"]} tokens (`coral-hf benchmark --method plain_compiled eager:... compiled:draft_compile=true,...`; record
+`{AVX2}/compiled.json`, {machine(record)}):
+
+{table(["method", "all", *SETS.values()], rows)}
+
+Compiled, the chain produces {times(speed["compiled"] / speed["eager"])} the tokens per second of the eager chain. Compared with plain `generate` of the same kind, it
+is {times(speed["compiled"] / speed["plain_compiled"])} as fast compiled and {times(speed["eager"] / speed["plain"])} as fast eager."""
+
+
+__all__ = ["compiled", "operations"]
