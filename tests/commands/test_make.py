@@ -10,12 +10,12 @@ import pytest
 import torch
 from helpers.parity import TREES, config_of, prompt_of
 from helpers.recurrent_targets import make_hybrid
-from helpers.tiny_models import make_drafter
+from helpers.tiny_models import make_drafter, make_target, make_tokenizer
 from transformers import AutoModel
 
 from coral_hf.cli import main
 from coral_hf.commands.making import display, measuring, plan, stages
-from coral_hf.commands.making.plan import Plan, confirmed, prompts_within
+from coral_hf.commands.making.plan import Plan, confirmed, prompts_to_fill, prompts_within
 from coral_hf.commands.making.state import MakeState
 from coral_hf.generation.statistics import DraftStats
 
@@ -245,6 +245,42 @@ def test_more_than_an_hour_is_asked_about_on_a_terminal(monkeypatch):
         monkeypatch.setattr("builtins.input", lambda text, answer=answer: answer)
         assert confirmed(long, False) is started and confirmed(long, True) and confirmed(short, False)
     assert prompts_within(None, 1.0) == 8 and prompts_within(10.0, 1.0) == 2 and prompts_within(36000.0, 0.01) == 8
+
+
+def test_the_benchmark_fills_the_time_that_is_left():
+    assert prompts_to_fill(100.0, 10.0, planned=2, most=16) == 8  # a share is kept back
+    assert prompts_to_fill(1000.0, 10.0, planned=2, most=16) == 16
+    assert prompts_to_fill(-5.0, 10.0, planned=2, most=16) == prompts_to_fill(None, 10.0, planned=2, most=16) == 2
+    assert prompts_to_fill(100.0, 0.0, planned=2, most=16) == 2  # of an earlier call that noted no time
+
+
+@pytest.mark.parametrize(("left", "count"), [(0.0, 2), (60.0, 4), (600.0, 5), (None, 2)])
+def test_prompts_alike_are_benchmarked_where_time_is_left(folder, monkeypatch, left, count):
+    """Of prompts of 2, 3, ... words: those that are at most twice as long as the planned ones."""
+    target, tokenizer = make_target(), make_tokenizer()
+    make_drafter(target).save_pretrained(folder / "drafter")
+    words = [2, 3, 4, 5, 6, 60, 70]
+    (folder / "held_out.jsonl").write_text(
+        "".join(json.dumps({"prompt": " ".join(["w1"] * count)}) + "\n" for count in words)
+    )
+    making = measuring.Measuring()
+    making.target, making.tokenizer, making.seed = target, tokenizer, 0
+    making.held_out, making.drafter = folder / "held_out.jsonl", folder / "drafter"
+    making.state = MakeState(folder / "made", {})
+    # 16 seconds for two prompts of 4 x 32 tokens: 12 for one of 3 x 64
+    making.state.finish("verification", seconds=8.0, different=0, answers=2)
+    seen = []
+
+    def run_benchmark(target, tokenizer, methods, prompts, *args):
+        seen.extend(prompts)
+        rows = [
+            {"method": method.name, "benchmark": "all", "speedup": 1.0, "acceptance_length": 1.0} for method in methods
+        ]
+        return {"runs": rows}
+
+    monkeypatch.setattr("coral_hf.evaluation.benchmark.run_benchmark", run_benchmark)
+    making.benchmark(2, left)
+    assert [len(prompt.turns[0].split()) for prompt in seen] == words[:count]
 
 
 @pytest.mark.slow

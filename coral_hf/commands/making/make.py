@@ -87,7 +87,7 @@ class MakeCommand(RenderingOptions, DataOptions):
             count = (state.of("plan") or {})["prompts"]
             making.measure("tuning", lambda: making.tune(count))
             check = making.measure("verification", lambda: making.verify(count))
-            making.measure("benchmark", lambda: making.benchmark(count))
+            making.measure("benchmark", lambda: making.benchmark(count, making.left))
             making.measure("card", making.card)
         finally:
             display.close()

@@ -14,10 +14,13 @@ from ...hub.model_card import write_card
 from ...hub.records import RECORD_FOLDER
 from .after_training import tune_folder
 from .display import Display
+from .plan import prompts_to_fill
 from .state import MakeState
 
 
 CHECKED_TOKENS, MEASURED_TOKENS = 32, 64
+# answers to a prompt: greedy and sampled, plain and drafted; and plain, with the drafter's settings, as a chain of 5
+CHECKED_ANSWERS, MEASURED_ANSWERS = 4, 3
 
 
 class Measuring:
@@ -31,11 +34,21 @@ class Measuring:
     held_out: Path
     drafter: Path
 
-    def held_out_prompts(self, count: int) -> list[Prompt]:
-        """Prompts that nothing was trained on, the shortest first."""
+    def held_out_prompts(self, count: int, alike: bool = False) -> list[Prompt]:
+        """Prompts that nothing was trained on, the shortest first.
+
+        Args:
+            count (`int`)
+            alike (`bool`): and those after them that are at most twice as long as the last.
+        """
         with quiet():
             prompts = read_prompts(str(self.held_out))
-        return sorted(prompts, key=lambda prompt: encode_first_turn(self.tokenizer, prompt).shape[1])[:count]
+        lengths = {id(prompt): encode_first_turn(self.tokenizer, prompt).shape[1] for prompt in prompts}
+        prompts.sort(key=lambda prompt: lengths[id(prompt)])
+        if not alike:
+            return prompts[:count]
+        longest = 2 * lengths[id(prompts[:count][-1])]
+        return [prompt for prompt in prompts if lengths[id(prompt)] <= longest]
 
     def measure(self, stage: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Runs a stage unless it is finished, and notes its time."""
@@ -75,8 +88,13 @@ class Measuring:
             self.target.to(dtype)
         return {"different": sum(len(check.different) for check in checks), "answers": sum(c.n_turns for c in checks)}
 
-    def benchmark(self, count: int) -> dict[str, Any]:
-        """Speed beside plain `generate`, by the drafter's own settings and as a chain of 5."""
+    def benchmark(self, count: int, left: float | None) -> dict[str, Any]:
+        """Speed beside plain `generate`, by the drafter's own settings and as a chain of 5.
+
+        Args:
+            count (`int`): prompts, at least.
+            left (`float`, *optional*): seconds of the budget, which more prompts may fill.
+        """
         from ...evaluation.benchmark import run_benchmark
         from ...evaluation.methods import parse_methods
 
@@ -84,11 +102,15 @@ class Measuring:
         texts = ["coral", "chain_of_5:draft_depth=5,draft_top_k=1"]
         methods = parse_methods(texts, {str(self.drafter): drafter})
         where = self.drafter / RECORD_FOLDER
+        prompts = self.held_out_prompts(count, alike=True)
+        check = self.state.of("verification") or {}
+        prompt_seconds = check.get("seconds", 0.0) / max(1, count // 2)
+        prompt_seconds *= MEASURED_ANSWERS * MEASURED_TOKENS / (CHECKED_ANSWERS * CHECKED_TOKENS)
         record = run_benchmark(
             self.target,
             self.tokenizer,
             methods,
-            self.held_out_prompts(count),
+            prompts[: prompts_to_fill(left, prompt_seconds, count, len(prompts))],
             where,
             MEASURED_TOKENS,
             [0.0],

@@ -15,6 +15,8 @@ MEASURED_SHARE, ANSWERS_SHARE = 0.25, 0.4
 # plain tokens that one prompt costs in tuning, checking and measuring together, about: 64 tokens, a dozen times
 TOKENS_PER_PROMPT = 64 * 12
 MOST_PROMPTS, FEWEST_PROMPTS = 8, 2
+# of the time that is left for the benchmark, the last stage that takes long: how much of it may be filled
+FILLED_SHARE = 0.85
 # Steps of training that are measured beside the first, which allocates
 MEASURED_STEPS = 2
 ASK_ABOVE = 3600.0
@@ -63,6 +65,19 @@ def prompts_within(budget: float | None, token_seconds: float) -> int:
     return max(FEWEST_PROMPTS, min(MOST_PROMPTS, fitting))
 
 
+def prompts_to_fill(left: float | None, prompt_seconds: float, planned: int, most: int) -> int:
+    """On how many prompts the drafter is benchmarked: more than planned where the stages before took less than they might.
+
+    Args:
+        left (`float`, *optional*): seconds of the budget; None: no budget.
+        prompt_seconds (`float`): that a prompt takes, about.
+        planned (`int`), most (`int`): the fewest and the most.
+    """
+    if left is None or prompt_seconds <= 0:
+        return planned
+    return max(planned, min(most, int(FILLED_SHARE * left / prompt_seconds)))
+
+
 @torch.inference_mode()
 def seconds_per_token(target: Any, prompt_ids: list[int]) -> float:
     """Of plain decoding, one token at a time, after a first call."""
@@ -83,4 +98,4 @@ def confirmed(plan: Plan, yes: bool) -> bool:
     return input("Start? [y/N] (--yes answers this) ").strip().lower() in ("y", "yes")
 
 
-__all__ = ["MEASURED_STEPS", "Plan", "confirmed", "prompts_within", "seconds_per_token"]
+__all__ = ["MEASURED_STEPS", "Plan", "confirmed", "prompts_to_fill", "prompts_within", "seconds_per_token"]
