@@ -17,8 +17,7 @@ from coral_hf.commands.loading import DEMO, load_drafter, load_target
 from coral_hf.commands.outputs import check_output_file
 from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.data.prompts import Prompt, encode_first_turn, read_prompts
-from coral_hf.evaluation.environment import describe_environment
-from coral_hf.evaluation.methods import describe_drafter
+from coral_hf.evaluation.environment import describe_drafter, describe_environment
 from coral_hf.generation.statistics import DraftStats
 
 

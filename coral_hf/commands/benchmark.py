@@ -35,7 +35,11 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
         default_factory=lambda: [DEMO], metadata={"help": "Paths or Hub ids of drafters, or 'demo'."}
     )
     assistant: str | None = field(
-        default=None, metadata={"help": "Path or Hub id of an ordinary small model; adds the method 'assistant'."}
+        default=None,
+        metadata={
+            "help": "Path or Hub id of an ordinary small model, which adds the method 'assistant', or, with --method dflash, of a "
+            "DFlash drafter."
+        },
     )
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of the models; auto: bfloat16 where it is computed natively."}
@@ -48,7 +52,8 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
         default_factory=lambda: ["coral"],
         metadata={
             "help": "What to compare with plain decoding: coral (the drafter's own settings), chain, eagle2 (60 nodes), "
-            "prompt_lookup, assistant, plain_compiled (plain generate with a static cache and torch.compile), or "
+            "prompt_lookup, assistant, mtp (the target's own layers for multi-token prediction), dflash (a DFlash drafter, named with "
+            "--assistant), plain_compiled (plain generate with a static cache and torch.compile), or "
             "NAME:setting=value,setting=value (draft_compile=true compiles CORAL's steps)."
         },
     )
@@ -110,7 +115,10 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
             )
         prompts = self._prompts()
         texts = list(self.method)
-        if self.assistant is not None and not any(text.partition(":")[0] == "assistant" for text in texts):
+        named = {text.partition(":")[0] for text in texts} & {"assistant", "dflash"}
+        if len(named) > 1:
+            raise ValueError("--method assistant dflash: one --assistant is not both; measure them in two runs.")
+        if self.assistant is not None and not named:
             texts.append("assistant")
         # by their names, before any model loads, so that a typo costs nothing
         parse_methods(texts, {name: name for name in self.drafter}, self.assistant)
@@ -120,12 +128,7 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
             drafter.to(device=target.device, dtype=target.dtype)
             if (line := other_mode(drafter, tokenizer)) is not None:
                 print(line, file=sys.stderr)
-        assistant = None
-        if self.assistant is not None:
-            place, trusted = str(target.device), self.trust_remote_code
-            assistant, _ = load_target(
-                self.assistant, target.dtype, place, trust_remote_code=trusted, role="assistant"
-            )
+        assistant = None if self.assistant is None else self._load_assistant(target, "dflash" in named)
         methods = parse_methods(texts, drafters, assistant)
         if self.batch_size or self.context:
             return self._run_batches(target, tokenizer, methods, prompts, tokens)
@@ -163,6 +166,15 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
             print(advice)
         finished(path, then=f"coral-hf card DRAFTER (reads {path.name} from DRAFTER/training)")
         return 0
+
+    def _load_assistant(self, target, dflash: bool):
+        if dflash:
+            from transformers import AutoModel  # it has no LM head of its own
+
+            how = {"dtype": target.dtype, "trust_remote_code": self.trust_remote_code}
+            return AutoModel.from_pretrained(self.assistant, **how).to(target.device).eval()
+        place, trusted = str(target.device), self.trust_remote_code
+        return load_target(self.assistant, target.dtype, place, trust_remote_code=trusted, role="assistant")[0]
 
     def _run_batches(self, target, tokenizer, methods, prompts, tokens: int) -> int:
         from ..evaluation.batches import RECORD_FILE, describe_batches, print_batches, run_batches

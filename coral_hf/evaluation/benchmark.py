@@ -14,7 +14,7 @@ from ..data.prompts import Prompt, answer_turns, check_prompts, describe_prompts
 from ..generation.statistics import DraftStats
 from ..utils.whole_files import write_json
 from .compiling import compiles, longest_text
-from .environment import describe_environment, describe_rendering, describe_target
+from .environment import describe_environment, describe_methods, describe_rendering, describe_target
 from .methods import (
     EXACT_DTYPES,
     PLAIN,
@@ -22,7 +22,6 @@ from .methods import (
     Method,
     check_drafter,
     check_temperatures,
-    describe_methods,
     draft_settings,
     first_difference,
     measure,

@@ -1,6 +1,7 @@
 """What a figure must say about where it was measured."""
 
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,4 +48,21 @@ def describe_drafter(drafter: Any) -> dict[str, Any]:
     }
 
 
-__all__ = ["describe_drafter", "describe_environment", "describe_rendering", "describe_target"]
+def describe_methods(methods: Sequence[Any]) -> dict[str, Any]:
+    """What a record says of its methods ([`Method`]): `methods` (settings), `drafters` by method, and the drafter if it is one alone."""
+    drafters = {id(method.drafter): method.drafter for method in methods if method.is_coral}
+    described = {key: describe_drafter(drafter) for key, drafter in drafters.items()}
+    assistants = {
+        m.name: {"assistant": public_name(m.drafter.config._name_or_path)}
+        for m in methods
+        if m.drafter is not None and not m.is_coral
+    }
+    return {
+        # several drafters' figures must not go into the card of one
+        **(next(iter(described.values())) if len(described) == 1 else describe_drafter(None)),
+        "drafters": {method.name: described[id(method.drafter)] for method in methods if method.is_coral},
+        "methods": {method.name: {**assistants.get(method.name, {}), **method.settings} for method in methods},
+    }
+
+
+__all__ = ["describe_drafter", "describe_environment", "describe_methods", "describe_rendering", "describe_target"]

@@ -18,9 +18,9 @@ from ..drafter.hub_names import public_name
 from ..drafter.target_adapter import TargetAdapter
 from ..generation.drafter_checks import is_coral_drafter
 from ..generation.settings import DraftSettings
+from ..utils.compat import dflash_obstacle, mtp_obstacle, release_obstacle
 from ..utils.hardware import synchronized_clock
 from .compiling import COMPILED_SETTINGS, compile_settings, timed_apart
-from .environment import describe_drafter
 
 
 PLAIN = "plain"
@@ -34,6 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "eagle2": {"draft_depth": 6, "draft_top_k": 10, "draft_total_tokens": 60},
     "prompt_lookup": {"prompt_lookup_num_tokens": 10},
     "assistant": {},
+    "mtp": {"use_mtp": True},
+    "dflash": {"speculation_type": "dflash"},
     PLAIN_COMPILED: COMPILED_SETTINGS,
 }
 _COUNT = ("an integer of at least 1", lambda value: type(value) is int and value >= 1)
@@ -109,6 +111,14 @@ class Method:
             model, known = assistant, ASSISTANT_SETTINGS
             if assistant is None:
                 raise ValueError(f"--method {text!r} needs an ordinary small model: name it with --assistant MODEL.")
+        elif name in ("mtp", "dflash"):
+            model, known = assistant if name == "dflash" else None, PRESETS[name]
+            if settings != PRESETS[name]:
+                raise ValueError(f"--method {text!r}: {name} takes no settings.")
+            if (missing := release_obstacle(*PRESETS[name])) is not None:
+                raise ValueError(f"--method {text!r}: {missing}.")
+            if name == "dflash" and assistant is None:
+                raise ValueError(f"--method {text!r} needs a DFlash drafter: name it with --assistant MODEL.")
         elif name == PLAIN_COMPILED:
             model, known = None, COMPILED_SETTINGS
         else:
@@ -244,10 +254,10 @@ def timed(
 @contextmanager
 def _assistant_settings(assistant: Any, settings: dict[str, Any]) -> Iterator[None]:
     """An assistant's settings stand in its own generation config, which other methods and the caller share."""
-    if assistant is None or is_coral_drafter(assistant):
+    own = getattr(assistant, "generation_config", None)  # drafters that do not generate have none
+    if own is None:
         yield
         return
-    own = assistant.generation_config
     assistant.generation_config = copy.deepcopy(own)
     for name in settings.keys() & set(ASSISTANT_SETTINGS):
         setattr(assistant.generation_config, name, settings[name])
@@ -281,6 +291,12 @@ def check_drafter(target: Any, tokenizer: Any, method: Method) -> None:
         adapter.check_drafter(config)
         check_vocabulary(config, tokenizer)
         DraftSettings.resolve(config, None, method.settings).draft_head_of(method.drafter, adapter)
+    elif method.name == "mtp":
+        if (missing := mtp_obstacle(target)) is not None:
+            raise ValueError(f"--method mtp: {missing}.")
+    elif method.name == "dflash":
+        if (missing := dflash_obstacle(target, method.drafter)) is not None:
+            raise ValueError(f"--method dflash: {missing}.")
     elif method.drafter is not None:
         sizes = [model.config.get_text_config().vocab_size for model in (method.drafter, target)]
         if sizes[0] != sizes[1]:
@@ -302,23 +318,6 @@ def other_mode(drafter: Any, tokenizer: Any) -> str | None:
     )
 
 
-def describe_methods(methods: Sequence[Method]) -> dict[str, Any]:
-    """What a record says of its methods: `methods` (settings), `drafters` by method, and the drafter if it is one alone."""
-    drafters = {id(method.drafter): method.drafter for method in methods if method.is_coral}
-    described = {key: describe_drafter(drafter) for key, drafter in drafters.items()}
-    assistants = {
-        m.name: {"assistant": public_name(m.drafter.config._name_or_path)}
-        for m in methods
-        if m.drafter is not None and not m.is_coral
-    }
-    return {
-        # several drafters' figures must not go into the card of one
-        **(next(iter(described.values())) if len(described) == 1 else describe_drafter(None)),
-        "drafters": {method.name: described[id(method.drafter)] for method in methods if method.is_coral},
-        "methods": {method.name: {**assistants.get(method.name, {}), **method.settings} for method in methods},
-    }
-
-
 def draft_settings(method: Method) -> dict[str, Any]:
     """What a method drafted with: the drafter's own settings and those it overrides."""
     overrides = {key: value for key, value in method.settings.items() if key.startswith("draft_")}
@@ -333,7 +332,6 @@ __all__ = [
     "Method",
     "check_drafter",
     "check_temperatures",
-    "describe_methods",
     "draft_settings",
     "first_difference",
     "measure",

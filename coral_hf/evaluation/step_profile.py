@@ -14,8 +14,8 @@ import torch
 from ..data.prompts import Prompt, describe_prompts, encode_first_turn
 from ..generation.candidate_generator import CoralCandidateGenerator
 from ..utils.hardware import synchronized_clock
-from .environment import describe_environment
-from .methods import Method, describe_methods, measure
+from .environment import describe_environment, describe_methods
+from .methods import Method, measure
 from .step_parts import wrapped_parts
 
 

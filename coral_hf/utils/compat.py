@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
+import transformers
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -135,6 +136,46 @@ def openai_server(model: Any, tokenizer: Any, name: str) -> Callable[..., Any]:
     return run
 
 
+def release_obstacle(setting: str) -> str | None:
+    """Why `generate` cannot draft as a field of its generation config asks; None if this Transformers release knows the field."""
+    if hasattr(GenerationConfig(), setting):
+        return None
+    return f"this Transformers release ({transformers.__version__}) has no {setting}; install a newer one"
+
+
+def mtp_obstacle(target: Any) -> str | None:
+    """Why a target cannot draft with MTP layers of its own (`use_mtp`); None if its config counts some."""
+    if getattr(target.config.get_text_config(), "num_mtp_layers", None):
+        return None
+    return f"{type(target).__name__} has no layers for multi-token prediction (num_mtp_layers in its config)"
+
+
+def dflash_obstacle(target: Any, assistant: Any) -> str | None:
+    """Why a model cannot draft blocks for a target (`speculation_type="dflash"`); None if both fit."""
+    config, text = assistant.config, target.config.get_text_config()
+    missing = [name for name in ("block_size", "mask_token_id", "target_layer_ids") if not hasattr(config, name)]
+    if missing:
+        return (
+            f"the assistant is a {type(assistant).__name__}, not a DFlash drafter ({', '.join(missing)} missing from its config); "
+            "name one with --assistant"
+        )
+    # the target's own embedding and head serve the drafter, and its layers give the features
+    sizes = {
+        "hidden_size": (config.hidden_size, text.hidden_size, config.hidden_size == text.hidden_size),
+        "mask_token_id": (config.mask_token_id, text.vocab_size, config.mask_token_id < text.vocab_size),
+        "target_layer_ids": (
+            config.target_layer_ids,
+            text.num_hidden_layers,
+            max(config.target_layer_ids) < text.num_hidden_layers,
+        ),
+    }
+    for name, (drafter, size, fits) in sizes.items():
+        if not fits:
+            owner = {"mask_token_id": "vocab_size", "target_layer_ids": "num_hidden_layers"}.get(name, name)
+            return f"the assistant's {name}={drafter} does not fit a target of {owner}={size}; name the drafter of this target"
+    return None
+
+
 __all__ = [
     "CACHE_NAME",
     "cache_kwarg",
@@ -142,7 +183,10 @@ __all__ = [
     "checkpointing_argument",
     "compiles_by_itself",
     "default_generation_settings",
+    "dflash_obstacle",
     "enable_checkpointing",
     "hidden_states_to_ask",
+    "mtp_obstacle",
     "openai_server",
+    "release_obstacle",
 ]

@@ -13,7 +13,7 @@ from coral_hf.cli import main
 from coral_hf.data.prompts import Prompt
 from coral_hf.evaluation import benchmark, compiling
 from coral_hf.evaluation.benchmark import differences, paired_speedup, print_table, result_row, run_benchmark
-from coral_hf.evaluation.methods import Measurement, Method, measure, parse_methods
+from coral_hf.evaluation.methods import PRESETS, Measurement, Method, measure, parse_methods
 from coral_hf.evaluation.plots import _acceptance, _speedup, plot_benchmark
 from coral_hf.generation.compiled import plan
 
@@ -173,72 +173,18 @@ def test_refusals_write_nothing(pair, tmp_path):
         ([Method("router", drafter, {"draft_head": "router"})], PROMPTS, [0.0], "no router"),
         ([Method("coral", make_drafter(make_target("qwen2")))], PROMPTS, [0.0], "trained for this target"),
         ([Method("assistant", small)], PROMPTS, [0.0], "the target's family"),
+        (
+            [Method("mtp", None, PRESETS["mtp"])],
+            PROMPTS,
+            [0.0],
+            "LlamaForCausalLM has no layers for multi-token prediction",
+        ),
+        ([Method("dflash", small, PRESETS["dflash"])], PROMPTS, [0.0], "a LlamaForCausalLM, not a DFlash drafter"),
     ]
     for methods, prompts, temperatures, message in cases:
         with pytest.raises(ValueError, match=message):
             run_benchmark(target, tokenizer, methods, prompts, tmp_path / "out", 4, temperatures)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("fly", "choose coral, chain, eagle2, prompt_lookup, assistant"),
-        ("plain", "always measured"),
-        ("tree:draft_top_k", "NAME:setting=value"),
-        ("tree:draft_width=3", "draft_top_k"),
-        ("assistant", "--assistant MODEL"),
-        ("prompt_lookup:draft_depth=3", "prompt_lookup_num_tokens"),
-        ("plain_compiled:draft_depth=3", "cache_implementation"),
-        (
-            "prompt_lookup:prompt_lookup_num_tokens=abc",
-            "prompt_lookup_num_tokens='abc' must be an integer of at least 1",
-        ),
-        (
-            "x:prompt_lookup_num_tokens=0",
-            "--method 'x:prompt_lookup_num_tokens=0': .*=0 must be an integer of at least 1",
-        ),
-        ("prompt_lookup:max_matching_ngram_size=2.5", "max_matching_ngram_size=2.5 must be an integer"),
-        ("prompt_lookup:max_matching_ngram_size=true", "max_matching_ngram_size=True must be an integer"),
-    ],
-)
-def test_methods_that_are_none(text, message):
-    with pytest.raises(ValueError, match=message):
-        Method.parse(text, object())
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("num_assistant_tokens=-3", "num_assistant_tokens=-3 must be an integer of at least 1"),
-        ("num_assistant_tokens_schedule=fast", "'fast' must be one of constant, heuristic, heuristic_transient"),
-        ("num_assistant_tokens_schedule=[]", r"\[\] must be one of"),
-        ("assistant_confidence_threshold=1.5", "assistant_confidence_threshold=1.5 must be a number from 0 to 1"),
-        ("assistant_confidence_threshold=NaN", "assistant_confidence_threshold=nan must be"),
-    ],
-)
-def test_settings_that_an_assistant_cannot_have(setting, message):
-    with pytest.raises(ValueError, match=message):
-        Method.parse(f"assistant:{setting}", object(), object())
-    good = "assistant:num_assistant_tokens=3,num_assistant_tokens_schedule=constant,assistant_confidence_threshold=0.5"
-    assert len(Method.parse(good, object(), object()).settings) == 3
-
-
-def test_presets_and_several_drafters(pair):
-    drafter = pair[2]
-    texts = ["coral", "chain:draft_depth=2", "eagle2", "prompt_lookup:max_matching_ngram_size=3"]
-    methods = {method.name: method for method in parse_methods(texts, {"demo": drafter})}
-    assert methods["coral"].settings == {}
-    assert methods["chain"].settings == {"draft_top_k": 1, "draft_depth": 2}
-    assert methods["eagle2"].settings["draft_total_tokens"] == 60
-    assert methods["prompt_lookup"].settings == {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 3}
-    assert methods["prompt_lookup"].drafter is None
-    two = parse_methods(["coral", "prompt_lookup"], {"a/eagle": drafter, "b/hass": drafter})
-    assert [method.name for method in two] == ["eagle/coral", "hass/coral", "prompt_lookup"]
-    same = parse_methods(["coral"], {"a/last": drafter, "b/last": drafter})
-    assert [method.name for method in same] == ["a/last/coral", "b/last/coral"]
-    with pytest.raises(ValueError, match="'coral'"):
-        parse_methods(["coral", "coral:draft_depth=2"], {"demo": drafter})
 
 
 def test_command_with_everything(folder, capsys):
