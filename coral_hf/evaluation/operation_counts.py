@@ -179,6 +179,16 @@ def count_step(
         steps += counter.forwards - 1
         for phase, counts in counter.counts.items():
             pooled[phase].update(counts)
+    return counts_per_step(pooled, steps, tokens)
+
+
+def counts_per_step(pooled: dict[str, Counter], steps: int, tokens: int) -> dict[str, Any]:
+    """What was counted in `steps` steps, by phase, as a step's counts; see [`count_step`].
+
+    Args:
+        pooled (`dict[str, Counter]`): counts of [`OperationCounter`] by phase, of one answer or several.
+        steps (`int`), tokens (`int`): of those answers, without their prefills.
+    """
     phases = {
         phase: {kind: round(pooled[phase][kind] / max(steps, 1), 2) for kind in KINDS}
         for phase in (*dict.fromkeys(PHASES.values()), "bookkeeping")
@@ -191,4 +201,4 @@ def count_step(
     return {"steps": steps, "tokens_per_step": round(tokens / max(steps, 1), 3), "phases": phases, "outside": outside}
 
 
-__all__ = ["KINDS", "PHASES", "OperationCounter", "count_step"]
+__all__ = ["KINDS", "PHASES", "OperationCounter", "count_step", "counts_per_step"]
