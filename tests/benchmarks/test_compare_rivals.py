@@ -21,7 +21,7 @@ def rivals(monkeypatch):
     import compare_rivals
     from rivals import economize_eagle3
 
-    return SimpleNamespace(compare=compare_rivals.compare, economize=economize_eagle3)
+    return SimpleNamespace(script=compare_rivals, economize=economize_eagle3)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,13 @@ def test_answers_and_steps_side_by_side(rivals, target, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.2")
     drafter = make_drafter(target, dtype=torch.float32, **{**THREE, "norm_output": False})
     rival = rivals.economize.Rival(target, drafter, depth=2)
-    rows = rivals.compare(target, drafter, rival, PROMPTS, 6, 2)
+    rows = rivals.script.compare(target, drafter, {"economize": rival}, PROMPTS, 6, 2)
     assert rival.version == "economize 0.3.2"
+    assert list(rows) == ["plain", "coral", "coral chain", "economize"]
     assert all(row["identical"] == 2 for row in rows.values())
-    assert rows["plain"]["steps"] == rows["rival"]["steps"] == 10 and rows["rival"]["tokens_per_step"] == 1.0
-    assert rows["coral"]["steps"] * rows["coral"]["tokens_per_step"] == pytest.approx(10)
+    assert rows["plain"]["steps"] == rows["economize"]["steps"] == 10 and rows["economize"]["tokens_per_step"] == 1.0
+    for name in ("coral", "coral chain"):
+        assert rows[name]["steps"] * rows[name]["tokens_per_step"] == pytest.approx(10)
     # economize takes the head from the folder, and reads the whole vocabulary in order
     assert torch.equal(seen["tensors"]["lm_head.weight"], target.get_output_embeddings().weight)
     assert seen["config"]["draft_vocab_size"] == 128 and "d2t" not in seen["tensors"]
@@ -82,3 +84,34 @@ def test_what_economize_lacks_is_refused(rivals, target, monkeypatch):
     monkeypatch.setitem(sys.modules, "economize", None)
     with pytest.raises(ImportError, match=r"pip install economize==0\.3\.2"):
         rivals.economize.Rival(target, make_drafter(target, dtype=torch.float32, **THREE), depth=2)
+
+
+def test_prompt_lookup_over_its_lengths(rivals, target):
+    found = rivals.script.make_rivals(["prompt_lookup"], target, None, 2)
+    assert len(found) == 8 and found["prompt_lookup: 5 after 3-grams"].settings["prompt_lookup_num_tokens"] == 5
+    repeated = [torch.tensor([[5, 9, 3, 77, 5, 9, 3, 77, 5, 9]])]
+    drafter = make_drafter(target, dtype=torch.float32, **THREE)
+    rows = rivals.script.compare(target, drafter, found, repeated, 8, 2)
+    assert all(row["identical"] == 1 and 1 <= row["steps"] <= 7 for row in rows.values())
+    rows["prompt_lookup: 3 after 2-grams"]["cpu_seconds"] = 0.0
+    assert rivals.script.fastest_variants(["economize", "prompt_lookup"], rows) == {
+        "prompt_lookup": "prompt_lookup: 3 after 2-grams"
+    }
+
+
+def test_forwards_are_counted_with_what_they_read(rivals, target):
+    from rivals.forwards import counted_forwards
+
+    with counted_forwards(target) as read:
+        target.generate(PROMPTS[0], max_new_tokens=3, do_sample=False)
+    target(PROMPTS[0])
+    assert read == [4, 1, 1]
+
+
+def test_unknown_and_missing_rivals(rivals, target, monkeypatch):
+    with pytest.raises(ValueError, match="--rival 'medusa' is unknown; choose from economize, prompt_lookup"):
+        rivals.script.make_rivals(["medusa"], target, None, 2)
+    for name in ("dejavuu", "flashspec"):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match=f"--rival {name} needs the package: pip install"):
+            rivals.script.make_rivals([name], target, None, 2)
