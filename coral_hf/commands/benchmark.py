@@ -128,7 +128,9 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
             drafter.to(device=target.device, dtype=target.dtype)
             if (line := other_mode(drafter, tokenizer)) is not None:
                 print(line, file=sys.stderr)
-        assistant = None if self.assistant is None else self._load_assistant(target, "dflash" in named)
+        assistant = None
+        if self.assistant is not None:
+            assistant = self._load_assistant(self.assistant, target, "dflash" in named)
         methods = parse_methods(texts, drafters, assistant)
         if self.batch_size or self.context:
             return self._run_batches(target, tokenizer, methods, prompts, tokens)
@@ -167,14 +169,14 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
         finished(path, then=f"coral-hf card DRAFTER (reads {path.name} from DRAFTER/training)")
         return 0
 
-    def _load_assistant(self, target, dflash: bool):
+    def _load_assistant(self, name: str, target, dflash: bool):
         if dflash:
             from transformers import AutoModel  # it has no LM head of its own
 
             how = {"dtype": target.dtype, "trust_remote_code": self.trust_remote_code}
-            return AutoModel.from_pretrained(self.assistant, **how).to(target.device).eval()
+            return AutoModel.from_pretrained(name, **how).to(target.device).eval()
         place, trusted = str(target.device), self.trust_remote_code
-        return load_target(self.assistant, target.dtype, place, trust_remote_code=trusted, role="assistant")[0]
+        return load_target(name, target.dtype, place, trust_remote_code=trusted, role="assistant")[0]
 
     def _run_batches(self, target, tokenizer, methods, prompts, tokens: int) -> int:
         from ..evaluation.batches import RECORD_FILE, describe_batches, print_batches, run_batches
