@@ -86,8 +86,8 @@ def settings_text() -> str:
 {table(["hidden size", f"{recipe.FEW} per step", f"{recipe.MANY} per step", "source"], rates)}
 
 Between {narrow:,} and {wide:,}, and between {recipe.FEW} and {recipe.MANY}, the rate is interpolated logarithmically. Outside this
-range the nearest value applies. A drafter that is trained further (`--drafter`) gets {recipe.CONTINUED_SHARE:g} of it. A router gets
-{recipe.ROUTER_RATE:g} x {narrow} / hidden size.
+range the nearest value applies. A drafter that is trained further (`--drafter`) gets {recipe.CONTINUED_SHARE:g} of it. A router or low-rank head gets
+{recipe.HEAD_RATE:g} x {narrow} / hidden size.
 
 Conversations per step, over all devices (on a CPU at most {recipe.CPU_BATCH}; ours: 8 at 0.2 million tokens, 64 at 22 million):
 
@@ -97,7 +97,7 @@ An accelerator computes this many of them at the same time, and a CPU {recipe.CP
 
 {table(["hidden size", "at one time"], micro)}
 
-Epochs (HASS: 40 over 68k conversations; speculators: 2 to 3 over 500k). A router gets one.
+Epochs (HASS: 40 over 68k conversations; speculators: 2 to 3 over 500k). A router or low-rank head gets one.
 
 {table(["data", f"hidden size below {recipe.WIDE:,}", f"from {recipe.WIDE:,}"], epochs)}
 

@@ -47,6 +47,7 @@ PUBLIC_NAMES = (
     "coral_hf.evaluation.benchmark.run_benchmark",
     "coral_hf.evaluation.verify.verify",
     "coral_hf.hub.model_card.write_card",
+    "coral_hf.training.low_rank_trainer.CoralLowRankTrainer",
     "coral_hf.training.router_trainer.CoralRouterTrainer",
 )
 
@@ -185,7 +186,7 @@ SMALLER = {
     "benchmark": ["--max_new_tokens", "6", "--limit", "1"],
     "verify": ["--max_new_tokens", "6", "--limit", "1"],
 }
-SIZES = {"--router-groups": "8", "--shortlist-size": "64"}
+SIZES = {"--router-groups": "8", "--shortlist-size": "64", "--low-rank-size": "8"}
 
 
 def lines_of(page: str) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""`coral-hf train`: a drafter, or its router."""
+"""`coral-hf train`: a drafter, or a part of its head."""
 
 import json
 import tempfile
@@ -63,6 +63,17 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
         default=None,
         metadata={"help": "With --router-groups: consecutive ids (default) or clustered rows of the head."},
     )
+    low_rank_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "With --stage low_rank: give the drafter a new low-rank head of this rank, which starts as the truncated SVD of the "
+            "target's head."
+        },
+    )
+    low_rank_candidates: int | None = field(
+        default=None,
+        metadata={"help": "With --low-rank-size: best ids of the new head that are scored exactly (default: 64)."},
+    )
     shortlist_size: int | None = field(
         default=None,
         metadata={
@@ -107,6 +118,7 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
     def run(self, args) -> int:
         from ..data.held_out import told
         from ..data.overlap import warn_of_overlap
+        from ..training.low_rank_trainer import CoralLowRankTrainer
         from ..training.router_trainer import CoralRouterTrainer
         from ..training.run.placement import check_devices
         from ..training.run.run_folder import check_run_folder
@@ -116,17 +128,26 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
         if not self.estimate:
             check_run_folder(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
         check_devices(args)
-        router_stage = args.stage == "router"
-        if router_stage and self.drafter is None:
-            raise ValueError("--stage router trains the router of a trained drafter: name it with --drafter.")
+        trainer_class = {"router": CoralRouterTrainer, "low_rank": CoralLowRankTrainer}.get(args.stage, CoralTrainer)
+        head_stage = args.stage != "drafter"
+        if head_stage and self.drafter is None:
+            raise ValueError(
+                f"--stage {args.stage} trains a part of the head of a trained drafter: name it with --drafter."
+            )
         if self.drafter is None and self.drafter_revision is not None:
             raise ValueError(
                 f"--drafter_revision {self.drafter_revision} requires --drafter (the drafter to continue training)."
             )
-        if self.router_groups is not None and not router_stage:
+        if self.router_groups is not None and args.stage != "router":
             raise ValueError(f"--router_groups {self.router_groups} adds a router: train it with --stage router.")
         if self.router_grouping is not None and self.router_groups is None:
             raise ValueError(f"--router_grouping {self.router_grouping} requires --router_groups.")
+        if self.low_rank_size is not None and args.stage != "low_rank":
+            raise ValueError(
+                f"--low_rank_size {self.low_rank_size} adds a low-rank head: train it with --stage low_rank."
+            )
+        if self.low_rank_candidates is not None and self.low_rank_size is None:
+            raise ValueError(f"--low_rank_candidates {self.low_rank_candidates} requires --low_rank_size.")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         if self.streaming and (self.estimate or self.shortlist_size):
@@ -151,7 +172,8 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
             drafter = CoralDraftModel.from_target(target, tokenizer, **self._settings(target.config))
         if self.router_groups is not None:
             drafter.add_router(self.router_groups, grouping=self.router_grouping or "consecutive")
-        trainer_class = CoralRouterTrainer if router_stage else CoralTrainer
+        if self.low_rank_size is not None:
+            drafter.add_low_rank_head(target, self.low_rank_size, self.low_rank_candidates)
         if self.estimate:
             return _print_estimate(trainer_class, drafter, target, args, rows, tokenizer)
         trainer = trainer_class(
@@ -171,7 +193,7 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
         metrics = trainer.evaluate() if eval_rows else {}
         trainer.save_model()
         trainer.save_state()
-        if self.tune and not router_stage:
+        if self.tune and not head_stage:
             tune_trained(trainer)
         if trainer.is_world_process_zero():
             print(json.dumps(metrics))

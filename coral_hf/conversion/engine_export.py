@@ -200,7 +200,7 @@ def _tensors(drafter: Any, engine: str, target: Any) -> dict[str, torch.Tensor]:
     prefix = load_schemas()["engines"][engine][config.shape]["layer"]
     tensors = {}
     for name, tensor in drafter.state_dict().items():
-        if name.startswith(("router.", "shortlist.", "draft_head.")):
+        if name.startswith(("router.", "shortlist.", "low_rank.", "draft_head.")):
             continue
         name = prefix + name.removeprefix(LAYER) if name.startswith(f"{LAYER}.") else name
         # cloned: nothing may share storage in a safetensors file

@@ -179,7 +179,7 @@ def _tensors(drafter: Any) -> dict[str, torch.Tensor]:
     config, tensors = drafter.config, {}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in drafter.state_dict().items():
-        if name.startswith(("router.", "shortlist.")):
+        if name.startswith(("router.", "shortlist.", "low_rank.")):
             continue
         tensor = tensor.detach().cpu()
         if (projection := name.split(".")[-2]) in heads:

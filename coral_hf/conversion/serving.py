@@ -54,6 +54,8 @@ def export_notes(config: CoralDraftConfig, engine: str, hot_tokens: bool) -> lis
     called = "llama.cpp" if engine == "gguf" else engine
     if config.router_groups:
         notes.append(f"Left out: the LM-head router; {called} computes the head without it.")
+    if config.low_rank_size:
+        notes.append(f"Left out: the low-rank head; {called} computes the full head.")
     if config.shortlist_size and hot_tokens:
         notes.append(f"The shortlist of {config.shortlist_size} ids is SGLang's token map, {HOT_TOKENS_FILE}.")
     elif config.shortlist_size:

@@ -14,6 +14,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 SHAPES = ("eagle", "eagle3")
 GROUPINGS = ("consecutive", "clustered")
+# Heads that drafting can use; None: all that a drafter has
+DRAFT_HEADS = ("full", "shortlist", "router", "both", "low_rank", "context")
+LOW_RANK_SETTINGS = ("low_rank_size", "low_rank_candidates")
+_PARTS = {
+    "shortlist": ("shortlist_size",),
+    "router": ("router_groups",),
+    "both": ("router_groups", "shortlist_size"),
+    "low_rank": ("low_rank_size",),
+}  # of each head, the settings that give a drafter its parts
 FEATURE_LAYER_LAST = -1
 # settings of what stands between several target features and `fc`, named as in the engines' configs; one at most
 FC_NORMS = ("norm_before_fc", "fc_norm")
@@ -137,7 +146,7 @@ def check_settings(config: Any) -> None:
 
 
 def check_head(config: Any) -> None:
-    """Raises `ValueError` for settings of router, shortlist and own head that are out of range or contradict each other."""
+    """Raises `ValueError` for settings of a draft head that are out of range or contradict each other."""
     if config.router_grouping not in GROUPINGS:
         raise ValueError(f"router_grouping={config.router_grouping!r} is unknown; choose one of {list(GROUPINGS)}.")
     if config.router_groups and not 0 < config.router_active_groups <= config.router_groups:
@@ -154,6 +163,14 @@ def check_head(config: Any) -> None:
             f"shortlist_size={config.shortlist_size} must be between 0 (none) and vocab_size - 1 = "
             f"{config.vocab_size - 1}."
         )
+    _check_low_rank(config)
+    if config.draft_head not in (None, *DRAFT_HEADS):
+        raise ValueError(f"draft_head={config.draft_head!r} is unknown; choose one of {list(DRAFT_HEADS)}, or null.")
+    for name in _PARTS.get(config.draft_head, ()):
+        if not getattr(config, name):
+            raise ValueError(
+                f"draft_head={config.draft_head!r} drafts with what {name}=0 leaves out: set {name}, or draft_head to null."
+            )
     if config.draft_vocab_size is None:
         return
     if config.shape != "eagle3" or not 0 < config.draft_vocab_size <= config.vocab_size:
@@ -161,11 +178,31 @@ def check_head(config: Any) -> None:
             f"draft_vocab_size={config.draft_vocab_size} must be between 1 and vocab_size={config.vocab_size} and needs "
             f"shape='eagle3' (got {config.shape!r})."
         )
-    if config.router_groups or config.shortlist_size:
+    if (
+        config.router_groups
+        or config.shortlist_size
+        or config.low_rank_size
+        or config.draft_head not in (None, "full")
+    ):
         raise ValueError(
-            f"draft_vocab_size={config.draft_vocab_size} gives the drafter a head of its own; router and shortlist "
-            "choose rows of the target's: set router_groups and shortlist_size to 0."
+            f"draft_vocab_size={config.draft_vocab_size} gives the drafter a head of its own; all others choose rows of the "
+            "target's: set router_groups, shortlist_size and low_rank_size to 0, and draft_head to null."
         )
+
+
+def _check_low_rank(config: Any) -> None:
+    rank, candidates = config.low_rank_size, config.low_rank_candidates
+    if not 0 <= rank <= config.hidden_size:
+        raise ValueError(
+            f"low_rank_size={rank} must be between 0 (none) and hidden_size={config.hidden_size}, the rank of the whole head."
+        )
+    if not rank and candidates is not None:
+        raise ValueError(
+            f"low_rank_candidates={candidates} is about a low-rank head, and low_rank_size=0 leaves it out: set low_rank_size, or "
+            "leave low_rank_candidates out."
+        )
+    if rank and not 0 < candidates <= config.vocab_size:
+        raise ValueError(f"low_rank_candidates={candidates} must be between 1 and vocab_size={config.vocab_size}.")
 
 
 def check_draft_sizes(depth: Any, top_k: Any, total: Any) -> None:
@@ -225,8 +262,10 @@ def group_count(vocab_size: int, num_groups: int) -> int:
 
 __all__ = [
     "CALIBRATION_KNOTS",
+    "DRAFT_HEADS",
     "FC_NORMS",
     "FEATURE_LAYER_LAST",
+    "LOW_RANK_SETTINGS",
     "check_draft_sizes",
     "check_dtype",
     "check_head",

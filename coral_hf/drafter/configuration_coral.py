@@ -11,6 +11,7 @@ from .configuration_checks import (
     CALIBRATION_KNOTS,
     FC_NORMS,
     FEATURE_LAYER_LAST,
+    LOW_RANK_SETTINGS,
     check_draft_sizes,
     check_dtype,
     check_head,
@@ -26,6 +27,8 @@ from .weight_files import loading
 
 
 logger = logging.getLogger(__name__)
+
+LOW_RANK_CANDIDATES = 64  # of a low-rank head, for each row
 
 # None until `__post_init__` derives it from other settings; readers see what it is then
 DERIVED: Any = None
@@ -120,6 +123,8 @@ class CoralDraftConfig(PreTrainedConfig):
         draft_lookup (`bool`, defaults to `False`):
             Let trees also take nodes that continue the text as it continued before (`generation.lookup`). False, which is
             not written: it pays where answers repeat their prompts.
+        draft_head (`str`, *optional*):
+            Head that drafting uses, see `generation.settings.DraftSettings`. None, which is not written: all that the drafter has.
         draft_calibration (`list[list[float]]`, *optional*):
             One row per depth (the last holds for all below): observed acceptance at the path probabilities
             `CALIBRATION_KNOTS`, as `coral-hf tune` fits it. None: drafted probabilities are taken as they are.
@@ -136,6 +141,12 @@ class CoralDraftConfig(PreTrainedConfig):
         shortlist_size (`int`, defaults to 0):
             Ids of the frequency shortlist that drafting is limited to; with a router they are active besides its
             groups. 0: no shortlist.
+        low_rank_size (`int`, defaults to 0):
+            r, rank of a low-rank head, which finds the ids that are scored with the target's rows (EAGLE-4's); 0, which is not
+            written: no such head.
+        low_rank_candidates (`int`, *optional*):
+            Best ids of the low-rank head that are scored exactly, for each drafted row. Defaults to 64 (ours, not measured), or to
+            the vocabulary if that is smaller. Only these can be drafted.
         draft_vocab_size (`int`, *optional*):
             `"eagle3"` only: rows of an LM head of the drafter's own (EAGLE-3 section 3: a reduced vocabulary), which
             replaces the target's when drafting. None: the target's head.
@@ -179,12 +190,15 @@ class CoralDraftConfig(PreTrainedConfig):
     draft_total_tokens: int | None = None
     draft_cost_aware: bool = False
     draft_lookup: bool = False
+    draft_head: str | None = None
     draft_calibration: list | None = None
     router_groups: int = 0
     router_grouping: str = "consecutive"
     router_active_groups: int | None = None
     router_hidden_size: int | None = None
     shortlist_size: int = 0
+    low_rank_size: int = 0
+    low_rank_candidates: int | None = None
     draft_vocab_size: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -213,6 +227,8 @@ class CoralDraftConfig(PreTrainedConfig):
             self.router_active_groups = max(1, self.router_groups // 16)
         if self.router_groups and self.router_hidden_size is None:
             self.router_hidden_size = max(1, self.hidden_size // 2)
+        if self.low_rank_size and self.low_rank_candidates is None:
+            self.low_rank_candidates = max(1, min(LOW_RANK_CANDIDATES, self.vocab_size))
         check_settings(self)
         check_head(self)
         try:
@@ -226,7 +242,7 @@ class CoralDraftConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()
         # drafters of before these settings keep their config.json byte for byte, and releases without them load them
-        for name in ("target_embedding_scale", "draft_lookup", *FC_NORMS):
+        for name in ("target_embedding_scale", "draft_lookup", "draft_head", *LOW_RANK_SETTINGS, *FC_NORMS):
             if not settings.get(name):
                 settings.pop(name, None)
         if settings.get("chat_template_kwargs") is None:
@@ -307,6 +323,7 @@ __all__ = [
     "CALIBRATION_KNOTS",
     "FC_NORMS",
     "FEATURE_LAYER_LAST",
+    "LOW_RANK_SETTINGS",
     "CoralDraftConfig",
     "check_draft_sizes",
     "check_vocabulary",

@@ -1,74 +1,22 @@
-"""Cheap draft heads: LMHeadRouter and FrequencyShortlist choose the rows of the target's LM head that are computed.
+"""Cheap draft heads: LMHeadRouter, FrequencyShortlist, LowRankHead and the ids of the text so far choose the rows of the target's
+LM head that are computed.
 
 The verification always uses the full head, so that what is chosen here changes the speed and never the output.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from .configuration_coral import group_count, group_size
 from .few_rows import few_row_linear
-from .grouped_logits import gathered_logits, grouped_logits, kept_copy, ordered_head
+from .head_rows import ContextList, LMHeadRouter, gathered_logits, grouped_logits, kept_copy, ordered_head
 from .target_adapter import placed
 
 
-class LMHeadRouter(nn.Module):
-    """Which groups of token ids are worth computing (CORAL section 3.2).
-
-    Group g contains the ids at places `g * group_size` on of the router's order: the ids themselves (a group is then a view
-    of the target's own weight), or, clustered, the permutation `token_order`, for which drafting keeps one copy of the
-    head in that order. It is trained after the drafter towards the target's probability mass per group.
-
-    Args:
-        hidden_size (`int`): H, width of the drafter's output.
-        vocab_size (`int`): V; the last group is shorter where V does not divide evenly.
-        num_groups (`int`): G, lowered to the number of groups that hold an id (see `group_count`).
-        router_hidden_size (`int`): width of the MLP.
-        clustered (`bool`): has a `token_order`, see `training.token_clusters`.
-    """
-
-    token_order: torch.Tensor | None
-
-    def __init__(
-        self, hidden_size: int, vocab_size: int, num_groups: int, router_hidden_size: int, clustered: bool = False
-    ):
-        super().__init__()
-        self.vocab_size = vocab_size
-        self.num_groups = group_count(vocab_size, num_groups)
-        self.group_size = group_size(vocab_size, num_groups)
-        self.up_proj = nn.Linear(hidden_size, router_hidden_size, bias=True)
-        self.down_proj = nn.Linear(router_hidden_size, self.num_groups, bias=True)
-        self.register_buffer("token_order", torch.arange(vocab_size, dtype=torch.int32) if clustered else None)
-
-    @classmethod
-    def from_config(cls, config: Any) -> "LMHeadRouter":
-        """The untrained router that a [`CoralDraftConfig`] describes."""
-        sizes = config.hidden_size, config.vocab_size, config.router_groups, config.router_hidden_size
-        return cls(*sizes, clustered=config.router_grouping == "clustered")
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Drafter outputs `[..., H]` -> group logits `[..., G]`."""
-        return self.down_proj(F.silu(self.up_proj(hidden.to(self.up_proj.weight.dtype))))
-
-    def in_order(self, values: torch.Tensor) -> torch.Tensor:
-        """Values per id `[..., V]` -> values per place of a group `[..., G, group_size]`, 0 past the vocabulary."""
-        if self.token_order is not None:
-            values = values[..., self.token_order.long()]
-        padding = self.num_groups * self.group_size - self.vocab_size
-        return F.pad(values, (0, padding)).unflatten(-1, (self.num_groups, self.group_size))
-
-    def group_mass(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """Token probabilities `[..., V]` -> probability mass per group `[..., G]`."""
-        return self.in_order(probabilities).sum(-1)
-
-    def groups_of(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """The group of each id, in the shape of `token_ids`."""
-        if self.token_order is None:
-            return token_ids // self.group_size
-        return self.token_order.long().argsort()[token_ids] // self.group_size
+# Of an in-context list without a shortlist: ids that it begins with (ours). Tokenizers give low ids to frequent tokens.
+FIRST_IDS, FIRST_SHARE = 1024, 32
 
 
 class FrequencyShortlist(nn.Module):
@@ -89,6 +37,39 @@ class FrequencyShortlist(nn.Module):
         order = counts.argsort(descending=True, stable=True)[: self.token_ids.numel()]
         self.token_ids.copy_(order.sort().values)
         return self
+
+
+class LowRankHead(nn.Module):
+    """The target's LM head as a product of two small matrices, which says which ids are worth their exact row.
+
+    It begins as the truncated SVD of the head (`draft_initialization.truncated_svd`) and is trained towards the full head's
+    distribution (EAGLE-4; SlimSpec, arXiv 2605.10453, drafts from such a head alone).
+
+    Args:
+        hidden_size (`int`): H.
+        vocab_size (`int`): V.
+        rank (`int`): r, the size between the two matrices.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, rank: int):
+        super().__init__()
+        self.down_proj = nn.Linear(hidden_size, rank, bias=False)
+        self.up_proj = nn.Linear(rank, vocab_size, bias=False)
+
+    @classmethod
+    def from_config(cls, config: Any) -> "LowRankHead":
+        """The head that a [`CoralDraftConfig`] describes, with random weights."""
+        return cls(config.hidden_size, config.vocab_size, config.low_rank_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Drafter outputs `[..., H]` -> their products with the head's rows, estimated, `[..., V]`."""
+        return self.up_proj(self.down_proj(hidden.to(self.down_proj.weight.dtype)))
+
+    def logits(self, hidden: torch.Tensor, adapter: Any) -> torch.Tensor:
+        """Drafter outputs `[..., H]` -> the target's logits, estimated, `[..., V]`: with its bias, scale and soft-cap."""
+        logits = self(hidden)
+        bias = getattr(adapter.head, "bias", None)
+        return adapter.transform_logits(logits if bias is None else logits + bias.to(logits))
 
 
 class DraftVocabularyHead(nn.Linear):
@@ -128,9 +109,10 @@ def checked_ids(owner: FrequencyShortlist | DraftVocabularyHead, vocab_size: int
 class DraftHead:
     """Scores the tokens that a drafting step considers.
 
-    Without router and shortlist these are the whole vocabulary; with a shortlist its ids; with a router the ids of the
-    active groups; with both, the union (the shortlist is always active). A drafter with a head of its own is scored by
-    that alone, without the target's scale and soft-cap. Nothing is drawn at random.
+    Without router, shortlist and low-rank head these are the whole vocabulary; with a shortlist its ids; with a router the ids
+    of the active groups; with both, the union (the shortlist is always active). With a low-rank head these are its best ids:
+    their logits are the full head's own, and log q is normalised over the vocabulary, by its estimates of all others. A drafter
+    with a head of its own is scored by that alone, without the target's scale and soft-cap. Nothing is drawn at random.
 
     Args:
         adapter ([`TargetAdapter`])
@@ -142,6 +124,10 @@ class DraftHead:
         scoring (`str`): `"active"`, log-softmax over the active logits, or `"router"`, the router's log P(group) plus
             the log-softmax inside the group (without a shortlist only).
         own_head ([`DraftVocabularyHead`], *optional*): excludes router and shortlist.
+        low_rank ([`LowRankHead`], *optional*): excludes router and shortlist.
+        candidates (`int`): best ids of the low-rank head, of each row.
+        reads_text (`bool`): the ids given to [`read`] are active besides the shortlist's; without a shortlist, besides the first
+            ids of the vocabulary. Excludes router, low-rank and own head.
 
     Raises:
         ValueError: if an id of the shortlist, the router's order or the head of the drafter's own is damaged, or rows are
@@ -157,14 +143,23 @@ class DraftHead:
         per_row: bool = False,
         scoring: str = "active",
         own_head: DraftVocabularyHead | None = None,
+        low_rank: LowRankHead | None = None,
+        candidates: int = 1,
+        reads_text: bool = False,
     ):
-        self.adapter, self.router = adapter, router
+        self.adapter, self.router, self.low_rank = adapter, router, low_rank
         self.active_groups, self.per_row, self.scoring = active_groups, per_row, scoring
+        self.candidates = candidates
         self._listed = self._listed_weight = self._listed_bias = self._order = None
+        self._context: ContextList | None = None
+        if low_rank is not None:
+            adapter.check_rows()
         if router is not None:
             if router.token_order is not None:
                 self._order = router.token_order.to(adapter.device).long()
             self._grouped_head = ordered_head(adapter, router)
+        if reads_text and shortlist is None:
+            shortlist = FrequencyShortlist(min(FIRST_IDS, max(1, adapter.vocab_size // FIRST_SHARE)))
         self._transform = adapter.transform_logits if own_head is None else lambda logits: logits
         if own_head is not None:
             size = adapter.vocab_size
@@ -185,16 +180,32 @@ class DraftHead:
                 listed = torch.zeros(router.vocab_size, dtype=torch.bool)
                 listed[shortlist.token_ids.cpu()] = True
                 self._is_listed = router.in_order(listed.to(router.up_proj.weight.device)).to(adapter.device)
+            if reads_text:
+                self._context = ContextList(adapter, self._listed)
 
     @property
     def fewest_tokens(self) -> int:
-        """How many different tokens every row can choose from, whatever groups are active."""
+        """How many different tokens every row can choose from, whatever groups are active and whatever was read."""
+        if self.low_rank is not None:
+            return self.candidates
         listed = 0 if self._listed is None else self._listed.numel()
         if self.router is None:
             return listed or self.adapter.vocab_size
         size = self.router.group_size
         padding = self.router.num_groups * size - self.adapter.vocab_size  # in the last group
         return max(listed, self.active_groups * size - padding)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether [`read`] is to be given the ids of the texts."""
+        return self._context is not None
+
+    @torch.inference_mode()
+    def read(self, token_ids: torch.Tensor) -> None:
+        """Makes ids active, of any shape, for all rows of a call; of a head that reads the text."""
+        if self._context is not None:
+            self._context.add(token_ids)
+            self._listed = self._context.token_ids
 
     @torch.inference_mode()
     def top_k(
@@ -217,20 +228,24 @@ class DraftHead:
         self, hidden: torch.Tensor, k: int, weights: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[`top_k`] in whatever mode the caller is in, as a graph needs it."""
-        logits, groups, normalizer = self._active_logits(hidden, weights)
-        if normalizer is None:
-            normalizer = logits.logsumexp(dim=-1, keepdim=True)
+        logits, chosen, normalizer = self._active_logits(hidden, weights)
+        log_z = logits.logsumexp(dim=-1, keepdim=True) if normalizer is None else normalizer()
         best, index = logits.topk(min(k, logits.shape[-1]), dim=-1)
-        return self._token_ids(index, groups), best - normalizer
+        return self._token_ids(index, chosen), best - log_z
 
     @torch.inference_mode()
     def argmax(self, hidden: torch.Tensor) -> torch.Tensor:
         """The likeliest token of each row, `[B, T]` for `[B, T, H]`."""
-        logits, groups, _ = self._active_logits(hidden, None)
-        return self._token_ids(logits.argmax(dim=-1, keepdim=True), groups)[..., 0]
+        logits, chosen, _ = self._active_logits(hidden, None)
+        return self._token_ids(logits.argmax(dim=-1, keepdim=True), chosen)[..., 0]
 
-    def _active_logits(self, hidden: torch.Tensor, weights: torch.Tensor | None):
-        """fp32 logits `[B, T, A]` (-inf where a slot contains no token), the active groups and log Z where it is known."""
+    def _active_logits(
+        self, hidden: torch.Tensor, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Callable[[], torch.Tensor] | None]:
+        """fp32 logits `[B, T, A]` (-inf where a slot contains no token); the active groups, or a low-rank head's candidates; and
+        what computes log Z where it is not these logits' own."""
+        if self.low_rank is not None:
+            return self._rescored_logits(hidden)
         if self.router is None:
             logits = self._fixed_logits(hidden)
             return placed(logits, logits.device, torch.float32), None, None
@@ -244,17 +259,35 @@ class DraftHead:
         if self.scoring == "router":
             log_mass = group_logits.log_softmax(-1).gather(-1, groups.expand(*hidden.shape[:2], -1))
             logits = logits - logits.logsumexp(-1, keepdim=True) + log_mass[..., None]
-            normalizer = torch.zeros((), device=logits.device)
+            zero = torch.zeros((), device=logits.device)
+            normalizer = lambda: zero  # noqa: E731
         logits = logits.flatten(2)
         if self._listed is not None:
             logits = torch.cat([self._fixed_logits(hidden).float(), logits], dim=-1)
         return logits, groups, normalizer
 
+    def _rescored_logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]]:
+        """The full head's logits of the low-rank head's best ids `[B, T, m]`, those ids, and what computes log Z over all."""
+        low_rank: Any = self.low_rank
+        estimate = low_rank.logits(hidden, self.adapter).float()  # [B, T, V]
+        best = estimate.topk(self.candidates, dim=-1).indices
+        ids = best.to(self.adapter.device)
+        exact = gathered_logits(self.adapter, hidden, ids, 1)[..., 0].float()
+
+        def normalizer() -> torch.Tensor:
+            others = estimate.scatter_(-1, best, float("-inf")).logsumexp(dim=-1, keepdim=True)
+            return torch.logaddexp(exact.logsumexp(dim=-1, keepdim=True), others.to(exact.device))
+
+        return exact, ids, normalizer
+
     def _fixed_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._listed_weight is None:
             return self.adapter.logits(hidden)
         features = placed(hidden, self._listed_weight.device, self._listed_weight.dtype)
-        return self._transform(few_row_linear(features, self._listed_weight, self._listed_bias))
+        logits = few_row_linear(features, self._listed_weight, self._listed_bias)
+        if self._context is not None and (more := self._context.logits(features)) is not None:
+            logits = torch.cat([logits, more], dim=-1)
+        return self._transform(logits)
 
     def _select(self, group_logits: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Group logits `[B, T, G]` -> active groups `[B, T, k]`, or `[B, 1, k]` when all rows share them."""
@@ -265,13 +298,15 @@ class DraftHead:
             group_logits = mass.sum(dim=1, keepdim=True)
         return group_logits.topk(self.active_groups, dim=-1).indices
 
-    def _token_ids(self, index: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
+    def _token_ids(self, index: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
         """Places `[B, T, n]` among the active logits -> token ids."""
-        if groups is None or self.router is None:
+        if self.low_rank is not None and chosen is not None:
+            return chosen.gather(-1, index)
+        if chosen is None or self.router is None:
             return index if self._listed is None else self._listed[index]
         size, fixed = self.router.group_size, 0 if self._listed is None else self._listed.numel()
         place = (index - fixed).clamp(min=0)
-        group = groups.expand(*index.shape[:2], -1).gather(-1, place // size)
+        group = chosen.expand(*index.shape[:2], -1).gather(-1, place // size)
         ids = group * size + place % size
         if self._order is not None:
             ids = self._order[ids]
@@ -285,6 +320,7 @@ __all__ = [
     "DraftVocabularyHead",
     "FrequencyShortlist",
     "LMHeadRouter",
+    "LowRankHead",
     "gathered_logits",
     "grouped_logits",
     "ordered_head",

@@ -1,6 +1,7 @@
 """The drafter's one decoder layer: its two shapes, its attention in training and drafting, KV cache and rollout rows."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -227,13 +228,13 @@ class CoralRolloutOutput(ModelOutput):
             Step k's output at row r predicts feature f_{r+1}; `lm_head` of it predicts token x_{r+2}.
         valid (`tuple` of K `torch.BoolTensor` of shape `[B, S]`):
             Rows whose whole chain r-(k-1)..r lies in one document; outputs of other rows mean nothing.
-        group_logits (`tuple` of K `torch.Tensor` of shape `[B, S, G]`, *optional*):
-            The LM-head router's outputs, if asked for.
+        scores (*optional*):
+            What the `scorer` of a call returned, tensors or tuples of them.
     """
 
     hidden_states: tuple[torch.Tensor, ...] | None = None
     valid: tuple[torch.Tensor, ...] | None = None
-    group_logits: tuple[torch.Tensor, ...] | None = None
+    scores: Any = None
 
 
 def shift_rows(x: torch.Tensor, count: int, dim: int, fill: float = 0) -> torch.Tensor:

@@ -6,6 +6,7 @@ module: callers go through `TargetAdapter`.
 """
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -14,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_coral import CoralDraftConfig
-from .draft_head import DraftVocabularyHead, FrequencyShortlist, LMHeadRouter
+from .draft_head import DraftVocabularyHead, FrequencyShortlist, LMHeadRouter, LowRankHead
+from .draft_initialization import initialize_from_target, new_low_rank_head, new_router, new_shortlist
 from .draft_layer import (
     CoralDraftLayer,
     CoralRMSNorm,
@@ -71,6 +73,7 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         if config.router_groups:
             self.router = LMHeadRouter.from_config(config)
         self.shortlist = FrequencyShortlist(config.shortlist_size) if config.shortlist_size else None
+        self.low_rank: Any = LowRankHead.from_config(config) if config.low_rank_size else None
         own = config.draft_vocab_size
         self.draft_head = None if own is None else DraftVocabularyHead(size, own)
         # Acceptance statistics of the last `generate` call, see `generation.statistics.DraftStats`.
@@ -97,8 +100,6 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         Returns:
             [`CoralDraftModel`] in float32 on the CPU.
         """
-        from .draft_initialization import initialize_from_target
-
         return initialize_from_target(cls, target, tokenizer, overrides)
 
     @classmethod
@@ -137,13 +138,7 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         Raises:
             ValueError: if the numbers do not fit the vocabulary or each other.
         """
-        settings = {**self.config.to_dict(), "router_groups": num_groups, "router_active_groups": active_groups}
-        settings["router_grouping"] = grouping
-        config = type(self.config)(**{key: value for key, value in settings.items() if key != "model_type"})
-        for name in ("router_groups", "router_active_groups", "router_hidden_size", "router_grouping"):
-            setattr(self.config, name, getattr(config, name))
-        self.router = LMHeadRouter.from_config(config).to(device=self.device, dtype=self.dtype)
-        return self.router
+        return new_router(self, num_groups, active_groups, grouping)
 
     def add_shortlist(self, counts: torch.Tensor, size: int) -> FrequencyShortlist:
         """Limits drafting to the `size` most frequent ids of `[V]` counts, beside a router's groups if there is one.
@@ -152,20 +147,25 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
             ValueError: if `size` is not an integer between 1 and V - 1, `counts` is not a tensor of length V, or the drafter has a
                 head of its own.
         """
-        vocab_size = self.config.vocab_size
-        if not isinstance(counts, torch.Tensor) or counts.shape != (vocab_size,):
-            found = (
-                f"shape {tuple(counts.shape)}" if isinstance(counts, torch.Tensor) else f"type {type(counts).__name__}"
-            )
-            raise ValueError(f"counts of {found} must be a tensor of one count for each of the {vocab_size} ids.")
-        if type(size) is not int or not 0 < size < vocab_size:
-            raise ValueError(f"size={size!r} must be an integer of at least 1 and below the {vocab_size} ids.")
-        if self.draft_head is not None:
-            own = self.config.draft_vocab_size
-            raise ValueError(f"draft_vocab_size={own}: a drafter with a head of its own takes no shortlist.")
-        self.config.shortlist_size = size
-        self.shortlist = FrequencyShortlist(size).count(counts.cpu()).to(self.device)
-        return self.shortlist
+        return new_shortlist(self, counts, size)
+
+    def add_low_rank_head(
+        self, target: PreTrainedModel | str, rank: int, candidates: int | None = None
+    ) -> LowRankHead:
+        """Gives the drafter a low-rank head, which begins as the truncated SVD of the target's, replacing any it has.
+
+        Drafting can use it at once; `CoralLowRankTrainer` trains it.
+
+        Args:
+            target (`PreTrainedModel` or `str`): the drafter's target, or its path or Hub id.
+            rank (`int`): r; see `low_rank_size` of [`CoralDraftConfig`].
+            candidates (`int`, *optional*): best ids that are scored exactly; see `low_rank_candidates`.
+
+        Raises:
+            ValueError: if the numbers do not fit the target's sizes, the drafter has a head of its own or is another target's, or
+                rows of the target's head cannot be taken.
+        """
+        return new_low_rank_head(self, target, rank, candidates)
 
     def __getattr__(self, name: str) -> Any:
         # What Transformers' own assisted decoding asks a drafter for first. An AttributeError, so that hasattr stays right; a
@@ -213,7 +213,7 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         num_steps: int = 1,
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
-        output_group_logits: bool = False,
+        scorer: Callable[["CoralDraftModel", CoralRolloutOutput], Any] | None = None,
     ) -> CoralRolloutOutput:
         """One K-step rollout (HASS's harmonised context alignment, HASS section 3.2; CORAL section 3.1).
 
@@ -227,7 +227,8 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
             position_ids (`torch.LongTensor` of shape `[B, S]`, *optional*): defaults to 0..S-1.
             document_ids (`torch.LongTensor` of shape `[B, S]`, *optional*): rows attend inside one document only;
                 padding has an id of its own (-1). Defaults to one document a row.
-            output_group_logits (`bool`): run the LM-head router on every step's output too.
+            scorer (`Callable`, *optional*): called with the drafter and its outputs; what it returns becomes `scores`. Within the
+                forward, sharded weights are whole, and processes wait for the gradients of all that it reads.
 
         Returns:
             [`CoralRolloutOutput`]
@@ -255,8 +256,10 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
             outputs.append(normed)
             valids.append(valid)
             feature = shift_rows(fed_back.detach(), 1, dim=1)
-        group_logits = tuple(self.router(hidden) for hidden in outputs) if output_group_logits else None
-        return CoralRolloutOutput(hidden_states=tuple(outputs), valid=tuple(valids), group_logits=group_logits)
+        output = CoralRolloutOutput(hidden_states=tuple(outputs), valid=tuple(valids))
+        if scorer is None:
+            return output
+        return CoralRolloutOutput(**output, scores=scorer(self, output))
 
     def _rollout_step(
         self,

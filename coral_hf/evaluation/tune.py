@@ -105,8 +105,8 @@ def _speedup(row: dict[str, Any]) -> float:
 
 def _active_groups(drafter: Any, box: DraftSettings) -> list[int | None]:
     """The router's choice, half and twice of it; None if no router is used."""
-    router = getattr(drafter, "router", None)
-    if router is None or box.draft_head in ("full", "shortlist"):
+    router = box.router_of(drafter)
+    if router is None:
         return [None]
     active = box.draft_active_groups or drafter.config.router_active_groups
     return sorted({max(1, active // 2), active, min(router.num_groups, 2 * active)})

@@ -83,6 +83,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         # which slots of the cache contain a true row, [B, slots]; None: all of them, of every row
         self._filled: torch.Tensor | None = None
         self._pace = Pace()
+        self._seen = 0  # columns of the texts that the head has read in every row
         # features that plain steps have left for the next draft, [B, n, F] each, and how many of them each row has
         self._unread: list[tuple[torch.Tensor, list[int]]] = []
         # of the stock loop's last draft, which its verification is counted for; None until it has drafted
@@ -118,6 +119,9 @@ class CoralCandidateGenerator(CandidateGenerator):
         batch, longest = input_ids.shape
         lengths = [longest] * batch if lengths is None else lengths
         counts = [features.shape[1]] * batch if counts is None else counts
+        if self.head.reads_text:
+            self.head.read(input_ids[:, self._seen :])
+            self._seen = min(lengths)
         features, counts = self._with_unread(features, counts)
         # a long prompt in pieces: what the layer computes for all of it at once would be the peak of a call's memory
         while max(counts) > _PIECE and min(counts) == features.shape[1] and not any(self.padding):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..drafter.configuration_checks import DRAFT_HEADS
 from ..drafter.configuration_coral import DERIVED, check_draft_sizes, most_draft_tokens
 from ..drafter.draft_head import DraftHead
 
@@ -20,7 +21,8 @@ class DraftSettings:
         draft_total_tokens (`int`, *optional*): nodes verified, the root included; None: all that depth and top_k can
             produce. A draft is never deeper than this allows: one level less.
         draft_head (`str`, *optional*): tokens to draft from: "full" vocabulary (or the whole head of the drafter's own),
-            "shortlist", "router" (its active groups) or "both"; None: all that the drafter has.
+            "shortlist", "router" (its active groups) or "both"; "low_rank", the best ids of its low-rank head; or "context", the ids
+            of the text so far and of its shortlist. None: the low-rank head of a drafter that has one, else all that it has.
         draft_active_groups (`int`, *optional*): router groups per step; None: the drafter's.
         draft_groups_per_row (`bool`): every node of a tree level has groups of its own instead of sharing them.
         draft_scoring (`str`): log q from the "active" logits, or from the "router" times the softmax in the group.
@@ -54,10 +56,8 @@ class DraftSettings:
         for name in ("draft_groups_per_row", "draft_stock_loop", "draft_cost_aware", "draft_lookup", "draft_compile"):
             if not isinstance(getattr(self, name), bool):  # "false" would count as true
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
-        if self.draft_head not in (None, "full", "shortlist", "router", "both"):
-            raise ValueError(
-                f"draft_head={self.draft_head!r} is unknown; choose 'full', 'shortlist', 'router' or 'both'."
-            )
+        if self.draft_head not in (None, *DRAFT_HEADS):
+            raise ValueError(f"draft_head={self.draft_head!r} is unknown; choose one of {list(DRAFT_HEADS)}.")
         groups = self.draft_active_groups
         if groups is not None and (not isinstance(groups, int) or isinstance(groups, bool) or groups < 1):
             raise ValueError(
@@ -79,6 +79,11 @@ class DraftSettings:
                 "draft_compile=True drafts in graphs of fixed shapes, which have no place for the nodes of draft_lookup=True. Set one "
                 "of them to False."
             )
+        if self.draft_compile and self.draft_head == "context":
+            raise ValueError(
+                "draft_compile=True drafts in graphs of fixed shapes, and the list of draft_head='context' grows with the text. Set "
+                "draft_compile=False, or choose another draft_head."
+            )
         if self.draft_stock_loop and self.draft_compile:
             raise ValueError(
                 "draft_compile=True compiles CORAL's own loop, but draft_stock_loop=True runs Transformers'. Set one of them "
@@ -99,14 +104,20 @@ class DraftSettings:
     def is_chain(self) -> bool:
         return self.draft_top_k == 1
 
+    def router_of(self, drafter: Any) -> Any:
+        """The router that drafting with these settings uses; None if it uses none."""
+        chosen = self.draft_head in ("router", "both")
+        unchosen = self.draft_head is None and getattr(drafter, "low_rank", None) is None
+        return getattr(drafter, "router", None) if chosen or unchosen else None
+
     def draft_head_of(self, drafter: Any, adapter: Any) -> DraftHead:
         """The head that drafting with these settings uses.
 
         Raises:
-            ValueError: if the drafter has no router or shortlist that a setting is about, or the router fewer groups.
+            ValueError: if the drafter lacks the part that a setting is about, or the router has fewer groups.
         """
-        router, shortlist = getattr(drafter, "router", None), getattr(drafter, "shortlist", None)
-        own_head = getattr(drafter, "draft_head", None)
+        router, shortlist = self.router_of(drafter), getattr(drafter, "shortlist", None)
+        own_head, low_rank = getattr(drafter, "draft_head", None), getattr(drafter, "low_rank", None)
         if own_head is not None and self.draft_head not in (None, "full"):
             raise ValueError(
                 f"draft_head={self.draft_head!r} chooses rows of the target's LM head, but this drafter has a head of its own "
@@ -122,11 +133,14 @@ class DraftSettings:
                 f"draft_head={self.draft_head!r}, but this drafter has no shortlist; add one with "
                 "drafter.add_shortlist(counts, size), or use draft_head='full'."
             )
-        if self.draft_head in ("full", "shortlist"):
-            router = None
-        if self.draft_head in ("full", "router"):
+        if self.draft_head == "low_rank" and low_rank is None:
+            raise ValueError(
+                "draft_head='low_rank', but this drafter has no low-rank head; add one with "
+                "drafter.add_low_rank_head(target, rank), or use draft_head='full'."
+            )
+        uses_low_rank = low_rank is not None and self.draft_head in (None, "low_rank")
+        if uses_low_rank or self.draft_head in ("full", "router"):
             shortlist = None
-        active = self.draft_active_groups or drafter.config.router_active_groups or 1
         if router is None:
             about_groups = ("draft_active_groups", None), ("draft_groups_per_row", False), ("draft_scoring", "active")
             for name, unset in about_groups:
@@ -135,7 +149,11 @@ class DraftSettings:
                         f"{name}={value!r} is about router groups, but no router is used: leave it out, or draft with a "
                         "router (draft_head='router', in a drafter that has one)."
                     )
-            return DraftHead(adapter, None, shortlist, own_head=own_head)
+            if uses_low_rank:
+                return DraftHead(adapter, low_rank=low_rank, candidates=drafter.config.low_rank_candidates)
+            reads_text = self.draft_head == "context"
+            return DraftHead(adapter, None, shortlist, own_head=own_head, reads_text=reads_text)
+        active = self.draft_active_groups or drafter.config.router_active_groups or 1
         if active > router.num_groups:
             raise ValueError(
                 f"draft_active_groups={active} is more than the router's {router.num_groups} groups; lower it, or use "

@@ -53,6 +53,8 @@ class SlotDrafts:
         self.adapter.check_drafter(drafter.config)
         self.states = hidden_states_to_ask(self.adapter.target, self.adapter.feature_layers)
         settings = replace(DraftSettings.resolve(drafter.config), draft_cost_aware=True, draft_stock_loop=False)
+        if settings.draft_head == "context":  # the ids of many texts would soon be most of the vocabulary
+            settings = replace(settings, draft_head=None)
         head = settings.draft_head_of(drafter, self.adapter)
         self.costs = draft_costs(target, drafter, settings) if costs is None else costs
         self.levels = LevelDrafter(drafter, self.adapter, head, settings, self.costs)

@@ -167,6 +167,9 @@ def _summary(records: Records, config: CoralDraftConfig, target: str | None) -> 
     parts = [f"`{config.shape}` shape", f"{count / 1e6:.1f} M parameters, {dtypes}"]
     if config.router_groups:
         parts.append(f"LM-head router of {config.router_groups} groups, {config.router_active_groups} active")
+    if config.low_rank_size:
+        size, best = config.low_rank_size, config.low_rank_candidates
+        parts.append(f"low-rank head of rank {size}, which scores {best} ids exactly")
     if config.shortlist_size:
         parts.append(f"shortlist of {config.shortlist_size:,} ids")
     name = f"[{target}](https://huggingface.co/{target})" if target else "a model without a public name"

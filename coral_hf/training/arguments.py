@@ -58,7 +58,7 @@ class CoralTrainingArguments(TrainingArguments):
         default="drafter",
         metadata={
             "help": "drafter, or router: train only the LM-head router of a trained drafter, on the target's probability mass per "
-            "group (CORAL section 3.2)."
+            "group (CORAL section 3.2); or low_rank: only its low-rank head, on the distribution of the target's full head (EAGLE-4)."
         },
     )
     rollout_schedule: str = field(
@@ -228,8 +228,8 @@ class CoralTrainingArguments(TrainingArguments):
             raise ValueError("No output folder: give one with --output (output_dir=...).")
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is unknown; choose one of {list(PRESETS)}.")
-        if self.stage not in ("drafter", "router"):
-            raise ValueError(f"stage={self.stage!r} is unknown; choose drafter or router.")
+        if self.stage not in ("drafter", "router", "low_rank"):
+            raise ValueError(f"stage={self.stage!r} is unknown; choose drafter, router or low_rank.")
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value if self.stage == "drafter" or name != "csra_weight" else 0.0)

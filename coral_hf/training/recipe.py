@@ -25,8 +25,8 @@ LEARNING_RATES = (
 FEW, MANY = 8, 64
 # Share of the rate for a drafter that is trained further (ours: 5e-4 and 2e-4 to 4e-4 after 1e-3 and 2e-3)
 CONTINUED_SHARE = 0.25
-# The router's rate at a width of 576 (ours), lowered as 1 / width: no other has been measured.
-ROUTER_RATE = 1e-3
+# The router's rate at a width of 576 (ours), lowered as 1 / width: no other has been measured. A low-rank head takes it too.
+HEAD_RATE = 1e-3
 
 # Response tokens below which a step takes this many conversations (ours: 8 at 0.2 million tokens, 64 at 22 million)
 BATCHES = ((1_000_000, 8), (5_000_000, 16), (20_000_000, 32), (None, 64))
@@ -100,7 +100,7 @@ def choose_recipe(
         device_type (`str`): `"cpu"`, `"cuda"`, ...
         num_processes (`int`): which share a step's conversations.
         rows_per_conversation (`float`): below 1 where conversations are packed into rows, which batches then count.
-        stage (`str`): `"drafter"` or `"router"`.
+        stage (`str`): `"drafter"`, `"router"` or `"low_rank"`.
         continued (`bool`): the drafter was trained before.
 
     Returns:
@@ -113,9 +113,9 @@ def choose_recipe(
         total = min(total, CPU_BATCH)
     micro = max(1, min(micro, total // num_processes))
     steps = max(1, round(total / (micro * num_processes)))
-    router = stage == "router"
-    rate = ROUTER_RATE * LEARNING_RATES[0][0] / hidden_size if router else _learning_rate(hidden_size, total)
-    if continued and not router:
+    head = stage != "drafter"
+    rate = HEAD_RATE * LEARNING_RATES[0][0] / hidden_size if head else _learning_rate(hidden_size, total)
+    if continued and not head:
         rate *= CONTINUED_SHARE
     epochs = _below(EPOCHS, response_tokens)
     return Recipe(
@@ -123,11 +123,11 @@ def choose_recipe(
         per_device_train_batch_size=max(1, round(micro * rows_per_conversation)),
         gradient_accumulation_steps=steps,
         warmup_steps=WARMUP,
-        num_train_epochs=1.0 if router else epochs[1] if hidden_size < WIDE else epochs[2],
+        num_train_epochs=1.0 if head else epochs[1] if hidden_size < WIDE else epochs[2],
         weight_decay=WEIGHT_DECAY,
-        feature_noise=0.0 if router else FEATURE_NOISE,
-        rollout_schedule=CONTINUED_SCHEDULE if continued or router else NEW_SCHEDULE,
-        csra_weight=0.0 if router else CSRA_WEIGHT,
+        feature_noise=0.0 if head else FEATURE_NOISE,
+        rollout_schedule=CONTINUED_SCHEDULE if continued or head else NEW_SCHEDULE,
+        csra_weight=0.0 if head else CSRA_WEIGHT,
         loss_chunk_size=default_chunk_size(device_type, vocab_size),
     )
 

@@ -1,6 +1,6 @@
 """CoralTrainer: trains a drafter against a frozen target that computes features in the same process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         if args.stage != self.stage:
             raise ValueError(
                 f"stage={args.stage!r}, but {type(self).__name__} trains stage {self.stage!r}: CoralTrainer is for the drafter, "
-                "CoralRouterTrainer for its router."
+                "CoralRouterTrainer for its router, CoralLowRankTrainer for its low-rank head."
             )
         check_devices(args)
         if model.config.draft_vocab_size is not None:
@@ -188,7 +188,11 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
     # One batch -------------------------------------------------------------------------------------------------
 
     def rollout(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], num_steps: int, output_group_logits: bool = False
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_steps: int,
+        scorer: Callable[..., Any] | None = None,
     ):
         """Runs target (unless features are cached) and drafter over a batch.
 
@@ -196,7 +200,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             model (`nn.Module`): the drafter, possibly wrapped.
             inputs: see [`CoralDataCollator`].
             num_steps (`int`): K.
-            output_group_logits (`bool`): run the LM-head router too.
+            scorer (`Callable`, *optional*): see [`CoralDraftModel.forward`].
 
         Returns:
             `tuple`: [`CoralRolloutOutput`]; target features `[B, S-1, H]` that row r must predict; and the rows that
@@ -225,13 +229,19 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
                 position_ids=None if positions is None else positions[:, :-1],
                 # row r joins x_r and x_{r+1}: where another conversation begins between them there is no row
                 document_ids=documents[:, 1:].masked_fill(documents[:, 1:] != documents[:, :-1], -1),
-                output_group_logits=output_group_logits,
+                scorer=scorer,
             )
         outputs = convert_to_fp32(outputs)
-        # Row r predicts x_{r+2} and f_{r+1}, whose last-layer part comes last.
-        trained = torch.zeros_like(ids[:, 1:], dtype=torch.bool)
-        trained[:, :-1] = inputs["labels"][:, 2:] != IGNORED_LABEL
-        return outputs, features[:, 1:, -self.adapter.hidden_size :], trained
+        # row r predicts f_{r+1}, whose last-layer part comes last
+        return outputs, features[:, 1:, -self.adapter.hidden_size :], self.trained_rows(inputs)
+
+    @staticmethod
+    def trained_rows(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Rows that count in step 1, `torch.BoolTensor` of shape `[B, S-1]`: row r predicts x_{r+2}."""
+        labels = inputs["labels"]
+        trained = torch.zeros_like(labels[:, 1:], dtype=torch.bool)
+        trained[:, :-1] = labels[:, 2:] != IGNORED_LABEL
+        return trained
 
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)

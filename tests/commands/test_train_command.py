@@ -150,3 +150,24 @@ def test_a_training_that_goes_on_keeps_the_records_of_its_stages(folder, monkeyp
     replaced = ["--output_dir", "two", "--max_steps", "1", "--overwrite_output_dir", "true"]
     assert main([*common, *first[:2], *replaced]) == 0  # a new one, of one stage
     assert [path.name for path in (folder / "two" / "training").glob("training*.json")] == ["training.json"]
+
+
+def test_a_low_rank_head_is_added_and_trained(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    rows = [{"id": str(i), "prompt_ids": [5, 6, 7], "response_ids": [9, 8, 7, 6 + i]} for i in range(3)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["train", "--target", "target", "--dtype", "float32", "--data", "rows.jsonl", "--eval-rows", "0"]
+    common += ["--max-steps", "1", "--report-to", "none", "--save-strategy", "no", "--output", "out"]
+    stage = ["--stage", "low_rank", "--drafter", "drafter"]
+    for words, message in (
+        (["--low-rank-size", "6", "--drafter", "drafter"], "--low_rank_size 6 adds a low-rank head: train it with"),
+        ([*stage, "--low-rank-candidates", "9"], "--low_rank_candidates 9 requires --low_rank_size"),
+        (["--stage", "low_rank", "--low-rank-size", "6"], "a trained drafter: name it with --drafter"),
+        (stage, "this one has none: call drafter.add_low_rank_head(target, rank) (--low-rank-size) first"),
+    ):
+        assert main([*common, *words]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*common, *stage, "--low-rank-size", "6", "--low-rank-candidates", "9"]) == 0
+    saved = json.loads((folder / "out" / "config.json").read_text())
+    assert (saved["low_rank_size"], saved["low_rank_candidates"]) == (6, 9)
+    assert json.loads((folder / "out" / "training" / "training.json").read_text())["stage"] == "low_rank"

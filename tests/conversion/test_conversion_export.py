@@ -115,11 +115,12 @@ def test_shortlist_and_router(target, tmp_path):
     assert f"--speculative-token-map {map_file}" in export.command
     assert_same_drafter(CoralDraftModel.from_eagle(tmp_path / "sglang", target), drafter)
     drafter.add_router(8)
+    drafter.add_low_rank_head(target, 6)
     for engine in ("vllm", "eagle"):
         notes = export_drafter(drafter, engine, tmp_path / engine).notes
-        assert any("router" in line for line in notes) and any("shortlist" in line for line in notes)
+        assert all(any(part in line for line in notes) for part in ("router", "shortlist", "low-rank head"))
         again = CoralDraftModel.from_eagle(tmp_path / engine, target)
-        assert_same_drafter(again, drafter, leave_out=("router", "shortlist"))
+        assert_same_drafter(again, drafter, leave_out=("router", "shortlist", "low_rank"))
 
 
 def test_serve_commands(target, tmp_path):

@@ -183,9 +183,11 @@ def test_what_is_left_out_is_said(target, target_file, tmp_path):
     drafter = make(target, draft_top_k=2, draft_total_tokens=6)
     drafter.add_shortlist(torch.arange(128), 20)
     drafter.add_router(8)
+    drafter.add_low_rank_head(target, 6)
     notes = export_gguf(drafter, tmp_path / "out", target_file).notes
     assert [line.split(";")[0] for line in notes] == [
         "Left out: the LM-head router",
+        "Left out: the low-rank head",
         "Left out: the shortlist of 20 ids",
         "llama.cpp drafts a chain of 3, not a tree (draft_top_k=2).",
     ]

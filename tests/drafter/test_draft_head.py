@@ -233,16 +233,17 @@ def test_group_mass():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "granite"])
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("head", ["router", "shortlist", "both", "clustered"])
+@pytest.mark.parametrize("head", ["router", "shortlist", "both", "clustered", "low_rank", "context"])
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_generation_stays_lossless(family, settings, head, do_sample, prompt, monkeypatch):
     target = make_target(family)
     drafter = make_drafter(target)
     drafter.add_router(8, 2, grouping="clustered" if head == "clustered" else "consecutive")
+    drafter.add_low_rank_head(target, 6, 20)
     if head == "clustered":
         drafter.router.token_order.copy_(torch.randperm(128))
         head = "router"
-    if head == "shortlist":  # without groups there are none per row
+    if head in ("shortlist", "low_rank", "context"):  # without groups there are none per row
         settings = {name: value for name, value in settings.items() if name != "draft_groups_per_row"}
     kwargs = {"max_new_tokens": 20, "do_sample": do_sample}
     torch.manual_seed(5)

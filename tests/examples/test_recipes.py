@@ -13,6 +13,7 @@ from coral_hf import CoralDraftConfig, CoralDraftModel
 from coral_hf.cli import COMMANDS
 from coral_hf.commands.parsing.parser import underscores
 from coral_hf.training.arguments import CoralTrainingArguments
+from coral_hf.training.router_trainer import _group_logits
 
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -25,9 +26,9 @@ def test_shapes_on_the_meta_device(name, shape):
     with torch.device("meta"):
         drafter = CoralDraftModel(config)
         size = config.hidden_size
-        outputs = drafter(torch.empty(2, 16, size), torch.empty(2, 16, size), num_steps=3, output_group_logits=True)
+        outputs = drafter(torch.empty(2, 16, size), torch.empty(2, 16, size), num_steps=3, scorer=_group_logits)
     assert [tuple(hidden.shape) for hidden in outputs.hidden_states] == [(2, 16, size)] * 3
-    assert [tuple(logits.shape) for logits in outputs.group_logits] == [(2, 16, 64)] * 3
+    assert [tuple(logits.shape) for logits in outputs.scores] == [(2, 16, 64)] * 3
     assert config.rope_parameters["rope_theta"] == TARGETS[name].rope_parameters["rope_theta"]
     if shape == "eagle":
         parameters = {key: p.numel() for key, p in drafter.named_parameters() if not key.startswith("router.")}

@@ -21,6 +21,7 @@ HEADS = {
     "narrow_router": {"router_groups": 64, "router_active_groups": 1},
     "both": {"router_groups": 26, "router_active_groups": 3, "shortlist_size": 10},
     "narrow_both": {"router_groups": 43, "router_active_groups": 1, "shortlist_size": 2},
+    "low_rank": {"low_rank_size": 6, "low_rank_candidates": 12},
 }
 
 
@@ -116,6 +117,8 @@ def draw(seed: int, index: int) -> Case:
         draft["draft_groups_per_row"] = maybe(0.5)
         if "router" in head and maybe(0.4):
             draft["draft_scoring"] = "router"
+    if "shortlist" in head and maybe(0.3):
+        draft["draft_head"] = "context"
     if "both" in head and maybe(0.3):
         draft["draft_head"] = rng.choice(["router", "both"])
     # Transformers' own loop: chains, and what it calls a processor for is not one token after the other

@@ -204,6 +204,7 @@ REFUSALS = {
     "lookup": ({"draft_lookup": 1}, {}, "draft_lookup=1 must be True or False"),
     "compiled lookup": ({"draft_compile": True, "draft_lookup": True}, {}, "Set one of them to False"),
     "stock lookup": ({"draft_stock_loop": True, "draft_lookup": True}, {}, "Set one of them to False"),
+    "compiled list": ({"draft_compile": True, "draft_head": "context"}, {}, "or choose another draft_head"),
     "stock tree": ({"draft_stock_loop": True, "draft_top_k": 2}, {}, "draft_top_k=1"),
     "stock stop strings": (STOCK, {"stop_strings": ["ab"]}, "stop_strings|tokenizer"),
     "static cache, stock": (STOCK, {"cache_implementation": "static"}, "[Ss]tatic"),
@@ -215,6 +216,7 @@ REFUSALS = {
         "output_attentions",
     ),
     "no router": ({"draft_head": "router"}, {}, "no router"),
+    "no low-rank head": ({"draft_head": "low_rank"}, {}, "has no low-rank head; add one with"),
     "no router, cost-aware": ({"draft_head": "router", "draft_cost_aware": True}, {}, "no router"),
 }
 

@@ -108,7 +108,15 @@ def assert_same_drafter(found, expected, leave_out=()):
     for name, tensor in found.state_dict().items():
         assert tensor.dtype == state[name].dtype and torch.equal(tensor, state[name]), name
     ignored = {"architectures", "shortlist_size", "router_groups", "router_active_groups", "router_hidden_size"}
-    ignored |= {"router_grouping", "_name_or_path", "transformers_version", "dtype", "auto_map"}
+    ignored |= {
+        "low_rank_size",
+        "low_rank_candidates",
+        "router_grouping",
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "auto_map",
+    }
     settings = {key: value for key, value in expected.config.to_dict().items() if key not in ignored}
     assert {key: value for key, value in found.config.to_dict().items() if key not in ignored} == settings
 

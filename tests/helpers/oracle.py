@@ -19,7 +19,7 @@ def row_of(ids: torch.Tensor, continuations: torch.Tensor) -> int | None:
 def oracle(continuation: torch.Tensor, probability: float = 0.7, seed: int = 0):
     """While active, draft logits put `continuation`'s true token first with `probability`, random decoys otherwise.
 
-    A shortlist, a router or a head of the drafter's own still choose which tokens can be drafted at all.
+    Every head but the full one still chooses which tokens can be drafted at all.
 
     Args:
         continuation (`torch.LongTensor` of shape `[B, L]`): the whole sequences that plain decoding produces; a row that is
@@ -47,7 +47,7 @@ def oracle(continuation: torch.Tensor, probability: float = 0.7, seed: int = 0):
 
     def logits(self, hidden, weights):
         # One call per level: level d drafts the token at index `next + d`.
-        if self.router is None and self._listed is None:
+        if self.router is None and self._listed is None and self.low_rank is None:
             groups, ids = None, torch.arange(self.adapter.vocab_size)
             result = torch.randn(*hidden.shape[:2], ids.numel(), generator=generator)
         else:

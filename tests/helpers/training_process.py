@@ -41,6 +41,7 @@ def main() -> None:
     torch.set_num_threads(1)
     from helpers.tiny_trainings import make_args, quick_drafter, random_rows, weights
 
+    from coral_hf.training.low_rank_trainer import CoralLowRankTrainer
     from coral_hf.training.run import checkpoints
     from coral_hf.training.trainer import CoralTrainer
 
@@ -66,7 +67,10 @@ def main() -> None:
     drafter = quick_drafter(target, seed=options.get("seed", 1))
     if options.get("router_groups"):
         drafter.add_router(options["router_groups"])
-    trainer = CoralTrainer(
+    if options.get("low_rank_size"):
+        drafter.add_low_rank_head(target, options["low_rank_size"])
+    trainer_class = CoralLowRankTrainer if options["settings"].get("stage") == "low_rank" else CoralTrainer
+    trainer = trainer_class(
         model=drafter,
         target_model=target,
         args=make_args(output, **options["settings"]),

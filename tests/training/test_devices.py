@@ -15,6 +15,7 @@ from helpers.tiny_trainings import assert_same_weights, make_args, make_trainer,
 
 from coral_hf import CoralDraftModel, TargetAdapter
 from coral_hf.data.dataset import ConversationDataset
+from coral_hf.training.low_rank_trainer import CoralLowRankTrainer
 from coral_hf.training.run.placement import decoder_layers, place_target, plain_sharding
 from coral_hf.utils.compat import checkpointing_argument, enable_checkpointing
 
@@ -128,6 +129,24 @@ def test_a_routed_drafter_is_trained_on_by_several_processes(tmp_path):
     options = {"output": str(tmp_path), "settings": {**SETTINGS, checkpointing_argument(): True}, "router_groups": 8}
     launch("ddp", PROGRAM, json.dumps(options), port=29650)
     assert CoralDraftModel.from_pretrained(tmp_path).router.num_groups == 8
+
+
+@pytest.mark.parametrize("kind", list(LAUNCH))
+def test_a_low_rank_head_is_trained_by_several_processes(kind, tmp_path):
+    """Its gradients are computed within the forward, where it is whole, and reach all processes."""
+    settings = {**SETTINGS, "preset": "recipe", "stage": "low_rank", "learning_rate": 5.0}
+    options = {"output": str(tmp_path / "two"), "settings": settings, "dtype": "float64", "low_rank_size": 6}
+    launch(kind, PROGRAM, json.dumps(options), port=29670 + list(LAUNCH).index(kind))
+    target = make_target(dtype=torch.float64)
+    drafter = quick_drafter(target)
+    drafter.add_low_rank_head(target, 6)
+    before = weights(drafter)
+    arguments = make_args(tmp_path / "one", **{**settings, "per_device_train_batch_size": 4})
+    CoralLowRankTrainer(drafter, target, arguments, random_rows(16)).train()
+    two = weights(CoralDraftModel.from_pretrained(tmp_path / "two", dtype=torch.float64))
+    assert_same_weights(weights(drafter), two, rtol=0, atol=1e-7)
+    changed = {name for name, tensor in two.items() if not torch.equal(tensor, before[name])}
+    assert changed == {"low_rank.down_proj.weight", "low_rank.up_proj.weight"}
 
 
 def test_a_sharded_adapted_drafter_is_saved_merged(tmp_path):

@@ -30,6 +30,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "shortlist_size",
         "router_groups",
         "router_grouping",
+        "low_rank_size",
+        "low_rank_candidates",
         "config_overrides",
         "draft_depth",
         "draft_top_k",

@@ -102,8 +102,8 @@ def graph_plan(
         return None  # what a static cache cannot do is refused where caches are checked
     if static:
         model_kwargs.update(cache_kwarg(empty))
-    if not (settings.draft_compile or by_itself) or settings.draft_lookup:
-        return None  # graphs of fixed shapes have no place for nodes that are looked up
+    if not (settings.draft_compile or by_itself) or settings.draft_lookup or settings.draft_head == "context":
+        return None  # graphs of fixed shapes have no place for nodes that are looked up, or for a list that grows
     options = _options(target, generation_config, settings.draft_compile)
     most = padded_count(settings.draft_total_tokens)
     tokens = max(longest, generation_config.max_cache_len or 0)

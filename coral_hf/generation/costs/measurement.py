@@ -20,7 +20,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm  # as its own bars: silent where they are
 
-from ...drafter.configuration_coral import FC_NORMS
+from ...drafter.configuration_coral import FC_NORMS, LOW_RANK_SETTINGS
 from ...drafter.few_rows import few_row_linears
 from ...drafter.modeling_coral import CoralDraftModel
 from ...drafter.target_adapter import active_adapters
@@ -154,6 +154,7 @@ def costs_key(target: PreTrainedModel, drafter: CoralDraftModel, settings: Draft
             **{name: getattr(drafter.config, name, None) for name in (*sizes, *attention, *heads)},
             # named where they are, so that what was measured for other drafters is found again
             **{name: True for name in FC_NORMS if getattr(drafter.config, name, False)},
+            **{name: size for name in LOW_RANK_SETTINGS if (size := getattr(drafter.config, name, None))},
         },
         "settings": {
             "levels": _levels(settings),

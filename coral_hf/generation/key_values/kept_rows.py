@@ -8,7 +8,7 @@ import torch
 from transformers import Cache
 
 from ...drafter.draft_layer import DraftKeyValues
-from ...drafter.grouped_logits import tensor_state
+from ...drafter.head_rows import tensor_state
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The evaluation loop that drafter and router share."""
+"""The evaluation loop that the trainers of drafters and of parts of their heads share."""
 
 import copy
 import time
@@ -47,7 +47,7 @@ class EvaluationMixin(Trainer):
 
         Returns:
             `dict`: of a drafter, `{prefix}_loss` (cross-entropy of step 1 with the exact head), `{prefix}_acceptance_k`
-            (conditional, per depth) and `{prefix}_acceptance_length` (tau, pooled, bonus token included); of a router,
+            (conditional, per depth) and `{prefix}_acceptance_length` (tau, pooled, bonus token included); of a part of the head,
             loss, recall and uncovered mass, pooled over the rows of all steps. `{prefix}_runtime` and so on as of `Trainer`.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset

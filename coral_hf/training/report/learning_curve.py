@@ -63,7 +63,7 @@ def draw_learning_curve(log_history: list[dict[str, Any]], path: str | Path) -> 
     panels |= {
         "conditional acceptance": series(log_history, "acceptance_", also="eval_acceptance_"),
         "acceptance length (simulated)": named(log_history, "acceptance_length", "eval_acceptance_length"),
-        "router recall": series(log_history, "recall_", also="eval_recall_"),
+        "draft head recall": series(log_history, "recall_", also="eval_recall_"),
     }
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:

@@ -27,7 +27,7 @@ def add_adapters(drafter: CoralDraftModel, peft_config: Any, adapter: TargetAdap
 
     Args:
         drafter ([`CoralDraftModel`]): trained for another checkpoint of this target.
-        peft_config (`PeftConfig`): without `target_modules`, all linear layers but the router's are adapted.
+        peft_config (`PeftConfig`): without `target_modules`, all linear layers but those of router and low-rank head are adapted.
         adapter ([`TargetAdapter`]): the target to adapt to.
 
     Returns:
@@ -52,9 +52,9 @@ def add_adapters(drafter: CoralDraftModel, peft_config: Any, adapter: TargetAdap
 
 
 def adaptable_modules(drafter: CoralDraftModel) -> list[str]:
-    """Names of a drafter's linear layers, without the router's, which has a training of its own."""
+    """Names of a drafter's linear layers, without those of router and low-rank head, which have trainings of their own."""
     linear = [name for name, module in drafter.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linear if not name.startswith(("router", "draft_head"))]
+    return [name for name in linear if not name.startswith(("router", "low_rank", "draft_head"))]
 
 
 def rebuild(model: Any, state_dict: dict[str, Any]) -> Any:

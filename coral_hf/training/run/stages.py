@@ -11,6 +11,9 @@ from .adapters import is_peft
 
 logger = logging.getLogger(__name__)
 
+# parts of a draft head that a stage of its own trains: what they are called, and by which trainer
+_HEADS = {"router": ("router", "CoralRouterTrainer"), "low_rank": ("low-rank head", "CoralLowRankTrainer")}
+
 
 def train_in_float32(drafter: nn.Module, say: bool = True) -> None:
     """Casts a drafter in float16 or bfloat16 to float32, in place: half a dtype's digits lose most of AdamW's small steps.
@@ -31,31 +34,34 @@ def train_in_float32(drafter: nn.Module, say: bool = True) -> None:
 
 
 def train_stage(drafter: Any, stage: str, say: bool = True) -> None:
-    """Freezes what a stage leaves as it is: the drafter beside its router, or the router that no loss of the drafter's
+    """Freezes what a stage leaves as it is: the drafter beside a part of its head, or the parts that no loss of the drafter's
     reaches.
 
-    A drafter that the router's training froze whole is trained again; what was frozen in part stays so.
+    A drafter that the training of a part froze whole is trained again; what was frozen in part stays so.
 
     Args:
         drafter ([`CoralDraftModel`]): perhaps with adapters.
-        stage (`str`): `"drafter"` or `"router"`.
-        say (`bool`): log that a router will no longer fit its drafter.
+        stage (`str`): `"drafter"`, `"router"` or `"low_rank"`.
+        say (`bool`): log that a part of the head will no longer fit its drafter.
     """
-    router = list(drafter.router.parameters()) if drafter.router is not None else []
-    if stage == "router":
+    parts = {name: getattr(drafter, name) for name in _HEADS}
+    heads = {name: list(part.parameters()) for name, part in parts.items() if part is not None}
+    if stage in parts:
         drafter.requires_grad_(False)
     else:
-        ids = {id(parameter) for parameter in router}
+        ids = {id(parameter) for parameters in heads.values() for parameter in parameters}
         rest = [parameter for parameter in drafter.parameters() if id(parameter) not in ids]
         if not is_peft(drafter) and not any(parameter.requires_grad for parameter in rest):
             drafter.requires_grad_(True)
-        if router and say:
+        for name in heads if say else ():
+            part, trainer = _HEADS[name]
             logger.warning(
-                "The drafter's router was trained on outputs that this training changes: train it again afterwards "
-                "(CoralRouterTrainer, --stage router)."
+                "The drafter's %s was trained on outputs that this training changes: train it again afterwards (%s, --stage %s).",
+                *(part, trainer, name),
             )
-    for parameter in router:
-        parameter.requires_grad_(stage == "router")
+    for name, parameters in heads.items():
+        for parameter in parameters:
+            parameter.requires_grad_(stage == name)
 
 
 __all__ = ["train_in_float32", "train_stage"]

@@ -81,9 +81,10 @@ def test_of_several_features(target, untraced, monkeypatch):
 
 
 @pytest.mark.parametrize("tree", ["chain", "tree16"])
-@pytest.mark.parametrize("head", ["router", "shortlist", "both", "rows", "own"])
+@pytest.mark.parametrize("head", ["router", "shortlist", "both", "rows", "own", "low_rank"])
 def test_of_cheap_heads(target, tree, head, untraced, monkeypatch):
-    drafter = make_drafter(target, **({"draft_vocab_size": 60} if head == "own" else {}))
+    settings = {"own": {"draft_vocab_size": 60}, "low_rank": {"low_rank_size": 6}}
+    drafter = make_drafter(target, **settings.get(head, {}))
     if head in ("router", "both", "rows"):
         drafter.add_router(8, 3).double()
     if head in ("shortlist", "both"):

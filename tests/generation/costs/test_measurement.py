@@ -102,6 +102,17 @@ def test_the_key_tells_machines_apart(pair, monkeypatch):
     assert len({json.dumps(key) for key in keys}) == 4
 
 
+def test_the_key_tells_low_rank_heads_apart(pair):
+    """And stays what it was for drafters without one, whose times were kept before there were any."""
+    target, plain = pair
+    keys = [costs_key(target, plain, SETTINGS)]
+    assert not any("low_rank" in name for name in keys[0]["drafter"])
+    for rank, candidates in ((4, 9), (4, 12), (8, 12)):
+        drafter = make_drafter(target, low_rank_size=rank, low_rank_candidates=candidates)
+        keys.append(costs_key(target, drafter, SETTINGS))
+    assert len({json.dumps(key) for key in keys}) == 4
+
+
 def test_a_shallow_draft_leaves_no_free_levels(pair, counted, monkeypatch):
     """A call of depth 1 times no further level: what it keeps would make those of a deeper call cost nothing."""
     shallow, deep, deeper = (DraftSettings(depth, 4, draft_total_tokens=5) for depth in (1, 4, 9))

@@ -1,4 +1,4 @@
-"""A target's LM head by groups of rows: the logits of the groups that a router chose, and the head in a router's order."""
+"""A target's LM head by its rows: groups that a router chooses, ids that a text contains, and copies of rows that are kept."""
 
 import weakref
 from collections.abc import Callable
@@ -6,8 +6,10 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from .configuration_coral import group_count, group_size
 from .few_rows import few_row_linear
 
 
@@ -15,6 +17,121 @@ T = TypeVar("T")
 
 # Per router or list of ids, per head of a target, both held weakly: the state of the tensors that a copy was made of, and it.
 _copies: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+FEWEST_ROWS = 256  # that a list of a text's ids makes room for at a time
+
+
+class LMHeadRouter(nn.Module):
+    """Which groups of token ids are worth computing (CORAL section 3.2).
+
+    Group g contains the ids at places `g * group_size` on of the router's order: the ids themselves (a group is then a view
+    of the target's own weight), or, clustered, the permutation `token_order`, for which drafting keeps one copy of the
+    head in that order. It is trained after the drafter towards the target's probability mass per group.
+
+    Args:
+        hidden_size (`int`): H, width of the drafter's output.
+        vocab_size (`int`): V; the last group is shorter where V does not divide evenly.
+        num_groups (`int`): G, lowered to the number of groups that hold an id (see `group_count`).
+        router_hidden_size (`int`): width of the MLP.
+        clustered (`bool`): has a `token_order`, see `training.token_clusters`.
+    """
+
+    token_order: torch.Tensor | None
+
+    def __init__(
+        self, hidden_size: int, vocab_size: int, num_groups: int, router_hidden_size: int, clustered: bool = False
+    ):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.num_groups = group_count(vocab_size, num_groups)
+        self.group_size = group_size(vocab_size, num_groups)
+        self.up_proj = nn.Linear(hidden_size, router_hidden_size, bias=True)
+        self.down_proj = nn.Linear(router_hidden_size, self.num_groups, bias=True)
+        self.register_buffer("token_order", torch.arange(vocab_size, dtype=torch.int32) if clustered else None)
+
+    @classmethod
+    def from_config(cls, config: Any) -> "LMHeadRouter":
+        """The untrained router that a [`CoralDraftConfig`] describes."""
+        sizes = config.hidden_size, config.vocab_size, config.router_groups, config.router_hidden_size
+        return cls(*sizes, clustered=config.router_grouping == "clustered")
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Drafter outputs `[..., H]` -> group logits `[..., G]`."""
+        return self.down_proj(F.silu(self.up_proj(hidden.to(self.up_proj.weight.dtype))))
+
+    def in_order(self, values: torch.Tensor) -> torch.Tensor:
+        """Values per id `[..., V]` -> values per place of a group `[..., G, group_size]`, 0 past the vocabulary."""
+        if self.token_order is not None:
+            values = values[..., self.token_order.long()]
+        padding = self.num_groups * self.group_size - self.vocab_size
+        return F.pad(values, (0, padding)).unflatten(-1, (self.num_groups, self.group_size))
+
+    def group_mass(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Token probabilities `[..., V]` -> probability mass per group `[..., G]`."""
+        return self.in_order(probabilities).sum(-1)
+
+    def groups_of(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The group of each id, in the shape of `token_ids`."""
+        if self.token_order is None:
+            return token_ids // self.group_size
+        return self.token_order.long().argsort()[token_ids] // self.group_size
+
+
+class ContextList:
+    """The head's rows of the ids that a call's texts contain, in addition to those of a list.
+
+    Text repeats its own words, so that its ids are likely to come again (MicroSpec, arXiv 2605.26444). Nothing is trained.
+
+    Args:
+        adapter ([`TargetAdapter`])
+        token_ids (`torch.LongTensor` of shape `[A]`): the list, on the device of the head.
+
+    Attributes:
+        token_ids (`torch.LongTensor` of shape `[A + n]`): the list, then the n ids of the texts that are not in it.
+    """
+
+    def __init__(self, adapter: Any, token_ids: torch.Tensor):
+        self.token_ids = token_ids
+        self._adapter, self._known = adapter, set(token_ids.tolist())
+        self._weight: torch.Tensor | None = None  # rows `[n, H]`, and room for more
+        self._bias: torch.Tensor | None = None
+        self._count = 0
+
+    def add(self, token_ids: torch.Tensor) -> None:
+        """Adds ids of any shape; waits for their device."""
+        new = [
+            token
+            for token in dict.fromkeys(token_ids.flatten().tolist())
+            if token not in self._known and 0 <= token < self._adapter.vocab_size
+        ]
+        if not new:
+            return
+        self._known.update(new)
+        ids = torch.tensor(new, device=self.token_ids.device)
+        self.token_ids = torch.cat([self.token_ids, ids])
+        weight, bias = self._adapter.head_rows(ids)
+        self._weight = _appended(self._weight, weight, self._count)
+        self._bias = None if bias is None else _appended(self._bias, bias, self._count)
+        self._count += len(new)
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor | None:
+        """Untransformed logits `[..., n]` of features `[..., H]` in the head's dtype and on its device; None if n is 0."""
+        if self._weight is None:
+            return None
+        bias = None if self._bias is None else self._bias[: self._count]
+        return few_row_linear(features, self._weight[: self._count], bias)
+
+
+def _appended(rows: torch.Tensor | None, new: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` of the rows and the new ones after them; a larger copy where they do not fit."""
+    end = count + len(new)
+    if rows is None or end > len(rows):
+        grown = new.new_empty(max(FEWEST_ROWS, 2 * end), *new.shape[1:])
+        if rows is not None:
+            grown[:count] = rows[:count]
+        rows = grown
+    rows[count:end] = new
+    return rows
 
 
 def ordered_head(adapter: Any, router: Any) -> Any:
@@ -150,4 +267,12 @@ def gathered_logits(adapter: Any, hidden: torch.Tensor, groups: torch.Tensor, si
     return adapter.transform_logits(logits).masked_fill(ids >= adapter.vocab_size, float("-inf"))
 
 
-__all__ = ["gathered_logits", "grouped_logits", "kept_copy", "ordered_head"]
+__all__ = [
+    "ContextList",
+    "LMHeadRouter",
+    "gathered_logits",
+    "grouped_logits",
+    "kept_copy",
+    "ordered_head",
+    "tensor_state",
+]
