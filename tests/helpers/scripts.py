@@ -17,6 +17,7 @@ def run(monkeypatch, name: str, *arguments: str) -> None:
     """Runs a script of `examples/` or `benchmarks/`."""
     script = next(folder / name for folder in (EXAMPLES, BENCHMARKS) if (folder / name).exists())
     monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.syspath_prepend(script.parent)  # as Python itself does: scripts may import what is beside them
     runpy.run_path(str(script), run_name="__main__")
 
 
