@@ -1,9 +1,10 @@
-"""The table of supported models lists every family that the script tries, and says what the script finds."""
+"""The table of supported models lists every family that the script tries, and contains what the script finds."""
 
 import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from transformers import CONFIG_MAPPING
 
 
@@ -12,38 +13,47 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import family_matrix
 
 
-def rows() -> dict[str, list[str]]:
-    """Rows of the committed table, by family."""
-    lines = family_matrix.PAGE.read_text(encoding="utf-8").splitlines()
-    table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| `")]
-    return {row[0].strip("`"): row for row in table}
+RECORD = family_matrix.read_record()
+NEWEST = RECORD[family_matrix.newest(RECORD)]
+# the results of this Transformers version, or of the newest one on file
+RESULTS = RECORD.get(transformers.__version__, NEWEST)
 
 
-def test_every_family_is_in_the_table():
-    table = rows()
-    assert list(table) == list(family_matrix.ALL) and len(table) >= 60
-    assert all(any(kind in row[1] for row in table.values()) for kind in ("MoE", "MLA", "sliding", "recurrent"))
-    for name, row in table.items():
-        assert len(row) == 5 and row[1] == (family_matrix.ALL[name].what or "-"), row
-        assert {row[2], row[3]} <= {"yes", "no"} and (row[4] == "-") == (row[2] == row[3] == "yes"), row
-        assert (row[2], row[3]) != ("yes", "no"), "a chain is a tree of width one"
+def test_every_family_is_in_the_record():
+    assert list(NEWEST) == list(family_matrix.ALL) and len(NEWEST) >= 60
+    special = {family.what for family in family_matrix.ALL.values()}
+    assert all(any(kind in what for what in special) for kind in ("MoE", "MLA", "sliding", "recurrent"))
+    for name, found in NEWEST.items():
+        assert tuple(found) == family_matrix.COLUMNS, name
+        assert found["sliding window"] in ("no", "some layers", "all layers"), name
+        for kind in family_matrix.COLUMNS[1:]:
+            assert found[kind] == "yes" or (found[kind].startswith("no: ") and len(found[kind]) > 20), (name, kind)
+        assert (found["tree"], found["chain"][:2]) != ("yes", "no"), "a chain is a tree of width one"
+        assert found["batch"] != "yes" or found["chain"] == "yes", "the store supports more than single sequences do"
 
 
 def test_the_page_is_what_the_script_writes():
-    assert (
-        family_matrix.page(list(rows().values())).splitlines()[9:]
-        == (family_matrix.PAGE.read_text(encoding="utf-8").splitlines()[9:])
-    )
+    assert family_matrix.PAGE.read_text(encoding="utf-8") == family_matrix.page(RECORD), "run scripts/family_matrix.py"
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "mpt", "mamba"])
-def test_some_families_are_as_the_table_says(name):
-    assert family_matrix.cells(name, family_matrix.tried(name)) == rows()[name]
+def test_versions_are_listed_with_what_differs():
+    found = dict.fromkeys(family_matrix.COLUMNS, "yes") | {"sliding window": "no"}
+    old = found | {"tree": "no: no positions", "batch": "no: no positions"}
+    record = {"5.17.0": {"llama": old}, "5.9.1": {"llama": found}, "5.24.0": {"llama": found, "mpt": found}}
+    assert family_matrix.newest(record) == "5.24.0"
+    assert family_matrix.cells("llama", record)[-2] == "5.9.1, 5.24.0; 5.17.0: tree no, batch no"
+    assert family_matrix.cells("mpt", record)[-2] == "5.24.0"
+    assert family_matrix.counts(record) == {"families": 2, "tree": 2, "chain": 2, "batch": 2, "static store": 2}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "deepseek_v3", "mpt", "mamba"])
+def test_some_families_are_as_the_record_says(name):
+    assert family_matrix.tried(name) == RESULTS[name]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(family_matrix.ALL))
-def test_all_families_are_as_the_table_says(name):
+def test_all_families_are_as_the_record_says(name):
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this Transformers has no {name}")
-    assert family_matrix.cells(name, family_matrix.tried(name)) == rows()[name]
+    assert family_matrix.tried(name) == RESULTS[name]
