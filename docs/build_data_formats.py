@@ -22,7 +22,7 @@ def used_for(known: Format) -> str:
 
 
 def main(path: Path) -> None:
-    """Replaces what stands between the two marks of a page."""
+    """Replaces the text between the two marks of a page."""
     before, _, after = path.read_text(encoding="utf-8").split(MARK)
     rows = [[known.name, f"`{known.example}`", used_for(known)] for known in FORMATS]
     text = f"{table(['format', 'example line', 'for'], rows)}\n\nNames for `--columns`: {', '.join(f'`{c}`' for c in COLUMNS)}."

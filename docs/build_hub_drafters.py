@@ -39,7 +39,7 @@ drafter = CoralDraftModel.from_eagle("yuhuili/EAGLE-LLaMA3-Instruct-8B", target)
 uses EAGLE-1's weights.
 
 A licence is named where the repository's own page or metadata names it. "-" means that the pages read did not name one:
-look at the repository before you use the weights. The target has a licence of its own.
+look at the repository before you use the weights. The target has its own licence.
 
 ## Loaded from the published config
 
@@ -55,8 +55,8 @@ number of parameters equals the one in EAGLE's README.
 
 ## Named by their authors
 
-The config of these was not available when this page was made. They claim one of the layouts above, and `from_eagle` lists
-whatever differs.
+The configs of these were not available when this page was written. They claim one of the layouts above, and `from_eagle` lists
+any differences.
 
 {table(["drafter", "target", "licence", "named in"], named)}
 """

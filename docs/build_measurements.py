@@ -1,4 +1,4 @@
-"""Writes docs/measurements.md from the JSON records in the repository: no figure of it is typed.
+"""Writes docs/measurements.md from the JSON records in the repository. No figure is typed.
 
 python docs/build_measurements.py
 """
@@ -100,7 +100,7 @@ def predictions_7b() -> str:
 
 - weights in bf16 are read at 80 % of an A6000's 768 GB/s or an H100's 3,350 GB/s
 - T(n) is constant up to 64 nodes
-- 80 % of the tokens are accepted at each of six levels
+- drafts have six levels, and 80 % of the tokens are accepted at each
 - the router computes a sixteenth of the head
 
 The predicted speedups are {listed(gains)}. They are the same on both GPUs, because the bandwidth cancels out. Plain steps take
@@ -301,7 +301,7 @@ def page() -> str:
     head = """# Measurements
 
 `python docs/build_measurements.py` writes this page from the records it names, and a test compares both. Speeds are ratios
-measured side by side in one process. Tau is the number of tokens per forward pass of the target, the bonus token included."""
+measured side by side in one process. Tau is the number of tokens per forward pass of the target, including the bonus token."""
     return "\n\n".join([head, *(section() for section in sections)]) + "\n"
 
 

@@ -25,7 +25,7 @@ CHARACTER, LINE, COLUMN, PAUSE = 7.23, 19, 420, 2.5
 
 
 def record_answer() -> None:
-    """Generates the answer in float32, where both ways give the same tokens, and notes which forward gave which token."""
+    """Generates the answer in float32, where both ways give the same tokens, and records the forward pass of each token."""
     import torch
     from transformers.generation.streamers import BaseStreamer
 
@@ -34,7 +34,7 @@ def record_answer() -> None:
     from coral_hf.evaluation.environment import describe_environment
 
     class Forwards(BaseStreamer):
-        """The forward that each token came from; 0 is the prompt's."""
+        """The forward pass of each token; 0 is the prefill."""
 
         def __init__(self, drafter: Any = None):
             self.drafter, self.prompt, self.forwards = drafter, True, []
@@ -55,10 +55,10 @@ def record_answer() -> None:
     plain, coral = Forwards(), Forwards(drafter)
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     expected = target.generate(ids, streamer=plain, **settings)
-    # sizes that no clock decides: the same answer comes in the same forwards everywhere
+    # fixed sizes, so that the answer takes the same forward passes on every machine
     found = coral_generate(target, drafter, input_ids=ids, draft_cost_aware=False, streamer=coral, **settings)
     if not torch.equal(expected, found):
-        raise ValueError("The two outputs differ: this is no answer to show.")
+        raise ValueError("The two outputs differ, so this answer cannot be shown.")
     record = {
         "prompt": PROMPT,
         "tokens": [tokenizer.decode([token]) for token in found[0, ids.shape[1] :].tolist()],
@@ -100,7 +100,7 @@ def demo_picture() -> str:
 def _tokens(
     tokens: list[str], forwards: list[int], left: float, top: float, seconds: float, total: float
 ) -> tuple[list[str], float]:
-    """Tokens on lines, one group a forward; the last token of a forward is the target's own."""
+    """Tokens in lines, one group per forward pass. The last token of a group is the target's own."""
     columns = int(COLUMN / CHARACTER) - 2
     groups: dict[int, list[str]] = {}
     column, line = 0, 0
@@ -132,7 +132,7 @@ def _tokens(
 
 
 def tree_picture() -> str:
-    """The running example: text, guesses, what is verified and what is accepted."""
+    """The running example: text, guesses, verified nodes and accepted nodes."""
     chances, kept = path_chances(), kept_nodes()
     accepted, node = [], TEXT[-1]
     while node in CHOICES and CHOICES[node] in chances:

@@ -47,7 +47,7 @@ def page() -> str:
 
 `docs/build_recipe.py` writes this page from `{RECORD}`.
 
-`paper_target.sh meta-llama/Meta-Llama-3-8B-Instruct` runs the commands. Two commands say what they will cost:
+`paper_target.sh meta-llama/Meta-Llama-3-8B-Instruct` runs the commands. Two commands estimate their costs:
 
 ```bash
 # on paper, without the target's weights
@@ -69,9 +69,9 @@ Settings that a training on an accelerator chooses for this target and this data
 
 The drafter has the shape `{record["drafter"]["shape"]}` and reads the inputs of layers {layers}.
 
-Regeneration of the responses comes on top: `coral-hf regenerate` prints its tokens per second and the time left. If the
-target does not fit beside the drafter, start several processes with `--shard-target true`: its decoder layers are split
-over them, and embedding and head stay whole.
+Regenerating the responses takes additional time: `coral-hf regenerate` prints its tokens per second and the time left. If the
+target and the drafter do not fit on one GPU, start several processes with `--shard-target true`. The target's decoder layers
+are then split over them; embedding and head stay whole.
 """
 
 

@@ -1,4 +1,4 @@
-"""The records that docs/build_measurements.py reads, and how it writes their figures."""
+"""Reads the records for docs/build_measurements.py, and formats their figures."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def rows_of(record: dict[str, Any], benchmark: str = "all") -> dict[str, dict[st
 
 
 def answers(row: dict[str, Any]) -> int:
-    """Answers that a row counts; the oldest records call them prompts."""
+    """The number of answers of a row. The oldest records call them prompts."""
     return row.get("n_turns", row["n_prompts"])
 
 
@@ -39,7 +39,7 @@ def listed(values: list[str]) -> str:
 
 
 def machine(record: dict[str, Any]) -> str:
-    """Where a record was made, of which commit and drafter."""
+    """The machine, commit and drafter of a record."""
     where = record["environment"]
     parts = [f"{where['device']}, {where['dtype']}, {where['threads']} threads", f"commit {where['commit']}"]
     if "drafter_sha256" in record:

@@ -1,4 +1,4 @@
-"""The sections of docs/measurements.md on what a step asks of a device, and on compiled steps."""
+"""The sections of docs/measurements.md on the operations of a step, and on compiled steps."""
 
 from typing import Any
 

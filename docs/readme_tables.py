@@ -17,7 +17,7 @@ NAMES = {
 
 
 def results() -> str:
-    """The shipped drafter beside what Transformers brings; the machine is in the head of the table."""
+    """The shipped drafter compared with Transformers' own methods. The table's head names the machine."""
     record = read(f"{OWN}/benchmark.json")
     where = record["environment"]
     by_set = {key: rows_of(record, key) for key in ("all", *SETS)}
@@ -32,7 +32,7 @@ def results() -> str:
 
 
 def help_by_size() -> str:
-    """What is measured, predicted and not known, by the size of the target."""
+    """Measured, predicted and unknown speedups, by the size of the target."""
     shipped, large = read(f"{OWN}/benchmark.json"), read(f"{RECORDS}/large_vocabulary.json")
     slow = [row["speedup"] for name, row in rows_of(large).items() if name != "plain"]
     predicted = [row for row in read(f"{RECORDS}/predictions_7b.json")["rows"] if row["head"] == "full"]
@@ -75,7 +75,7 @@ BLOCKS = {"results": results, "help": help_by_size}
 
 
 def with_tables(readme: str) -> str:
-    """README with its tables made again."""
+    """README with its tables written again."""
     for name, made in BLOCKS.items():
         start, end = f"<!-- {name}, written by docs/build_measurements.py -->\n", f"<!-- end of {name} -->"
         before, rest = readme.split(start)

@@ -13,8 +13,8 @@ GUESSES = (
     ("It", ".", 0.8),
     ("The", ".", 0.1),
 )
-KEPT = 5  # nodes of the tree, the root among them
-# What the target itself would say after each node of the kept path, and after all.
+KEPT = 5  # nodes of the tree, including the root
+# The target's own choices after each node of the accepted path.
 CHOICES = {"blue": "because", "because": "of", "of": "the", ".": "It", "It": "is"}
 
 # Rollout: the columns whose keys row 2 sees in steps 1 to 3, as (step that made the key, row).
@@ -38,14 +38,14 @@ def path_chances() -> dict[str, float]:
 
 
 def kept_nodes() -> list[str]:
-    """The likeliest nodes, in the order of their levels: the root, "because", ".", "of" and "It"."""
+    """The most likely nodes, in the order of their levels: the root, "because", ".", "of" and "It"."""
     chances = path_chances()
     best = sorted(chances, key=chances.__getitem__, reverse=True)[:KEPT]
     return [name for name in chances if name in best]
 
 
 def tokens_per_ms(machine: str, nodes: int) -> float:
-    """Expected tokens of a step that verifies the likeliest nodes, over its time."""
+    """Expected tokens of a step that verifies the most likely nodes, divided by its time."""
     chances = sorted(path_chances().values(), reverse=True)[:nodes]
     levels = 0 if nodes == 1 else 2
     return sum(chances) / (TARGET_MS[machine][nodes] + levels * LEVEL_MS)

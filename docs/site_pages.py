@@ -1,6 +1,6 @@
-"""What the site has beyond docs/*.md: pages made from the code, pages from elsewhere in the repository, their links.
+"""Pages of the site beyond docs/*.md: pages generated from the code, pages from elsewhere in the repository, and their links.
 
-mkdocs calls the `on_` functions (see mkdocs.yml). Nothing here is written into the repository.
+mkdocs calls the `on_` functions (see mkdocs.yml). Nothing is written to the repository.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from mkdocs.structure.files import File
 
 
 ROOT = Path(__file__).parent.parent
-# pages that live elsewhere in the repository
+# pages from elsewhere in the repository
 ELSEWHERE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
@@ -25,7 +25,7 @@ LINK = re.compile(r"(?<!!)\[([^\]\n]*(?:\n[^\]\n]+)?)\]\((?!https?:|#|mailto:)([
 
 
 def on_config(config: Any) -> Any:
-    """Puts pages that mkdocs.yml does not place at the end of the navigation's results."""
+    """Adds pages that mkdocs.yml does not list to the end of the navigation's results."""
     placed = str(config.nav)
     results = next(part["Results"] for part in config.nav if "Results" in part)
     results += [page.name for page in sorted((ROOT / "docs").glob("*.md")) if f"'{page.name}'" not in placed]

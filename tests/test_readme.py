@@ -39,7 +39,7 @@ SNIPPET_PAGES = (
 )
 SNIPPET_PAGES += ("docs/migrating.md", "README.md")
 COMMAND_PAGES = ("docs/training.md", "docs/draft_heads.md", "docs/measuring.md", "docs/publishing.md")
-# modules whose __all__ is promised, and single names of modules that hold more
+# modules whose whole __all__ is promised, and single names of other modules
 PUBLIC_MODULES = ("coral_hf", "coral_hf.demo", "coral_hf.training")
 PUBLIC_NAMES = (
     "coral_hf.conversion.export_drafter",
@@ -53,7 +53,7 @@ PUBLIC_NAMES = (
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """The fenced blocks of one language, in order, but those that a comment marks as not run and says why."""
+    """The fenced blocks of one language, in order, except those that a comment marks as not run, with a reason."""
     text = re.sub(
         r"^<!-- not run: \S[^>]* -->\n```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE
     )
@@ -68,7 +68,7 @@ def command_lines(text: str) -> list[list[str]]:
 
 
 def documented_commands() -> list[tuple[str, list[str]]]:
-    """Every `coral-hf VERB ...` of the pages, the examples and the verbs' own help, with where it stands."""
+    """Every `coral-hf VERB ...` of the pages, the examples and the verbs' own help, with its place."""
     texts = [(page, block) for page in PAGES for block in blocks(page, "bash")]
     for path in sorted(path for folder in ("examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
@@ -77,7 +77,7 @@ def documented_commands() -> list[tuple[str, list[str]]]:
         example = inspect.cleandoc(command.__doc__).partition("Examples:")[2]
         texts.append((f"coral-hf {verb} --help", example))
     commands = [(place, words) for place, text in texts for words in command_lines(text)]
-    # nothing else stands in an example of a verb: a line that is no command would be part of one
+    # an example of a verb contains only commands: any other line would become part of one
     assert all(words[0] == "coral-hf" for place, words in commands if place.endswith("--help"))
     return [(place, words) for place, words in commands if words[0] == "coral-hf"]
 
@@ -91,11 +91,11 @@ def test_command_parses(place, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parse_verb(
         words[1], cli.COMMANDS[words[1]], words[2:]
-    )  # SystemExit for what is not a flag, ValueError for whatever is not a setting
+    )  # SystemExit for an unknown flag, ValueError for a wrong setting
 
 
 def documented_scripts() -> list[tuple[str, str, tuple[str, ...]]]:
-    """Every `python SCRIPT.py ...` of the pages and of the examples' docstrings: where it stands, script, arguments."""
+    """Every `python SCRIPT.py ...` of the pages and of the examples' docstrings: its place, script, arguments."""
     texts = [(page, block) for page in PAGES for block in blocks(page, "bash")]
     for page in PAGES:
         prose = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
@@ -105,7 +105,7 @@ def documented_scripts() -> list[tuple[str, str, tuple[str, ...]]]:
         texts += [(path.name, line) for line in docstring.splitlines()]
     found = []
     for place, text in texts:
-        # prose has apostrophes, which are no quotes
+        # apostrophes in prose are not quotes
         lines = [
             line for line in text.replace("\\\n", " ").splitlines() if re.match(r"\s*(python3?|accelerate) ", line)
         ]
@@ -121,7 +121,7 @@ def documented_scripts() -> list[tuple[str, str, tuple[str, ...]]]:
 
 
 class _Parsed(Exception):
-    """A script's arguments were understood; what follows is its work."""
+    """Raised when a script has understood its arguments and would begin its work."""
 
 
 def _stopping(parse):
@@ -134,7 +134,7 @@ def _stopping(parse):
 
 @pytest.mark.parametrize(("place", "script", "arguments"), documented_scripts(), ids=str)
 def test_script_arguments_parse(place, script, arguments, tmp_path, monkeypatch):
-    """Each script is started as it stands there, and stopped where its own parser has read the arguments."""
+    """Each script is started as written there, and stopped after its own parser has read the arguments."""
     path = ROOT / script
     assert path.exists(), f"{place} runs {script}"
     parsers = [path, ROOT / "tests" / "fuzz" / "fuzz_driver.py"] if "fuzz_driver" in path.read_text() else [path]
@@ -166,7 +166,7 @@ def test_commands_and_files_that_are_named_exist():
 
 
 def test_python_snippets_run_in_order(workplace, hub, modules_cache, monkeypatch, capsys):
-    """The snippets in one namespace, as a reader types them; only the length of the training is another."""
+    """The snippets in one namespace, as a reader types them; only the training is shorter."""
     assert {page for page in PAGES if blocks(page, "python")} == set(SNIPPET_PAGES)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     namespace: dict = {}
@@ -300,12 +300,13 @@ def test_figures_are_those_of_the_records(monkeypatch):
     assert f"names {count + len(drafters['named'])} drafters. The published config of {count} was tested" in text
 
 
-def test_readme_counts_the_families_of_the_table():
-    rows = re.findall(
-        r"^\| `\w.*` \| .* \| (yes|no) \| (yes|no) \|", (ROOT / "docs/supported_models.md").read_text(), re.M
-    )
-    trees, chains = (sum(row[place] == "yes" for row in rows) for place in (0, 1))
-    said = f"Of {len(rows)} model families tried, {trees} take trees, {chains - trees} take chains only, and {len(rows) - chains}"
+def test_readme_counts_the_families_of_the_table(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import family_matrix
+
+    number = family_matrix.counts(family_matrix.read_record())
+    families, trees, chains = (number[name] for name in ("families", "tree", "chain"))
+    said = f"Of {families} model families tried, {trees} take trees, {chains - trees} take chains only, and {families - chains}"
     assert said in " ".join((ROOT / "README.md").read_text().split())
 
 
