@@ -1,8 +1,8 @@
 """coral_hf: CORAL speculative decoding for Hugging Face Transformers.
 
 Importing the package registers `CoralDraftConfig` and `CoralDraftModel` with the Auto classes, lets
-`model.generate(assistant_model=drafter)` draft with a CORAL drafter, and attaches conversion and publishing to drafters. It
-does nothing else.
+`model.generate(assistant_model=drafter)` draft with a CORAL drafter, and adds conversion and publishing to drafters. It has
+no other side effects.
 """
 
 from typing import Any

@@ -39,7 +39,7 @@ COMMANDS: dict[str, type] = {
 }
 
 
-# what takes less memory, by verb
+# ways to use less memory, by verb
 _SMALLER = dict.fromkeys(COMMANDS, "try another --dtype, or a smaller model")
 _SMALLER["train"] = (
     "try a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), --loss_chunk_size or "
@@ -57,8 +57,8 @@ def _usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the console script; errors that a user can mend end in one line and status 2, Ctrl-C in 130, a
-    full memory in 1."""
+    """Entry point of the console script. Errors that a user can fix end with one line and status 2, Ctrl-C with 130, and
+    running out of memory with 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interruption:
         print(f"coral-hf {verb}: interrupted{f'; {interruption}' if interruption.args else ''}.", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
+        return 130  # 128 + SIGINT, as in shells
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise

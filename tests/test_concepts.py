@@ -1,4 +1,4 @@
-"""What docs/concepts.md says of its running example is true of the code."""
+"""The running example of docs/concepts.md matches the code."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The embedded default: what is fetched is checked, what fails leaves nothing behind, what is converted is used."""
+"""The demo pair: downloads are checked, failures leave no files, and a converted target is reused."""
 
 import hashlib
 import importlib.util
@@ -18,7 +18,7 @@ CONTENT = b"GGUF" + bytes(range(256)) * 64
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache of its own, and a small stand-in for the pinned GGUF whose conversion is recorded, not done."""
+    """An empty cache, and a small file in place of the pinned GGUF; its conversion is recorded, not done."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("CORAL_HF_CACHE", str(folder))
     monkeypatch.setattr(demo, "TARGET_GGUF_SHA256", hashlib.sha256(CONTENT).hexdigest())
@@ -113,7 +113,7 @@ def test_wheels_that_are_none(cache, tmp_path):
     with pytest.raises(ValueError, match="damaged or not a wheel"):
         demo.load_target(path=wheel)
     write_wheel(wheel, member="other/file.gguf")
-    with pytest.raises(ValueError, match="does not hold"):
+    with pytest.raises(ValueError, match="does not contain"):
         demo.load_target(path=wheel)
     # A damaged member: the archive's own check fails before ours.
     write_wheel(wheel)

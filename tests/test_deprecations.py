@@ -1,4 +1,4 @@
-"""No training argument that we name, in hints, help, docs, recipes or code, is one that Transformers deprecates."""
+"""Hints, help, docs, recipes and code name no training argument that Transformers deprecates."""
 
 import ast
 import re
@@ -23,14 +23,14 @@ DEPRECATED = {name for name, text in ARGUMENTS.items() if text.startswith("Depre
 
 
 def written(*kinds: str) -> dict[str, str]:
-    """Everything we wrote, by path, and what the command line says where memory ends."""
+    """All our texts, by path, and the command line's hint when memory runs out."""
     paths = [path for room in ROOMS for kind in kinds for path in (ROOT / room).rglob(f"*{kind}")]
     paths += [path for kind in kinds for path in ROOT.glob(f"*{kind}")]
     return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in paths}
 
 
 def named_flags() -> dict[tuple[str, str | None], str]:
-    """Flags of `TrainingArguments` with the values they are shown with -> where."""
+    """Flags of `TrainingArguments` with the values shown with them -> their places."""
     found = {}
     texts = written(".py", ".md", ".sh")
     texts.pop(str(Path(__file__).relative_to(ROOT)), None)
@@ -66,7 +66,7 @@ def test_no_keyword_of_ours_is_deprecated():
 
 
 def test_no_named_value_is_deprecated(tmp_path, transformers_log):
-    """Values can be as well (`fsdp` as a text): every flag is parsed with those that it is shown with."""
+    """Values can be deprecated too (`fsdp` as a text): every flag is parsed with the values shown with it."""
     parser, parsed, wrong = HfArgumentParser([CoralTrainingArguments]), 0, {}
     for (name, value), place in named_flags().items():
         if name in ("output_dir", "use_cpu"):
@@ -89,5 +89,5 @@ def test_no_named_value_is_deprecated(tmp_path, transformers_log):
 @pytest.mark.skipif(not hasattr(Trainer, "loss_is_scaled_for_ga"), reason="this Transformers release does not ask")
 @pytest.mark.parametrize("trainer", [CoralTrainer, CoralRouterTrainer])
 def test_the_trainers_say_that_their_loss_is_scaled(trainer):
-    """What Transformers asks of subclasses with a `compute_loss` of their own, instead of guessing from the model."""
+    """Transformers requires it of subclasses with their own `compute_loss`, instead of guessing from the model."""
     assert trainer.loss_is_scaled_for_ga is True

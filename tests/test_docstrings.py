@@ -1,4 +1,4 @@
-"""Every `>>>` of the package and the examples is Python that runs, and prints what stands below it."""
+"""Every `>>>` of the package and the examples is Python that runs, and prints the lines below it."""
 
 import ast
 import doctest
@@ -20,7 +20,7 @@ FILES = sorted(path for folder in ("coral_hf", "examples", "benchmarks") for pat
 
 
 def examples_of(path: Path) -> list[doctest.DocTest]:
-    """One test for each text of a file that contains examples: docstrings, and what `evaluate` makes docstrings of."""
+    """One test for each text of a file that contains examples: docstrings, and texts that `evaluate` turns into them."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and EXAMPLE_LINE.search(node.value):
@@ -30,7 +30,7 @@ def examples_of(path: Path) -> list[doctest.DocTest]:
 
 
 def failures(example: doctest.DocTest, names: dict) -> str:
-    """What went wrong, as doctest prints it; nothing where all is well."""
+    """The failures as doctest prints them; empty if there are none."""
     lines: list[str] = []
     example.globs = dict(names)
     doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=lines.append)
@@ -43,7 +43,7 @@ def failures(example: doctest.DocTest, names: dict) -> str:
     ids=lambda example: f"{example.name}:{example.lineno + 1}",
 )
 def test_example_runs(example, workplace, monkeypatch, request):
-    """Examples import what they name; the models and what they are asked are the reader's: tiny ones here."""
+    """Examples import the names they use; models and prompts are the reader's, here tiny ones."""
     if "evaluate.load(" in example.docstring:
         request.getfixturevalue("modules_cache")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -62,7 +62,7 @@ def test_example_runs(example, workplace, monkeypatch, request):
 
 
 def test_no_example_is_overlooked():
-    """Any line that begins like an example is one, wherever it stands."""
+    """Any line that begins like an example is one."""
     lines = {path: len(EXAMPLE_LINE.findall(path.read_text(encoding="utf-8"))) for path in FILES}
     found = {path: sum(len(text.examples) for text in examples_of(path)) for path in FILES}
     assert found == lines and sum(found.values()) > 0

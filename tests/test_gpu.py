@@ -46,7 +46,7 @@ def generate(target, ids, size, drafter=None, attention_mask=None, **settings):
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
 def test_generation_is_lossless(family, do_sample, device):
-    """float64: a block of tokens and one token go through different kernels, whose float32 results may part."""
+    """float64: a block of tokens and one token use different kernels, whose float32 results may differ."""
     target = make_target(family).to(device)
     drafter = make_drafter(target).to(device)
     for length in (6, 24):

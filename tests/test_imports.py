@@ -83,7 +83,7 @@ def is_module(parts: tuple[str, ...]) -> bool:
 
 
 def carried(path: Path) -> bool:
-    """What the package ships for other programs to load by its path: it stands above all rooms."""
+    """A file that the package ships for other programs to load by its path: above all layers."""
     return "custom_generate" in path.parts or "metrics" in path.relative_to(PACKAGE).parts[:-1]
 
 
@@ -97,7 +97,7 @@ def test_imports_run_one_way():
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    """Also not within a function, or by name: what two files need of each other stands in a third."""
+    """Not within a function or by name either: code that two files both need is in a third."""
     graph = {}
     for path in PACKAGE.rglob("*.py"):
         if not carried(path):
@@ -110,7 +110,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
 
 def test_the_house_has_room():
-    """A root that shows at a glance what the package does, and no room in which one has to search."""
+    """The root shows at a glance what the package does, and every folder is small."""
     listed = [path for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "model_cards")]
     assert len(listed) <= 13, sorted(path.name for path in listed)
     for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
@@ -135,13 +135,13 @@ def test_tensor_modules_know_no_model():
 
 
 def test_import_needs_no_extra():
-    """Core dependencies are enough to import the package and its command line."""
+    """The core dependencies suffice to import the package and its command line."""
     blocked = ["datasets", "peft", "evaluate", "matplotlib", "rich", "gguf", "pyarrow"]
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport coral_hf, coral_hf.cli"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# what is missing, what asks for it, and for what
+# the missing package, the call that needs it, and its purpose
 NEEDED = [
     ("pyarrow", lambda folder: read_rows(folder / "rows.parquet"), r"Reading Parquet .*coral-hf\[train\]"),
     ("pyarrow", lambda folder: write_shards([], folder), r"Writing Parquet .*coral-hf\[train\]"),
@@ -179,7 +179,7 @@ def test_hook_leaves_an_unknown_transformers_alone(monkeypatch):
 
 
 def test_without_the_hook_the_remedy_is_named(target, prompt, monkeypatch):
-    """Also where code asks whether there is a generation config, and where it wants another attribute."""
+    """Also for code that tests for a generation config, or reads another attribute."""
     for name in ("_assisted_decoding", "_get_candidate_generator", "_validate_generation_mode"):
         monkeypatch.setattr(GenerationMixin, name, getattr(getattr(GenerationMixin, name), hook._MARK))
     drafter = make_drafter(target)

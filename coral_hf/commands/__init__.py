@@ -1,4 +1,4 @@
 """The verbs of the command line, one module each: a dataclass of options with a `run`.
 
-Each reads options, calls a room and reports; it knows no method of its own, and imports its room when it runs.
+A verb reads options, calls another package and reports. It implements no method itself and imports that package when it runs.
 """

@@ -1,4 +1,4 @@
-"""`coral-hf benchmark`: plain decoding, drafters and what else there is, timed side by side."""
+"""`coral-hf benchmark`: plain decoding, drafters and other methods, timed side by side."""
 
 import sys
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from .outputs import OutputOptions, check_output_folder, finished
 from .rendering import FORMATS_HELP, DataOptions, RenderingOptions
 
 
-# what --quick sets where nothing else is asked for: a few minutes on two cores with a target of 135 M parameters
+# defaults of --quick: a few minutes on two cores with a target of 135 M parameters
 QUICK = {"limit": 2, "max_new_tokens": 32}
 MAX_NEW_TOKENS = 128
 
@@ -73,7 +73,7 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
     context: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "With batches (of 1 if no size is given): lengths in tokens to which prompts are extended with text of the data."
+            "help": "Prompt lengths in tokens for batches (of 1 if no size is given). Prompts are extended with text from the data."
         },
     )
     quick: bool = field(default=False, metadata={"help": f"A quick run of a few minutes; sets {QUICK} unless given."})
@@ -84,7 +84,7 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
     server_tau: bool = field(
         default=False,
         metadata={
-            "help": "Also count greedy answers as vLLM does: tokens accepted beyond an answer's end count (one more answer each)."
+            "help": "Also count tokens accepted beyond an answer's end, as vLLM does. Each prompt then gets one more greedy answer."
         },
     )
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
@@ -100,7 +100,7 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
         check_temperatures(self.temperature)
         if (self.batch_size or self.context) and (self.profile or self.server_tau or self.temperature != [0.0]):
             raise ValueError(
-                "--batch-size and --context measure greedy answers as a whole: leave --profile, --server-tau and --temperature "
+                "--batch-size and --context measure whole greedy answers: leave --profile, --server-tau and --temperature "
                 "out."
             )
         if self.threads is not None:
@@ -110,8 +110,8 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
             tokens = QUICK["max_new_tokens"] if self.quick else MAX_NEW_TOKENS
         if repeated := [name for name in dict.fromkeys(self.drafter) if self.drafter.count(name) > 1]:
             raise ValueError(
-                f"--drafter names {repeated[0]} more than once, and each is measured once: leave the repetition out, or "
-                "measure it with other settings as a further --method."
+                f"--drafter names {repeated[0]} more than once. Remove the repetition, or add a --method to measure the drafter with "
+                "other settings."
             )
         prompts = self._prompts()
         texts = list(self.method)
@@ -120,7 +120,7 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
             raise ValueError("--method assistant dflash: one --assistant is not both; measure them in two runs.")
         if self.assistant is not None and not named:
             texts.append("assistant")
-        # by their names, before any model loads, so that a typo costs nothing
+        # check the names before loading any model, so that a typo costs nothing
         parse_methods(texts, {name: name for name in self.drafter}, self.assistant)
         drafters = {name: load_drafter(name, self.drafter_revision) for name in self.drafter}
         target, tokenizer = self.load_target(self.dtype)
@@ -150,7 +150,7 @@ class BenchmarkCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOpti
                 self.server_tau,
             )
         except KeyboardInterrupt:
-            # Before the first prompt is done, an older record is left alone.
+            # An older record is kept until the first prompt is finished.
             print(
                 f"coral-hf benchmark: interrupted; finished prompts, if any, are in {path}, marked partial.",
                 file=sys.stderr,

@@ -1,4 +1,4 @@
-"""`coral-hf cache`: what the package keeps on this machine."""
+"""`coral-hf cache`: the package's files on this machine."""
 
 import time
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ KINDS = ("costs", "targets", "all")
 class CacheCommand:
     """List or remove what is stored on this machine: measured costs and converted targets.
 
-    Everything in it is made again where it is needed.
+    Removed files are created again when needed.
 
     Examples:
         coral-hf cache
@@ -50,7 +50,7 @@ class CacheCommand:
 
 
 def kept_entries() -> list[dict[str, Any]]:
-    """What is kept: `kind` (costs or targets), `path`, `bytes`, `date` (seconds since the epoch) and `what` it is of."""
+    """The stored entries: `kind` (costs or targets), `path`, `bytes`, `date` (seconds since the epoch) and `what` it is."""
     from ..demo import converted_targets
     from ..generation.costs.files import cost_files
 
@@ -72,7 +72,7 @@ def _measures(files: list[Path]) -> dict[str, Any]:
 def _costs_of(content: dict[str, Any]) -> str:
     key = content.get("key")
     if not isinstance(key, dict):
-        return "unreadable, or of another version: measured again where it is needed"
+        return "unreadable or of another version; measured again when needed"
     names = ("target", "dtype", "device", "threads")
     target, dtype, device, threads = (str(key.get(name, "?")) for name in names)
     return f"{target}, {dtype.removeprefix('torch.')}, {device}, {threads} threads"

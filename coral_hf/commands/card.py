@@ -31,7 +31,7 @@ class CardCommand(OutputOptions):
         from ..hub.curve_table import draw_curve
         from ..hub.model_card import CARD_FILE, foreign_card, write_card
 
-        remedies = "move it (sentences of yours belong in training/card.json), or replace it with --overwrite true"
+        remedies = "move it (your own sentences belong in training/card.json), or replace it with --overwrite true"
         check_replaceable(
             Path(positional.folder) / CARD_FILE, foreign_card(positional.folder), self.overwrite, remedies
         )

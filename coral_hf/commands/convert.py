@@ -31,10 +31,10 @@ class ConvertCommand(TargetOptions):
     to: str | None = field(
         default=None, metadata={"help": "Write for vllm, sglang, speculators, eagle or llama.cpp (gguf)."}
     )
-    target: str | None = field(  # type: ignore[assignment]  # with --to none is needed
+    target: str | None = field(  # type: ignore[assignment]  # --to needs none
         default=None,
         metadata={
-            "help": "Path or Hub id of the target, or 'demo'; needed with --from. With --to gguf the target's GGUF file."
+            "help": "Path or Hub id of the target, or 'demo'. Required with --from. With --to gguf: the target's GGUF file."
         },
     )
     dtype: str | None = field(
@@ -62,7 +62,7 @@ class ConvertCommand(TargetOptions):
     )
     draft_total_tokens: int | None = field(
         default=None,
-        metadata={"help": "With --to sglang: nodes verified, the root included (default: the drafter's own)."},
+        metadata={"help": "With --to sglang: nodes to verify, including the root (default: the drafter's own)."},
     )
 
     def run(self, positional) -> int:
@@ -111,23 +111,23 @@ class ConvertCommand(TargetOptions):
         ):
             if self.trust_remote_code:
                 target, _ = self.load_target(self.dtype or DTYPE, "cpu")
-            # a name that only the engine knows is still one to serve by; the drafter's own config must do then
+            # the engine may know a name that is unknown here; the drafter's own config is used then
             with contextlib.nullcontext() if stated else contextlib.suppress(OSError):
                 target = target or meta_target(load_target_config(self.target, self.target_revision))
         elif stated:
             raise ValueError(
-                f"--target_revision {self.target_revision} and --trust_remote_code {self.trust_remote_code} are for a target "
-                "that is loaded, and this export needs none: leave them out."
+                f"--target_revision {self.target_revision} and --trust_remote_code {self.trust_remote_code} are for loading a "
+                "target, and this export loads none: leave them out."
             )
         if target is None or target.device.type == "meta":
-            self._refuse("dtype", of="a target that is loaded, and this export loads none")
+            self._refuse("dtype", of="loading a target, and this export loads none")
         if self.target is not None and self.to == "gguf":
             export = export_gguf(drafter, positional.output, self.target)
             print(*export.notes, export.command, sep="\n")
             return 0
         name = None if self.target == DEMO else self.target
         if name is None and drafter.config.target_revision == TARGET_REVISION:
-            # the Hub's model of that name has other weights
+            # the Hub's model of this name has different weights
             name = str(converted_folder())
             if not converted_folder().is_dir():
                 print(f"The target is not in {name} yet: `coral-hf demo` fetches it.")
@@ -136,7 +136,7 @@ class ConvertCommand(TargetOptions):
         return 0
 
     def _refuse(self, *names: str, of: str) -> None:
-        """Refuses options that would be ignored."""
+        """Rejects options that would be ignored."""
         for name in names:
             if (value := getattr(self, name)) is not None:
                 written = " ".join(map(str, value)) if isinstance(value, list) else value
@@ -144,19 +144,19 @@ class ConvertCommand(TargetOptions):
 
     @property
     def _sizes(self) -> dict[str, int]:
-        """The sizes of a draft that are given."""
+        """The draft sizes that are set."""
         sizes = {name: getattr(self, name) for name in ("draft_depth", "draft_top_k", "draft_total_tokens")}
         return {name: value for name, value in sizes.items() if value is not None}
 
     def _check_sizes(self) -> None:
-        """Refuses sizes that an engine would not draft."""
+        """Rejects sizes that an engine would not draft."""
         from ..conversion.serving import CHAIN_ENGINES
 
         sizes = self._sizes
         if self.to == "eagle" and sizes:
             name, value = next(iter(sizes.items()))
             raise ValueError(
-                f"--{name} {value}: EAGLE's own code drafts a tree of its own; leave it out with --to eagle."
+                f"--{name} {value}: EAGLE's code chooses its own tree. Leave the option out with --to eagle."
             )
         if engine := CHAIN_ENGINES.get(str(self.to)):
             for name in ("draft_top_k", "draft_total_tokens"):
@@ -167,7 +167,7 @@ class ConvertCommand(TargetOptions):
                     )
 
     def _resize(self, config: Any) -> None:
-        """Replaces a drafter's own sizes by the given ones, or cost-aware sizes by the chain that pays."""
+        """Replaces a drafter's sizes by the given ones, or cost-aware sizes by the best chain."""
         from ..conversion.serving import CHAIN_ENGINES
         from ..generation.settings import DraftSettings
         from ..generation.tree_size import chain_depth
@@ -176,19 +176,19 @@ class ConvertCommand(TargetOptions):
         if not sizes and config.draft_cost_aware and self.to in CHAIN_ENGINES:
             sizes = {"draft_depth": chain_depth(config)}
             print(
-                f"By the drafter's calibration a chain of {sizes['draft_depth']} is fastest (its cost-aware drafts go up to depth "
-                f"{config.draft_depth}). Choose another depth with --draft_depth; `coral-hf tune` ranks fixed sizes."
+                f"According to the drafter's calibration, a chain of {sizes['draft_depth']} is fastest (its cost-aware drafts have up "
+                f"to {config.draft_depth} levels). Choose another depth with --draft_depth; `coral-hf tune` ranks fixed sizes."
             )
         if not sizes:
             return
-        if self.to != "sglang":  # a chain, whatever the drafter's own tree is
+        if self.to != "sglang":  # always a chain
             sizes["draft_top_k"] = 1
         settings = DraftSettings.resolve(config, None, sizes)
         total = sizes.get("draft_total_tokens")
         if settings.is_chain and total not in (None, settings.max_total_tokens):
             raise ValueError(
-                f"--draft_total_tokens {total}: {self.to} verifies the whole of a chain, "
-                f"draft_depth={settings.draft_depth} tokens and the root; choose --draft_depth instead."
+                f"--draft_total_tokens {total}: {self.to} verifies whole chains of draft_depth={settings.draft_depth} tokens and "
+                "the root. Choose --draft_depth instead."
             )
         for name in ("draft_depth", "draft_top_k", "draft_total_tokens", "draft_cost_aware"):
             setattr(config, name, getattr(settings, name))
@@ -208,12 +208,12 @@ def import_checkpoint(
         source (`str`): one of `FORMATS`.
         path (`str`): folder or Hub id of the checkpoint.
         output (`str` or `os.PathLike`): new or empty folder.
-        target (`PreTrainedModel`): the model it drafts for.
-        target_feature_layers (`list[int]`, *optional*): see [`CoralDraftConfig`]; by default what the checkpoint says.
+        target (`PreTrainedModel`): the model that the checkpoint drafts for.
+        target_feature_layers (`list[int]`, *optional*): see [`CoralDraftConfig`]; by default as in the checkpoint.
         revision (`str`, *optional*): branch, tag or commit of the checkpoint's Hub repository.
 
     Raises:
-        ValueError: as `CoralDraftModel.from_eagle`, or if the folder is taken. Nothing is written.
+        ValueError: as in `CoralDraftModel.from_eagle`, or if the folder is not empty. Nothing is written.
     """
     from ..conversion.checkpoint_files import check_new_folder, staged_folder
     from ..conversion.eagle_import import load_eagle
@@ -229,5 +229,5 @@ def import_checkpoint(
     with staged_folder(output) as scratch:
         drafter.save_pretrained(scratch)
     config = drafter.config
-    head = "the target's head" if config.draft_vocab_size is None else f"a head of {config.draft_vocab_size} ids"
+    head = "the target's head" if config.draft_vocab_size is None else f"its own head of {config.draft_vocab_size} ids"
     print(f"{output}: shape {config.shape}, target features {config.target_feature_layers}, {head}.")

@@ -23,7 +23,7 @@ class DemoCommand(OutputOptions):
 
     REFUSED: ClassVar[dict[str, str]] = dict.fromkeys(
         ("--target", "--drafter", "--target_revision", "--drafter_revision", "--trust_remote_code", "--device_map"),
-        "demo runs the shipped pair alone. For your own use `coral-hf benchmark --quick --target MODEL --drafter DRAFTER`.",
+        "demo only runs the shipped pair. For your own pair, use `coral-hf benchmark --quick --target MODEL --drafter DRAFTER`.",
     )
 
     dtype: str = field(

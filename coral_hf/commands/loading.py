@@ -1,4 +1,4 @@
-"""What several verbs load, by the names given on the command line."""
+"""Loads the models that several verbs share, from the names on the command line."""
 
 import contextlib
 import importlib.util
@@ -24,14 +24,14 @@ from .parsing.wrong_models import check_is_drafter, check_is_target
 DEMO = "demo"
 
 
-# what else dtypes are called
+# other names of dtypes
 _DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
 
 
 @dataclass(kw_only=True)
 class TargetOptions:
-    """Which target a verb loads: the options that all of them share."""
+    """The options for the target, which all verbs share."""
 
     target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
     target_revision: str | None = field(
@@ -51,8 +51,8 @@ class TargetOptions:
                 if value := getattr(self, name, None):
                     instead = ", or use --device" if name == "device_map" else ""
                     raise ValueError(
-                        f"--{name} {value} is for a target in a folder or on the Hub, and 'demo' has one version only: name "
-                        f"another with --target, or leave --{name} out{instead}."
+                        f"--{name} {value} is for a target in a folder or on the Hub, but 'demo' has only one version: name "
+                        f"another target with --target, or leave --{name} out{instead}."
                     )
 
     def load_target(self, dtype: str | torch.dtype, device: str | None = None):
@@ -61,25 +61,25 @@ class TargetOptions:
 
     @property
     def loading_arguments(self) -> dict[str, Any]:
-        """What [`load_target`] takes beside name, dtype and device."""
+        """Arguments of [`load_target`] other than name, dtype and device."""
         return {"revision": self.target_revision, "trust_remote_code": self.trust_remote_code}
 
 
 @dataclass(kw_only=True)
 class DrafterOptions:
-    """What verbs with a `--drafter` share."""
+    """The options that verbs with a `--drafter` share."""
 
     drafter_revision: str | None = field(
         default=None,
         metadata={
-            "help": "Branch, tag or commit of the Hub repository of --drafter; of each, if there are several (default: main)."
+            "help": "Branch, tag or commit of the Hub repository of --drafter, or of each --drafter (default: main)."
         },
     )
 
 
 @dataclass(kw_only=True)
 class PlacedTargetOptions(TargetOptions):
-    """A target that generates: it may lie on one device or be spread over several."""
+    """Options for a target that generates, on one device or several."""
 
     device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
     device_map: str | None = field(
@@ -115,19 +115,19 @@ def load_target(
     device_map: str | None = None,
     role: str = "target",
 ):
-    """A target and its tokenizer by path or Hub id; `demo` is the embedded one.
+    """Loads a target and its tokenizer by path or Hub id; `demo` is the built-in pair's target.
 
     Args:
         name (`str`), dtype (`str` or `torch.dtype`): see [`resolve_dtype`].
-        device (`str`, *optional*): by default the accelerator, else the CPU.
+        device (`str`, *optional*): default: the accelerator, or the CPU.
         revision (`str`, *optional*): branch, tag or commit of the Hub repository.
         trust_remote_code (`bool`): run the repository's own code.
-        device_map (`str`, *optional*): see [`resolve_device_map`]; instead of a device.
-        role (`str`): the option that named it, for messages.
+        device_map (`str`, *optional*): replaces `device`, see [`resolve_device_map`].
+        role (`str`): the option that named the target, for messages.
 
     Raises:
         OSError: if it cannot be found.
-        ValueError: for a revision of a folder, code that is not trusted, or a device or dtype that there is not.
+        ValueError: for a revision of a folder, untrusted code, or a device or dtype that does not exist.
     """
     places = None if device_map is None else resolve_device_map(device_map)
     place = resolve_device(places.get(""), "device_map") if isinstance(places, dict) else resolve_device(device)
@@ -154,7 +154,7 @@ def load_target(
 
 
 def load_target_config(name: str, revision: str | None = None):
-    """A target's config by path or Hub id, without its weights."""
+    """Loads a target's config by path or Hub id, without its weights."""
     with _named("target", name, revision):
         check_is_target(name, revision=revision)
         commit, at = _pin(name, revision)
@@ -164,10 +164,10 @@ def load_target_config(name: str, revision: str | None = None):
 
 
 def load_target_ends(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False):
-    """A target for what asks for its config, embedding and head alone: those are read, the rest has no weights.
+    """Loads only a target's config, embedding and head. Its other modules have no weights.
 
-    Where they are not found by name in safetensors (a quantised target, other names on file) or code of the repository is
-    to run, the whole target is loaded.
+    The whole target is loaded if these tensors are not found by name in safetensors (a quantised target, other names on
+    file), or if the repository's code must run.
     """
     resolved = resolve_dtype(dtype, torch.device("cpu"))
     if name != DEMO and not trust_remote_code:
@@ -185,7 +185,7 @@ def _read_ends(name: str, dtype: torch.dtype, revision: str | None):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     modules = {id(module): (path, module) for path, module in model.named_modules()}
     ends = [modules[id(part)] for part in (model.get_input_embeddings(), model.get_output_embeddings())]
-    if ends[0][1].weight is ends[1][1].weight:  # tied: on file once
+    if ends[0][1].weight is ends[1][1].weight:  # tied: stored once
         ends[1] = (ends[0][0], ends[1][1])
     at = {"revision": config._commit_hash or revision}
     index = cached_file(name, f"{WEIGHTS_FILE}.index.json", _raise_exceptions_for_missing_entries=False, **at)
@@ -204,9 +204,9 @@ def _read_ends(name: str, dtype: torch.dtype, revision: str | None):
 
 
 def _pin(name: str, revision: str | None) -> tuple[str | None, dict[str, str]]:
-    """The commit that a branch, tag or None stands for now (None for a folder), and `from_pretrained`'s argument for it.
+    """The current commit of a branch, tag or None (None for a folder), and the argument of `from_pretrained` for it.
 
-    All files of a load are of one commit then, which is noted in the config for [`hub_commit`].
+    All files of a load then come from one commit, which is stored in the config for [`hub_commit`].
     """
     path = (
         None
@@ -219,10 +219,10 @@ def _pin(name: str, revision: str | None) -> tuple[str | None, dict[str, str]]:
 
 
 def _check_placed(model: Any, places: str | dict[str, Any]) -> None:
-    """Refuses a map of modules that the target does not have, and one without a device for what each step reads.
+    """Rejects a map with unknown modules, or without a device for modules that each step needs.
 
     Raises:
-        ValueError: naming the modules.
+        ValueError: with the names of the modules.
     """
     if isinstance(places, dict):
         known = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
@@ -233,20 +233,20 @@ def _check_placed(model: Any, places: str | dict[str, Any]) -> None:
             )
     ends = {"embedding": model.get_input_embeddings(), "LM head": model.get_output_embeddings()}
     for name, module in ends.items():
-        # a head that is tied may be offloaded although its weight is there
+        # a tied head may be offloaded although its weight is on a device
         offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
         if module is not None and (offloaded or module.weight.device.type == "meta"):
             raise ValueError(
                 f"--device_map leaves the target's {name} without a device (offloaded), but every step needs it: give a JSON "
-                "object that has one for it."
+                "object with a device for it."
             )
 
 
 def resolve_device_map(text: str) -> str | dict[str, Any]:
-    """`'auto'` and accelerate's other strategies as they are, `'cuda:1'` -> `{"": "cuda:1"}`, a JSON object as a dict.
+    """`'auto'` and accelerate's other strategies unchanged, `'cuda:1'` -> `{"": "cuda:1"}`, a JSON object as a dict.
 
     Raises:
-        ValueError: for anything else, and for devices that there are not.
+        ValueError: for anything else, and for devices that do not exist.
     """
     if text in _STRATEGIES:
         return text
@@ -259,13 +259,13 @@ def resolve_device_map(text: str) -> str | dict[str, Any]:
     if not places or not all(type(place) in (int, str) for place in places.values()):
         raise ValueError(f'--device_map {text!r}: each module needs a device, for example 0 or "cpu".')
     for place in places.values():
-        if place != "disk":  # accelerate's: read again for each forward
+        if place != "disk":  # accelerate's name for weights that are read again for each forward pass
             resolve_device(place, "device_map")
     return places
 
 
 def resolve_device(name: str | int | None, option: str = "device") -> torch.device:
-    """`'cuda:1'` -> its device; None -> the machine's accelerator, else the CPU; `ValueError` for what is not there."""
+    """`'cuda:1'` -> its device; None -> the machine's accelerator, or the CPU; `ValueError` for missing devices."""
     if name is None:
         return default_device()
     try:
@@ -281,11 +281,11 @@ def resolve_device(name: str | int | None, option: str = "device") -> torch.devi
 
 
 def load_drafter(name: str, revision: str | None = None):
-    """A drafter by path or Hub id, there at a branch, tag or commit; `demo` is the shipped one."""
+    """Loads a drafter by path or Hub id, at a branch, tag or commit; `demo` is the shipped drafter."""
     if name == DEMO:
         if revision is not None:
             raise ValueError(
-                f"--drafter_revision {revision} is for a drafter of the Hub, and 'demo' is always the same: leave it out."
+                f"--drafter_revision {revision} is for a drafter on the Hub, but 'demo' has only one version: leave it out."
             )
         return demo.load_drafter()
     with _named("drafter", name, revision):
@@ -298,7 +298,7 @@ def load_drafter(name: str, revision: str | None = None):
 
 @contextlib.contextmanager
 def _named(role: str, name: str, revision: str | None = None):
-    """Says which model could not be loaded; Transformers takes a missing folder for a Hub id, and speaks of the Hub."""
+    """Names the model that could not be loaded. Transformers takes a missing folder for a Hub id, and blames the Hub."""
     if Path(name).is_file():
         raise ValueError(f"--{role} {name} is a file; give the folder that contains config.json and the weights.")
     if revision is not None and Path(name).is_dir():
@@ -326,10 +326,10 @@ def _named(role: str, name: str, revision: str | None = None):
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`'bfloat16'` or `'bf16'` -> `torch.bfloat16`; `'auto'`: bfloat16 where `device` multiplies it natively, else float32.
+    """`'bfloat16'` or `'bf16'` -> `torch.bfloat16`; `'auto'` -> bfloat16 if `device` multiplies it natively, else float32.
 
     Raises:
-        ValueError: for what is not a floating-point dtype.
+        ValueError: if it is not a floating-point dtype.
     """
     name = name.removeprefix("torch.")
     name = _DTYPES.get(name.lower(), name)
@@ -342,7 +342,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def require(*modules: str, extra: str = "eval") -> None:
-    """Raises `ImportError` for what an extra brings, before a run instead of after it."""
+    """Raises `ImportError` for missing packages of an extra, before a run instead of after it."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"This verb needs {' and '.join(missing)}: pip install 'coral-hf[{extra}]'.")

@@ -1,4 +1,4 @@
-"""Places to write to, and what an earlier run left there, checked before the work whose results they are for."""
+"""Checks output paths and files of earlier runs, before the work whose results go there."""
 
 import json
 from collections.abc import Mapping
@@ -12,21 +12,23 @@ from ..utils.replacing import check_replaceable
 
 @dataclass(kw_only=True)
 class OutputOptions:
-    """What verbs share that write files under fixed names."""
+    """The options of verbs that write files with fixed names."""
 
     overwrite: bool = field(
         default=False,
-        metadata={"help": "Replace files of another run. Without it, they are kept and the run is refused."},
+        metadata={
+            "help": "Replace files of another run. Without this, they are kept and the run stops with an error."
+        },
     )
 
     def check_record(self, path: str | Path, measured: Mapping[str, Any], option: str = "output") -> None:
-        """Raises `ValueError` if a record is there already that this run would not merely measure again.
+        """Raises `ValueError` if the file contains a record of other measurements than this run's.
 
         Args:
             path (`str` or `Path`): the JSON file to write.
-            measured (`dict`): keys of the record that say what it measures and how; those that the record on file lacks (an
-                older version's) are not compared.
-            option (`str`): by which it is given.
+            measured (`dict`): keys of the record that describe the measurement. Keys that a record of an older version lacks
+                are not compared.
+            option (`str`): the option for the path.
         """
         found = None if not Path(path).exists() else _other_record(Path(path), json.loads(json.dumps(measured)))
         remedies = f"give another --{option}, or replace it with --overwrite true"
@@ -34,7 +36,7 @@ class OutputOptions:
 
 
 def check_output_folder(path: str | Path | None, option: str = "output") -> None:
-    """Raises `ValueError` if a folder to write, or one on the way to it, is a file; None means no folder."""
+    """Raises `ValueError` if an output folder, or a parent of it, is a file; None means no folder."""
     if path is None:
         return
     for place in (Path(path), *Path(path).parents):
@@ -45,11 +47,11 @@ def check_output_folder(path: str | Path | None, option: str = "output") -> None
 
 
 def check_output_file(path: str | Path | None, option: str = "json", make_folder: bool = False) -> None:
-    """Raises `ValueError` if a file to write is a folder, or its folder is not one; None means no file.
+    """Raises `ValueError` if an output file is a folder, or its parent is not one; None means no file.
 
     Args:
-        path (`str` or `Path`, *optional*), option (`str`): as given, and by which option.
-        make_folder (`bool`): the folder is made if there is none.
+        path (`str` or `Path`, *optional*), option (`str`): the path and its option.
+        make_folder (`bool`): create a missing folder.
     """
     if path is None:
         return
@@ -62,10 +64,10 @@ def check_output_file(path: str | Path | None, option: str = "json", make_folder
 
 
 def finished(*wrote: str | Path | None, then: str | None = None) -> None:
-    """The last lines of a verb: what it wrote, and the command that usually follows.
+    """Prints the last lines of a verb: the files that it wrote, and the command that usually follows.
 
     Args:
-        *wrote (`str` or `Path`, *optional*): files and folders; None is left out.
+        *wrote (`str` or `Path`, *optional*): files and folders; None is skipped.
         then (`str`, *optional*): the command, complete except for words in capitals.
     """
     if any(wrote):
@@ -75,7 +77,7 @@ def finished(*wrote: str | Path | None, then: str | None = None) -> None:
 
 
 def _other_record(path: Path, measured: Mapping[str, Any]) -> str | None:
-    """What a file contains that is not the same measurement's record."""
+    """Describes the content of a file that is not a record of the same measurement."""
     try:
         record = read_json(path)
     except ValueError:
@@ -84,7 +86,7 @@ def _other_record(path: Path, measured: Mapping[str, Any]) -> str | None:
         return "something else than a record"
     for name, value in measured.items():
         if name in record and record[name] != value:
-            return f"a record of another {name} ({_short(record[name])}, here {_short(value)})"
+            return f"a record with another {name} ({_short(record[name])}, here {_short(value)})"
     return None
 
 

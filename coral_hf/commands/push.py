@@ -1,4 +1,4 @@
-"""`coral-hf push`: a drafter's folder on the Hub, or what would go there."""
+"""`coral-hf push`: publishes a drafter's folder on the Hub, or writes the files without sending them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`coral-hf regenerate`: the target's own answers, computed here or by a serving engine."""
+"""`coral-hf regenerate`: the target's own answers, computed on this machine or by a serving engine."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from .rendering import FORMATS_HELP, DataOptions, RenderingOptions
 
 
 _SLOTS = 128
-_PROMPT_TOKENS = 2048  # the buffer of keys and values is as long as the longest prompt for every slot
+_PROMPT_TOKENS = 2048  # the key-value buffer of every slot is as long as the longest prompt
 
 
 @dataclass
@@ -31,7 +31,7 @@ class RegenerateCommand(RenderingOptions, DrafterOptions, DataOptions):
     output: str = field(metadata={"aliases": ["--output_dir"], "help": "JSONL file to append the responses to."})
     prompts: str | None = field(
         default=None,
-        metadata={"help": f"Prompts to answer: {FORMATS_HELP}; of conversations, the user's turns are used."},
+        metadata={"help": f"Prompts to answer: {FORMATS_HELP}. From conversations, the user's turns are used."},
     )
     self_prompts: int | None = field(
         default=None,
@@ -69,15 +69,15 @@ class RegenerateCommand(RenderingOptions, DrafterOptions, DataOptions):
     drafter: str | None = field(
         default=None,
         metadata={
-            "help": "Path or Hub id of a drafter, or 'demo': slots draft where measured costs say that it saves time; the answers "
-            "are the same."
+            "help": "Path or Hub id of a drafter, or 'demo'. Slots draft if measured costs show that it saves time. The answers "
+            "stay the same."
         },
     )
     endpoint: str | None = field(
         default=None,
         metadata={
             "help": "URL of an OpenAI-compatible server (http://host:8000/v1; vLLM, SGLang, TGI) that answers instead of "
-            "--target, whose tokenizer then checks that training can use the answers; OPENAI_API_KEY is sent if set."
+            "--target. The target's tokenizer then checks that training can use the answers. OPENAI_API_KEY is sent if set."
         },
     )
     endpoint_model: str | None = field(default=None, metadata={"help": "Name of the target on the server."})
@@ -149,7 +149,7 @@ class RegenerateCommand(RenderingOptions, DrafterOptions, DataOptions):
         print(json.dumps(stats))
         if stats["n_resumed"]:
             print(
-                f"{stats['n_resumed']} answers to these prompts were on file already, {stats['n_responses']} are new."
+                f"{stats['n_resumed']} answers to these prompts were on file already; {stats['n_responses']} are new."
             )
         if self.shards is not None:
             write_shards(self.output, self.shards)
@@ -220,17 +220,17 @@ class RegenerateCommand(RenderingOptions, DrafterOptions, DataOptions):
         )
 
     def _tokenizer(self) -> Any:
-        """The target's tokenizer, by which answers of a server are checked; None if no name leads to one."""
+        """The target's tokenizer, to check a server's answers; None if it is not found under any name."""
         if self.target != DEMO:
             return AutoTokenizer.from_pretrained(self.target)
         name = self.endpoint_model or ""
-        # a name that only the server knows is still one to answer by
+        # the server may know a name that is unknown here
         with contextlib.suppress(OSError, ValueError):
             if "/" in name:
                 return AutoTokenizer.from_pretrained(name)
         print(
-            f"note: there is no tokenizer under the name {name!r} here, so the answers are not checked. With --target "
-            "NAME, answers that training cannot use are reported at once.",
+            f"note: no tokenizer was found under the name {name!r}, so the answers are not checked. With --target "
+            "NAME, answers that training cannot use are reported immediately.",
             flush=True,
         )
         return None

@@ -1,4 +1,4 @@
-"""How verbs read their data, and those that generate render it."""
+"""Options for reading data, and for rendering it with chat templates."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ FORMATS_HELP = (
 
 @dataclass(kw_only=True)
 class RenderingOptions(PlacedTargetOptions):
-    """A target that generates, and the variables of its chat template."""
+    """Options for a target that generates, including the variables of its chat template."""
 
     chat_template_kwargs: str | None = field(
         default=None,
@@ -37,7 +37,7 @@ class RenderingOptions(PlacedTargetOptions):
 
 @dataclass(kw_only=True)
 class DataOptions:
-    """Which split and columns a verb reads."""
+    """Options for the split and the columns to read."""
 
     split: str = field(default="train", metadata={"help": "Split of data sets with several splits."})
     columns: list[str] = field(
@@ -47,7 +47,7 @@ class DataOptions:
 
     @property
     def reading(self) -> dict:
-        """The arguments of a reader beside the data; `ValueError` for malformed `--columns`."""
+        """Arguments of a reader other than the data; `ValueError` for malformed `--columns`."""
         from ..data.row_reader import parse_columns
 
         return {"split": self.split, "columns": parse_columns(self.columns)}

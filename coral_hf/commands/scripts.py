@@ -1,4 +1,4 @@
-"""How scripts read their options, and how they and the verbs end on what their user can mend: one line and status 2."""
+"""Options of scripts, and the exit of scripts and verbs on errors that the user can fix: one line and status 2."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 
-# of wrong options, files, models and missing extras; others are faults of the package and keep their traceback
+# errors from wrong options, files, models and missing extras; other errors are bugs and keep their traceback
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
@@ -19,14 +19,14 @@ def one_line(error: BaseException) -> str:
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Leaves a docstring's lines as they are, and states defaults."""
+    """Keeps a docstring's lines and shows defaults."""
 
 
 def parse_script(*options: type) -> tuple[Any, ...]:
-    """A script's options, from the command line; `--help` prints the script's docstring first.
+    """Reads a script's options from the command line. `--help` prints the script's docstring first.
 
     Args:
-        *options (`type`): dataclasses; the first is the script's own.
+        *options (`type`): dataclasses. The first one is the script's own.
 
     Returns:
         `tuple`: an instance of each.
@@ -37,10 +37,10 @@ def parse_script(*options: type) -> tuple[Any, ...]:
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Runs a script's `main` and leaves with the status it returns, or as above on a user's error.
+    """Runs a script's `main` and exits with its status, or with one line and status 2 on a user's error.
 
     Raises:
-        SystemExit: unless all went well.
+        SystemExit: if the status is not 0.
     """
     try:
         status = main()

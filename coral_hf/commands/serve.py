@@ -1,4 +1,4 @@
-"""`coral-hf serve`: Transformers' own OpenAI-compatible server, with a drafter attached to the target."""
+"""`coral-hf serve`: Transformers' OpenAI-compatible server with a drafter attached to the target."""
 
 from dataclasses import dataclass, field
 
@@ -7,10 +7,10 @@ from .loading import DEMO, DrafterOptions, PlacedTargetOptions, load_drafter, re
 
 @dataclass
 class ServeCommand(PlacedTargetOptions, DrafterOptions):
-    """Serve a target with its drafter to OpenAI clients: Transformers' server, whose answers come sooner.
+    """Serve a target with its drafter to OpenAI clients, using Transformers' server.
 
-    Requests are answered one at a time, with draft trees, and are the same as without the drafter. The API is the one that
-    `transformers serve` documents; a request names the model as --target does.
+    Requests are answered one at a time, with draft trees. The answers are the same as without the drafter. The API is that of
+    `transformers serve`. Requests name the model as --target does.
 
     Examples:
         coral-hf serve --target your/model --drafter outputs/drafter
@@ -23,7 +23,7 @@ class ServeCommand(PlacedTargetOptions, DrafterOptions):
     host: str = field(default="localhost", metadata={"help": "Address to listen on."})
     port: int = field(default=8000, metadata={"help": "Port to listen on."})
     continuous_batching: bool = field(
-        default=False, metadata={"help": "Refused: continuous batching does not call generate."}
+        default=False, metadata={"help": "Not supported: continuous batching does not call generate."}
     )
 
     def run(self) -> int:
@@ -32,7 +32,7 @@ class ServeCommand(PlacedTargetOptions, DrafterOptions):
 
         if self.continuous_batching:
             raise ValueError(
-                "--continuous_batching true does not call generate, so no draft would be made. Leave it out, or serve many "
+                "--continuous_batching true does not call generate, so nothing would be drafted. Leave it out, or serve many "
                 "requests at once with an engine (`coral-hf convert --to vllm` or `--to sglang`)."
             )
         if not 0 < self.port < 2**16:

@@ -29,23 +29,25 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
     """
 
     REFUSED: ClassVar[dict[str, str]] = {
-        "--device_map": "training puts the whole target on each process's device. --shard_target true splits a larger one over several "
-        "processes. Choose another device with `accelerate launch` or CUDA_VISIBLE_DEVICES."
+        "--device_map": "training puts the whole target on each process's device. --shard_target true splits a larger target over "
+        "several processes. Choose another device with `accelerate launch` or CUDA_VISIBLE_DEVICES."
     }
 
     data: list[str] = field(
-        metadata={"help": f"Prompts with answers: {FORMATS_HELP}; or a folder of shards or of save_to_disk."}
+        metadata={
+            "help": f"Prompts with answers: {FORMATS_HELP}; or a folder of shards, or one written by save_to_disk."
+        }
     )
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read --data while training instead of before it: needs --max_steps; rows are shuffled in buffers "
-            "(--stream_buffer_size) and not grouped by length; resuming reads the stream again up to the last step."
+            "help": "Read --data during training instead of before it. Requires --max_steps. Rows are shuffled in buffers "
+            "(--stream_buffer_size) and not grouped by length. Resuming reads the stream again up to the last step."
         },
     )
     dtype: str = field(
         default="auto",
-        metadata={"help": "Dtype of the frozen target; auto: bfloat16 where the hardware multiplies it natively."},
+        metadata={"help": "Dtype of the frozen target; auto: bfloat16 if the hardware multiplies it natively."},
     )
     drafter: str | None = field(
         default=None, metadata={"help": "Continue training this drafter instead of a new one."}
@@ -104,7 +106,8 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
     tune: bool = field(
         default=True,
         metadata={
-            "help": "Afterwards, measure on held-out conversations which draft size pays here, and save it in the drafter's config."
+            "help": "After training, measure on held-out conversations which draft size pays on this machine, and save it in the "
+            "drafter's config."
         },
     )
     estimate: bool = field(
@@ -157,15 +160,15 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
         rows, eval_rows = self._read(tell=args.process_index == 0)
         if not self.eval_data and self.eval_rows != 0 and args.process_index == 0:
             print(told(rows, eval_rows), flush=True)
-        # the trainer places the target, on every rank's own device
+        # the trainer places the target on each rank's device
         target, tokenizer = self.load_target(resolve_dtype(self.dtype, args.device), "cpu")
         if (files := [*self.eval_data, *self.check_overlap]) and args.process_index == 0:
             warn_of_overlap(rows, files, tokenizer)
-        set_seed(args.seed)  # `Trainer` seeds after new weights are drawn
+        set_seed(args.seed)  # `Trainer` sets the seed after new weights are drawn
         if self.drafter is not None:
             drafter = load_drafter(self.drafter, self.drafter_revision)
             commit = hub_commit(target.config)
-            if commit is not None:  # a target of the Hub: from now on the drafter is trained for this commit
+            if commit is not None:  # a target from the Hub: the drafter is now trained for this commit
                 drafter.config.target_name_or_path = target.config._name_or_path
                 drafter.config.target_revision = commit
         else:
@@ -199,7 +202,7 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
             print(json.dumps(metrics))
             check = f"coral-hf verify --target {self.target} --drafter {args.output_dir} --data PROMPTS"
             finished(args.output_dir, then=check)
-        trainer.end_training()  # several processes leave together
+        trainer.end_training()  # all processes exit together
         return 0
 
     def after_interrupt(self, args) -> str:
@@ -226,7 +229,7 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
         return hold_out(rows, self.eval_rows)
 
     def _shortlist_size(self, trainer: Any) -> int:
-        """Ids of the shortlist that the drafter gets before its training; 0: none."""
+        """Size of the shortlist that the drafter gets before training; 0: none."""
         if self.shortlist_size is not None:
             return self.shortlist_size
         config = trainer.model.config
@@ -234,7 +237,7 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
         return shortlist_size(config.vocab_size) if new and trainer.adapter.has_rows else 0
 
     def _check_new_drafter(self) -> None:
-        """Refuses wrong settings of a new drafter before the target is loaded, as far as they can be told from it."""
+        """Rejects wrong settings of a new drafter that can be detected before the target is loaded."""
         if self.drafter is not None:
             for name in ("shape", "config_overrides"):
                 if (value := getattr(self, name)) is not None:
@@ -254,7 +257,7 @@ class TrainCommand(TargetOptions, DrafterOptions, DataOptions):
         return overrides if self.shape is None else {**overrides, "shape": self.shape}
 
     def _settings(self, target_config: Any) -> dict[str, Any]:
-        """Settings of a new drafter: the given ones, and the recipe's where they leave it to it."""
+        """Settings of a new drafter: the given ones, completed by the recipe."""
         overrides = self._overrides()
         best = drafter_settings(target_config)
         return {**best, **overrides} if overrides.get("shape", best["shape"]) == best["shape"] else overrides

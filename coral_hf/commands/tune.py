@@ -1,4 +1,4 @@
-"""`coral-hf tune`: which draft size pays for a target and a drafter on this machine?"""
+"""`coral-hf tune`: finds the draft size that pays for a target and a drafter on this machine."""
 
 import sys
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ from .rendering import FORMATS_HELP, DataOptions, RenderingOptions
 
 @dataclass
 class TuneCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
-    """Measure what a step costs here and what is accepted; predict the best draft size; write tune.json.
+    """Measure step times and acceptance on this machine, predict the best draft size, and write tune.json.
 
-    The costs that generate keeps for cost-aware drafts of the drafter's own sizes are measured again.
+    The costs that generate keeps for cost-aware drafts with the drafter's own sizes are measured again.
 
     Examples:
         coral-hf tune --target your/model --drafter outputs/drafter --data prompts.jsonl --output outputs/tune --save true
@@ -36,7 +36,7 @@ class TuneCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
     seed: int = field(default=0, metadata={"help": "Seed of sampled answers."})
     draft_depth: int = field(default=8, metadata={"help": "Deepest draft to try."})
     draft_top_k: int = field(default=4, metadata={"help": "Most branches per node to try."})
-    draft_total_tokens: int = field(default=32, metadata={"help": "Most nodes to try, the root included."})
+    draft_total_tokens: int = field(default=32, metadata={"help": "Most nodes to try, including the root."})
     save: bool = field(default=False, metadata={"help": "Write the best settings to the drafter's config.json."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
@@ -72,7 +72,7 @@ class TuneCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
             )
         if self.save and not folder.is_dir():
             raise ValueError(
-                f"--save writes into a drafter's folder; {self.drafter!r} is none. Save the drafter first."
+                f"--save writes to a drafter's folder, but {self.drafter!r} is not a folder. Save the drafter first."
             )
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -96,7 +96,7 @@ class TuneCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions):
             save_settings(folder, settings)
             for name, value in settings.items():
                 setattr(drafter.config, name, value)
-        # what was kept may be of a busier hour, or of before a change of this machine that its key does not show
+        # the kept costs may come from a busier time, or from before a change of this machine that the key does not show
         cost_table(target, drafter, DraftSettings.resolve(drafter.config), refresh=True)
         bench = f"coral-hf benchmark --target {self.target} --drafter {self.drafter} --data PROMPTS --output FOLDER"
         finished(path, folder / "config.json" if self.save else None, then=bench)

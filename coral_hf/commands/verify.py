@@ -1,4 +1,4 @@
-"""`coral-hf verify`: are a drafter's answers plain `generate`'s, token by token?"""
+"""`coral-hf verify`: compares a drafter's answers with plain `generate`'s, token by token."""
 
 import sys
 from dataclasses import dataclass, field
@@ -56,7 +56,7 @@ class VerifyCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         prompts = read_prompts(self.data, self.limit, **self.reading)
-        # by its name, before any model loads, so that a typo costs nothing
+        # check the name before loading any model, so that a typo costs nothing
         parse_methods(self.method, {self.drafter: self.drafter})
         drafter = load_drafter(self.drafter, self.drafter_revision)
         methods = parse_methods(self.method, {self.drafter: drafter})
@@ -74,6 +74,6 @@ class VerifyCommand(RenderingOptions, DrafterOptions, DataOptions, OutputOptions
         data = " ".join(self.data)
         bench = f"coral-hf benchmark --target {self.target} --drafter {self.drafter} --data {data} --output FOLDER"
         if any(check.different or not check.n_turns for check in checks):
-            return 1  # the warning is the last line: a drafter that fails has no next step
+            return 1  # the warning is the last line, because a drafter that fails has no next step
         finished(self.output, then=bench)
         return 0

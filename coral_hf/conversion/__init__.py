@@ -1,6 +1,7 @@
 """EAGLE-family checkpoints in, checkpoints for serving engines out.
 
-Knows nothing of generation or training: a drafter, a target's ends and the engines' published schemas are all it reads.
+This package does not depend on generation or training. It reads drafters, a target's embedding and head, and the engines'
+published schemas.
 """
 
 from .eagle_import import load_eagle

@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder without running code from it, and writing one that is either whole or absent."""
+"""Reads checkpoint folders without running code from them, and writes folders that are either complete or absent."""
 
 import os
 import pickle
@@ -17,7 +17,7 @@ from ..utils.jsonl import read_json
 
 
 CONFIG_FILE = "config.json"
-# SGLang's `--speculative-token-map`: ids that drafting is limited to
+# SGLang's `--speculative-token-map`: the ids that drafting is limited to
 HOT_TOKENS_FILE = "hot_token_ids.pt"
 # In order of preference: safetensors cannot contain code.
 WEIGHT_FILES = (
@@ -30,7 +30,7 @@ _FETCH_AGAIN = "Fetch the checkpoint again."
 
 
 def resolve_folder(path_or_repo: str | os.PathLike, revision: str | None = None) -> Path:
-    """A local folder as it is; a Hub id's config and weights, in one form, from the cache or the Hub.
+    """The local folder of a checkpoint. For a Hub id, fetches config and weights (in one format) from the cache or the Hub.
 
     Args:
         path_or_repo (`str` or `os.PathLike`): a folder or a Hub id.
@@ -51,12 +51,12 @@ def resolve_folder(path_or_repo: str | os.PathLike, revision: str | None = None)
     failed = f"{repo!r} is not a local folder, and fetching it from the Hub failed: "
     try:
         listed = HfApi().list_repo_tree(repo, revision=revision)
-        names = [entry.path for entry in listed if "/" not in entry.path]  # other servers list subfolders as well
+        names = [entry.path for entry in listed if "/" not in entry.path]  # some servers also list subfolders
         return Path(snapshot_download(repo, revision=revision, allow_patterns=_wanted_files(names)))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise OSError(f"{failed}{error}") from error
     except (HTTPError, OSError, ValueError) as error:
-        try:  # no network: what was fetched before, of which only the config's name is sure
+        try:  # no network: use files fetched before, of which only the config's name is known
             cached = snapshot_download(repo, revision=revision, allow_patterns=[CONFIG_FILE], local_files_only=True)
             return Path(cached)
         except (OSError, ValueError):
@@ -64,18 +64,18 @@ def resolve_folder(path_or_repo: str | os.PathLike, revision: str | None = None)
 
 
 def _wanted_files(names: list[str]) -> list[str]:
-    """Of a repository's top-level files, those that are read: a checkpoint in several forms is fetched in one."""
+    """The top-level files of a repository to fetch. A checkpoint in several formats is fetched in one."""
     wanted = [name for name in (CONFIG_FILE, HOT_TOKENS_FILE) if name in names]
     weights = next((name for name in WEIGHT_FILES if name in names), None)
     if weights is not None and weights.endswith(".index.json"):
-        # which of them the index names is known once it is here
+        # the shards that the index names are only known once it is fetched
         form = Path(weights.removesuffix(".index.json")).suffix
         wanted += [name for name in names if name.endswith(form)]
     return wanted if weights is None else [*wanted, weights]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` as a dict; `ValueError` if it is missing, malformed or no object."""
+    """`config.json` as a dict; `ValueError` if it is missing, malformed or not an object."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder} contains no {CONFIG_FILE}; give the folder of a checkpoint.")
@@ -90,7 +90,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """
     name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
-        raise ValueError(f"{folder} contains no weights: put one of {list(WEIGHT_FILES)} beside its {CONFIG_FILE}.")
+        raise ValueError(f"{folder} contains no weights: put one of {list(WEIGHT_FILES)} next to its {CONFIG_FILE}.")
     if not name.endswith(".index.json"):
         return read_weight_file(folder / name)
     weight_map = check_index(folder / name, read_json(folder / name))
@@ -104,7 +104,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         twice = sorted(set(part) & set(tensors))
         if twice:
             raise ValueError(
-                f"{folder / shard} contains tensors that another shard has as well: {twice}. {_FETCH_AGAIN}"
+                f"{folder / shard} contains tensors that are also in another shard: {twice}. {_FETCH_AGAIN}"
             )
         tensors |= part
     missing, extra = sorted(set(weight_map) - set(tensors)), sorted(set(tensors) - set(weight_map))
@@ -116,7 +116,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_weight_file(path: Path) -> dict[str, torch.Tensor]:
-    """One safetensors or pickle file of named tensors; a pickle is never allowed to run code.
+    """Reads a safetensors or pickle file of named tensors. A pickle is never allowed to run code.
 
     Raises:
         ValueError: if the file is damaged or contains anything but a dict of tensors.
@@ -148,14 +148,14 @@ def load_plain_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's message continues with advice to turn the check off
+        # torch's message continues with advice to disable the check
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{path} contains more than plain tensors and would run code when loaded; it is refused. Ask for a safetensors "
+            f"{path} contains more than plain tensors and would run code when loaded, so it is not loaded. Ask for a safetensors "
             f"file. ({reason})"
         ) from error
     except Exception as error:
-        # torch's reader walks into damaged bytes with whatever comes of it: KeyError, struct.error, AssertionError, ...
+        # torch's reader raises all kinds of errors for damaged bytes: KeyError, struct.error, AssertionError, ...
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {_FETCH_AGAIN}") from error
 
 
@@ -169,7 +169,7 @@ def check_new_folder(folder: str | os.PathLike) -> Path:
 
 @contextmanager
 def staged_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """A scratch folder beside `folder` that takes its name when the block ends well and vanishes when it does not."""
+    """A temporary folder next to `folder`. It is renamed to `folder` on success and removed on failure."""
     folder = check_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.parent / f".{folder.name}.partial-{os.getpid()}"

@@ -1,4 +1,4 @@
-"""What the `config.json` of an EAGLE-family checkpoint says, as CoralDraftConfig settings, and back."""
+"""Converts the `config.json` of EAGLE-family checkpoints to CoralDraftConfig settings, and back."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from ..drafter.configuration_coral import FEATURE_LAYER_LAST, CoralDraftConfig
 from .schema import check_config, load_schemas
 
 
-# Where an exported folder keeps what no engine reads, so that it comes back unchanged.
+# The key under which an exported folder keeps settings that no engine reads, so that they can be imported again.
 CORAL_KEY = "coral_config"
 CORAL_SETTINGS = (
     "target_name_or_path",
@@ -27,7 +27,7 @@ CORAL_SETTINGS = (
     "draft_lookup",
     "draft_calibration",
 )
-# Set to something true, each of these makes a forward that CoralDraftModel does not have.
+# If true, each of these changes the forward pass in a way that CoralDraftModel does not support.
 UNSUPPORTED = {
     "add_para_norm": "norms on the inputs of fc",
     "mlp_bias": "biases in the MLP",
@@ -35,9 +35,9 @@ UNSUPPORTED = {
     "parallel_drafting": "parallel drafting",
     "attn_logit_softcapping": "capped attention scores",
 }
-# Of layers with Llama's tensors and another forward: norms that add one to their weights, scaled residuals.
+# Types with Llama's tensors but a different forward pass: norms that add one to their weights, scaled residuals.
 OTHER_FORWARDS = ("gemma", "granite", "minicpm")
-# Keys for a norm before fc, at the top level or under `eagle_config`; the last is an older name of the second
+# Keys for a norm before fc, at the top level or under `eagle_config`. The last is an older name of the second.
 _NORM_TYPES = {"norm_before_fc": "boolean", "fc_norm": "boolean", "use_aux_norm": "boolean"}
 _TYPES = {
     "architectures": "array",
@@ -52,7 +52,7 @@ _DIMENSIONS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_
 
 
 def default_feature_layers(num_hidden_layers: int) -> list[int]:
-    """The three layers that EAGLE-3 reads where a config names none, as residual streams before these layers."""
+    """The three layers that EAGLE-3 reads by default, as residual streams before these layers."""
     return [2, num_hidden_layers // 2, num_hidden_layers - 3]
 
 
@@ -69,10 +69,10 @@ def layer_config(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_supported(raw: dict[str, Any]) -> None:
-    """Raises `ValueError` for values of a wrong type, and for settings of a forward that a CORAL drafter lacks."""
+    """Raises `ValueError` for values of a wrong type, and for settings that a CORAL drafter does not support."""
     types = {key: rule for key, rule in load_schemas()["llama_config"].items() if not isinstance(rule, dict)}
     parts = ((raw, {**types, **_TYPES}), (layer_config(raw), types), (raw.get("eagle_config") or {}, _NORM_TYPES))
-    for part, rules in parts:  # the first says whether the last is an object
+    for part, rules in parts:  # the first part determines whether the last is an object
         given = {key: rule for key, rule in rules.items() if part.get(key) is not None}
         check_config(part, given, "config.json is malformed")
     if raw.get("model_type") == "coral":
@@ -94,7 +94,7 @@ def check_supported(raw: dict[str, Any]) -> None:
         if value is not None and value != expected:
             problems.append(f"{key}: expected {expected!r}, found {value!r}")
     if (kind := str(layer.get("model_type"))).startswith(OTHER_FORWARDS):
-        problems.append(f"model_type {kind!r} (a layer that computes something else than Llama's)")
+        problems.append(f"model_type {kind!r} (its layer differs from Llama's)")
     if problems:
         raise ValueError(
             f"A CORAL drafter cannot represent this checkpoint{named_as(raw)}: {'; '.join(problems)}. Convert an EAGLE-1, EAGLE-2, "
@@ -103,13 +103,13 @@ def check_supported(raw: dict[str, Any]) -> None:
 
 
 def named_as(raw: dict[str, Any]) -> str:
-    """For messages, the architecture that a checkpoint claims: a hint only, since the same tensors come under many names."""
+    """The architecture in a checkpoint's config, as a hint in messages, because the same tensors have many class names."""
     names = raw.get("architectures")
     return f" (architectures: {', '.join(map(str, names))})" if names else ""
 
 
 def ignored_settings(raw: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a checkpoint that change its forward for long texts, which a CORAL drafter computes without them."""
+    """Settings of a checkpoint that change its forward pass for long texts. A CORAL drafter ignores them."""
     layer = layer_config(raw)
     kinds = layer.get("layer_types")
     window = layer.get("sliding_window")
@@ -122,7 +122,7 @@ def read_rope(layer: dict[str, Any]) -> dict[str, Any]:
     """RoPE settings from new (`rope_parameters`) or old (`rope_theta`, `rope_scaling`) keys.
 
     Raises:
-        ValueError: if both are there and disagree, or only a part of each head is rotated.
+        ValueError: if both exist and disagree, or if only a part of each head is rotated.
     """
     new, theta = layer.get("rope_parameters"), layer.get("rope_theta")
     scaling = dict(layer.get("rope_scaling") or {})
@@ -149,7 +149,7 @@ def read_rope(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_rope(config: CoralDraftConfig) -> dict[str, Any]:
-    """RoPE settings in new and old keys: engines differ in which they read."""
+    """RoPE settings under new and old keys, because engines differ in which they read."""
     rope = dict(config.rope_parameters)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     default = scaling.get("rope_type", "default") == "default"
@@ -161,14 +161,14 @@ def write_rope(config: CoralDraftConfig) -> dict[str, Any]:
 
 
 def read_feature_layers(raw: dict[str, Any], fc_features: int | None, num_hidden_layers: int) -> list[int]:
-    """Which target features an EAGLE-3 checkpoint reads, in `CoralDraftConfig.target_feature_layers`' terms.
+    """The target features that an EAGLE-3 checkpoint reads, as `CoralDraftConfig.target_feature_layers`.
 
     At the top level ids mean the residual stream before the listed layers (vLLM, speculators). Under `eagle_config`
     they mean the layers' outputs, which is one layer later (SpecForge, and SGLang, which adds one to them).
 
     Args:
         raw (`dict`): the checkpoint's config.
-        fc_features (`int`, *optional*): features that `fc` takes; None: no `fc`.
+        fc_features (`int`, *optional*): number of input features of `fc`; None: no `fc`.
         num_hidden_layers (`int`): the target's depth.
 
     Raises:
@@ -191,10 +191,10 @@ def read_feature_layers(raw: dict[str, Any], fc_features: int | None, num_hidden
 
 
 def read_fc_norms(raw: dict[str, Any]) -> dict[str, bool]:
-    """Whether features are normed before `fc`, and how, in `CoralDraftConfig`'s terms.
+    """The settings of `CoralDraftConfig` for norms before `fc`.
 
-    As vLLM and SGLang read it: `norm_before_fc` under `eagle_config` counts for more than at the top level. `use_aux_norm`
-    is SGLang's older name of `fc_norm`.
+    As in vLLM and SGLang, `norm_before_fc` under `eagle_config` takes precedence over the top level. `use_aux_norm` is SGLang's
+    older name of `fc_norm`.
     """
     eagle = raw.get("eagle_config") or {}
     each = (source.get(key) for source in (raw, eagle) for key in ("fc_norm", "use_aux_norm"))
@@ -212,9 +212,9 @@ def read_settings(
     Args:
         raw (`dict`): the checkpoint's config.
         target ([`CoralDraftConfig`]): settings that follow from the target.
-        shape (`str`): the layout that the tensors have.
-        fc_features (`int`, *optional*): target features that `fc` takes.
-        overrides (`dict`): settings that replace what the checkpoint says.
+        shape (`str`): the layout of the tensors.
+        fc_features (`int`, *optional*): number of target features that `fc` reads.
+        overrides (`dict`): settings that replace those of the checkpoint.
 
     Raises:
         ValueError: if dimensions are missing or differ from the target's; the message lists all of them.

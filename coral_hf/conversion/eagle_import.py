@@ -1,4 +1,4 @@
-"""EAGLE-1/2, HASS and EAGLE-3 checkpoints, also as vLLM, SGLang and speculators hold them, into a CORAL drafter."""
+"""Loads EAGLE-1/2, HASS and EAGLE-3 checkpoints, including those of vLLM, SGLang and speculators, as CORAL drafters."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from .schema import FLOAT_DTYPES, LAYER, check_tensors, layout_shapes
 logger = logging.getLogger(__name__)
 # An embedding copy may have been rounded to another 16-bit format than the target's.
 COPY_RTOL, COPY_ATOL = 2**-7, 1e-6
-# Older names of the norms of three features before fc, which SGLang reads as well
+# Older names of the norms of three features before fc, which SGLang also reads
 _OLD_NORMS = {f"aux_norm_{name}.weight": f"fc_norm.{i}.weight" for i, name in enumerate(("low", "mid", "high"))}
 
 
@@ -31,14 +31,14 @@ def load_eagle(
 ):
     """Loads an EAGLE-family checkpoint as a drafter for `target`, see `CoralDraftModel.from_eagle`.
 
-    The embedding is always the target's: a copy in the checkpoint is compared with it and dropped. So is a copy of the
-    LM head; an EAGLE-3 head of its own, over a part of the vocabulary or not, stays with the drafter.
+    The embedding is always the target's. A copy in the checkpoint is compared with it and dropped, and so is a copy of the
+    LM head. If an EAGLE-3 checkpoint has its own head, over all or a part of the vocabulary, the drafter keeps it.
 
     Args:
         model_class (`type`): [`CoralDraftModel`].
         path_or_repo (`str`): a folder or a Hub id.
         target (`PreTrainedModel`): the model that the checkpoint drafts for.
-        revision (`str`, *optional*): of the Hub repository.
+        revision (`str`, *optional*): revision of the Hub repository.
         **overrides: settings of [`CoralDraftConfig`] to use instead of the checkpoint's.
 
     Returns:
@@ -75,14 +75,14 @@ def load_eagle(
     settings["attention_bias"] = bool(biased)
     bias = tensors.get("fc.bias")
     if bias is not None and raw.get("architectures") == ["LlamaForCausalLMEagle"] and not bias.any():
-        # SGLang leaves a missing bias random, so that zeros stand for none in its checkpoints.
+        # SGLang initialises a missing bias randomly, so its checkpoints contain zeros instead of no bias.
         del tensors["fc.bias"]
     settings["fc_bias"] = shape == "eagle" and "fc.bias" in tensors
     declared = raw.get("bias")
     if shape == "eagle" and declared is not None and bool(declared) != settings["fc_bias"]:
         raise ValueError(
             f"config.json says bias={declared}, but the weights have {'an' if bias is not None else 'no'} fc.bias: "
-            "set it to what the weights hold, or fetch the checkpoint again."
+            "set it as in the weights, or fetch the checkpoint again."
         )
     settings["draft_vocab_size"] = _own_rows(raw, tensors, adapter, shape)
     hot_tokens = _hot_tokens(folder, of_target.vocab_size) if CORAL_KEY in raw and shape == "eagle" else None
@@ -96,10 +96,10 @@ def load_eagle(
 
 
 def canonical_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names without what engines and their versions add: no `model.` in front, `layers.0` for EAGLE-3's `midlayer`.
+    """Normalises the names of engines and their versions: removes `model.`, and uses `layers.0` for EAGLE-3's `midlayer`.
 
     Raises:
-        ValueError: if two tensors end up with one name.
+        ValueError: if two tensors get the same name.
     """
     result: dict[str, torch.Tensor] = {}
     origin: dict[str, str] = {}
@@ -119,7 +119,7 @@ def canonical_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def _is_eagle3(raw: dict, stored: dict, tensors: dict) -> bool:
-    """By what only EAGLE-3 has: its tensors decide before the architecture's name, which may be plain Llama's."""
+    """Whether a checkpoint is EAGLE-3. Its tensors decide first, because the architecture's name may be Llama's."""
     return (
         any(name in tensors for name in (f"{LAYER}.hidden_norm.weight", "d2t"))
         or any(name.removeprefix("model.").startswith("midlayer.") for name in stored)
@@ -129,7 +129,7 @@ def _is_eagle3(raw: dict, stored: dict, tensors: dict) -> bool:
 
 
 def _own_rows(raw: dict, tensors: dict[str, torch.Tensor], adapter: TargetAdapter, shape: str) -> int | None:
-    """Rows of the checkpoint's own head, or None if it uses the target's; drops an exact copy of that."""
+    """The number of rows of the checkpoint's own head, or None if it uses the target's. Drops an exact copy of that."""
     declared = raw.get("draft_vocab_size", layer_config(raw).get("draft_vocab_size"))
     if shape == "eagle":
         return None
@@ -169,7 +169,7 @@ def _check(config: CoralDraftConfig, tensors: dict[str, torch.Tensor], biased: l
     for setting, prefix in (("norm_before_fc", "input_norm."), ("fc_norm", "fc_norm.")):
         norms = sorted(name for name in tensors if name.startswith(prefix))
         if norms and config.shape == "eagle3" and not getattr(config, setting):
-            # engines would leave them out, or fail over them
+            # engines would ignore them or fail
             raise ValueError(
                 f"{where} contains {norms}, but its config.json does not say {setting}: true. If the drafter was trained "
                 f"with them, add that, or pass {setting}=True."
@@ -193,7 +193,7 @@ def _check(config: CoralDraftConfig, tensors: dict[str, torch.Tensor], biased: l
 
 
 def _check_vocabulary(offsets: torch.Tensor, mask: torch.Tensor | None, vocab_size: int) -> None:
-    """Raises `ValueError` unless `d2t` names distinct ids of the target and `t2d`, if there, marks the same."""
+    """Raises `ValueError` unless `d2t` names distinct ids of the target, and `t2d`, if present, marks the same ids."""
     ids = torch.arange(offsets.numel()) + offsets
     outside = ((ids < 0) | (ids >= vocab_size)).nonzero().flatten().tolist()
     if outside:
@@ -211,7 +211,7 @@ def _check_vocabulary(offsets: torch.Tensor, mask: torch.Tensor | None, vocab_si
 
 
 def _drop_copies(tensors: dict[str, torch.Tensor], adapter: TargetAdapter, config: CoralDraftConfig) -> None:
-    """Removes copies of the target's embedding and, in the eagle shape, LM head; `ValueError` if they are none."""
+    """Removes copies of the target's embedding and, in the eagle shape, LM head; `ValueError` if they differ from it."""
     weights = {"embed_tokens.weight": adapter.embedding.weight}
     if config.shape == "eagle":
         weights["lm_head.weight"] = adapter.head.weight
@@ -224,8 +224,8 @@ def _drop_copies(tensors: dict[str, torch.Tensor], adapter: TargetAdapter, confi
         if not torch.allclose(found.float(), own, rtol=COPY_RTOL, atol=COPY_ATOL):
             gap = (found.float() - own).abs().max().item()
             raise ValueError(
-                f"{name}: expected a copy of the target's, found one that differs by up to {gap:.3g}. A CORAL drafter "
-                "uses the target's own: load the target that this checkpoint was trained for."
+                f"{name}: expected a copy of the target's, but it differs by up to {gap:.3g}. A CORAL drafter uses the "
+                "target's own: load the target that this checkpoint was trained for."
             )
 
 

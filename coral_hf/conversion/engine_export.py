@@ -1,4 +1,4 @@
-"""A CORAL drafter as the checkpoint that a serving engine loads: checked against its schema, whole or not at all."""
+"""Writes a CORAL drafter as a serving engine's checkpoint, checked against its schema. Writes all of it or nothing."""
 
 import json
 import os
@@ -25,12 +25,12 @@ ENGINES = ("vllm", "sglang", "speculators", "eagle")
 
 @dataclass
 class EngineExport:
-    """What was written.
+    """The result of an export.
 
     Args:
         folder (`Path`): the engine's checkpoint.
-        command (`str`): how to serve with it.
-        notes (`list[str]`): what the engine does differently or what was left out.
+        command (`str`): the command that serves it.
+        notes (`list[str]`): differences in the engine, and settings that were left out.
     """
 
     folder: Path
@@ -50,17 +50,17 @@ def export_drafter(
     Args:
         drafter ([`CoralDraftModel`])
         engine (`str`): one of `ENGINES`; `"eagle"` is the layout of EAGLE's own code.
-        folder (`str` or `os.PathLike`): new or empty.
-        target (`PreTrainedModel`, *optional*): needed by `"eagle"` for the `eagle3` shape, whose checkpoints hold an LM
-            head. For the `eagle` shape it says, on the meta device too, how the target scales its embedding where the
-            drafter's config does not.
+        folder (`str` or `os.PathLike`): a new or empty folder.
+        target (`PreTrainedModel`, *optional*): needed by `"eagle"` for the `eagle3` shape, whose checkpoints contain an
+            LM head. For the `eagle` shape, it provides the embedding's scale if the drafter's config lacks it; a target on
+            the meta device is enough for that.
         target_name (`str`, *optional*): path or Hub id of the target to serve; defaults to the one in the config.
 
     Returns:
         [`EngineExport`]
 
     Raises:
-        ValueError: if the engine is unknown, cannot express the drafter, or the folder is taken. Nothing is written.
+        ValueError: if the engine is unknown or cannot express the drafter, or the folder is not empty. Nothing is written.
     """
     if engine not in ENGINES:
         raise ValueError(f"Unknown engine {engine!r}; choose one of {list(ENGINES)}.")
@@ -94,7 +94,7 @@ def export_drafter(
 
 
 def _obstacles(config: CoralDraftConfig, engine: str, target: Any) -> list[str]:
-    """Everything about a drafter that an engine has no form for."""
+    """All properties of a drafter that an engine does not support."""
     problems = []
     layers, eagle3 = config.target_feature_layers, config.shape == "eagle3"
     if config.shape not in load_schemas()["engines"][engine]:
@@ -113,7 +113,7 @@ def _obstacles(config: CoralDraftConfig, engine: str, target: Any) -> list[str]:
         problems.append("one feature, the last layer's normed state, is served by vLLM alone; use --to vllm")
     elif not single and FEATURE_LAYER_LAST in layers:
         problems.append(
-            f"target_feature_layers={layers}: the normed last state (-1) cannot be captured beside others: "
+            f"target_feature_layers={layers}: the normed last state (-1) cannot be captured next to others: "
             + _features_read(config, engine)
         )
     elif not single and len(layers) == 1:
@@ -129,7 +129,7 @@ def _obstacles(config: CoralDraftConfig, engine: str, target: Any) -> list[str]:
     if config.norm_output and engine == "eagle":
         problems.append("norm_output=True, it feeds the state before the norm back; use --to vllm or sglang")
     if engine == "eagle":
-        raw = "its fc reads the features as they are; use --to vllm, sglang or speculators"
+        raw = "its fc reads features without a norm; use --to vllm, sglang or speculators"
         problems += [f"{name}=True, {raw}" for name in FC_NORMS if getattr(config, name)]
     if engine == "eagle" and config.head_dim * config.num_attention_heads != config.hidden_size:
         problems.append(f"head_dim={config.head_dim}, it takes hidden_size / num_attention_heads")
@@ -137,7 +137,7 @@ def _obstacles(config: CoralDraftConfig, engine: str, target: Any) -> list[str]:
 
 
 def _features_read(config: CoralDraftConfig, engine: str) -> str:
-    """Which states of a target an engine gives to a drafter that reads several."""
+    """Describes the target states that an engine passes to a drafter that reads several."""
     if engine == "eagle":
         return f"it reads {_default_layers(config)} of this target"
     if engine == "sglang":
@@ -146,10 +146,10 @@ def _features_read(config: CoralDraftConfig, engine: str) -> str:
 
 
 def _scaled_embedding(config: CoralDraftConfig, target: Any) -> list[str]:
-    """Why engines would feed an `eagle` drafter other embeddings than it was trained on; empty if they would not.
+    """Why engines would pass an `eagle` drafter different embeddings from those in training; empty if they would not.
 
-    Engines share the bare matrix with the drafter, so that an `fc` trained on scaled embeddings would read something
-    else; the `eagle3` shape norms the embedding and does not care.
+    Engines share the unscaled matrix with the drafter, which is wrong for an `fc` that was trained on scaled embeddings. The
+    `eagle3` shape norms the embedding, so the scale does not matter.
     """
     scale, kind = config.target_embedding_scale, config.target_model_type
     if scale is None and target is not None:
@@ -157,10 +157,10 @@ def _scaled_embedding(config: CoralDraftConfig, target: Any) -> list[str]:
         adapter.check_drafter(config)
         scale = adapter.embedding_scale
     elif scale is None and kind in CONFIG_MAPPING:
-        # A drafter of before the setting: its target's type says whether there is a scale, if not always which.
+        # A drafter older than the setting: its target's type tells whether there is a scale, but not always its value.
         try:
             adapter = TargetAdapter(meta_target(CONFIG_MAPPING[kind]()))
-        except ValueError:  # a type that stands for a part of a model only
+        except ValueError:  # the type of a part of a model
             return []
         scale = adapter.embedding_scale
         if scale == 1.0 and hasattr(adapter.text_config, "embedding_multiplier"):
@@ -173,7 +173,7 @@ def _scaled_embedding(config: CoralDraftConfig, target: Any) -> list[str]:
 
 
 def meta_target(config: Any) -> Any:
-    """A target of a config without weights: what only sizes and scales are asked of.
+    """A target without weights, made from a config, for its sizes and scales.
 
     Raises:
         ValueError: if Transformers has no causal LM for it.
@@ -183,7 +183,7 @@ def meta_target(config: Any) -> Any:
 
 
 def _is_permuted(own_head: Any, vocab_size: int) -> bool:
-    """Whether a head of the drafter's own scores all ids, but not in their order."""
+    """Whether the drafter's own head scores all ids in a different order."""
     if own_head is None or own_head.token_ids.numel() != vocab_size:
         return False
     return not torch.equal(own_head.token_ids.cpu(), torch.arange(vocab_size))
@@ -195,7 +195,7 @@ def _default_layers(config: CoralDraftConfig) -> list[int] | None:
 
 
 def _tensors(drafter: Any, engine: str, target: Any) -> dict[str, torch.Tensor]:
-    """The drafter's weights by the engine's names."""
+    """The drafter's weights under the engine's names."""
     config = drafter.config
     prefix = load_schemas()["engines"][engine][config.shape]["layer"]
     tensors = {}
@@ -203,10 +203,10 @@ def _tensors(drafter: Any, engine: str, target: Any) -> dict[str, torch.Tensor]:
         if name.startswith(("router.", "shortlist.", "low_rank.", "draft_head.")):
             continue
         name = prefix + name.removeprefix(LAYER) if name.startswith(f"{LAYER}.") else name
-        # cloned: nothing may share storage in a safetensors file
+        # cloned, because tensors in a safetensors file must not share storage
         tensors[name] = tensor.detach().cpu().clone().contiguous()
     if engine == "sglang" and config.shape == "eagle" and not config.fc_bias:
-        # SGLang's fc always has a bias, random unless the file contains one.
+        # SGLang's fc always has a bias, which is random unless the file contains one.
         tensors["fc.bias"] = torch.zeros(config.hidden_size, dtype=drafter.dtype)
     own = drafter.draft_head
     if own is not None:
@@ -219,7 +219,7 @@ def _tensors(drafter: Any, engine: str, target: Any) -> dict[str, torch.Tensor]:
     elif engine == "eagle" and config.shape == "eagle3":
         if target is None:
             raise ValueError(
-                "EAGLE-3's own checkpoints hold an LM head, and this drafter uses its target's: pass the target (--target)."
+                "EAGLE-3's own checkpoints contain an LM head, but this drafter uses its target's: pass the target (--target)."
             )
         adapter = TargetAdapter(target)
         adapter.check_drafter(config)
@@ -253,7 +253,7 @@ def _config(config: CoralDraftConfig, engine: str, dtype: str, target_name: str 
     kept = {CORAL_KEY: {name: getattr(config, name) for name in CORAL_SETTINGS}}
     architectures = {"architectures": list(schema["config"]["architectures"]["const"])}
     if config.shape == "eagle":
-        # EAGLE's own code takes a missing `bias` for an fc with one; vLLM reads it as the attention's.
+        # EAGLE's code interprets a missing `bias` as an fc with a bias; vLLM uses the key for the attention.
         biases = {"bias": config.fc_bias, "qkv_bias": config.attention_bias} if engine == "eagle" else {}
         return {**architectures, **llama, **biases, **kept}
     layers, head = config.target_feature_layers, {"draft_vocab_size": config.draft_vocab_size}
@@ -264,7 +264,7 @@ def _config(config: CoralDraftConfig, engine: str, dtype: str, target_name: str 
             **architectures,
             "speculators_model_type": "eagle3",
             "speculators_config": _speculators_config(config, target_name),
-            # vLLM counts the features by this key alone, and passes on what the layer's config holds
+            # vLLM counts the features by this key only, and passes on the layer's config
             "transformer_layer_config": {**llama, "num_aux_hidden_states": len(layers)},
             **norms,
             "eagle_aux_hidden_state_layer_ids": layers,
@@ -281,7 +281,7 @@ def _config(config: CoralDraftConfig, engine: str, dtype: str, target_name: str 
     elif engine == "vllm":
         features["eagle_aux_hidden_state_layer_ids"] = layers
     elif layers != _default_layers(config):
-        # SGLang adds one: it names a layer's output, CORAL the input of the next.
+        # SGLang adds one, because it names a layer's output, and CORAL names the input of the next layer.
         features["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in layers]}
     return {**architectures, **llama, **norms, **features, **head, **kept}
 

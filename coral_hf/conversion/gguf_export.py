@@ -1,7 +1,7 @@
-"""A CORAL drafter as the GGUF file that llama.cpp's EAGLE-3 loader reads.
+"""Writes a CORAL drafter as the GGUF file that llama.cpp's EAGLE-3 loader reads.
 
-The layout is that of `src/models/eagle3.cpp` in the llama.cpp of October 2026 (xllamacpp 2026.10.11549 contains it). Older
-releases name the feature layers `eagle3.extract_layers` and refuse the file.
+The layout is that of `src/models/eagle3.cpp` in llama.cpp of October 2026 (xllamacpp 2026.10.11549 contains it). Older
+releases name the feature layers `eagle3.extract_layers` and reject the file.
 """
 
 import os
@@ -19,7 +19,7 @@ from .serving import export_notes, llama_server_command
 GGUF_FILE = "drafter.gguf"
 ARCHITECTURE = "eagle3"
 FEATURES = 3
-# RoPE types that divide each frequency by a constant, which is what the tensor of factors is for
+# RoPE types that divide each frequency by a constant, for which GGUF has a tensor of factors
 ROPE_TYPES = ("default", "linear", "llama3")
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -49,12 +49,12 @@ NAMES = {
 def export_gguf(drafter: Any, folder: str | os.PathLike, target_gguf: str | os.PathLike) -> EngineExport:
     """Writes the GGUF file with which llama.cpp drafts for a target's GGUF file (`--spec-type draft-eagle3`).
 
-    The target's embedding and LM head stay in its own file, in whatever precision that has; the target's tokenizer is copied.
-    Matrices keep the drafter's dtype, norms become float32.
+    The target's embedding and LM head stay in its own file, in its precision. The target's tokenizer is copied. Matrices keep the
+    drafter's dtype, and norms become float32.
 
     Args:
-        drafter ([`CoralDraftModel`]): of the `eagle3` shape over three layers' inputs, with `norm_output=False`.
-        folder (`str` or `os.PathLike`): new or empty; receives `drafter.gguf`.
+        drafter ([`CoralDraftModel`]): a drafter of the `eagle3` shape over three layers' inputs, with `norm_output=False`.
+        folder (`str` or `os.PathLike`): a new or empty folder for `drafter.gguf`.
         target_gguf (`str` or `os.PathLike`): the target's GGUF file, or the first part of a split one.
 
     Returns:
@@ -62,7 +62,7 @@ def export_gguf(drafter: Any, folder: str | os.PathLike, target_gguf: str | os.P
 
     Raises:
         ValueError: if llama.cpp cannot express the drafter, the target's file is damaged or of another target, or the folder
-            is taken. Nothing is written.
+            is not empty. Nothing is written.
         ImportError: if the `gguf` package is missing.
     """
     check_new_folder(folder)
@@ -93,7 +93,7 @@ def export_gguf(drafter: Any, folder: str | os.PathLike, target_gguf: str | os.P
 
 
 def _obstacles(config: CoralDraftConfig) -> list[str]:
-    """Everything about a drafter that llama.cpp has no form for."""
+    """All properties of a drafter that llama.cpp does not support."""
     if config.shape != "eagle3":
         return [f"it has no {config.shape} shape; use --to vllm or sglang"]
     problems = []
@@ -126,7 +126,7 @@ def _require_gguf() -> Any:
 
 
 def _tokenizer(gguf: Any, path: Path, config: CoralDraftConfig) -> dict[str, Any]:
-    """The tokenizer's fields of the target's file, once its sizes are those that the drafter was made for."""
+    """The tokenizer's fields of the target's file, after checking that its sizes fit the drafter."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file: give the target's GGUF file, whose tokenizer is copied.")
     try:
@@ -167,7 +167,7 @@ def _write_settings(writer: Any, config: CoralDraftConfig) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    # the `gguf` package knows no EAGLE-3 yet; a layer's number means its input, as in CORAL
+    # the `gguf` package does not support EAGLE-3 yet; a layer's number means its input, as in CORAL
     writer.add_array(f"{ARCHITECTURE}.target_layers", config.target_feature_layers)
     writer.add_uint32(f"{ARCHITECTURE}.target_hidden_size", config.hidden_size)
     writer.add_bool(f"{ARCHITECTURE}.norm_before_residual", config.norm_before_residual)
@@ -175,7 +175,7 @@ def _write_settings(writer: Any, config: CoralDraftConfig) -> None:
 
 
 def _tensors(drafter: Any) -> dict[str, torch.Tensor]:
-    """The drafter's weights by llama.cpp's names."""
+    """The drafter's weights under llama.cpp's names."""
     config, tensors = drafter.config, {}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in drafter.state_dict().items():
@@ -185,7 +185,7 @@ def _tensors(drafter: Any) -> dict[str, torch.Tensor]:
         if (projection := name.split(".")[-2]) in heads:
             tensor = _adjacent_pairs(tensor, heads[projection])
         if tensor.dim() == 1 and tensor.is_floating_point():
-            tensor = tensor.float()  # llama.cpp multiplies by norms in float32 only
+            tensor = tensor.float()  # llama.cpp only multiplies by norms in float32
         tensors[NAMES[name]] = tensor.contiguous()
     own = drafter.draft_head
     if own is not None and torch.equal(own.token_ids.cpu(), torch.arange(config.vocab_size)):
@@ -196,14 +196,14 @@ def _tensors(drafter: Any) -> dict[str, torch.Tensor]:
 
 
 def _adjacent_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows `[heads * d, 2H]` in llama.cpp's order: a head's rows i and i + d/2, which RoPE turns together, side by side."""
+    """Rows `[heads * d, 2H]` in llama.cpp's order: a head's rows i and i + d/2, which RoPE rotates together, are adjacent."""
     rows, width = weight.shape
     halves = weight.view(heads, 2, rows // heads // 2, width)  # [heads, 2, d/2, 2H]
     return halves.transpose(1, 2).reshape(rows, width)
 
 
 def _rope_factors(drafter: Any) -> torch.Tensor:
-    """What RoPE's plain frequencies are divided by, `[d/2]`."""
+    """The divisors of RoPE's default frequencies, `[d/2]`."""
     found = drafter.rotary_emb.inv_freq.detach().cpu().float()
     exponents = torch.arange(0, 2 * len(found), 2, dtype=torch.float32) / (2 * len(found))
     return drafter.config.rope_parameters["rope_theta"] ** -exponents / found

@@ -1,4 +1,4 @@
-"""What a checkpoint must contain: names, shapes and dtypes of tensors and config keys, checked against `schemas.json`."""
+"""Checks a checkpoint against `schemas.json`: names, shapes and dtypes of tensors, and config keys."""
 
 import json
 from functools import cache
@@ -11,7 +11,7 @@ from ..drafter.configuration_coral import CoralDraftConfig
 
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# The import side's name for the decoder layer, whatever a checkpoint calls it
+# The name of the decoder layer after import
 LAYER = "layers.0"
 
 _JSON_TYPES = {
@@ -70,9 +70,9 @@ def check_tensors(
     """Raises one `ValueError` that lists every missing, unexpected, misshapen or wrongly typed tensor.
 
     Args:
-        tensors (`dict[str, torch.Tensor]`): what was found.
+        tensors (`dict[str, torch.Tensor]`): the tensors found.
         required, optional (`dict[str, tuple]`): shapes by name.
-        where (`str`): what the tensors are, for the message.
+        where (`str`): a description of the tensors, for the message.
     """
     problems = []
     if missing := sorted(set(required) - set(tensors)):
@@ -93,7 +93,7 @@ def check_tensors(
 
 
 def check_config(found: dict[str, Any], rules: dict[str, Any], where: str) -> None:
-    """Raises one `ValueError` that lists every config key that breaks a rule of the schema."""
+    """Raises one `ValueError` that lists every config key that violates a rule of the schema."""
     problems = []
     for key, rule in rules.items():
         value = found.get(key)

@@ -1,4 +1,4 @@
-"""How an exported drafter is served: the engine's command, and what it does differently there."""
+"""Serving an exported drafter: the engine's command, and how the engine differs."""
 
 import json
 import shlex
@@ -8,7 +8,7 @@ from ..drafter.configuration_coral import CoralDraftConfig, most_draft_tokens
 from .checkpoint_files import HOT_TOKENS_FILE
 
 
-# Engines that draft a chain whatever a drafter's own tree is, and what to call them
+# Engines that always draft a chain, and their names
 CHAIN_ENGINES = {"vllm": "vLLM", "speculators": "vLLM", "gguf": "llama.cpp"}
 
 
@@ -30,7 +30,7 @@ def serve_command(config: CoralDraftConfig, engine: str, folder: Path, target_na
             f"{'' if eagle3 else ' --no-eagle3'}"
         )
     top_k = config.draft_top_k
-    # by default the whole draft, root included; a chain has no other size
+    # by default the whole draft, including the root; a chain has no other size
     total = (top_k > 1 and config.draft_total_tokens) or most_draft_tokens(config.draft_depth, top_k)
     token_map = f" --speculative-token-map {shlex.quote(str(folder / HOT_TOKENS_FILE))}" if hot_tokens else ""
     return (
@@ -49,7 +49,7 @@ def llama_server_command(config: CoralDraftConfig, file: Path, target_gguf: str)
 
 
 def export_notes(config: CoralDraftConfig, engine: str, hot_tokens: bool) -> list[str]:
-    """What an engine does differently, and what of a drafter was left out, a line each."""
+    """One line for each difference in an engine, and for each part of a drafter that was left out."""
     notes, chain = [], CHAIN_ENGINES.get(engine)
     called = "llama.cpp" if engine == "gguf" else engine
     if config.router_groups:
@@ -65,7 +65,7 @@ def export_notes(config: CoralDraftConfig, engine: str, hot_tokens: bool) -> lis
         names = sizes[:1] if chain else sizes
         own = ", ".join(f"{name}={getattr(config, name)}" for name in names)
         notes.append(
-            "Left out: cost-aware sizes; EAGLE's code drafts a tree of its own."
+            "Left out: cost-aware sizes; EAGLE's code chooses its own tree."
             if engine == "eagle"
             else f"Left out: cost-aware sizes, chosen at every step; {called} always drafts the largest of them, {own}. "
             f"Name smaller ones with {', '.join(f'--{name}' for name in names)}; `coral-hf tune` ranks fixed sizes."

@@ -1,4 +1,4 @@
 """Files -> conversations -> rows of prompts or of training.
 
-Knows nothing of drafters or trainers: a target's tokenizer and chat template are all it asks for.
+This package does not depend on drafters or trainers. It only needs a target's tokenizer and chat template.
 """

@@ -1,4 +1,4 @@
-"""Conversations as messages, and as the text that a target's chat template makes of them."""
+"""Conversations as messages, and as text rendered by a target's chat template."""
 
 import copy
 import functools
@@ -21,7 +21,7 @@ def _say_once(message: str) -> None:
 
 
 class UnusableRow(ValueError):
-    """A well-formed conversation, or an answer of one, that cannot be trained on with this target."""
+    """Raised for a well-formed conversation, or an answer in it, that cannot be trained on with this target."""
 
 
 def build_messages(
@@ -30,11 +30,11 @@ def build_messages(
     system: str | None = None,
     reasonings: Sequence[str | None] = (),
 ) -> list[dict[str, str]]:
-    """User turns and the responses so far (at most one a turn) as the messages of a chat template.
+    """User turns and the responses so far (at most one per turn) as the messages of a chat template.
 
     Args:
         turns, responses (`Sequence[str]`), system (`str`, *optional*)
-        reasonings (`Sequence[str]`): the thinking before each response, where it is not in the response's text.
+        reasonings (`Sequence[str]`): the thinking before each response, if it is not in the response's text.
     """
     messages = [] if system is None else [{"role": "system", "content": system}]
     for index, turn in enumerate(turns):
@@ -47,10 +47,10 @@ def build_messages(
 
 
 def check_messages(messages: Sequence[Any], where: str) -> list[dict[str, Any]]:
-    """Messages whose content is text, the rest (`tool_calls`, `name`) as it is for the chat template.
+    """Returns messages with text as their content. Other fields (`tool_calls`, `name`) are passed to the chat template.
 
     Raises:
-        ValueError: naming `where` and the message, if one has no role, or a content that is not text.
+        ValueError: with `where` and the message, if one has no role, or a content that is not text.
     """
     return [_message(message, f"{where}: message {number}") for number, message in enumerate(messages)]
 
@@ -58,10 +58,10 @@ def check_messages(messages: Sequence[Any], where: str) -> list[dict[str, Any]]:
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(
-            f"{where} must be an object with the strings role and content; got {str(message)[:80]}. Mend it, or leave the row "
+            f"{where} must be an object with the strings role and content; got {str(message)[:80]}. Fix it, or leave the row "
             "out."
         )
-    # columns of a table are in every message, empty where it has none
+    # a table's columns are in every message, empty if unused
     message = {name: value for name, value in message.items() if value is not None}
     content = message.get("content")
     if isinstance(content, list):
@@ -69,7 +69,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         if strange:
             kind = strange[0].get("type") if isinstance(strange[0], Mapping) else type(strange[0]).__name__
             raise ValueError(
-                f"{where} has a part of type {kind!r} in its content, and targets read text alone: leave the row out, or "
+                f"{where} has a part of type {kind!r} in its content, but targets only read text: leave the row out, or "
                 'write its content as texts, {"type": "text", "text": ...}.'
             )
         content = "\n".join(part["text"] for part in content)
@@ -78,7 +78,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         content = content or ""
     if not isinstance(content, str):
         raise ValueError(
-            f"{where} must be an object with the strings role and content (which tool_calls can stand for); got "
+            f"{where} must be an object with the strings role and content (or tool_calls instead of content); got "
             f"{str(message)[:80]}. Fix it, or leave the row out."
         )
     return {**message, "content": content}
@@ -89,7 +89,7 @@ def _is_text(part: Any) -> bool:
 
 
 def _tool_call(call: Any) -> Any:
-    """A call whose arguments are an object, as chat templates want them; OpenAI's are its JSON."""
+    """A tool call whose arguments are an object, as chat templates expect. OpenAI's are a JSON string."""
     call = without_none(call)
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
@@ -102,7 +102,7 @@ def _tool_call(call: Any) -> Any:
 
 
 def reasoning_of(message: Mapping[str, Any]) -> str | None:
-    """The thinking that a message has beside its content, under any of the names in use."""
+    """The thinking of a message outside its content, under any of the common names."""
     return next((message[name] for name in _REASONING if isinstance(message.get(name), str) and message[name]), None)
 
 
@@ -110,12 +110,12 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def _for_templates(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message whose thinking stands under each name that templates read."""
+    """A message with its thinking under every name that templates read."""
     reasoning = reasoning_of(message)
     if reasoning is None:
         return message
     names = ["reasoning_content"]
-    if not (message.get("content") and message.get("tool_calls")):  # gpt-oss' refuses thinking beside both
+    if not (message.get("content") and message.get("tool_calls")):  # gpt-oss rejects thinking with both
         names.append("thinking")
     return {**message, **dict.fromkeys(names, reasoning)}
 
@@ -124,7 +124,7 @@ def check_tools(row: dict[str, Any], where: str) -> list[Any] | None:
     """A row's `tools`, a list or its JSON, for the chat template.
 
     Raises:
-        ValueError: if they are neither.
+        ValueError: if it is neither.
     """
     tools = row.get("tools") or None
     if isinstance(tools, str):
@@ -138,7 +138,7 @@ def check_tools(row: dict[str, Any], where: str) -> list[Any] | None:
 
 
 def without_none(value: Any) -> Any:
-    """A nested value without its empty fields, which a table keeps for every field of any of its rows."""
+    """A nested value without empty fields, because a table has every field of any row in all rows."""
     if isinstance(value, Mapping):
         return {name: without_none(part) for name, part in value.items() if part is not None}
     return [without_none(part) for part in value] if isinstance(value, list) else value
@@ -153,10 +153,10 @@ def check_system(row: dict[str, Any], where: str) -> str | None:
 
 
 def check_template_kwargs(value: Any, where: str) -> dict[str, Any]:
-    """Variables of a chat template, an object or its JSON, as a dict; None and empty are none.
+    """Variables of a chat template, given as an object or its JSON, as a dict. None and empty values give an empty dict.
 
     Raises:
-        ValueError: if they are neither, or one is what the package itself decides.
+        ValueError: if the value is neither, or if it sets a variable that the package itself sets.
     """
     if isinstance(value, str):
         try:
@@ -173,12 +173,12 @@ def check_template_kwargs(value: Any, where: str) -> dict[str, Any]:
 
 
 def with_template_kwargs(tokenizer: Any, given: Any, option: str = "--chat_template_kwargs") -> Any:
-    """A copy of a tokenizer whose chat template is rendered with these variables; what a row names goes before them.
+    """A copy of a tokenizer whose chat template is rendered with these variables. Variables of a row take precedence.
 
     Args:
         tokenizer: the target's.
-        given (`dict` or `str`, *optional*): see [`check_template_kwargs`]; without any the tokenizer is returned as it is.
-        option (`str`): by which it was given, for errors.
+        given (`dict` or `str`, *optional*): see [`check_template_kwargs`]. Without any, the tokenizer itself is returned.
+        option (`str`): the option that set them, for errors.
 
     Raises:
         ValueError: for variables that the chat template does not read.
@@ -196,7 +196,7 @@ def with_template_kwargs(tokenizer: Any, given: Any, option: str = "--chat_templ
 
 
 def template_kwargs_of(tokenizer: Any) -> dict[str, Any]:
-    """What [`with_template_kwargs`] set."""
+    """The variables that [`with_template_kwargs`] set."""
     return getattr(tokenizer, "coral_template_kwargs", {})
 
 
@@ -206,7 +206,7 @@ _DECIDED |= {"chat_template", "return_dict", "return_tensors"}
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, **kwargs: Any) -> str:
-    """Messages as text: by the chat template, or for a target without one as paragraphs of plain text.
+    """Renders messages as text: with the chat template, or as plain paragraphs for a target without one.
 
     Args:
         tokenizer: the target's.
@@ -215,12 +215,12 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, **
         **kwargs: `tools`, `add_generation_prompt` and other variables of the chat template.
 
     Raises:
-        UnusableRow: naming `where`, if the template refuses them.
+        UnusableRow: with `where`, if the template rejects them.
     """
     if not getattr(tokenizer, "chat_template", None):
         _say_once(
-            "The tokenizer has no chat template: messages are joined by blank lines, as plain text. For a chat model set "
-            "tokenizer.chat_template, or take the model's own tokenizer."
+            "The tokenizer has no chat template: messages are joined by blank lines, as plain text. For a chat model, set "
+            "tokenizer.chat_template, or use the model's own tokenizer."
         )
         return "\n\n".join(message["content"] for message in messages)
     from jinja2 import TemplateError
@@ -231,13 +231,13 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, **
     except (TemplateError, TypeError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UnusableRow(
-            f"{where}: the target's chat template refuses the roles {roles} ({error}). Put a system text in front of the "
-            "first user turn, and let user and assistant take turns."
+            f"{where}: the target's chat template rejects the roles {roles} ({error}). Put a system text before the first user "
+            "turn, and alternate between user and assistant."
         ) from error
 
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text of [`render`]: a template writes the special tokens itself, before plain text the tokenizer's stand."""
+    """Ids of a text from [`render`]. Templates write special tokens themselves; plain text gets the tokenizer's."""
     templated = bool(getattr(tokenizer, "chat_template", None))
     return list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
 

@@ -41,13 +41,13 @@ class CoralDataCollator:
             documents = torch.arange(len(parts)).repeat_interleave(torch.tensor(parts))
             batch["document_ids"][index, : len(row)] = documents
             for start in _starts(parts):
-                # no row of the drafter predicts a conversation's first two tokens
+                # no drafter row predicts a conversation's first two tokens
                 batch["labels"][index, start : start + 2] = IGNORED_LABEL
         if any("lengths" in item for item in items):
             batch["position_ids"] = _positions(lengths, length)
         if self.feature_cache is not None:
             parts = [part for row, sizes in zip(ids, lengths, strict=True) for part in row.split(sizes)]
-            # rows that were never cached (another evaluation set) leave the features to the target
+            # for rows that were never cached (another evaluation set), the target computes the features
             if all(part in self.feature_cache for part in parts):
                 cached = iter([self.feature_cache[part] for part in parts])
                 rows = [torch.cat([next(cached) for _ in sizes]) for sizes in lengths]

@@ -1,4 +1,4 @@
-"""One training row -> token ids and response mask."""
+"""Converts a training row to token ids and a response mask."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -20,7 +20,7 @@ from .row_reader import check_answered, read_row
 
 
 _MOST_IDS = 2**31  # conversations are kept in int32
-# Finish reasons of an answer that the target ended, as OpenAI, TGI and others call them.
+# Finish reasons of an answer that the target itself ended, in OpenAI, TGI and others.
 _ENDED = {"stop", "eos", "eos_token", "end_turn", "tool_calls", "function_call"}
 
 
@@ -45,23 +45,22 @@ def encode_row_parts(
 ) -> tuple[list[tuple[list[int], list[bool]]], list[UnusableRow]]:
     """One training row -> rows of token ids and response mask, each pair of one length.
 
-    There is one, except for conversations whose earlier answers the chat template renders differently later (Qwen3 and
-    GLM-4.5 leave out their thinking): there each answer is trained after its own prompt.
+    There is normally one row. Some chat templates render earlier answers differently later (Qwen3 and GLM-4.5 leave out their
+    thinking). For these, each answer is trained after its own prompt, in its own row.
 
     Args:
-        row (`dict`): of any format of docs/data_formats.md, with an answer. Beside `turns` and `responses` or `messages` may
-            stand a `system` text, `finish_reasons`, of which all but "stop" and its like say that a response was cut and does
-            not end there, and `first_turn`, before which responses are context only. Of messages (a text or a list of text
-            parts; or `tool_calls`) the assistant's are trained, of `text` all of it. The columns `tools` and
-            `chat_template_kwargs` (`enable_thinking`, ...) go to the chat template, `reasonings` of responses and
-            `reasoning_content` of messages are the thinking before an answer.
+        row (`dict`): a row in any format of docs/data_formats.md, with an answer. Rows of `turns` and `responses` or of
+            `messages` may also have a `system` text, `finish_reasons` (all except "stop" and its equivalents mean that the
+            response was cut) and `first_turn` (earlier responses are only context). Of messages, the assistant's are
+            trained; of `text`, all of it. The columns `tools` and `chat_template_kwargs` (`enable_thinking`, ...) go to the
+            chat template. `reasonings` of responses and `reasoning_content` of messages are the thinking before an answer.
         tokenizer (*optional*): the target's tokenizer, for rows of text.
         where (`str`): the row's place, for errors.
-        eos_ids (`Collection[int]`): the ids with which the target ends an answer, for rows of text; without them the
-            tokenizer's EOS counts.
+        eos_ids (`Collection[int]`): the ids with which the target ends an answer, for rows of text. By default, the
+            tokenizer's EOS.
 
     Returns:
-        `tuple`: the rows; and why answers are not in them.
+        `tuple`: the rows, and the reasons for skipped answers.
 
     Raises:
         ValueError: if lengths disagree.
@@ -105,13 +104,13 @@ def _nothing_trained(where: str) -> UnusableRow:
 
 
 def chat_of(row: dict[str, Any], known: Format, where: str) -> Chat:
-    """The conversation in a row of turns or messages; `ValueError` if it has no answer."""
+    """The conversation in a row of turns or messages. Raises `ValueError` if it has no answer."""
     system = check_system(row, where)
     if known.kind == "messages":
         messages = check_messages(row["messages"], where)
         if system is not None:
             if messages and messages[0]["role"] == "system":
-                raise ValueError(f"{where} has a system text beside a system message; keep one of them.")
+                raise ValueError(f"{where} has both a system text and a system message; keep one of them.")
             messages = [{"role": "system", "content": system}, *messages]
         check_answered(known, row, where)
         n_responses = sum(message["role"] == ASSISTANT for message in messages)
@@ -140,17 +139,17 @@ def chat_of(row: dict[str, Any], known: Format, where: str) -> Chat:
 
 
 def template_mode(row: Mapping[str, Any], tokenizer: Any) -> str | None:
-    """The variables of the chat template that a row was or is rendered with, as JSON; None if that is not known."""
+    """The chat-template variables with which a row was or is rendered, as JSON; None if unknown."""
     if "text" in row or not getattr(tokenizer, "chat_template", None):
         return None
     kwargs = check_template_kwargs(row.get("chat_template_kwargs"), "chat_template_kwargs")
-    if "prompt_ids" in row or "input_ids" in row:  # rendered already; `regenerate` says how
+    if "prompt_ids" in row or "input_ids" in row:  # rendered already; rows of `regenerate` contain the variables
         return json.dumps(kwargs, sort_keys=True) if kwargs or row.get("target") is not None else None
     return json.dumps({**template_kwargs_of(tokenizer), **kwargs}, sort_keys=True)
 
 
 def was_cut(finish_reason: str | None) -> bool:
-    """Whether a response ended by anything else ("length", "abort", "content_filter") than the target's own end."""
+    """Whether a response was cut ("length", "abort", "content_filter") instead of ended by the target."""
     return finish_reason is not None and str(finish_reason).lower() not in _ENDED
 
 

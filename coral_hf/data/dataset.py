@@ -22,13 +22,13 @@ def encode_rows(
     on_drop: Callable[[str], None] | None = None,
     modes: set[str] | None = None,
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Rows -> ids and response masks, cut at `max_length`; adds what was cut and left out to `counts`.
+    """Rows -> ids and response masks, cut at `max_length`. Counts cut and skipped rows in `counts`.
 
     Args:
         rows, tokenizer, max_length, eos_ids: see [`ConversationDataset`].
         counts (`dict`): `truncated`, `dropped` and `unusable`, see [`no_counts`].
-        on_drop (`Callable`, *optional*): gets why each row, or answer of one, is left out.
-        modes (`set[str]`, *optional*): gets the variables of the chat template of each row, as JSON, where they are known.
+        on_drop (`Callable`, *optional*): receives the reason for each skipped row or answer.
+        modes (`set[str]`, *optional*): receives the chat-template variables of each row, as JSON, if known.
     """
     tell = on_drop or (lambda reason: None)
     for index, row in enumerate(rows):
@@ -55,12 +55,12 @@ def encode_rows(
 
 
 def no_counts() -> dict[str, int]:
-    """What [`encode_rows`] counts: conversations cut, those left without a response token, and unusable answers."""
+    """The counters of [`encode_rows`]: cut conversations, those without a response token, and unusable answers."""
     return {"truncated": 0, "dropped": 0, "unusable": 0}
 
 
 def describe_counts(counts: Mapping[str, int], max_length: int | None) -> str | None:
-    """One line about what was cut and left out; None if nothing was."""
+    """One line about cut and skipped rows; None if there are none."""
     if not any(counts.values()):
         return None
     line = (
@@ -75,11 +75,11 @@ class ConversationDataset(torch.utils.data.Dataset):
     """Encoded conversations: item i is `{"input_ids": LongTensor [S], "response_mask": BoolTensor [S]}`.
 
     Args:
-        rows: training rows (see [`encode_row`]), or what [`read_rows`] reads: a path, a Hub id, a DataFrame.
+        rows: training rows (see [`encode_row`]), or anything that [`read_rows`] reads: a path, a Hub id, a DataFrame.
         tokenizer (*optional*): the target's tokenizer, for rows of text.
-        max_length (`int`, *optional*): longer rows are cut there and counted in `truncated`; a row whose response
-            begins later is left out and counted in `dropped`. Answers that cannot be trained on are left out as well
-            and counted in `unusable`.
+        max_length (`int`, *optional*): longer rows are cut there and counted in `truncated`. A row whose response begins
+            later is skipped and counted in `dropped`. Answers that cannot be trained on are skipped and counted in
+            `unusable`.
         eos_ids (`Collection[int]`): see [`encode_row`].
 
     Raises:
@@ -95,7 +95,7 @@ class ConversationDataset(torch.utils.data.Dataset):
     ):
         self.counts = no_counts()
         self.modes: set[str] = set()
-        self.left_out: list[str] = []  # why, of the first few
+        self.left_out: list[str] = []  # the first few reasons
         self.conversations: list[tuple[torch.Tensor, torch.Tensor]] = [
             (torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool))
             for ids, mask in encode_rows(
@@ -133,13 +133,13 @@ class ConversationDataset(torch.utils.data.Dataset):
         return sum(int(mask.sum()) for _, mask in self.conversations)
 
     def response_counts(self, vocab_size: int) -> torch.Tensor:
-        """How often each id occurs in the responses, `[V]`."""
+        """The number of occurrences of each id in the responses, `[V]`."""
         ids = torch.cat([ids[mask] for ids, mask in self.conversations])
         return torch.bincount(ids.long(), minlength=vocab_size)
 
 
 def nothing_to_train(max_length: int | None, reasons: list[str]) -> ValueError:
-    """The error for rows none of which is left, with the first reason why."""
+    """The error if no row is left, with the first reason."""
     why = f" ({reasons[0]})" if reasons else ""
     return ValueError(
         f"No conversation has a response token within max_length={max_length}: nothing to train on{why}. Raise it, or give "
@@ -148,7 +148,7 @@ def nothing_to_train(max_length: int | None, reasons: list[str]) -> ValueError:
 
 
 def check_ids(dataset: Any, vocab_size: int) -> None:
-    """Raises `ValueError` if a conversation contains an id that the target does not have; a stream checks on its way."""
+    """Raises `ValueError` if a conversation contains an id that the target lacks. A stream checks while it is read."""
     if dataset is None or not hasattr(dataset, "conversations"):
         return
     largest = max((int(ids.max()) for ids, _ in dataset.conversations), default=0)
@@ -157,7 +157,7 @@ def check_ids(dataset: Any, vocab_size: int) -> None:
 
 
 def unknown_id(token: int, vocab_size: int) -> ValueError:
-    """The error for an id past the target's vocabulary."""
+    """The error for an id beyond the target's vocabulary."""
     return ValueError(
         f"The data contains token id {token}, but the target's vocabulary ends at {vocab_size - 1}: these ids were "
         "made with another tokenizer. Use the responses of this target."
@@ -165,7 +165,7 @@ def unknown_id(token: int, vocab_size: int) -> ValueError:
 
 
 def check_lengths(dataset: Any, positions: int | None) -> None:
-    """Raises `ValueError` if a conversation is longer than the target has positions; a stream checks on its way."""
+    """Raises `ValueError` if a conversation has more tokens than the target has positions. A stream checks while it is read."""
     if dataset is None or positions is None or not hasattr(dataset, "conversations"):
         return
     longest = max((len(ids) for ids, _ in dataset.conversations), default=0)
@@ -174,10 +174,10 @@ def check_lengths(dataset: Any, positions: int | None) -> None:
 
 
 def too_long(length: int, positions: int) -> ValueError:
-    """The error for a conversation past the target's positions."""
+    """The error for a conversation beyond the target's positions."""
     return ValueError(
-        f"A conversation has {length} tokens, but the target has {positions} positions (max_position_embeddings), past "
-        f"which its features mean nothing: cut it there with max_length={positions} (--max_length)."
+        f"A conversation has {length} tokens, but the target has only {positions} positions (max_position_embeddings), and its "
+        f"features beyond them are meaningless: cut conversations with max_length={positions} (--max_length)."
     )
 
 

@@ -1,4 +1,4 @@
-"""The formats of rows: one list, by which rows are read, errors are written and docs/data_formats.md is made."""
+"""The list of row formats. Reading, error messages and docs/data_formats.md all use it."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ _ROLES = {
     "function": "tool",
     "function_response": "tool",
 }
-_CALLS = ("function_call", "tool_call")  # roles under which ShareGPT keeps what the assistant calls
+_CALLS = ("function_call", "tool_call")  # ShareGPT's roles for the assistant's calls
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Format:
     """One format of rows.
 
     Args:
-        name (`str`): as it is printed.
-        kind (`str`): what it is read as: `ids` (`prompt_ids`, `response_ids`), `masked` (`input_ids`, `response_mask`),
-            `turns` (with `responses` or without), `messages` or `text`.
-        columns (`tuple[str, ...]`): by which it is recognised: columns that a row must have, the first one leading.
-        example (`str`): a line.
-        fits (`Callable`): whether a row that has the columns is of this format.
-        read (`Callable`): makes such a row, given its place for errors, one of that kind.
+        name (`str`): the printed name.
+        kind (`str`): the kind of row that it becomes: `ids` (`prompt_ids`, `response_ids`), `masked` (`input_ids`,
+            `response_mask`), `turns` (with or without `responses`), `messages` or `text`.
+        columns (`tuple[str, ...]`): columns that identify the format. A row must have all of them; the first one leads.
+        example (`str`): an example line.
+        fits (`Callable`): whether a row with these columns has this format.
+        read (`Callable`): converts such a row, given its place for errors, to a row of that kind.
     """
 
     name: str
@@ -69,15 +69,15 @@ def _refuse(row: Row, name: str, wanted: str, where: str, example: str | None = 
 
 
 def example_of(column: str) -> str:
-    """A line of the first format that a column leads."""
+    """An example line of the first format that begins with this column."""
     return next(known.example for known in FORMATS if known.columns[0] == column)
 
 
 def _rest(row: Row, *own: str) -> Row:
-    """A row without the columns that were read, and without those by which another format would be recognised."""
+    """A row without the columns that were read, and without those that identify another format."""
     formats = {column for known in FORMATS for column in known.columns} - {"question_id"}
     read = {"system", "system_prompt", *own, *formats}
-    system = row.get("system") or row.get("system_prompt")  # data sets leave it empty where they have none
+    system = row.get("system") or row.get("system_prompt")  # empty in data sets without one
     return {**{name: row[name] for name in row if name not in read}, **({"system": system} if system else {})}
 
 
@@ -134,7 +134,7 @@ def _call(said: str, where: str) -> Row:
 
 
 def _single_turn(prompt: str, *answers: str, context: tuple[str, ...] = ()) -> Callable[[Row, str], Row]:
-    """Reads a prompt, what it is about, and an answer, each from the first column that has it."""
+    """Reads a prompt, its context and an answer, each from the first column that contains it."""
 
     def read(row: Row, where: str) -> Row:
         text, history = row[prompt], row.get("history") or []
@@ -152,7 +152,7 @@ def _single_turn(prompt: str, *answers: str, context: tuple[str, ...] = ()) -> C
 
 
 def _conversational(row: Row, where: str) -> Row:
-    """TRL's: messages up to the answer, and the messages of the answer, which alone is trained."""
+    """Reads TRL's format: messages up to the answer, and the messages of the answer. Only the answer is trained."""
     answer = row.get("completion")
     if isinstance(answer, str):
         answer = [{"role": ASSISTANT, "content": answer}]

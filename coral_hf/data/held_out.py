@@ -1,4 +1,4 @@
-"""Rows held out for evaluation: whole conversations, the same ones in every run and whatever the order of the files."""
+"""Rows held out for evaluation: whole conversations, the same in every run and for any order of the files."""
 
 import itertools
 from typing import Any
@@ -8,23 +8,23 @@ from .sources import RowStream
 
 
 DEFAULT_ROWS = 64
-DEFAULT_SHARE = 10  # by default at most one row of this many
-STREAM_ROWS = 10_000  # of a stream, the held-out rows are chosen among this many
+DEFAULT_SHARE = 10  # by default, at most one of this many rows is held out
+STREAM_ROWS = 10_000  # held-out rows of a stream are chosen among this many
 
 
 def hold_out(rows: Any, count: int | None = None) -> tuple[Any, list[dict[str, Any]]]:
     """Splits rows into rows to train on and rows to evaluate on.
 
-    All rows of an id stay together: turns of one conversation, or answers to one prompt from several files. Which ids are
-    held out is decided by a hash, because the order of a file is not random: `regenerate` writes short answers first.
-    Rows without ids are told apart by their prompts.
+    All rows of an id stay together: turns of one conversation, or answers to one prompt from several files. A hash decides
+    which ids are held out, because the order of a file is not random (`regenerate` writes short answers first). Rows without
+    ids are identified by their prompts.
 
     Args:
-        rows (`Iterable[dict]`): training rows, or a [`RowStream`], whose first 10,000 rows are chosen from.
+        rows (`Iterable[dict]`): training rows, or a [`RowStream`], from whose first 10,000 rows the held-out ones are chosen.
         count (`int`, *optional*): rows to hold out, at most; by default 64, or a tenth of the rows if that is less.
 
     Returns:
-        `tuple`: the rows to train on (a [`RowStream`] again for one), and the held-out rows.
+        `tuple`: the rows to train on (again a [`RowStream`] if `rows` is one), and the held-out rows.
 
     Raises:
         ValueError: if `count` is negative, leaves nothing to train on, or is less than every conversation's rows.
@@ -62,9 +62,8 @@ def told(train_rows: Any, held_out: list[dict[str, Any]]) -> str:
     """One line about the rows that were held out."""
     ids = len({conversation_key(row) for row in held_out})
     rest = "" if isinstance(train_rows, RowStream) else f" of {len(train_rows) + len(held_out):,}"
-    return (
-        f"Held out for evaluation: {len(held_out)}{rest} rows, of {ids} conversations chosen by a hash of their ids."
-    )
+    plural = "" if ids == 1 else "s"
+    return f"Holding out {len(held_out)}{rest} rows ({ids} conversation{plural}) for evaluation."
 
 
 __all__ = ["hold_out", "told"]

@@ -1,4 +1,4 @@
-"""Prompts that are in an evaluation file too: what a drafter is measured on must not be what it was trained on."""
+"""Finds training prompts that are also in an evaluation file, because a drafter must be measured on other prompts."""
 
 import itertools
 import os
@@ -12,19 +12,19 @@ from .row_reader import read_row
 from .sources import Reading, RowStream
 
 
-PREFIX = 80  # normalised characters that count as the same beginning
-SHORTEST = 20  # shorter evaluation prompts ("hi") are compared as a whole only
+PREFIX = 80  # texts with this many equal normalised characters have the same beginning
+SHORTEST = 20  # shorter evaluation prompts ("hi") must match completely
 STREAM_ROWS = 10_000  # rows of a stream that are checked
 
 
 @dataclass
 class Overlap:
-    """How many training conversations hold a prompt of an evaluation file.
+    """The number of training conversations that contain a prompt of an evaluation file.
 
     Args:
-        checked (`int`): conversations looked at; unreadable (`int`): those in which no user turn was found.
-        exact (`int`): with a user turn that is an evaluation prompt; prefix (`int`): that begins like one.
-        examples (`list[tuple[str, str]]`): ids of the first of them, and their turns.
+        checked (`int`): conversations checked; unreadable (`int`): those without a readable user turn.
+        exact (`int`): those with a user turn equal to an evaluation prompt; prefix (`int`): with the same beginning.
+        examples (`list[tuple[str, str]]`): ids of the first ones, and their turns.
     """
 
     checked: int = 0
@@ -34,14 +34,14 @@ class Overlap:
     examples: list[tuple[str, str]] = field(default_factory=list)
 
     def warning(self, files: str) -> str | None:
-        """One line to print, None if there is nothing to tell."""
+        """One line to print; None if there is no overlap."""
         told = []
         if self.exact or self.prefix:
             name, text = self.examples[0]
             told.append(
-                f"warning: {self.exact + self.prefix} of {self.checked} training conversations hold a prompt of {files} "
-                f"({self.exact} exactly, {self.prefix} by its beginning), such as {name!r}: {text[:60]!r}. Leave them "
-                "out, or do not report figures measured on these files."
+                f"warning: {self.exact + self.prefix} of {self.checked} training conversations contain a prompt of {files} "
+                f"({self.exact} exactly, {self.prefix} by its beginning), such as {name!r}: {text[:60]!r}. Remove them, "
+                "or do not report figures measured on these files."
             )
         if self.unreadable:
             told.append(
@@ -52,7 +52,7 @@ class Overlap:
 
 
 class EvaluationPrompts:
-    """Evaluation prompts to compare texts with: case, punctuation and spacing ignored, as a whole and by beginnings.
+    """Evaluation prompts, compared as a whole and by beginnings. Case, punctuation and spacing are ignored.
 
     Args:
         prompts (`Iterable[str]`)
@@ -71,7 +71,7 @@ class EvaluationPrompts:
         return cls(turn for _, _, row in Reading(files) for turn in user_turns(row, tokenizer, between))
 
     def kind_of(self, turn: str) -> str | None:
-        """How a text meets a prompt: `"exact"`, `"prefix"` (by its beginning), or not."""
+        """How a text matches a prompt: `"exact"`, `"prefix"` (by its beginning), or None."""
         text = _normalize(turn)
         if text in self.whole:
             return "exact"
@@ -82,15 +82,15 @@ class EvaluationPrompts:
 def find_overlap(
     rows: Iterable[dict[str, Any]], prompts: "Iterable[str] | EvaluationPrompts", tokenizer: Any = None
 ) -> Overlap:
-    """Compares user turns with evaluation prompts: case, punctuation and spacing ignored, as a whole and by beginnings.
+    """Compares user turns with evaluation prompts, as a whole and by beginnings. Case, punctuation and spacing are ignored.
 
-    A beginning counts if the first 80 characters are equal, or if a turn begins with a whole evaluation prompt of 20 to
-    80. Paraphrases are not found.
+    Beginnings match if the first 80 characters are equal, or if a turn begins with a whole evaluation prompt of 20 to 80
+    characters. Paraphrases are not found.
 
     Args:
         rows (`Iterable[dict]`): training rows or prompt rows, see [`encode_row`].
         prompts (`Iterable[str]` or [`EvaluationPrompts`]): evaluation prompts.
-        tokenizer (*optional*): the target's, for rows of ids: user turns are found by its chat template.
+        tokenizer (*optional*): the target's, to find user turns in rows of ids by its chat template.
 
     Returns:
         [`Overlap`]
@@ -117,7 +117,7 @@ def find_overlap(
 
 
 def warn_of_overlap(rows: Iterable[dict[str, Any]], files: list[str], tokenizer: Any = None) -> Overlap:
-    """Prints a warning if `rows` overlap the prompts of evaluation files or data sets; of a stream, its first rows."""
+    """Prints a warning if `rows` (or a stream's first rows) overlap the prompts of evaluation files or data sets."""
     if isinstance(rows, RowStream):
         rows = itertools.islice(rows, STREAM_ROWS)
     found = find_overlap(rows, EvaluationPrompts.read(files, tokenizer), tokenizer)
@@ -127,7 +127,7 @@ def warn_of_overlap(rows: Iterable[dict[str, Any]], files: list[str], tokenizer:
 
 
 def user_turns(row: dict[str, Any], tokenizer: Any, between: re.Pattern | None) -> Iterator[str]:
-    """The user's texts in a row of any format; of ids, what stands `between` the template's marks."""
+    """The user's texts in a row of any format. In rows of ids, they are found `between` the template's marks."""
     where = f"row {row.get('id', '')!r}" if isinstance(row, Mapping) else "a row"
     known, row = read_row(row, where)
     if known.kind == "turns":
@@ -147,7 +147,7 @@ def user_turns(row: dict[str, Any], tokenizer: Any, between: re.Pattern | None) 
 
 
 def _turn_pattern(tokenizer: Any) -> re.Pattern | None:
-    """What a chat template writes before and after a user turn, as a pattern around it; None without a template."""
+    """A pattern of the text that a chat template writes around a user turn; None without a template."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     from jinja2 import TemplateError
@@ -162,7 +162,7 @@ def _turn_pattern(tokenizer: Any) -> re.Pattern | None:
 
     before, after = around([message])
     try:
-        # what precedes a turn with a system text and without one: the turn's own header
+        # the text before a turn, with and without a system text, ends with the turn's own header
         other, _ = around([{"role": "system", "content": "-"}, message])
         pairs = zip(reversed(before), reversed(other), strict=False)
         shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))

@@ -1,4 +1,4 @@
-"""Several conversations in one row, so that no batch is padded to its longest."""
+"""Packs several conversations into one row, so that batches need little padding."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from .dataset import ConversationDataset
 
 
 def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Best-fit decreasing: conversations from the longest on, each into the fullest row that still has room for it.
+    """Best-fit decreasing: takes conversations from the longest on, each into the fullest row with room for it.
 
     Args:
-        lengths (`Sequence[int]`): of the conversations, each at most `max_length`.
-        max_length (`int`): of a row.
+        lengths (`Sequence[int]`): lengths of the conversations, each at most `max_length`.
+        max_length (`int`): length of a row.
 
     Returns:
-        `list[list[int]]`: indices of the conversations in each row; a function of the arguments alone.
+        `list[list[int]]`: indices of the conversations in each row. They depend only on the arguments.
 
     Raises:
         ValueError: if a conversation is longer than a row.
@@ -43,7 +43,7 @@ def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 def join(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
-    """Conversations one after the other: `input_ids` `[S]`, `response_mask` `[S]` and their `lengths`."""
+    """Concatenates conversations: `input_ids` `[S]`, `response_mask` `[S]` and their `lengths`."""
     joined = {name: torch.cat([item[name] for item in items]) for name in ("input_ids", "response_mask")}
     return {**joined, "lengths": [len(item["input_ids"]) for item in items]}
 
@@ -51,12 +51,12 @@ def join(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
 class PackedConversations(torch.utils.data.Dataset):
     """Rows of up to `max_length` tokens, each of several whole conversations (see [`join`]).
 
-    What one row contains depends on the data alone, and the sampler orders rows by seed and epoch, so that a resumed
-    training finds every batch again.
+    The contents of a row depend only on the data, and the order of rows on seed and epoch. A resumed training therefore sees
+    the same batches.
 
     Args:
         dataset ([`ConversationDataset`])
-        max_length (`int`): of a row; shorter where no conversation is as long and all of them fit.
+        max_length (`int`): most tokens of a row. Rows are shorter if all conversations together are.
 
     Raises:
         ValueError: if a conversation is longer than a row.

@@ -1,4 +1,4 @@
-"""Prompts: a row as everything that answers or measures it reads it (turns, or chat messages), and files of them."""
+"""Prompts for answering and measuring: conversion of rows to turns or chat messages, and files of prompts."""
 
 import itertools
 import os
@@ -25,9 +25,9 @@ class Prompt:
     Args:
         id (`str`), benchmark (`str`)
         turns (`tuple[str, ...]`): user turns.
-        system (`str`, *optional*): the text that stands before them.
-        template_kwargs (`dict`): of the chat template, the row's `chat_template_kwargs`.
-        ids (`tuple[int, ...]`, *optional*): the first turn as the target reads it, where it was encoded before.
+        system (`str`, *optional*): the system text before the turns.
+        template_kwargs (`dict`): the row's `chat_template_kwargs`, for the chat template.
+        ids (`tuple[int, ...]`, *optional*): the encoded first turn, if it is known.
     """
 
     id: str
@@ -39,12 +39,13 @@ class Prompt:
 
 
 def as_prompt(known: Format, row: dict[str, Any], where: str) -> dict[str, Any]:
-    """A row of [`read_row`] as one of turns, with a `system` text where it has one.
+    """Converts a row of [`read_row`] to a row of turns, with its `system` text if it has one.
 
-    Of messages the user's are the turns: what the assistant said is left for the target to say. Other keys are kept.
+    The turns are the user's messages. The assistant's messages are dropped, because the target answers itself. Other keys are
+    kept.
 
     Args:
-        known ([`Format`]), row (`dict`): as it was read.
+        known ([`Format`]), row (`dict`): the result of [`read_row`].
         where (`str`): its place, for errors.
 
     Raises:
@@ -76,11 +77,11 @@ def _user_turns(row: dict[str, Any], where: str) -> dict[str, Any]:
     leading = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
     if any(message["role"] == "system" for message in messages[len(leading) :]):
         raise ValueError(
-            f"{where}: a system message comes after others, which a row of turns cannot represent; put it in front, or leave "
-            "the row out."
+            f"{where}: a system message comes after others, which a row of turns cannot represent; move it to the front, or "
+            "leave the row out."
         )
     if leading and row.get("system") is not None:
-        raise ValueError(f"{where} has a system text beside a system message; keep one of them.")
+        raise ValueError(f"{where} has both a system text and a system message; keep one of them.")
     if leading:
         row["system"] = "\n\n".join(message["content"] for message in leading)
     return row
@@ -89,9 +90,9 @@ def _user_turns(row: dict[str, Any], where: str) -> dict[str, Any]:
 def read_prompts(
     data: Any, limit: int | None = None, split: str = "train", columns: Mapping[str, str] | None = None
 ) -> list[Prompt]:
-    """Reads prompts to measure on in any format of docs/data_formats.md, the first `limit` of each source.
+    """Reads prompts for measuring, in any format of docs/data_formats.md: the first `limit` of each source.
 
-    A row's `benchmark` is by default the name of its file; its id a hash of its texts where it has none.
+    By default, a row's `benchmark` is the name of its file, and its id is a hash of its texts.
 
     Args:
         data, split (`str`), columns (`dict[str, str]`, *optional*): see [`Reading`].
@@ -112,7 +113,7 @@ def read_prompts(
             name = str(row.get("benchmark") or default)
             if name == "all":
                 raise ValueError(
-                    f'{where}: "all" is what records call the sum over benchmarks; give the row another '
+                    f'{where}: records use "all" for the sum over benchmarks; give the row another '
                     '"benchmark", or the file another name.'
                 )
             kwargs = check_template_kwargs(row.get("chat_template_kwargs"), where)
@@ -131,13 +132,13 @@ def encode_context(
     where: str = "prompt",
     template_kwargs: dict[str, Any] | None = None,
 ) -> torch.Tensor:
-    """Ids `[1, L]` of a conversation whose last user turn is to be answered."""
+    """Ids `[1, L]` of a conversation, up to the answer to its last user turn."""
     messages = build_messages(turns, responses, system)
     return torch.tensor([encode_messages(tokenizer, messages, where, template_kwargs)])
 
 
 def encode_first_turn(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
-    """Ids `[1, L]` of a prompt's first turn, which is to be answered."""
+    """Ids `[1, L]` of a prompt's first turn, up to its answer."""
     if prompt.ids is not None:
         return torch.tensor([prompt.ids])
     where = f"prompt {prompt.id!r}"
@@ -145,21 +146,21 @@ def encode_first_turn(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
 
 
 def check_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> None:
-    """Raises `ValueError` if there are no prompts, or the chat template refuses one: before any is answered."""
+    """Raises `ValueError`, before any prompt is answered, if there are none or the chat template rejects one."""
     if not prompts:
-        raise ValueError("There are no prompts, so nothing to measure: read some with read_prompts([path, ...]).")
+        raise ValueError("There are no prompts to measure: read some with read_prompts([path, ...]).")
     for prompt in prompts:
         encode_first_turn(tokenizer, prompt)
 
 
 def answer_turns(tokenizer: Any, prompt: Prompt, answer: Callable[[torch.Tensor], Sequence[int]]) -> None:
-    """Asks for the answer to each turn of a conversation in its order.
+    """Answers the turns of a conversation in order.
 
     Args:
         tokenizer: the target's.
         prompt ([`Prompt`])
-        answer (`Callable`): gets the ids `[1, L]` of the conversation so far and returns those of the response, which the
-            next turn follows on.
+        answer (`Callable`): receives the ids `[1, L]` of the conversation so far and returns those of the response. The
+            next turn continues from there.
     """
     responses: list[str] = []
     for turn in range(len(prompt.turns)):
@@ -169,7 +170,7 @@ def answer_turns(tokenizer: Any, prompt: Prompt, answer: Callable[[torch.Tensor]
 
 
 def describe_prompts(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What a record says of the prompts that it measured: their ids by benchmark, in their order."""
+    """The prompts of a record: their ids by benchmark, in order."""
     ids: dict[str, list[str]] = {}
     for prompt in prompts:
         ids.setdefault(prompt.benchmark, []).append(prompt.id)

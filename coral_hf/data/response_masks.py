@@ -1,4 +1,4 @@
-"""Messages -> token ids and the mask of what the target itself says in them."""
+"""Messages -> token ids and the mask of the target's own tokens."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ class Chat:
     """A conversation to train on.
 
     Args:
-        messages (`list[dict]`): of `role` and `content`.
-        cut (`list[bool]`): of each response whether it was cut off, so that its end is not its own.
-        first (`int`): the first response that is trained.
-        tools (`list`, *optional*): for the chat template.
-        template_kwargs (`dict`): further variables of the chat template (`enable_thinking`, ...).
+        messages (`list[dict]`): messages with `role` and `content`.
+        cut (`list[bool]`): for each response, whether it was cut off, so that it has no end of its own.
+        first (`int`): the first response to train on.
+        tools (`list`, *optional*): tools for the chat template.
+        template_kwargs (`dict`): other variables of the chat template (`enable_thinking`, ...).
     """
 
     messages: list[dict[str, Any]]
@@ -28,21 +28,21 @@ class Chat:
 
 @dataclass
 class Encoded:
-    """Part of a conversation as token ids and response mask, and the text that they are of; None if that is not the
-    template's."""
+    """Part of a conversation as token ids and response mask, with its text; None if the template does not write that
+    text."""
 
     ids: list[int] = field(default_factory=list)
     mask: list[bool] = field(default_factory=list)
     text: str | None = ""
 
     def trimmed(self) -> tuple[list[int], list[bool]]:
-        """Without what the template puts after the last response's end (a newline), which is never generated."""
+        """Removes the text that the template writes after the last response (a newline), which is never generated."""
         last = max((index for index, flag in enumerate(self.mask) if flag), default=-1) + 1
         return self.ids[:last], self.mask[:last]
 
 
 def eos_ids_of(target: Any) -> frozenset[int]:
-    """The ids that end an answer of the target, of its generation config: often others than its tokenizer's EOS."""
+    """The ids that end an answer of the target, from its generation config. They often differ from its tokenizer's EOS."""
     eos = target.generation_config.eos_token_id
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
@@ -50,21 +50,21 @@ def eos_ids_of(target: Any) -> frozenset[int]:
 def encode_chat(
     chat: Chat, tokenizer: Any, where: str, eos_ids: Collection[int] = ()
 ) -> tuple[list[tuple[list[int], list[bool]]], list[UnusableRow]]:
-    """Masks by prefix differences of the chat template: what a response adds to the prompt is the response.
+    """Finds masks from prefix differences of the chat template: the text that a response adds to the prompt is the response.
 
-    Works for templates without `{% generation %}`, and for targets without a template, whose plain text is that of
+    Works for templates without `{% generation %}`, and for targets without a template. Their plain text is the same as in
     generation: answers are followed by the next turn, and only the last one ends with EOS. Templates that render earlier
-    turns differently (without their thinking, for example) give several rows: an answer that does not continue the row
-    before it begins a row of its own, in which what comes before it is context only.
+    turns differently (for example without their thinking) give several rows. An answer that does not continue the row before
+    begins a new row, in which everything before it is only context.
 
     Args:
         chat ([`Chat`])
         tokenizer: the target's.
         where (`str`): the row's place, for errors.
-        eos_ids (`Collection[int]`): with which the target ends an answer.
+        eos_ids (`Collection[int]`): the ids with which the target ends an answer.
 
     Returns:
-        `tuple`: rows of ids and mask, none without a trained token; and why answers are not in them.
+        `tuple`: rows of ids and mask, each with a trained token, and the reasons for skipped answers.
     """
     parts: list[Encoded] = []
     unusable: list[UnusableRow] = []
@@ -99,14 +99,14 @@ def _with_answer(
     where: str,
     eos_ids: Collection[int],
 ) -> Encoded:
-    """`part` and the answer at `place` after it, or where that does not continue it, the answer after its own prompt."""
+    """`part` with the answer at `place` appended, or the answer after its own prompt if it does not continue `part`."""
     messages, kwargs = chat.messages, {"tools": chat.tools, **chat.template_kwargs}
     message = messages[place]
     prompt_text = render(tokenizer, messages[:place], where, add_generation_prompt=True, **kwargs)
     full_text = render(tokenizer, messages[: place + 1], where, **kwargs)
     prompt, full = tokenize(tokenizer, prompt_text), tokenize(tokenizer, full_text)
     located = full_text.startswith(prompt_text) or full[: len(prompt)] == prompt
-    # thinking that was cut off is no thinking to the template, which puts an empty one in front of it
+    # the template does not recognise cut-off thinking, and writes empty thinking before it
     unfinished = is_cut and THINK_START in message["content"] and THINK_END not in message["content"]
     if unfinished or not located:
         response = _ids(tokenizer, _spoken(message, prompt_text, full_text, is_cut, where))
@@ -114,32 +114,32 @@ def _with_answer(
         end = len(response) if is_cut else ended or _response_end(response, tokenizer)
         before = part if prompt[: len(part.ids)] == part.ids else Encoded()
         mask = before.mask + [False] * (len(prompt) - len(before.ids)) + [trained] * end
-        # no later prompt continues a text that its template does not write
+        # no later prompt continues a text that the template does not write
         return Encoded(prompt + response, mask + [False] * (len(response) - end), None)
-    begin, known = 0, list[int]()  # the text from there on was tokenised as one, after these ids
+    begin, known = 0, list[int]()  # the text from `begin` on was tokenised in one piece, after these ids
     if prompt[: len(part.ids)] != part.ids or full[: len(prompt)] != prompt:
         if part.text is None or not (prompt_text.startswith(part.text) and full_text.startswith(prompt_text)):
             return _with_answer(Encoded(), chat, place, is_cut, trained, tokenizer, where, eos_ids)
-        # A token spans the border (a response that begins with a newline), which it cannot in generation.
+        # A token spans the border (a response that begins with a newline), which cannot happen in generation.
         prompt = part.ids + _ids(tokenizer, prompt_text[len(part.text) :])
         full = prompt + _ids(tokenizer, full_text[len(prompt_text) :])
         begin, known = len(prompt_text), prompt
     response = full[len(prompt) :]
     ends = [index + 1 for index, token in enumerate(response) if token in eos_ids]
     said = 0
-    if is_cut or len(ends) > 1:  # which of them closes the turn, and what the template writes before it
+    if is_cut or len(ends) > 1:  # find the one that closes the turn, and the template's text before it
         found = _content_end(full_text, len(prompt_text), message)
         until = [] if found is None else [*known, *(_ids if begin else tokenize)(tokenizer, full_text[begin:found])]
         said = max(_common_prefix(full, until) - len(prompt), 0)
         ends = [end for end in ends if end > said]
-    # the target did not end a cut response: what the template closes the turn with is not its own
+    # the target did not end a cut response, so the template's end of the turn is not the target's
     end = len(prompt) + (said if is_cut else ends[0] if ends else _response_end(response, tokenizer))
     new = [False] * (len(prompt) - len(part.ids)) + [trained] * (end - len(prompt)) + [False] * (len(full) - end)
     return Encoded(full, part.mask + new, full_text)
 
 
 def _spoken(message: dict[str, Any], prompt_text: str, full_text: str, is_cut: bool, where: str) -> str:
-    """What the target said, where the template leaves its thinking out (DeepSeek-R1) or it was cut off in it.
+    """The target's text, if the template leaves out its thinking (DeepSeek-R1) or the answer was cut off within it.
 
     Raises:
         UnusableRow: if the thinking is not in the row, or the template's rendering of the answer is not found.
@@ -173,7 +173,7 @@ def _common_prefix(first: Any, second: Any) -> int:
 
 
 def _content_end(text: str, start: int, message: dict[str, Any]) -> int | None:
-    """Where a response's content ends in `text`, searched from `start` on; templates trim it and write before it."""
+    """The end of a response's content in `text`, searched from `start` on. Templates trim it and write before it."""
     reasoning = (reasoning_of(message) or "").strip()
     if reasoning and (place := text.find(reasoning, start)) >= 0:
         start = place + len(reasoning)
@@ -184,12 +184,12 @@ def _content_end(text: str, start: int, message: dict[str, Any]) -> int | None:
 
 
 def _visible(message: dict[str, Any]) -> str:
-    """A response without the thinking in its content."""
+    """A response's content without its thinking."""
     return message["content"].split(THINK_END)[-1].strip()
 
 
 def _response_end(response: list[int], tokenizer: Any) -> int:
-    """One past the tokenizer's EOS if it closes the response, else the end."""
+    """The index after the tokenizer's EOS if that closes the response, else the end."""
     tail = range(len(response) - 1, max(len(response) - 4, -1), -1)
     return next((index + 1 for index in tail if response[index] == tokenizer.eos_token_id), len(response))
 

@@ -1,4 +1,4 @@
-"""Whose answers rows hold: answers of two targets must not mix in a file, nor unnoticed in a training."""
+"""The target that wrote the answers in rows. Answers of two targets must not mix in a file, nor unnoticed in a training."""
 
 import hashlib
 import re
@@ -14,13 +14,13 @@ from ..drafter.hub_names import hub_commit, public_name
 
 @dataclass(frozen=True)
 class Origin:
-    """A target as response rows name it, each part where it is known.
+    """A target as named in response rows. Unknown parts are empty.
 
     Args:
-        target (`str`): its name, or the name by which an endpoint knows it; of a folder the last part.
+        target (`str`): its name, or its name at an endpoint; for a folder, the last part of the path.
         target_revision (`str`): its commit on the Hub.
-        target_weights (`str`): a hash of a sample of its weights in bfloat16, which is the same in every dtype it is
-            loaded in.
+        target_weights (`str`): a hash of a sample of its weights in bfloat16, which does not depend on the dtype that it
+            is loaded in.
     """
 
     target: str | None = None
@@ -29,23 +29,23 @@ class Origin:
 
     @classmethod
     def of(cls, target: Any) -> "Origin":
-        """A loaded target's."""
+        """The origin of a loaded target's answers."""
         name, revision = public_name(getattr(target.config, "_name_or_path", None)), hub_commit(target.config)
         offloaded = any(parameter.device.type == "meta" for parameter in target.parameters())
         return cls(name, revision, None if offloaded else weight_sample(target, torch.bfloat16)[:12])
 
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> "Origin":
-        """What a row says; nothing of rows that were written without."""
+        """The origin in a row; empty if the row names none."""
         return cls(*(row.get(name) for name in COLUMNS))
 
     @property
     def columns(self) -> dict[str, str]:
-        """What a row of this target is given."""
+        """The keys that a row of this target gets."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def contradicts(self, other: "Origin") -> bool:
-        """Whether this is certainly another target: by commit or weights, or by name if there are no weights."""
+        """Whether this is definitely another target: by commit or weights, or by name if the weights are unknown."""
         pairs = [(self.target_revision, other.target_revision), (self.target_weights, other.target_weights)]
         if self.target_weights is None and other.target_weights is None:
             pairs.append((self.target, other.target))
@@ -61,7 +61,7 @@ COLUMNS = ("target", "target_revision", "target_weights")
 
 
 def check_same_run(row: Mapping[str, Any], where: str, temperature: float, origin: Origin) -> None:
-    """Raises `ValueError` unless an answer on file is one that a run with these settings could have written."""
+    """Raises `ValueError` unless a run with these settings could have written an answer on file."""
     found = row.get("temperature") or 0.0
     if found != temperature:
         raise ValueError(
@@ -69,7 +69,7 @@ def check_same_run(row: Mapping[str, Any], where: str, temperature: float, origi
         )
     if (other := Origin.read(row)).contradicts(origin):
         pinned = other.target_revision if other.target_revision != origin.target_revision else None
-        # no option takes revisions other than the Hub's (the demo's, for example)
+        # no option takes revisions that are not the Hub's (for example the demo's)
         is_commit = pinned is not None and re.fullmatch(r"[0-9a-f]{4,64}", pinned)
         instead = "" if not is_commit else f", or continue with --target_revision {pinned}"
         raise ValueError(
@@ -78,7 +78,7 @@ def check_same_run(row: Mapping[str, Any], where: str, temperature: float, origi
 
 
 def weight_sample(target: nn.Module, dtype: torch.dtype = torch.float32) -> str:
-    """A hash of a few values of every weight in `dtype`: tells fine-tuned copies and adapters under one name apart."""
+    """A hash of a few values of every weight in `dtype`, which distinguishes fine-tuned copies and adapters of one name."""
     digest = hashlib.sha1()
     for name, parameter in sorted(target.named_parameters()):
         digest.update(name.encode())
@@ -88,7 +88,7 @@ def weight_sample(target: nn.Module, dtype: torch.dtype = torch.float32) -> str:
 
 
 class WatchedRows:
-    """Training rows; tells once of an answer that another target than `origin` gave, and of one whose author is unknown."""
+    """Passes on training rows. Prints once if an answer is from a target other than `origin`, or its author is unknown."""
 
     def __init__(self, rows: Iterable[Any], origin: Origin):
         self.rows, self.origin = rows, origin
@@ -106,17 +106,17 @@ class WatchedRows:
         if found == Origin() and not ids and not self._told_of_unknown:
             self._told_of_unknown = True
             print(
-                f"note: row {row.get('id', '')!r}, and maybe others, does not say which model wrote its answer. A drafter learns "
-                "best from its own target's answers: give this file's prompts to `coral-hf regenerate --prompts FILE --output "
-                "responses.jsonl`, and train on responses.jsonl.",
+                f"note: row {row.get('id', '')!r}, and possibly others, does not say which model wrote its answer. A drafter "
+                "learns best from its own target's answers: run `coral-hf regenerate --prompts FILE --output responses.jsonl` on "
+                "this file, and train on responses.jsonl.",
                 flush=True,
             )
         # an endpoint's name for a model is not the name of a target
         if Origin(None, found.target_revision, found.target_weights).contradicts(self.origin):
             self._told = True
             print(
-                f"warning: row {row.get('id', '')!r} contains an answer of {found}, and the target of this training is "
-                f"{self.origin}. A drafter is best trained on its own target's answers: make them with `coral-hf regenerate`.",
+                f"warning: row {row.get('id', '')!r} contains an answer of {found}, but the target of this training is "
+                f"{self.origin}. A drafter learns best from its own target's answers: make them with `coral-hf regenerate`.",
                 flush=True,
             )
 

@@ -1,4 +1,4 @@
-"""One row of any format -> the row that everything works with, and its id."""
+"""Converts a row of any format to a standard row, and finds its id."""
 
 import hashlib
 import json
@@ -10,19 +10,19 @@ from .formats import FORMATS, Format, Row
 
 
 _ID_COLUMNS = ("id", "question_id", "prompt_id", "conversation_id", "task_id")
-# Columns of lists, which tables and exports keep as JSON.
+# Columns of lists, which tables and exports store as JSON.
 _LISTS = (
     *("messages", "conversations", "conversation", "turns", "responses", "history"),
     *("prompt_ids", "response_ids", "input_ids", "response_mask"),
 )
 _LEADING = frozenset(known.columns[0] for known in FORMATS)
 _OTHERS = ("input", "output", "answer", "response", "context", "history", "system", "tools", "benchmark", "id")
-# What columns may be renamed to.
+# The names that columns may be renamed to.
 COLUMNS = tuple(dict.fromkeys((*(column for known in FORMATS for column in known.columns), *_OTHERS)))
 
 
 def read_row(row: Any, where: str, columns: Mapping[str, str] | None = None) -> tuple[Format, Row]:
-    """The format of a row, and the row as what that is read as; a row that was read comes back as it is.
+    """Returns the format of a row and the standard row. A row that was read before is returned unchanged.
 
     Args:
         row (`dict` or `str`): a string is a prompt.
@@ -30,13 +30,13 @@ def read_row(row: Any, where: str, columns: Mapping[str, str] | None = None) -> 
         columns (`dict[str, str]`, *optional*): names of [`COLUMNS`], each with the row's own name for it.
 
     Raises:
-        ValueError: if the row is in none of the formats, or is not what its format says.
+        ValueError: if the row has none of the formats, or violates its format.
     """
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, Mapping):
         raise ValueError(
-            f"{where} is {str(row)[:60]!r}, of type {type(row).__name__}, where a row is an object or a string. {_expected()}"
+            f"{where} is {str(row)[:60]!r}, of type {type(row).__name__}, but a row is an object or a string. {_expected()}"
         )
     row = plain(row)
     if columns:
@@ -52,7 +52,7 @@ def read_row(row: Any, where: str, columns: Mapping[str, str] | None = None) -> 
 
 
 def has_answers(known: Format, row: Row) -> bool:
-    """Whether a row of [`read_row`] contains anything to train on."""
+    """Whether a row of [`read_row`] contains an answer to train on."""
     if known.kind == "turns":
         return "responses" in row
     if known.kind == "messages":
@@ -61,7 +61,7 @@ def has_answers(known: Format, row: Row) -> bool:
 
 
 def check_answered(known: Format, row: Row, where: str) -> None:
-    """Raises [`UnusableRow`] for a row without anything to train on."""
+    """Raises [`UnusableRow`] for a row without an answer to train on."""
     if not has_answers(known, row):
         raise UnusableRow(
             f"{where} contains a prompt without an answer ({known.name}), so there is nothing to train on: let the target answer "
@@ -70,7 +70,7 @@ def check_answered(known: Format, row: Row, where: str) -> None:
 
 
 def row_id(row: Row, where: str) -> tuple[str, bool]:
-    """A row's id, and whether it was made: a hash of what is asked, so that answers to one prompt share it.
+    """A row's id, and whether it was generated: a hash of the prompt, which all answers to one prompt share.
 
     Args:
         row (`dict`), where (`str`): see [`read_row`].
@@ -84,7 +84,7 @@ def row_id(row: Row, where: str) -> tuple[str, bool]:
 
 
 def given_id(row: Row, where: str) -> str | None:
-    """The id that a row comes with."""
+    """The id in a row."""
     for name in _ID_COLUMNS:
         if (value := row.get(name)) not in (None, ""):
             if isinstance(value, bool | list | Mapping):
@@ -96,7 +96,7 @@ def given_id(row: Row, where: str) -> str | None:
 
 
 def asked(row: Row, where: str) -> Any:
-    """What is asked in a row: its turns, its messages without the answers, or else its first column."""
+    """The prompt of a row: its turns, its messages without the answers, or its first column."""
     known, row = read_row(row, where)
     if known.kind == "messages":
         return [message for message in check_messages(row["messages"], where) if message["role"] != ASSISTANT]
@@ -104,7 +104,7 @@ def asked(row: Row, where: str) -> Any:
 
 
 def conversation_key(row: Row) -> str:
-    """A hash of what rows of one conversation share: the id, or else what is asked."""
+    """A hash that all rows of a conversation share: of the id, or of the prompt."""
     name = given_id(row, "a row")
     return _hash(asked(row, "a row") if name is None else name)
 
@@ -114,7 +114,7 @@ def _hash(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value whose tensors and arrays, which tables and data sets with a format have, are lists."""
+    """A value in which tensors and arrays (from tables and data sets with a format) are lists."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -129,7 +129,7 @@ def parse_columns(given: Sequence[str]) -> dict[str, str]:
     """`["prompt=query"]` -> `{"prompt": "query"}`.
 
     Raises:
-        ValueError: for what is not such a pair, and for a name that no format has.
+        ValueError: for anything else, and for a name that no format has.
     """
     pairs: dict[str, str] = {}
     for text in given:
@@ -159,14 +159,14 @@ def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
             raise ValueError(
                 f"{where} has no column {own!r} (--columns {name}={own}); its columns are {', '.join(map(str, row))}."
             )
-    # who names the column of the prompts does not mean another one that would be found first
+    # a user who names the prompt column does not mean another column that would be found first
     left_out = {*columns.values(), *(_LEADING if _LEADING & set(columns) else ())}
     kept = {name: value for name, value in row.items() if name not in left_out}
     return kept | {name: row[own] for name, own in columns.items()}
 
 
 def _parsed(row: Row, name: str) -> Row:
-    """A row whose column is a list where it was the JSON of one."""
+    """A row in which a column with the JSON of a list is a list."""
     value = row.get(name)
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return row

@@ -1,4 +1,4 @@
-"""Files, folders, data sets and Python objects -> rows: the one reader of everything that trains, answers or measures."""
+"""Files, folders, data sets and Python objects -> rows. All training, answering and measuring reads data here."""
 
 import copy
 import os
@@ -13,21 +13,21 @@ from .formats import Format
 from .row_reader import check_answered, check_columns, has_answers, read_row
 
 
-_SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
+_SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes
 _HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^:]+))?(:(?P<config>.+))?")
-# Kinds of formats that are trained on together; ids are of one tokenizer, text has no turns.
+# Kinds of formats that may be mixed in a training. Ids belong to one tokenizer, and text has no turns.
 _TOGETHER = {"turns": "chat", "messages": "chat"}
 
 
 def read_rows(
     data: Any, split: str = "train", columns: Mapping[str, str] | None = None, tell: bool = True
 ) -> list[dict[str, Any]]:
-    """Reads training rows in any format of docs/data_formats.md, all of them.
+    """Reads all training rows, in any format of docs/data_formats.md.
 
     Args:
         data: one source or several; see [`Reading`].
         split (`str`), columns (`dict[str, str]`, *optional*): see [`Reading`].
-        tell (`bool`): print the format and how many rows were read.
+        tell (`bool`): print the format and the number of rows.
 
     Raises:
         ValueError: on a missing source, a malformed line (with its number), rows without answers or of several kinds.
@@ -40,7 +40,7 @@ def read_rows(
 
 
 def given_rows(data: Any) -> Any:
-    """What a trainer is given as rows: read where it is a path, Hub id, table or list of those, else as it is."""
+    """A trainer's rows: reads paths, Hub ids, tables and lists of these, and returns anything else unchanged."""
     is_list = (
         isinstance(data, list | tuple) and bool(data) and all(isinstance(item, str | os.PathLike) for item in data)
     )
@@ -50,17 +50,17 @@ def given_rows(data: Any) -> Any:
 
 
 class Reading:
-    """Rows of any source in any format, each as what it is read as, counted by source and format.
+    """Rows of any source and format as standard rows, counted by source and format.
 
     Args:
         data: a path or Hub id (see [`iter_source`]), or several; a list of prompts (strings) or of rows (`dict`), a
             `datasets.Dataset`, a `pandas.DataFrame`, or another iterable of rows.
-        split (`str`): of data sets with several splits.
-        streaming (`bool`): read data sets of the Hub while they are used instead of fetching them first.
-        columns (`dict[str, str]`, *optional*): names that the formats know, each with the data's own name for it.
+        split (`str`): the split of data sets with several splits.
+        streaming (`bool`): stream data sets of the Hub instead of fetching them first.
+        columns (`dict[str, str]`, *optional*): names in the formats, each with the data's own name for it.
 
     Raises:
-        ValueError: for `data` of another kind, and while iterating on what is malformed, with its place.
+        ValueError: for `data` of another kind, and while iterating for malformed rows, with their place.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Reading:
 
     @property
     def names(self) -> str:
-        """The sources as they are named in messages."""
+        """The names of the sources in messages."""
         return ", ".join(_name(source) for source in self.sources)
 
     def __iter__(self) -> Iterator[tuple[str, Format, dict[str, Any]]]:
@@ -82,7 +82,7 @@ class Reading:
             yield from self.rows_of(source)
 
     def rows_of(self, source: Any) -> Iterator[tuple[str, Format, dict[str, Any]]]:
-        """(Place, format, row) of one of the `sources`."""
+        """Yields (place, format, row) of one of the `sources`."""
         is_place = isinstance(source, str | os.PathLike)
         rows = iter_source(source, self.split, self.streaming) if is_place else _rows_of(source, self.split)
         for where, found in rows:
@@ -93,7 +93,7 @@ class Reading:
             yield where, known, row
 
     def told(self) -> str:
-        """A line for each source and format: how many rows of what were read."""
+        """A line for each source and format, with the number of rows."""
         lines = []
         for (source, name), (n_rows, n_answered) in self.counts.items():
             holding = {0: "prompts without answers", n_rows: "with answers"}.get(
@@ -104,12 +104,12 @@ class Reading:
 
 
 class RowStream:
-    """Training rows read while they are used, from the start at every iteration; as [`read_rows`] otherwise.
+    """Training rows as in [`read_rows`], read while they are used, from the start in every iteration.
 
     Args:
         data, split, columns: see [`Reading`].
-        streaming (`bool`): read data sets of the Hub over the network instead of fetching them first.
-        tell (`bool`): print once what is read, after a whole pass or, where that is far, at the first row.
+        streaming (`bool`): stream data sets of the Hub instead of fetching them first.
+        tell (`bool`): print once what is read: after a whole pass, or at the first row of a stream from the Hub.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class RowStream:
         self._key_of: Callable[[dict[str, Any]], str] | None = None
 
     def without(self, keys: Container[str], key_of: Callable[[dict[str, Any]], str]) -> "RowStream":
-        """The same stream without the rows whose key is one of `keys`."""
+        """The same stream without rows whose key is in `keys`."""
         rest = copy.copy(self)
         rest._left_out, rest._key_of = keys, key_of
         return rest
@@ -139,12 +139,12 @@ class RowStream:
         first: tuple[Format, str] | None = None
         for where, known, row in self.reading:
             if first is None:
-                check_answered(known, row, where)  # later ones are left out and counted
+                check_answered(known, row, where)  # later rows without an answer are skipped and counted
             if known.kind in _TOGETHER and has_answers(known, row):
-                chat_of(row, known, where)  # here the line is known
+                chat_of(row, known, where)  # checked here, where the line is known
             if first is None:
                 first = known, where
-                if self._tell and self.reading.streaming:  # whose last row may never be read
+                if self._tell and self.reading.streaming:  # the last row may never be read
                     self._tell = False
                     print(f"Reading {self.reading.names} as {known.name} while training.", flush=True)
             if _TOGETHER.get(known.kind, known.kind) != _TOGETHER.get(first[0].kind, first[0].kind):
@@ -159,7 +159,7 @@ class RowStream:
 
 
 def iter_source(path: str | os.PathLike, split: str = "train", streaming: bool = False) -> Iterator[tuple[str, Any]]:
-    """Yields (where, row) of a source, rows as they are on file.
+    """Yields (where, row) of a source, with rows as on file.
 
     Args:
         path: a file of JSON lines or a JSON array, CSV, text (one prompt per line) or Parquet; a folder of such files, or of
@@ -168,7 +168,7 @@ def iter_source(path: str | os.PathLike, split: str = "train", streaming: bool =
         streaming (`bool`): read data sets of the Hub while they are used instead of fetching them first.
 
     Raises:
-        ValueError: if there is no such source, or it is not what its name says.
+        ValueError: if the source does not exist, or its content does not match its name.
     """
     place = Path(path)
     if place.is_dir() and any((place / name).is_file() for name in _SAVED):
@@ -177,8 +177,8 @@ def iter_source(path: str | os.PathLike, split: str = "train", streaming: bool =
         shards = sorted(place.glob("*.parquet")) or sorted(file for file in place.iterdir() if _is_row_file(file))
         if not shards:
             raise ValueError(
-                f"{path} is a folder; give one with rows in it: it contains no .parquet shards, no other files of rows ({KINDS}), "
-                "nor a data set of save_to_disk."
+                f"{path} is a folder without rows: it contains no .parquet shards, no other files of rows ({KINDS}), and no data "
+                "set of save_to_disk. Give another folder."
             )
         for shard in shards:
             yield from iter_source(shard)
@@ -195,7 +195,7 @@ def _is_row_file(path: Path) -> bool:
 
 
 def _sources(data: Any) -> list[Any]:
-    """What is given as data, as a list of paths, Hub ids, and iterables of rows."""
+    """The data argument as a list of paths, Hub ids and iterables of rows."""
     if isinstance(data, str | os.PathLike):
         return [data]
     if not isinstance(data, Iterable) or isinstance(data, bytes):
@@ -210,8 +210,8 @@ def _sources(data: Any) -> list[Any]:
         return [data]  # prompts
     if strange:
         raise ValueError(
-            f"{str(strange[0])[:80]!r} is neither a file, a folder nor a Hub id, as others of the list are: give a list of "
-            f"sources ({KINDS}), or one of prompts."
+            f"{str(strange[0])[:80]!r} is not a file, a folder or a Hub id, but other entries of the list are: give a list of "
+            f"sources ({KINDS}) or a list of prompts."
         )
     return list(data)
 
@@ -233,7 +233,7 @@ def _is_table(data: Any) -> bool:
 
 
 def _rows_of(data: Any, split: str) -> Iterator[tuple[str, Any]]:
-    """Rows of an object in Python."""
+    """Yields the rows of a Python object."""
     if _is_table(data):  # pandas has NaN where a cell is empty
         is_pandas = hasattr(data, "notna")
         data = data.astype(object).where(data.notna(), None).to_dict("records") if is_pandas else data.to_dicts()
@@ -298,7 +298,7 @@ def _from_hub(name: str, split: str, streaming: bool) -> Iterable[dict[str, Any]
     # cannot be read as one data set
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"{name} is not a file or folder here and could not be loaded as a data set of the Hub, split {split!r} "
+            f"{name} is not a file or folder here, and could not be loaded as a data set from the Hub, split {split!r} "
             f"({_first_line(error)}). Give a {KINDS} file, a folder of them, or "
             "org/name[@revision][:config] (with --split); offline, data sets load from the local cache only."
         ) from error

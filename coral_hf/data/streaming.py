@@ -1,4 +1,4 @@
-"""Training on rows that are read while they are used."""
+"""Training on streamed rows, which are read while they are used."""
 
 import itertools
 import random
@@ -17,24 +17,24 @@ HEAD = 64
 
 
 class StreamedConversations(torch.utils.data.IterableDataset):
-    """Encoded conversations of rows that are read, again and again, while they are used.
+    """Encoded conversations of rows that are read repeatedly, while they are used.
 
     The stream has no end: `max_steps` ends a training. It is shuffled (and packed) inside buffers of `buffer_size`
-    conversations, by seed and pass alone, so that a resumed training finds every batch again by reading the stream from
-    its start. What needs all rows at the same time (length grouping, response counts, the feature cache) is not to be had.
+    conversations. The order depends only on seed and pass, so that a resumed training gets the same batches by reading the
+    stream from its start. Length grouping, response counts and the feature cache need all rows and are not available.
 
     Args:
         rows (`Iterable[dict]`): training rows, iterated in every pass: a [`RowStream`] or a
             `datasets.IterableDataset`.
         tokenizer (*optional*): the target's tokenizer, for rows of text.
-        max_length (`int`): longer rows are cut there, and left out without a response token before it: counted, and the
-            first one told of.
-        vocab_size (`int`): of the target.
-        seed (`int`), buffer_size (`int`): of the shuffling.
+        max_length (`int`): longer rows are cut there, or skipped if they then have no response token. Both are counted, and
+            the first one is reported.
+        vocab_size (`int`): the target's vocabulary size.
+        seed (`int`), buffer_size (`int`): seed and buffer size of the shuffling.
         packing (`bool`): pack the conversations of a buffer into rows of `max_length`.
-        positions (`int`, *optional*): that the target has.
+        positions (`int`, *optional*): the target's number of positions.
         eos_ids (`Collection[int]`): see [`encode_row`].
-        origin ([`Origin`], *optional*): the target whose answers the rows should hold.
+        origin ([`Origin`], *optional*): the target whose answers the rows should contain.
 
     Raises:
         ValueError: while iterating, on a malformed row or a pass without a trainable row.
@@ -55,7 +55,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
     ):
         if iter(rows) is rows:
             raise ValueError(
-                "The rows are an iterator, which can be read once only: give what creates a new one for every pass "
+                "The rows are an iterator, which can only be read once: give an object that creates a new one for every pass "
                 "(training.sources.RowStream, datasets.IterableDataset, a list)."
             )
         self.rows = rows if origin is None else WatchedRows(rows, origin)
@@ -64,18 +64,18 @@ class StreamedConversations(torch.utils.data.IterableDataset):
         self.positions, self.eos_ids = positions, eos_ids
         self._told: set[str] = set()
         self.modes: set[str] = set()
-        self._left_out: list[str] = []  # the first reason
+        self._left_out: list[str] = []  # the first reason for a skipped row
 
     @cached_property
     def head(self) -> list[dict[str, torch.Tensor]]:
-        """The first conversations of the stream, by which it is recognised."""
+        """The first conversations of the stream, which identify it."""
         head = list(itertools.islice(self.conversations_in_order(), HEAD))
         if not head:
             raise nothing_to_train(self.max_length, self._left_out)
         return head
 
     def conversations_in_order(self, counts: dict[str, int] | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """One pass over the stream as it comes; adds what is cut and left out to `counts`."""
+        """One pass over the stream in its order. Counts cut and skipped rows in `counts`."""
         counts = no_counts() if counts is None else counts
         rows = encode_rows(
             self.rows, self.tokenizer, self.max_length, counts, self.eos_ids, self._tell_of_drop, self.modes
@@ -91,10 +91,10 @@ class StreamedConversations(torch.utils.data.IterableDataset):
 
     def _tell_of_drop(self, reason: str) -> None:
         self._left_out = self._left_out or [reason]
-        self._tell("dropped", f"Left out, and so are others like it: {reason}")
+        self._tell("dropped", f"Skipped, like any others of this kind: {reason}")
 
     def _tell(self, what: str, text: str) -> None:
-        """Says something once."""
+        """Prints a message once."""
         if what not in self._told:
             self._told.add(what)
             print(text, flush=True)
@@ -123,7 +123,7 @@ class StreamedConversations(torch.utils.data.IterableDataset):
                     shuffle(buffer)
                     yield from buffer
                 when = "One pass over the stream"
-            finally:  # a training mostly ends within a pass
+            finally:  # a training usually ends within a pass
                 self._count(when, counts)
 
 

@@ -1,6 +1,6 @@
-"""The drafter: exactly the files that a published drafter carries, flat, with relative imports only.
+"""The drafter: exactly the files that a published drafter contains, in one folder, with relative imports only.
 
-Knows nothing of generation, training or the Hub; what the package adds to a drafter is attached from above.
+This package does not depend on generation, training or the Hub. Other packages add their methods to a drafter from outside.
 """
 
 from .configuration_coral import CoralDraftConfig

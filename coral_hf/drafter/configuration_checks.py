@@ -24,7 +24,7 @@ _PARTS = {
     "low_rank": ("low_rank_size",),
 }  # of each head, the settings that give a drafter its parts
 FEATURE_LAYER_LAST = -1
-# settings of what stands between several target features and `fc`, named as in the engines' configs; one at most
+# settings of the layers between several target features and `fc`, named as in the engines' configs; one at most
 FC_NORMS = ("norm_before_fc", "fc_norm")
 # path probabilities at which `draft_calibration` gives the observed acceptance, with straight lines between them
 CALIBRATION_KNOTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)

@@ -1,4 +1,4 @@
-"""CoralDraftConfig: every setting of a CORAL drafter, its default and where it comes from."""
+"""CoralDraftConfig: all settings of a CORAL drafter, with their defaults and sources."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ LOW_RANK_CANDIDATES = 64  # of a low-rank head, for each row
 # None until `__post_init__` derives it from other settings; readers see what it is then
 DERIVED: Any = None
 
-# What `PreTrainedConfig` itself accepts beside its declared fields (`Trainer` writes the tokenizer's special ids); every
+# Keys that `PreTrainedConfig` accepts in addition to its declared fields (`Trainer` writes the tokenizer's special ids). Every
 # other unknown key is an error.
 _BASE_KEYS = {
     "_attn_implementation",
@@ -56,20 +56,20 @@ _BASE_KEYS = {
 class CoralDraftConfig(PreTrainedConfig):
     r"""Configuration of a [`CoralDraftModel`]: one decoder layer that drafts for one target model.
 
-    Use [`CoralDraftConfig.from_target`] to derive every dimension from a target; the defaults below are Llama-2-7B's.
+    Use [`CoralDraftConfig.from_target`] to derive all dimensions from a target. The defaults below are those of Llama-2-7B.
 
     Args:
         shape (`str`, defaults to `"eagle"`):
-            Layer layout. `"eagle"`: the paper's (CORAL section 3, EAGLE-1): `fc` over embedding and feature, no input
-            and no final norm. `"eagle3"`: EAGLE-3's normed layer. On SmolLM2-135M, at equal data and steps (200k response
+            Layer layout. `"eagle"` is the paper's (CORAL section 3, EAGLE-1): `fc` over embedding and feature, without input
+            and final norms. `"eagle3"` is EAGLE-3's normed layer. On SmolLM2-135M, at equal data and steps (200k response
             tokens, K=1, one seed, layers of one size), a simulated chain of 5 reached tau 1.258 with `"eagle"`, 1.269 with
-            `"eagle3"` over the same feature, 1.239 over EAGLE-3's three features and 1.282 over those and the last one
+            `"eagle3"` over the same feature, 1.239 over EAGLE-3's three features, and 1.282 over those and the last one
             (`benchmarks/records/shapes.json` and, for the last, the shipped drafter's `training/ablation.json`). The
-            default is the one that every serving engine loads; the shipped drafter is of the last kind.
+            default is the shape that every serving engine loads. The shipped drafter is of the last kind.
         vocab_size (`int`, defaults to 32000):
             V, the target's vocabulary size (`generate` requires both to be equal).
         hidden_size (`int`, defaults to 4096):
-            H, the width of the drafter: always the target's, whose embedding and LM head it uses.
+            H, the width of the drafter. It is always the target's, because the drafter uses its embedding and LM head.
         intermediate_size (`int`, defaults to 11008):
             Width of the MLP (the target's).
         num_attention_heads (`int`, defaults to 32), num_key_value_heads (`int`, *optional*), head_dim (`int`, *optional*):
@@ -79,23 +79,23 @@ class CoralDraftConfig(PreTrainedConfig):
         rms_norm_eps (`float`, defaults to 1e-6):
             Epsilon of the norms (the target's).
         max_position_embeddings (`int`, defaults to 4096):
-            Longest context (the target's); positions past it are warned about by the target itself.
+            Longest context (the target's). The target itself warns about positions beyond it.
         rope_parameters (`dict`, *optional*):
             RoPE settings in Transformers' format (the target's full-attention ones).
         attention_bias (`bool`, defaults to `False`):
-            Bias on q/k/v. False: what the serving engines load for every target family.
+            Bias on q/k/v. False is supported by the serving engines for every target family.
         fc_bias (`bool`, defaults to `False`):
-            Bias of `fc` (`"eagle"` only). False: vLLM refuses one; some old EAGLE checkpoints have one.
+            Bias of `fc` (`"eagle"` only). vLLM rejects a bias; some old EAGLE checkpoints have one.
         norm_output (`bool`, defaults to `True`):
-            `"eagle3"` only: feed the output of `norm` (True, EAGLE-3.1's choice) or its input (False, EAGLE-3) back as
-            the next step's feature.
+            `"eagle3"` only: use the output of `norm` (True, EAGLE-3.1) or its input (False, EAGLE-3) as the next step's
+            feature.
         norm_before_residual (`bool`, defaults to `False`):
-            `"eagle3"` only: the residual stream starts from the normed feature (True) or the raw one (False, the only
+            `"eagle3"` only: the residual stream starts from the normed feature (True) or the raw feature (False, the only
             form that SGLang serves).
         norm_before_fc (`bool`, defaults to `False`), fc_norm (`bool`, defaults to `False`):
-            `"eagle3"` over several features only, one of the two at most: an RMSNorm before `fc` over all features
-            together (`input_norm`), or one of its own for each (`fc_norm.0`, `fc_norm.1`, ...), as vLLM, SGLang and
-            speculators have them. False (EAGLE-3's form) is not written.
+            `"eagle3"` over several features only, and at most one of the two: an RMSNorm before `fc` over all features
+            together (`input_norm`), or a separate one for each (`fc_norm.0`, `fc_norm.1`, ...), as in vLLM, SGLang and
+            speculators. False (EAGLE-3's form) is not written to the config.
         target_feature_layers (`list[int]`, *optional*, defaults to `[-1]`):
             Target features to read: -1 is the last hidden state after the final norm, i >= 0 the residual stream
             before layer i. More than one needs `shape="eagle3"` and gives it an `fc`.
@@ -103,34 +103,34 @@ class CoralDraftConfig(PreTrainedConfig):
             Standard deviation of randomly initialised matrices (Llama's).
         target_name_or_path (`str`, *optional*), target_revision (`str`, *optional*), target_model_type (`str`, *optional*),
         target_num_hidden_layers (`int`, *optional*):
-            Which model the drafter was trained for (with its commit, if it came from the Hub); type and depth are checked
-            by `generate`.
+            The model that the drafter was trained for, with its commit if it is from the Hub. `generate` checks type and
+            depth.
         target_vocab_hash (`str`, *optional*):
-            [`vocab_hash`] of the target's tokenizer, checked wherever a tokenizer is available.
+            [`vocab_hash`] of the target's tokenizer, which is checked if a tokenizer is available.
         target_embedding_scale (`float`, *optional*):
-            What the target multiplies its embedding by ([`TargetAdapter.embedding_scale`] when the drafter was made; 1.0:
-            nothing): serving engines hand drafters the unscaled one. None, which is not written: not recorded.
+            The factor of the target's embedding ([`TargetAdapter.embedding_scale`] when the drafter was made; 1.0: no
+            scaling). Serving engines pass unscaled embeddings to drafters. None (not written to the config): unknown.
         chat_template_kwargs (`dict`, *optional*):
-            Variables of the target's chat template (`enable_thinking`, ...) in the conversations that the drafter was trained
-            on last; empty for the template's defaults. None, which is not written: not recorded, or several.
+            Variables of the target's chat template (`enable_thinking`, ...) in the conversations of the drafter's last training;
+            empty for the template's defaults. None (not written to the config): unknown, or several.
         bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*), pad_token_id (`int`, *optional*):
-            The target's special ids, by which `pipeline` tells that both share a tokenizer.
+            The target's special ids, from which `pipeline` concludes that both share a tokenizer.
         draft_depth (`int`, defaults to 5), draft_top_k (`int`, defaults to 1), draft_total_tokens (`int`, *optional*):
             Size of a draft: levels below the root, branches per node (1: a chain), nodes verified with the root. See
             `generation.settings.DraftSettings`, also for overriding them per call.
         draft_cost_aware (`bool`, defaults to `False`):
-            Choose a draft's size at every step within these limits, by measured costs (`generation.tree_size`).
+            Choose a draft's size at every step within these limits, from measured costs (`generation.tree_size`).
         draft_lookup (`bool`, defaults to `False`):
             Let trees also take nodes that continue the text as it continued before (`generation.lookup`). False, which is
             not written: it pays where answers repeat their prompts.
         draft_head (`str`, *optional*):
             Head that drafting uses, see `generation.settings.DraftSettings`. None, which is not written: all that the drafter has.
         draft_calibration (`list[list[float]]`, *optional*):
-            One row per depth (the last holds for all below): observed acceptance at the path probabilities
-            `CALIBRATION_KNOTS`, as `coral-hf tune` fits it. None: drafted probabilities are taken as they are.
+            One row per depth (the last row applies to all deeper levels): observed acceptance at the path probabilities
+            `CALIBRATION_KNOTS`, fitted by `coral-hf tune`. None: drafted probabilities are used without calibration.
         router_groups (`int`, defaults to 0):
-            G, groups of the LM-head router (CORAL section 3.2); 0: no router. Groups are of equal size, V / G rounded up,
-            so that G is lowered to the number of groups that hold an id (768 of V = 262,144 become 767).
+            G, groups of the LM-head router (CORAL section 3.2); 0: no router. All groups have size V / G, rounded up. G is
+            lowered to the number of non-empty groups (768 groups of V = 262,144 become 767).
         router_grouping (`str`, defaults to `"consecutive"`):
             `"consecutive"`: groups of consecutive ids, views of the target's own head (the paper's). `"clustered"`
             (ours): groups of similar rows of the head, computed from one copy of it in the router's order.
@@ -148,8 +148,8 @@ class CoralDraftConfig(PreTrainedConfig):
             Best ids of the low-rank head that are scored exactly, for each drafted row. Defaults to 64 (ours, not measured), or to
             the vocabulary if that is smaller. Only these can be drafted.
         draft_vocab_size (`int`, *optional*):
-            `"eagle3"` only: rows of an LM head of the drafter's own (EAGLE-3 section 3: a reduced vocabulary), which
-            replaces the target's when drafting. None: the target's head.
+            `"eagle3"` only: rows of the drafter's own LM head (EAGLE-3 section 3: a reduced vocabulary), which replaces the
+            target's for drafting. None: use the target's head.
     """
 
     model_type = "coral"
@@ -218,7 +218,7 @@ class CoralDraftConfig(PreTrainedConfig):
         if self.router_groups and self.vocab_size > 0:  # `check_settings` refuses others
             asked, self.router_groups = self.router_groups, group_count(self.vocab_size, self.router_groups)
             if self.router_groups < asked:
-                # what is saved contains the real number: this is said where it was asked for, and never again
+                # logged once, because the saved config contains the real number
                 logger.warning(
                     "router_groups=%d: groups of %d ids hold the %d ids in %d groups; the router has that many groups.",
                     *(asked, group_size(self.vocab_size, asked), self.vocab_size, self.router_groups),
@@ -233,7 +233,7 @@ class CoralDraftConfig(PreTrainedConfig):
         check_head(self)
         try:
             super().__post_init__(**kwargs)
-        except (AttributeError, TypeError) as error:  # what Transformers makes of odd `id2label` or `num_labels`
+        except (AttributeError, TypeError) as error:  # raised by Transformers for invalid `id2label` or `num_labels`
             raise ValueError(
                 f"A setting that all Transformers configs share is malformed ({type(error).__name__}: {error}). Leave "
                 "id2label, label2id and num_labels out: a drafter has no labels."
@@ -254,7 +254,7 @@ class CoralDraftConfig(PreTrainedConfig):
         """Reads the `config.json` of a folder or of the Hub, as [`~transformers.PreTrainedConfig.from_pretrained`].
 
         Raises:
-            ValueError: if it is missing, contains no JSON object, or a value of it is unknown or malformed.
+            ValueError: if it is missing, contains no JSON object, or has an unknown or malformed value.
         """
         with loading(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -262,7 +262,7 @@ class CoralDraftConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         settings, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        # Transformers would continue with the defaults; some of its releases add keys of their own
+        # Transformers would continue with the defaults, and some of its releases add their own keys
         if all(name.startswith("_") for name in settings):
             raise ValueError(
                 f"{pretrained_model_name_or_path} contains no config.json, or one without settings: the upload or copy is "
@@ -291,8 +291,8 @@ class CoralDraftConfig(PreTrainedConfig):
 
         Args:
             target_config ([`PreTrainedConfig`]): configuration of a Llama-shaped causal LM (its text part is used).
-            **overrides: any setting of [`CoralDraftConfig`]; `target_revision` for example, where the cache of the Hub holds
-                several commits of the target.
+            **overrides: any setting of [`CoralDraftConfig`], for example `target_revision` if the Hub's cache contains several
+                commits of the target.
 
         Returns:
             [`CoralDraftConfig`]

@@ -1,4 +1,4 @@
-"""Deriving a drafter's settings from its target's configuration."""
+"""Derives a drafter's settings from its target's configuration."""
 
 import copy
 from typing import Any
@@ -9,7 +9,7 @@ from .hub_names import hub_commit
 
 
 def settings_from_target(target_config: PreTrainedConfig) -> dict[str, Any]:
-    """The settings of [`CoralDraftConfig`] that a target decides.
+    """The settings of [`CoralDraftConfig`] that follow from a target.
 
     Args:
         target_config ([`PreTrainedConfig`]): configuration of a Llama-shaped causal LM (its text part is used).
@@ -26,7 +26,7 @@ def settings_from_target(target_config: PreTrainedConfig) -> dict[str, Any]:
     missing = [name for name in ("hidden_size", "num_attention_heads", "vocab_size") if not hasattr(text, name)]
     if missing:
         raise ValueError(
-            f"target model_type={text.model_type!r} has no {missing} in its config, which a drafter is sized by: "
+            f"target model_type={text.model_type!r} has no {missing} in its config, which determine a drafter's size: "
             "choose a target of Llama's layout, or see CONTRIBUTING, 'Adding a target family'."
         )
     heads = text.num_attention_heads
@@ -52,7 +52,7 @@ def settings_from_target(target_config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _layer_config(text: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the last full-attention layer, which the drafter's is like, where layers differ in sizes (Gemma 4)."""
+    """The config of the last full-attention layer, which the drafter follows if layers differ in size (Gemma 4)."""
     if not getattr(text, "is_heterogeneous", False):
         return text
     layers: Any = text.per_layer_config
@@ -69,7 +69,7 @@ def _target_rope_parameters(text: PreTrainedConfig) -> dict:
     theta = rope.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0
     partial = rope.pop("partial_rotary_factor", None)
     if rope.get("rope_type", "default") == "default" or (partial or 1.0) != 1.0:
-        # Scaling tables of partially rotated heads do not fit a fully rotated one: keep the base alone.
+        # Scaling tables of partially rotated heads do not fit fully rotated ones, so only the base is kept.
         return {"rope_type": "default", "rope_theta": float(theta)}
     return {**rope, "rope_theta": float(theta)}
 

@@ -22,13 +22,13 @@ EMBEDDING_SHARE = 0.25
 def initialize_from_target(model_class: type, target: Any, tokenizer: Any, overrides: dict[str, Any]):
     """Builds an untrained drafter for `target`, see `CoralDraftModel.from_target`.
 
-    The layer starts random (standard deviation `initializer_range`). In the `eagle` shape `fc` starts as the identity
-    on the feature plus a random projection of the embedding at a fixed share of its size; in the `eagle3` shape `norm`
-    starts as the target's final norm, and `fc` (over several features) as the identity on the last listed one plus
-    random projections of the others at that share. Features that are normed before `fc` come out of it at size one.
+    The layer is initialised randomly (standard deviation `initializer_range`). In the `eagle` shape, `fc` starts as the
+    identity on the feature, plus a random projection of the embedding at a fixed share of its size. In the `eagle3` shape,
+    `norm` starts as the target's final norm. `fc` over several features starts as the identity on the last listed one, plus
+    random projections of the others at that share. Features that are normed before `fc` leave it at size one.
 
     Raises:
-        ValueError: if the target is not a Llama-shaped causal LM, or makes its logits in an unknown way.
+        ValueError: if the target is not a Llama-shaped causal LM, or computes its logits in an unknown way.
     """
     name, target = target, resolve_target(target)
     if tokenizer is None and isinstance(name, str | os.PathLike):
@@ -45,7 +45,7 @@ def initialize_from_target(model_class: type, target: Any, tokenizer: Any, overr
     size = config.hidden_size
     with torch.no_grad():
         if config.shape == "eagle":
-            # Features are outputs of the final norm, so its weight tells their size.
+            # Features are outputs of the final norm, so its weight gives their size.
             feature_rms = 1.0 if final_norm is None else final_norm.square().mean().sqrt().item()
             sample = torch.arange(min(4096, config.vocab_size), device=adapter.device)
             embedding_rms = adapter.embed(sample).float().square().mean().sqrt().item()
@@ -71,7 +71,7 @@ def initialize_from_target(model_class: type, target: Any, tokenizer: Any, overr
 
 
 def _feature_sizes(adapter: TargetAdapter, config: CoralDraftConfig) -> list[float]:
-    """Typical rms of each feature as `fc` reads it: residual streams grow tenfold from the first layer to the last."""
+    """Typical RMS of each input feature of `fc`, because residual streams grow tenfold from the first layer to the last."""
     layers = adapter.feature_layers
     if config.fc_norm or adapter.device.type == "meta":
         return [1.0] * len(layers)
@@ -80,13 +80,13 @@ def _feature_sizes(adapter: TargetAdapter, config: CoralDraftConfig) -> list[flo
     squares = features.square().mean(dim=-1)[0]  # [S, n]
     if config.norm_before_fc:
         squares = squares / (squares.mean(dim=-1, keepdim=True) + config.rms_norm_eps)
-    # The median: the first position's residual stream is a hundred times larger in many models.
+    # The median, because the first position's residual stream is a hundred times larger in many models.
     rms = squares.sqrt().median(dim=0).values
     return rms.clamp(min=1e-6).tolist()
 
 
 def _norm_weight(norm: Any, size: int) -> torch.Tensor | None:
-    """An RMSNorm's weight in our convention, `[H]` (Gemma stores weight - 1), or None if it has no such weight."""
+    """An RMSNorm's weight in Llama's convention, `[H]` (Gemma stores weight - 1), or None if it has none."""
     weight = getattr(norm, "weight", None)
     if weight is None or weight.shape != (size,) or weight.is_meta:
         return None

@@ -15,11 +15,11 @@ from .rollout_attention import rollout_attention
 
 
 class DraftKeyValues:
-    """The drafter's KV cache: preallocated, written at given slots, so that a draft step has static shapes.
+    """The drafter's KV cache: preallocated and written at given slots, so that a draft step has static shapes.
 
-    Slots `[0, length)` hold rows built from true target features; whatever drafting writes after them is scratch
-    that the next write overwrites. The rows of a batch share their slots: where one has fewer true features than another,
-    some of its slots hold nothing, which is a matter of the mask.
+    Slots `[0, length)` contain rows built from true target features. Slots after them are scratch for drafting, which the next
+    write overwrites. The rows of a batch share their slots. If a row has fewer true features than another, some of its slots are
+    empty, and the mask excludes them.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class DraftKeyValues:
 
 
 class CoralRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's RoPE, whose frequencies keep their dtype when the drafter is cast: in bf16 far positions would turn."""
+    """Llama's RoPE. Its frequencies keep their dtype when the drafter is cast, because bf16 is too coarse for far positions."""
 
     def _apply(self, fn, *args, **kwargs):
         exact = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
@@ -71,16 +71,16 @@ class CoralRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class CoralRMSNorm(LlamaRMSNorm):
-    """Llama's norm as one operation of PyTorch, which a GPU runs as one kernel."""
+    """Llama's norm as one PyTorch operation, which is one kernel on a GPU."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.dtype != self.weight.dtype:  # mixed precision: the result has the wider of the two
+        if hidden_states.dtype != self.weight.dtype:  # mixed precision: the result has the wider dtype
             return super().forward(hidden_states)
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 def rotary_factors(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """RoPE's `[B, S, d]` cosines and sines as [`CoralAttention.project`] takes them, `[B, 1, S, d]`, sines with their sign."""
+    """Converts RoPE's `[B, S, d]` cosines and sines for [`CoralAttention.project`]: `[B, 1, S, d]`, with signed sines."""
     half = sin.shape[-1] // 2
     return cos.unsqueeze(1), torch.cat([-sin[..., :half], sin[..., half:]], dim=-1).unsqueeze(1)
 
@@ -121,7 +121,7 @@ class CoralAttention(nn.Module):
         return self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None):
-        """Plain attention with a bool mask `[B, 1, S, L]` (None: causal over S = L rows, or a single row that sees all)."""
+        """Plain attention with a bool mask `[B, 1, S, L]`. None: causal over S = L rows, or a single row that sees everything."""
         causal = mask is None and query.shape[2] > 1
         query = query if query.dtype == value.dtype else query.to(value.dtype)
         return F.scaled_dot_product_attention(
@@ -167,7 +167,7 @@ class CoralMLP(nn.Module):
 
 
 class CoralDraftLayer(nn.Module):
-    """What both shapes share: attention, residual, post-attention norm, MLP."""
+    """The common part of both shapes: attention, residual, post-attention norm, MLP."""
 
     def __init__(self, config: CoralDraftConfig, attention_input_size: int):
         super().__init__()
@@ -178,7 +178,7 @@ class CoralDraftLayer(nn.Module):
     def inputs(
         self, embedding: torch.Tensor, feature: torch.Tensor, fc: nn.Module
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What attention reads of embedding and feature, and the residual stream; a shape's own."""
+        """The attention input from embedding and feature, and the residual stream. Differs between shapes."""
         raise NotImplementedError
 
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -248,7 +248,7 @@ def shift_rows(x: torch.Tensor, count: int, dim: int, fill: float = 0) -> torch.
 
 
 def chain_rows(rows: torch.Tensor, step: int, batch: int, document_ids: torch.Tensor | None) -> torch.Tensor:
-    """Rows r whose chain r-(step-1)..r exists and lies in one document, `[B, S]`."""
+    """Rows r whose chain r-(step-1)..r exists and is in one document, `[B, S]`."""
     exists = (rows >= step - 1).expand(batch, -1)
     if document_ids is None:
         return exists
@@ -262,7 +262,7 @@ def rollout_rows(
     document_ids: torch.Tensor | None = None,
     same: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """What the rows of a rollout's step k see of the rows of step 1, and which of them mean something.
+    """The mask from the rows of a rollout's step k to the rows of step 1, and the valid rows of step k.
 
     Args:
         rows (`torch.LongTensor` of shape `[S]`): 0..S-1.

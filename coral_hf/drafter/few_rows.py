@@ -1,8 +1,8 @@
-"""Linear layers over a few rows on a CPU: all that drafting and verifying a tree consists of.
+"""Linear layers over a few rows on a CPU, which take most of the time of drafting and verifying a tree.
 
-For 2 to 32 rows of float32 MKL multiplies `x @ weight.T` more slowly than the transposed product `weight @ x.T`, whose rows
-it takes in blocks of 4 and 8. That was seen on AVX2 with two threads, and it is used nowhere else: one thread gains nothing,
-one row is memory-bound either way, and more rows than these are as fast in the plain form.
+For 2 to 32 rows of float32, MKL computes `x @ weight.T` more slowly than the transposed product `weight @ x.T`, which it
+splits into blocks of 4 and 8 rows. This was measured on AVX2 with two threads and is used nowhere else. One thread gains
+nothing, one row is memory-bound in both forms, and more rows are equally fast in the plain form.
 """
 
 import threading
@@ -18,18 +18,18 @@ from torch.nn import functional as F
 
 _MOST_ROWS = 32
 _lock = threading.Lock()
-# The CPU threads when `few_row_linears` was last entered: a graph cannot ask, and reads a number.
+# The number of CPU threads when `few_row_linears` was last entered, as a constant, because a graph cannot query it.
 _threads = 1
-# How many calls are using the layers of `few_row_linears` at this moment.
+# The number of calls that currently use the layers of `few_row_linears`.
 _users: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-# Only where it was measured: MKL without AVX-512. A constant, which a compiled graph may read.
+# Only where it was measured: MKL without AVX-512. A constant, so that a compiled graph can read it.
 _TRANSPOSED_IS_FASTER = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear`, in the form that the CPU is fast at; elsewhere, and where gradients are recorded, `F.linear` itself.
+    """`F.linear` in the form that is fastest on the CPU. On other devices and with gradients, this is `F.linear` itself.
 
     Args:
         x (`torch.Tensor` of shape `[..., in]`).
@@ -63,10 +63,10 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 @contextmanager
 def few_row_linears(*models: nn.Module) -> Iterator[None]:
-    """Within it the models' float32 `nn.Linear` layers on a CPU run as [`few_row_linear`], also in other threads.
+    """Context in which the models' float32 `nn.Linear` layers on a CPU run as [`few_row_linear`], also in other threads.
 
-    Afterwards they are as they were. Layers that something else has wrapped (Accelerate's hooks), weights that are more than
-    plain tensors (quantised ones, sharded ones), and whatever is compiled are left alone.
+    Afterwards the layers are restored. Wrapped layers (Accelerate's hooks), weights that are not plain tensors (quantised or
+    sharded) and compiled layers are not changed.
     """
     global _threads
     with _lock:
@@ -84,12 +84,12 @@ def few_row_linears(*models: nn.Module) -> Iterator[None]:
                 _users[layer] -= 1
                 if not _users[layer]:
                     del _users[layer]
-                    if type(layer) is _FewRowLinear:  # nobody has made another class of it meanwhile
+                    if type(layer) is _FewRowLinear:  # its class has not been changed in the meantime
                         layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 class _FewRowLinear(nn.Linear):
-    """What a layer is while a call runs. Its copies and pickles, made by another thread meanwhile, are plain layers."""
+    """The class of a layer during a call. Copies and pickles made by other threads in the meantime are plain layers."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return few_row_linear(input, self.weight, self.bias)
@@ -107,7 +107,7 @@ def _layers(models: tuple[nn.Module, ...]) -> list[nn.Linear]:
                 continue
             if layer in compiled or "forward" in vars(layer):
                 continue
-            # A subclass says float32 and multiplies in its own way.
+            # A subclass may report float32 but multiply differently.
             if not all(
                 type(tensor) in (nn.Parameter, torch.Tensor)
                 for tensor in (layer.weight, layer.bias)
@@ -120,7 +120,7 @@ def _layers(models: tuple[nn.Module, ...]) -> list[nn.Linear]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """By `torch.compile` of the module or of its forward, or by its method `compile`: a changed layer would recompile it."""
+    """Whether the module or its forward is compiled, or its method `compile` was called. Changed layers would recompile it."""
     forward = vars(module).get("forward")
     return (
         hasattr(module, "_orig_mod")

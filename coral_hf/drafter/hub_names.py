@@ -1,6 +1,6 @@
-"""Where a loaded model came from: a name that others may read, and its commit on the Hub.
+"""The origin of a loaded model: a public name, and its commit on the Hub.
 
-A flat sibling of the model, so that it travels with a published drafter's code.
+This file is next to the model, so that it is published with a drafter's code.
 """
 
 import re
@@ -12,7 +12,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 
 def public_name(name: str | None) -> str | None:
-    """A Hub id as it is; of what is a path on somebody's machine its last part alone."""
+    """Returns a Hub id unchanged, and only the last part of a local path."""
     if not name:
         return name
     if Path(name).exists():
@@ -24,17 +24,16 @@ def public_name(name: str | None) -> str | None:
 
 
 def hub_commit(config: Any) -> str | None:
-    """The commit that a model was loaded from, by its config and the local cache; the Hub is never asked.
+    """The commit that a model was loaded from, according to its config and the local cache, without querying the Hub.
 
-    Transformers 5.24 no longer notes the commit in the config (`_commit_hash`), and `from_pretrained` leaves no other
-    trace of it: the cache tells where it contains one commit of the repository. Of several it may be any, also where `main`
-    is one of them: no commit is better than a wrong one.
+    Transformers 5.24 no longer records the commit in the config (`_commit_hash`). The cache tells the commit if it contains
+    exactly one of the repository. With several commits it could be any of them, even if one is `main`, so None is returned.
 
     Args:
-        config ([`PreTrainedConfig`]): of the loaded model; who knows better may set its `_commit_hash`.
+        config ([`PreTrainedConfig`]): config of the loaded model. Callers that know the commit may set `_commit_hash`.
 
     Returns:
-        `str`, or None for a folder's model, and where the cache cannot tell.
+        `str`, or None for a model from a folder, or if the cache cannot tell.
     """
     known = getattr(config, "_commit_hash", None)
     name = getattr(config, "_name_or_path", None)

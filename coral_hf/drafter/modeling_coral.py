@@ -1,8 +1,8 @@
 """CoralDraftModel: one decoder layer that reads a target's features and drafts its next tokens.
 
-One `forward` is one K-step rollout over a batch of sequences (training); one `draft` call is one drafting step over a
-handful of rows with a preallocated KV cache (generation). The target's embedding and LM head are never part of the
-module: callers go through `TargetAdapter`.
+A `forward` is a K-step rollout over a batch of sequences (training). A `draft` call is a drafting step over a few rows with a
+preallocated KV cache (generation). The target's embedding and LM head are not part of the module: callers use
+`TargetAdapter`.
 """
 
 import os
@@ -58,10 +58,10 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
             self.layers = nn.ModuleList([EagleDraftLayer(config)])
             self.norm = nn.Identity()
         else:
-            # A single feature is as wide as the drafter: no fc, as both serving engines expect.
+            # A single feature is as wide as the drafter, so there is no fc, as both serving engines expect.
             features = config.num_target_features
             self.fc = nn.Linear(features * size, size, bias=False) if features > 1 else nn.Identity()
-            # What stands before it is named as in the serving engines.
+            # Norms before it have the same names as in the serving engines.
             if config.norm_before_fc:
                 self.input_norm = CoralRMSNorm(features * size, eps=config.rms_norm_eps)
             if config.fc_norm:
@@ -82,14 +82,14 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         self.post_init()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """As for every model. Whoever may read the config may read the weights, too."""
+        """Saves as every model does, and gives the weights the file mode of the config."""
         saved = super().save_pretrained(save_directory, *args, **kwargs)
         follow_umask(save_directory)
         return saved
 
     @classmethod
     def from_target(cls, target: PreTrainedModel | str, tokenizer: Any = None, **overrides: Any) -> "CoralDraftModel":
-        """Builds an untrained drafter for `target`: dimensions and starting weights from the target.
+        """Builds an untrained drafter for `target`, with dimensions and initial weights derived from the target.
 
         Args:
             target (`PreTrainedModel` or `str`): a Llama-shaped causal LM, or its path or Hub id.
@@ -223,7 +223,7 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         Args:
             inputs_embeds (`torch.Tensor` of shape `[B, S, H]`): row r contains e(x_{r+1}).
             features (`torch.Tensor` of shape `[B, S, n * H]`): row r contains the target's f_r.
-            num_steps (`int`): K.
+            num_steps (`int`): number of steps K.
             position_ids (`torch.LongTensor` of shape `[B, S]`, *optional*): defaults to 0..S-1.
             document_ids (`torch.LongTensor` of shape `[B, S]`, *optional*): rows attend inside one document only;
                 padding has an id of its own (-1). Defaults to one document a row.
@@ -270,9 +270,9 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         mask: torch.Tensor | None,
         *earlier: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Step k from the keys and values of steps 1..k-1: its two outputs, and its own keys and values.
+        """Computes step k from the keys and values of steps 1..k-1: its two outputs, and its own keys and values.
 
-        All that gradient checkpointing computes again in the backward.
+        Gradient checkpointing recomputes exactly this in the backward pass.
         """
         layer, attention = self.layer, self.layer.self_attn
         attention_input, residual = layer.inputs(inputs_embeds, feature, self.fc)
@@ -315,14 +315,16 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
         length = inputs_embeds.shape[1]
         if rotary is None:
             if position_ids is None:
-                raise ValueError("draft needs the rows' positions: pass position_ids, or what rotary makes of them.")
+                raise ValueError(
+                    "draft needs the rows' positions: pass position_ids, or the output of rotary for them."
+                )
             rotary = self.rotary(position_ids, inputs_embeds)
         cos, sin = rotary
         attention_input, residual = self.layer.inputs(inputs_embeds, feature, self.fc)
         query, key, value = self.layer.self_attn.project(attention_input, cos, sin)
         cache.write(slot, key, value)
         end = slot + length
-        # A prompt at slot 0 (1 GiB of mask for 32k tokens) and a single row need none.
+        # A prompt at slot 0 (whose mask would take 1 GiB for 32k tokens) and a single row need no mask.
         if mask is None and slot > 0 and length > 1:
             columns = torch.arange(end, device=query.device)
             mask = (columns <= columns[slot:, None])[None, None]

@@ -1,7 +1,7 @@
-"""Transformers' hooks for hidden states, left out of a target's copies and pickles.
+"""Excludes Transformers' hooks for hidden states from a target's copies and pickles.
 
-The first forward that returns hidden states gives every layer a hook that is a local function, for good. A model with such
-hooks can be neither pickled (`torch.save(model)`, a spawned process) nor sent anywhere.
+The first forward pass that returns hidden states permanently adds a local function as a hook to every layer. A model with
+such hooks cannot be pickled (`torch.save(model)`, a spawned process).
 """
 
 from collections import OrderedDict
@@ -17,14 +17,14 @@ _MODULE = "transformers.utils.output_capturing"
 
 
 class _Hooks(OrderedDict):
-    """The hooks of a layer, whose copies and pickles are without Transformers' own: it installs them again where needed."""
+    """The hooks of a layer. Copies and pickles lack Transformers' own, which it installs again when needed."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return OrderedDict, ([(key, hook) for key, hook in self.items() if not _is_capturing(hook)],)
 
 
 class _Installed:
-    """Says that the hooks are installed; a copy of it says that they are not."""
+    """A flag that the hooks are installed. A copy of it is False."""
 
     def __bool__(self) -> bool:
         return True
@@ -41,10 +41,10 @@ def _is_capturing(hook: Any) -> bool:
 
 
 def leave_out_of_copies(model: nn.Module) -> None:
-    """Lets a model be copied and pickled without the hooks that it has; they stay in place and work as before."""
+    """Allows a model to be copied and pickled without its hooks. The hooks stay installed and work as before."""
     for module in model.modules():
         hooks = module._forward_hooks
-        # A layer with hooks of a user's own stays as it is: their handles remove them from the dict that they know.
+        # A layer with a user's own hooks stays unchanged, because their handles refer to the current dict.
         if type(hooks) is OrderedDict and hooks and all(map(_is_capturing, hooks.values())):
             module._forward_hooks = _Hooks(hooks)
         if vars(module).get(_FLAG) is True:
@@ -53,7 +53,7 @@ def leave_out_of_copies(model: nn.Module) -> None:
 
 @contextmanager
 def copied_without_hooks(model: nn.Module) -> Iterator[None]:
-    """[`leave_out_of_copies`] after whatever ran the model's forward, also where that fails."""
+    """Calls [`leave_out_of_copies`] after the block, even if it fails."""
     try:
         yield
     finally:

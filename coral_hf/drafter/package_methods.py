@@ -1,7 +1,7 @@
-"""Methods of a drafter that the package implements above this room: conversion, publishing, and the code in its folder.
+"""Methods of a drafter that other packages implement: conversion, publishing, and the code in its folder.
 
-`import coral_hf` registers them. A drafter whose code came with it (`trust_remote_code=True`) has neither of the first two,
-and Transformers itself takes its code along.
+`import coral_hf` registers them. A drafter loaded with its own code (`trust_remote_code=True`) lacks conversion and
+publishing, and Transformers itself copies its code.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 
 class PackageMethods:
-    """What a drafter does by functions that were registered under their names; before `PreTrainedModel` in the bases."""
+    """Methods of a drafter that call registered functions. Must precede `PreTrainedModel` in the bases."""
 
     extensions: ClassVar[dict[str, Callable[..., Any]]] = {}
 
@@ -25,19 +25,19 @@ class PackageMethods:
             path_or_repo (`str`): a folder or a Hub id, with safetensors or a `pytorch_model.bin` of plain tensors.
             target (`PreTrainedModel`): the model that the checkpoint drafts for.
             revision (`str`, *optional*): branch, tag or commit of the Hub repository.
-            **overrides: settings of [`CoralDraftConfig`], `draft_*` or `target_feature_layers` say.
+            **overrides: settings of [`CoralDraftConfig`], for example `draft_*` or `target_feature_layers`.
 
         Returns:
             [`CoralDraftModel`] in the checkpoint's dtype on the CPU.
 
         Raises:
-            ValueError: if the checkpoint is not a drafter for this target; the message lists names, expected and found.
+            ValueError: if the checkpoint is not a drafter for this target. The message lists expected and found values.
             OSError: if there is no such folder or repository.
         """
         return cls._extension("from_eagle")(cls, path_or_repo, target, revision, **overrides)
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
-        """Saves config, weights, and beside them the code and its `auto_map`, so that the folder loads wherever it is put.
+        """Saves config, weights, code and its `auto_map`, so that the folder loads anywhere.
 
         Args:
             save_directory (`str` or `os.PathLike`), is_main_process (`bool`): only that process writes.
@@ -64,7 +64,7 @@ class PackageMethods:
     def _extension(cls, name: str) -> Callable[..., Any]:
         if name not in cls.extensions:
             raise ImportError(
-                f"{cls.__name__}.{name} is not part of the code that a published drafter carries: `pip install coral-hf`, "
+                f"{cls.__name__}.{name} is not part of the code in a published drafter: `pip install coral-hf`, "
                 "`import coral_hf`, and load the drafter without trust_remote_code."
             )
         return cls.extensions[name]

@@ -1,11 +1,11 @@
-"""Attention of the later rollout steps in blocks of rows, without a matrix of scores that outlives its block."""
+"""Attention of later rollout steps in blocks of rows, without storing the full matrix of scores."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 
-# Rows whose scores exist at the same time: with them O(block * S) memory instead of O(S^2), in caches on a CPU.
+# Rows per block: needs O(block * S) memory instead of O(S^2), and fits into a CPU's caches.
 BLOCK_ROWS = 128
 
 
@@ -17,16 +17,16 @@ def rollout_attention(
     chain_values: torch.Tensor,
     mask: torch.Tensor,
 ) -> torch.Tensor:
-    """Softmax attention over columns that all rows share and L more keys that each row has of its own.
+    """Softmax attention over columns that all rows share, and over L additional keys for each row.
 
-    `scaled_dot_product_attention` has no place for keys of single rows but a mask over all of them, K full matrices of
-    scores. Columns after a block of rows are not computed at all; the backward computes the scores of a block again.
+    `scaled_dot_product_attention` could only handle keys of single rows with a mask over all keys, which means K full matrices
+    of scores. Here, columns after a block of rows are not computed, and the backward pass recomputes the scores of a block.
 
     Args:
-        query (`torch.Tensor` of shape `[B, g, n, S, d]`): scaled; n queries share a key.
+        query (`torch.Tensor` of shape `[B, g, n, S, d]`): scaled queries; n queries share a key.
         key, value (`torch.Tensor` of shape `[B, g, S, d]`): the shared columns.
-        chain_keys, chain_values (`torch.Tensor` of shape `[B, g, S, L, d]`): each row's own.
-        mask (`torch.BoolTensor` of shape `[B, 1, S, S]`): shared columns that a row sees, none of them after it.
+        chain_keys, chain_values (`torch.Tensor` of shape `[B, g, S, L, d]`): each row's own keys and values.
+        mask (`torch.BoolTensor` of shape `[B, 1, S, S]`): the shared columns that a row sees, none of them after it.
 
     Returns:
         `torch.Tensor` of shape `[B, g, n, S, d]` in the query's dtype.
@@ -46,7 +46,7 @@ def _scores(query, key, chain_keys, mask, rows: slice, dtype: torch.dtype) -> tu
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
-    # the meta device, on which trainings are estimated, knows no autocast
+    # the meta device, which is used for estimates, does not support autocast
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 

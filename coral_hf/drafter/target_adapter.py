@@ -1,4 +1,4 @@
-"""TargetAdapter: what a drafter uses of its target - embedding, features and LM head, with their scaling."""
+"""TargetAdapter: the parts of a target that a drafter uses (embedding, features and LM head), with their scaling."""
 
 import os
 from typing import Any
@@ -15,13 +15,13 @@ _DTYPES_OF_ROWS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def placed(x: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`x` on a device and in a dtype; nothing is dispatched where it is so already."""
+    """Moves `x` to a device and dtype, without any operation if it is already there."""
     dtype = x.dtype if dtype is None else dtype
     return x if x.device == device and x.dtype == dtype else x.to(device=device, dtype=dtype)
 
 
 def active_adapters(layer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Weights of the PEFT adapters that are computed beside a layer, by name: none where merged into it or switched off."""
+    """Weights of a layer's active, unmerged PEFT adapters, by name."""
     # PEFT's layers are around the target's own
     if (
         not hasattr(layer, "base_layer")
@@ -35,7 +35,7 @@ def active_adapters(layer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def active_prompt(model: Any) -> str | None:
-    """Kind of the learnt prompt that a PEFT wrapper puts before every text (PROMPT_TUNING, for example); None if it has none."""
+    """The type of the learnt prompt that a PEFT wrapper puts before every text (for example PROMPT_TUNING); None if none."""
     config: Any = getattr(model, "active_peft_config", None)
     if not getattr(config, "is_prompt_learning", False):
         return None
@@ -43,14 +43,14 @@ def active_prompt(model: Any) -> str | None:
 
 
 def resolve_target(target: Any, argument: str = "target") -> Any:
-    """A target, loaded in its checkpoint's dtype where it was given by its path or Hub id.
+    """Returns a target. If it is given by path or Hub id, loads it in its checkpoint's dtype.
 
     Args:
-        target (`PreTrainedModel`, `str` or `os.PathLike`), argument (`str`): as it is called, for errors.
+        target (`PreTrainedModel`, `str` or `os.PathLike`), argument (`str`): the name of the argument, for errors.
 
     Raises:
-        ValueError: if it is not a model, or a CORAL drafter.
-        OSError: if there is no such folder or repository.
+        ValueError: if it is not a model, or is a CORAL drafter.
+        OSError: if the folder or repository does not exist.
     """
     is_name = isinstance(target, str | os.PathLike)
     try:
@@ -78,24 +78,24 @@ class TargetAdapter:
 
     Scalings that a family applies outside its embedding and LM-head modules (Granite's multipliers, Cohere's logit
     scale, Gemma's soft-capping) are applied here, so that `logits(features(outputs)) == outputs.logits`
-    ([`check_identity`] asserts it, whenever a drafter is made for a target or trained). The adapter keeps a reference to the target and no weights of
-    its own; it is passed to the drafter per call.
+    ([`check_identity`] asserts this whenever a drafter is made or trained). The adapter has no weights of its own, only a
+    reference to the target. It is passed to the drafter in each call.
 
     Args:
         target (`PreTrainedModel`): a causal LM; a PEFT wrapper is unwrapped, a multimodal model's text part is used.
         feature_layers (`list[int]`, defaults to `[-1]`): see `CoralDraftConfig.target_feature_layers`.
 
     Raises:
-        ValueError: if the target is an encoder-decoder, has several hidden states for a token, or no LM head with a weight.
+        ValueError: if the target is an encoder-decoder, has several hidden states per token, or has no LM head with a weight.
     """
 
     def __init__(self, target: Any, feature_layers: list[int] | None = None):
         # PEFT's wrapper keeps the adapters inside the base model's modules: the base model computes the same.
         if (prompt := active_prompt(target)) is not None:
             raise ValueError(
-                f"The active adapter of the target is a learnt prompt ({prompt}), which stands before its texts and not in its "
-                "layers: a drafter would learn another model. Pass the model below it (target.get_base_model()), or tune the "
-                "target with LoRA."
+                f"The active adapter of the target is a learnt prompt ({prompt}), which comes before the text and is not part of its "
+                "layers, so that a drafter would learn another model. Pass the model without it (target.get_base_model()), or tune "
+                "the target with LoRA."
             )
         base = target.get_base_model() if hasattr(target, "get_base_model") else target
         config = base.config
@@ -106,14 +106,14 @@ class TargetAdapter:
             )
         if (getattr(config.get_text_config(), "altup_num_inputs", None) or 1) > 1:
             raise ValueError(
-                f"target {type(base).__name__} carries several hidden states for each token (AltUp), where a drafter reads "
-                "one: choose another target (Gemma 3 or 4, for example)."
+                f"target {type(base).__name__} carries several hidden states for each token (AltUp), but a drafter reads "
+                "one: choose another target (for example Gemma 3 or 4)."
             )
         self.target = base
         self.text_config = config.get_text_config()
         self.feature_layers = list(feature_layers or [-1])
-        # What a forward is asked to keep: all states, until a user of the adapter knows that the target can select
-        # (`hidden_states_to_ask`; a published drafter carries this file without it).
+        # The hidden states to request: all, unless the caller knows that the target can select (`hidden_states_to_ask`, which is
+        # not part of a published drafter's code).
         self.output_hidden_states: list[int] | bool = True
         self.embedding = base.get_input_embeddings()
         self.head = base.get_output_embeddings()
@@ -146,7 +146,7 @@ class TargetAdapter:
 
     @property
     def embedding_scale(self) -> float:
-        """What [`embed`] multiplies the embedding's rows by, inside and outside of its module; 1.0 for most families."""
+        """The factor of the embedding's rows in [`embed`], inside and outside of its module; 1.0 for most families."""
         module = self.embedding
         while hasattr(module, "base_layer"):  # PEFT's, around the target's own
             module = module.base_layer
@@ -155,12 +155,12 @@ class TargetAdapter:
         return float(inside) * self._embedding_scale
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings as the target's first layer sees them, `[..., H]` for ids `[...]`."""
+        """The input embeddings of the target's first layer, `[..., H]` for ids `[...]`."""
         embeddings = self.embedding(placed(ids, self.embedding.weight.device))
         return embeddings * self._embedding_scale if self._embedding_scale != 1.0 else embeddings
 
     def features(self, outputs: Any) -> torch.Tensor:
-        """Features of a target forward that kept the hidden states of the feature layers: `[B, S, n * H]` for n layers."""
+        """Features from a forward pass that kept the hidden states of the feature layers: `[B, S, n * H]` for n layers."""
         return self.features_of(outputs.hidden_states)
 
     def features_of(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -195,13 +195,13 @@ class TargetAdapter:
             bias = None if bias is None else bias[token_ids]
             logits = F.linear(features.to(weight), weight, bias)
         else:
-            # Through the module, so that quantised and offloaded heads work.
+            # Calls the module, so that quantised and offloaded heads work.
             logits = self.head(placed(features, weight.device, self.head_dtype))
         return self.transform_logits(logits)
 
     @property
     def has_rows(self) -> bool:
-        """Whether single rows of the head can be scored, as a shortlist or router does."""
+        """Whether single rows of the head can be computed, as a shortlist or router needs."""
         try:
             self.check_rows()
         except ValueError:
@@ -209,23 +209,23 @@ class TargetAdapter:
         return True
 
     def check_rows(self) -> None:
-        """Raises `ValueError` if rows of the head cannot be taken: a quantised weight's are codes, or packed together, and
-        those below an adapter are not what the target computes."""
+        """Raises `ValueError` if single rows of the head cannot be used. Rows of a quantised weight are codes or packed, and
+        rows of a head with an adapter lack the adapter's part."""
         if active_adapters(self.head):
             raise ValueError(
                 f"The LM head of {type(self.target).__name__} has adapters beside its weight, whose rows alone would be scored "
-                "without them. Merge the adapters (merge_adapter()), or draft from all of it with draft_head='full'."
+                "without them. Merge the adapters (merge_adapter()), or draft from the full head with draft_head='full'."
             )
         weight = self.head.weight
         if type(weight) not in (torch.Tensor, torch.nn.Parameter) or weight.dtype not in _DTYPES_OF_ROWS:
             raise ValueError(
                 f"The LM head of {type(self.target).__name__} contains {type(weight).__name__} of {weight.dtype}, of which single "
-                "rows cannot be scored (it is quantised, or sharded). Draft from all of it with draft_head='full', or load "
-                "the target with its LM head as it was."
+                "rows cannot be scored (it is quantised or sharded). Draft from the full head with draft_head='full', or load "
+                "the target with an unquantised LM head."
             )
 
     def head_rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Copies of the head's rows `[..., H]` and, if it has one, its bias `[...]` for ids `[...]`; see [`check_rows`]."""
+        """Copies of the head's rows `[..., H]` and its bias `[...]` (if it has one) for ids `[...]`. See [`check_rows`]."""
         self.check_rows()
         bias = getattr(self.head, "bias", None)
         token_ids = token_ids.to(self.device)
@@ -247,7 +247,7 @@ class TargetAdapter:
     def check_drafter(self, config: Any) -> None:
         """Raises `ValueError` unless a drafter's config was made for a target of this type and these sizes.
 
-        Names are not compared: a drafter may serve a fine-tuned copy of its target, or one in another place.
+        Names are not compared, because a drafter may be used with a fine-tuned or moved copy of its target.
         """
         text = self.text_config
         expected = {
@@ -268,12 +268,12 @@ class TargetAdapter:
     def check_identity(self, atol: float = 1e-3) -> None:
         """Raises `ValueError` unless `logits(last feature)` are the target's logits on a two-token input.
 
-        Mixing pre- and post-norm features is the most common silent bug of the field; a family whose head does
-        something this class does not know about would show here as well. Nothing is checked where two tokens cannot be
-        run: weights on the meta device (offloaded ones too) or in shards, Flash- or FlexAttention on a CPU.
+        Mixing pre- and post-norm features is the most common silent bug in this field. This check also finds families whose
+        head this class does not support. It is skipped if two tokens cannot be run: with weights on the meta device (including
+        offloaded ones) or in shards, or with Flash- or FlexAttention on a CPU.
 
         Args:
-            atol (`float`): tolerance, relative to the largest logit above 1; in bfloat16 and float16 their rounding counts.
+            atol (`float`): tolerance, relative to the largest logit above 1. In bfloat16 and float16, their rounding is added.
         """
         if not self._can_run():
             return
@@ -290,7 +290,7 @@ class TargetAdapter:
             problem = f"differs by {gap:.3g} from"
         raise ValueError(
             f"lm_head(feature) {problem} the logits of {type(self.target).__name__}: this family makes its logits in a way "
-            "that TargetAdapter does not know, and a drafter for it would learn wrong ones. Choose another target, or see "
+            "that TargetAdapter does not support, so that a drafter would learn wrong ones. Choose another target, or see "
             "CONTRIBUTING, 'Adding a target family'."
         )
 

@@ -1,6 +1,6 @@
-"""A drafter's weights on disk: which file they are, their hash, and what is refused before anything is loaded.
+"""A drafter's weights on disk: their file, their hash, and checks before anything is loaded.
 
-A flat sibling of the model, so that it travels with a published drafter's code.
+This file is next to the model, so that it is published with a drafter's code.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "model.bin")
 _WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-# the widest parameter that can be stored, and room for the header
+# the size of the widest dtype, and room for the header
 _MOST_BYTES_PER_PARAMETER, _HEADER_BYTES = 8, 1 << 20
 
 
@@ -39,24 +39,25 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def follow_umask(path: str | os.PathLike) -> None:
-    """Gives weights the mode of any new file beside them.
+    """Gives weights the file mode that the umask gives to new files.
 
-    safetensors writes for the owner alone, whatever the umask: a server under another user could not read them.
+    safetensors makes files readable only for the owner, regardless of the umask, so that a server under another user could
+    not read them.
 
     Args:
-        path (`str` or `os.PathLike`): a safetensors file, or a folder whose safetensors files are meant.
+        path (`str` or `os.PathLike`): a safetensors file, or a folder of them.
     """
     path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.exists() else []
     if not files:
         return
-    # a file of its own asks for the mode: to read the umask is to change it, for every thread
+    # uses the mode of a new file, because reading the umask means changing it for every thread
     probe = files[0].parent / f".mode-{uuid.uuid4().hex}"
     probe.touch(exist_ok=False)
     mode = probe.stat().st_mode & 0o777
     probe.unlink()
     for file in files:
-        with contextlib.suppress(PermissionError):  # another user's, which nobody has just written
+        with contextlib.suppress(PermissionError):  # another user's file, which was not just written
             file.chmod(mode)
 
 
@@ -64,10 +65,10 @@ def drafter_sha256(drafter: Any) -> str | None:
     """SHA-256 of the file that a drafter was loaded from.
 
     Args:
-        drafter ([`CoralDraftModel`]): may have been cast since.
+        drafter ([`CoralDraftModel`]): a drafter, which may have been cast since.
 
     Returns:
-        `str`, or None if it was never on disk or has been trained since.
+        `str`, or None if the drafter was never on disk or was trained since it was loaded.
     """
     name = drafter.config._name_or_path
     if not name:
@@ -93,7 +94,7 @@ def drafter_sha256(drafter: Any) -> str | None:
 
 @contextlib.contextmanager
 def loading(name: Any) -> Iterator[None]:
-    """What a damaged file makes of Transformers' and safetensors' own errors is a `ValueError` that says which it is."""
+    """Converts errors of Transformers and safetensors for a damaged file to a `ValueError` that names the file."""
     remedy = "Fetch it again, or save the drafter again with drafter.save_pretrained(folder)."
     try:
         yield
@@ -103,14 +104,14 @@ def loading(name: Any) -> Iterator[None]:
         raise ValueError(
             f"{name}: config.json is malformed, or an argument unknown ({type(error).__name__}: {error}). {remedy}"
         ) from error
-    except ValueError as error:  # a setting's: the config does not know which file it came from
+    except ValueError as error:  # from a setting, whose error does not name the file
         if str(name) in str(error):
             raise
         raise ValueError(f"{name}: {error}") from error
 
 
 def most_bytes(model: torch.nn.Module) -> int:
-    """The largest file that the weights of a model (on the meta device, for example) can need."""
+    """The largest possible size of a model's weights file. The model may be on the meta device."""
     return _MOST_BYTES_PER_PARAMETER * sum(tensor.numel() for tensor in model.state_dict().values()) + _HEADER_BYTES
 
 
@@ -136,7 +137,7 @@ def check_shapes(name: Any, mismatched: Iterable[tuple[str, Sequence[int], Seque
 
 
 def check_weights(name: str | os.PathLike, limit: int, **hub: Any) -> None:
-    """Refuses weights that are missing, pickled or too large, on the Hub before they are downloaded.
+    """Rejects missing, pickled or too large weights. On the Hub, this happens before they are downloaded.
 
     Args:
         name (`str` or `os.PathLike`): a folder or Hub id.
@@ -144,7 +145,7 @@ def check_weights(name: str | os.PathLike, limit: int, **hub: Any) -> None:
         **hub: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, as for `from_pretrained`.
 
     Raises:
-        ValueError: saying which, and what to do.
+        ValueError: with the problem and a remedy.
     """
     folder = Path(name, hub.get("subfolder") or "")
     if folder.is_dir():
@@ -158,7 +159,7 @@ def check_weights(name: str | os.PathLike, limit: int, **hub: Any) -> None:
     hub = {key: value for key, value in hub.items() if value is not None}
     quiet = {"_raise_exceptions_for_missing_entries": False, **hub}
     if constants.is_offline_mode() or hub.get("local_files_only"):
-        # what is not in the cache `from_pretrained` reports itself
+        # `from_pretrained` reports files that are missing in the cache
         path = cached_file(str(name), WEIGHTS_FILE, **quiet, _raise_exceptions_for_connection_errors=False)
         if path is not None:
             check_size(Path(path).stat().st_size, limit, str(name))
@@ -171,19 +172,19 @@ def check_weights(name: str | os.PathLike, limit: int, **hub: Any) -> None:
 
 
 def check_before_loading(model_class: Any, name: str | os.PathLike, kwargs: dict[str, Any]) -> None:
-    """Refuses what `model_class.from_pretrained(name, **kwargs)` must not load, by its config alone.
+    """Rejects what `model_class.from_pretrained(name, **kwargs)` must not load, based on its config.
 
     Args:
-        model_class (`type`): [`CoralDraftModel`], or what came with the weights as their code.
+        model_class (`type`): [`CoralDraftModel`], or the class from the code next to the weights.
         name (`str` or `os.PathLike`): a folder or Hub id.
-        kwargs (`dict`): as for `from_pretrained`; of them only where the files lie, and a `config`, count.
+        kwargs (`dict`): as for `from_pretrained`. Only a `config` and those that locate the files are used.
 
     Raises:
-        ValueError: as [`check_weights`].
+        ValueError: as in [`check_weights`].
     """
     hub = {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
     config_class, config = model_class.config_class, kwargs.get("config")
-    # by type: the class may be another one where the code came with the weights
+    # compared by type, because remote code has another class
     if getattr(config, "model_type", None) != config_class.model_type:
         config = config_class.from_pretrained(config or name, **hub)
     with torch.device("meta"):
@@ -192,18 +193,20 @@ def check_before_loading(model_class: Any, name: str | os.PathLike, kwargs: dict
 
 
 def check_index(path: str | os.PathLike, index: Any) -> dict[str, str]:
-    """Tensor names and their shards in what an index of shards says, which may come from anywhere.
+    """Tensor names and their shards from an index of shards, which may come from anywhere.
 
     Args:
-        path (`str` or `os.PathLike`): of the index, for the message.
+        path (`str` or `os.PathLike`): path of the index, for the message.
         index: its JSON value.
 
     Raises:
-        ValueError: if it is not an index, or names files that are not beside it.
+        ValueError: if it is not an index, or names files outside its folder.
     """
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path} contains no weight_map, so no index of shards. Fetch it again, with its shards.")
+        raise ValueError(
+            f"{path} contains no weight_map, so it is not an index of shards. Fetch it again, with its shards."
+        )
     outside = sorted({str(shard) for shard in weight_map.values() if Path(str(shard)).name != shard})
     if outside:
         raise ValueError(f"{path} names shards outside its folder: {outside}. Fetch it again, with its shards.")
@@ -211,7 +214,7 @@ def check_index(path: str | os.PathLike, index: Any) -> dict[str, str]:
 
 
 def _remote_size(name: str, file: str, hub: dict[str, Any]) -> int | None:
-    """Size of a file on the Hub; None if the repository lacks it, 0 if it cannot be asked."""
+    """Size of a file on the Hub; None if the repository lacks it, 0 if the Hub cannot be reached."""
     url = hf_hub_url(name, file, subfolder=hub.get("subfolder"), revision=hub.get("revision"))
     try:
         return get_hf_file_metadata(url, token=hub.get("token")).size or 0
@@ -228,8 +231,8 @@ def _refuse(name: str, pickled: list[str]) -> None:
     if pickled:
         raise ValueError(
             f"{name} contains {pickled[0]}, a pickle, which can run code when it is loaded; drafters are read from "
-            f"{WEIGHTS_FILE} only. If you trust it, load it with torch.load(..., weights_only=True) in a process of its "
-            "own and save the drafter with drafter.save_pretrained(folder)."
+            f"{WEIGHTS_FILE} only. If you trust it, load it with torch.load(..., weights_only=True) in a separate process "
+            "and save the drafter with drafter.save_pretrained(folder)."
         )
     raise ValueError(
         f"{name} contains no {WEIGHTS_FILE}: the upload or copy is not complete, or it is not a drafter. Save the drafter "

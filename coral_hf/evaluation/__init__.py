@@ -1,6 +1,6 @@
-"""Drafter -> numbers: benchmark, verify, tune, step profile, predictions and their plots.
+"""Drafter -> figures: benchmark, verify, tune, step profile, predictions and their plots.
 
-Runs generation as users do and writes records; knows nothing of training, and nothing of the cards made from records.
+This package runs generation as users do and writes records. It does not depend on training or on the cards.
 """
 
 from .benchmark import run_benchmark

@@ -1,4 +1,4 @@
-"""Tokens per second of whole batches, by batch size and context, beside plain `generate` of the same batch."""
+"""Tokens per second of whole batches, by batch size and context, compared with plain `generate` of the same batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +24,9 @@ class BatchMeasurement:
     """The answers to one batch.
 
     Args:
-        new_ids (`list[list[int]]`): each row's, up to its end.
-        seconds (`float`), prefill_seconds (`float`): of all of it, and of an answer of one token.
-        stats ([`DraftStats`], *optional*): of a CORAL drafter's answers.
+        new_ids (`list[list[int]]`): each row's new ids, up to its end.
+        seconds (`float`), prefill_seconds (`float`): the total time, and the time of an answer of one token.
+        stats ([`DraftStats`], *optional*): statistics of a CORAL drafter's answers.
     """
 
     new_ids: list[list[int]]
@@ -40,7 +40,7 @@ class BatchMeasurement:
 
     @property
     def decoding_tokens_per_second(self) -> float:
-        """Of the tokens after each row's first, which the prefill yields. What a drafter reads of the prompt counts here."""
+        """Without each row's first token, which the prefill yields. The drafter's pass over the prompt counts here."""
         later = sum(len(row) - 1 for row in self.new_ids)
         return max(later, 1) / max(self.seconds - self.prefill_seconds, 1e-9)
 
@@ -60,23 +60,24 @@ def run_batches(
 
     Args:
         target (`PreTrainedModel`), tokenizer
-        methods (`list[Method]`): what is compared with plain decoding.
-        prompts (`list[Prompt]`): in their order; too few for a batch are taken again.
-        output (`str` or `Path`): folder of the record, which is rewritten after every batch size and context and says
+        methods (`list[Method]`): the methods to compare with plain decoding.
+        prompts (`list[Prompt]`): prompts in order. They are repeated if there are too few for a batch.
+        output (`str` or `Path`): folder of the record, which is rewritten after every batch size and context and contains
             `"partial": true` until the last.
         batch_sizes (`list[int]`)
-        contexts (`list[int]`): tokens that each prompt is brought to, by text of the other prompts before its own; None: as they
-            are.
-        max_new_tokens (`int`): per answer, which is greedy.
-        repeats (`int`): times that all methods answer a batch in turn; of each method the fastest counts.
+        contexts (`list[int]`): prompt lengths in tokens, to which prompts are extended by prepending other prompts; None:
+            unchanged prompts.
+        max_new_tokens (`int`): tokens per answer. Answers are greedy.
+        repeats (`int`): number of rounds in which all methods answer a batch. The fastest run of each method counts.
 
     Returns:
-        `dict`: the record. `runs` has a row for each method, batch size and context: `speedup` is the median over the batches of
-        their tokens per second over plain `generate`'s, `decoding_speedup` the same without the prefills, `identical` counts the rows that are equal to plain `generate`'s, `plain_steps` how many of
-        the `steps` drafted nothing (a forward over n rows counts as n steps).
+        `dict`: the record. `runs` has a row for each method, batch size and context. `speedup` is the median ratio of tokens
+        per second to plain `generate`'s over the batches, and `decoding_speedup` the same without the prefills. `identical`
+        counts rows equal to plain `generate`'s. `plain_steps` counts the `steps` without a draft (a forward pass over n rows
+        counts as n steps).
 
     Raises:
-        ValueError: for sizes below 1, contexts that the target does not reach, and methods that take no batch.
+        ValueError: for sizes below 1, contexts beyond the target's positions, and methods that do not support batches.
     """
     methods = [Method(PLAIN), *methods]
     _check(target, tokenizer, methods, prompts, batch_sizes, contexts, max_new_tokens, repeats)
@@ -94,7 +95,7 @@ def run_batches(
     for place, (context, size) in enumerate(tqdm(cells, desc="batches", unit="size")):
         rows = [lengthened(tokenizer, prompts, index, context) for index in range(max(len(prompts), size))]
         batches = [padded(rows[start : start + size]) for start in range(0, len(rows) - size + 1, size)]
-        # once unmeasured: costs, caches and memory that are made at the first call of a size
+        # a warm-up, because the first call of a size measures costs and allocates caches
         for method in methods:
             _measure(target, *batches[0], min(8, max_new_tokens), method)
         measured: dict[str, list[BatchMeasurement]] = {method.name: [] for method in methods}
@@ -119,13 +120,13 @@ def describe_batches(
     contexts: Sequence[int | None],
     max_new_tokens: int,
 ) -> dict[str, Any]:
-    """What is measured and how, as the record says it; arguments as for [`run_batches`]."""
+    """The record's description of the measurement. Arguments are those of [`run_batches`]."""
     described = describe_run(target, tokenizer, methods, prompts, max_new_tokens, (0.0,), 0)
     return {**described, "batch_sizes": list(batch_sizes), "contexts": list(contexts)}
 
 
 def lengthened(tokenizer: Any, prompts: Sequence[Prompt], index: int, context: int | None) -> list[int]:
-    """Ids of a prompt's first turn, brought to about `context` tokens by the first turns of the prompts after it."""
+    """Ids of a prompt's first turn, extended to about `context` tokens with the first turns of the following prompts."""
     prompt = prompts[index % len(prompts)]
     ids = encode_first_turn(tokenizer, prompt)[0].tolist()
     missing = 0 if context is None else context - len(ids)
@@ -144,7 +145,7 @@ def lengthened(tokenizer: Any, prompts: Sequence[Prompt], index: int, context: i
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts padded on the left, and their attention mask, both `[B, L]`."""
+    """Left-padded prompts and their attention mask, both `[B, L]`."""
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
@@ -169,9 +170,9 @@ def batch_row(
     """One row of the record, paired with plain decoding batch by batch.
 
     Args:
-        name (`str`): of the method.
-        size (`int`), context (`int`, *optional*), length (`float`): rows, tokens asked for, and mean tokens of a prompt.
-        measured (`dict`): of every method the measurements of all batches.
+        name (`str`): name of the method.
+        size (`int`), context (`int`, *optional*), length (`float`): number of rows, requested context, and mean prompt length.
+        measured (`dict`): for each method, the measurements of all batches.
     """
     plain, own = measured[PLAIN], measured[name]
     tokens = sum(len(row) for answer in own for row in answer.new_ids)
@@ -217,8 +218,8 @@ def _check(target, tokenizer, methods, prompts, batch_sizes, contexts, max_new_t
     longest = max(given["context"], default=0) + max_new_tokens
     if positions is not None and given["context"] and longest > positions:
         raise ValueError(
-            f"A context of {max(given['context'])} and {max_new_tokens} new tokens are more than the {positions} positions of "
-            "the target: lower one of them."
+            f"A context of {max(given['context'])} and {max_new_tokens} new tokens exceed the {positions} positions of the "
+            "target: lower one of them."
         )
     for method in methods:
         check_drafter(target, tokenizer, method)

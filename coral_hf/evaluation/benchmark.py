@@ -29,17 +29,17 @@ from .methods import (
 from .server_counts import count_as_server
 
 
-# (benchmark, temperature) -> method -> measurements, in the order of the prompts
+# (benchmark, temperature) -> method -> measurements in the order of the prompts
 Results = dict[tuple[str, float], dict[str, list[Measurement]]]
 
 
 def paired_speedup(plain: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
     """Median and quartiles of the ratios of tokens per second, answer by answer.
 
-    The median over answers is robust against a neighbour's burst; the spread says how much there was.
+    The median over answers is robust against load by other processes. The quartiles show the spread.
     """
     ratios = [after / before for before, after in zip(plain, other, strict=True)]
-    # inclusive: the exclusive form extrapolates past the data where there are few prompts
+    # inclusive, because the exclusive method extrapolates beyond the data for few prompts
     quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return {"speedup": statistics.median(ratios), "speedup_quartiles": [quartiles[0], quartiles[2]]}
 
@@ -47,7 +47,7 @@ def paired_speedup(plain: Sequence[float], other: Sequence[float]) -> dict[str, 
 def result_row(
     method: Method, benchmark: str, temperature: float, plain: list[Measurement], measured: list[Measurement]
 ) -> dict[str, Any]:
-    """One row of the record: a method on one benchmark, paired with plain decoding answer by answer."""
+    """One row of the record: a method on one benchmark, compared with plain decoding answer by answer."""
     comparable = temperature == 0 or method.samples_like_plain
     places = [first_difference(p.new_ids, m.new_ids) for p, m in zip(plain, measured, strict=True)]
     tokens = sum(len(measurement.new_ids) for measurement in measured)
@@ -61,7 +61,7 @@ def result_row(
         "tokens_per_second": tokens / sum(measurement.seconds for measurement in measured),
         **paired_speedup([p.tokens_per_second for p in plain], [m.tokens_per_second for m in measured]),
         "acceptance_length": 1.0 if method.is_plain else None,
-        # Transformers' own loops draw other samples by design: nothing to compare there
+        # Transformers' own loops draw different samples by design, so there is nothing to compare
         "identical": places.count(None) if comparable else None,
         "first_divergences": sorted(place for place in places if place is not None) if comparable else None,
     }
@@ -95,32 +95,33 @@ def run_benchmark(
     """Answers every prompt with plain `generate` and with every method, and writes `benchmark.json`.
 
     All methods answer a prompt before the next prompt is answered, in an order that rotates from prompt to prompt. A drift
-    of the machine then affects all of them equally. Later turns continue plain `generate`'s answers. The record is rewritten after every prompt and
-    says `"partial": true` until the last: an interrupted run leaves what it measured.
+    of the machine then affects all of them equally. Later turns continue plain `generate`'s answers. The record is rewritten
+    after every prompt and contains `"partial": true` until the last, so that an interrupted run keeps its measurements.
 
     Args:
         target (`PreTrainedModel`), tokenizer
-        methods (`list[Method]`): what is compared with plain decoding.
+        methods (`list[Method]`): the methods to compare with plain decoding.
         prompts (`list[Prompt]`): see [`read_prompts`].
         output (`str` or `Path`): folder of the record.
-        max_new_tokens (`int`): per turn.
-        temperatures (`list[float]`): 0 is greedy; above it all methods sample with the same seed.
-        seed (`int`): seed of the first prompt's samples; each further prompt adds one.
-        repeats (`int`): times that all methods answer a prompt in turn; the fastest of each method counts, which neighbours
-            on the machine disturbed least.
-        server_tau (`bool`): also count greedy answers of CORAL drafters as vLLM does (`server_acceptance_length`), from one more
-            answer each that is not timed.
+        max_new_tokens (`int`): tokens per turn.
+        temperatures (`list[float]`): 0 is greedy. Above 0, all methods sample with the same seed.
+        seed (`int`): seed of the first prompt's samples. Each further prompt adds one.
+        repeats (`int`): number of rounds in which all methods answer a prompt. The fastest run of each method counts, because
+            other processes disturbed it least.
+        server_tau (`bool`): also count greedy answers of CORAL drafters as vLLM does (`server_acceptance_length`). This needs
+            one more answer per prompt, which is not timed.
 
     Returns:
-        `dict`: the record, with `environment`, `methods`, `drafters`, `compile_seconds` (of methods that compile, not in their
-        times), `partial` and `runs`: one row per method, benchmark and temperature. `n_prompts` counts conversations and `n_turns` answers, one per turn. `speedup` is the median of the
-        answers' paired ratios of tokens per second. `identical` counts answers equal to plain `generate`'s (None if a
-        sampling method draws other samples by design). `first_divergences` contains the position of the first different
-        token of the others (bf16 has near-ties that fall either way).
+        `dict`: the record, with `environment`, `methods`, `drafters`, `compile_seconds` (time of compiling, not included in
+        other times), `partial` and `runs`: one row per method, benchmark and temperature. `n_prompts` counts conversations
+        and `n_turns` answers, one per turn. `speedup` is the median of the answers' paired ratios of tokens per second.
+        `identical` counts answers equal to plain `generate`'s (None if a sampling method draws other samples by design).
+        `first_divergences` contains the position of the first different token of the other answers (in bf16, near-ties may
+        differ).
 
     Raises:
-        ValueError: if two methods have the same name, there are no prompts, a temperature is negative, not finite or repeated,
-            or a drafter is another target's.
+        ValueError: if two methods have the same name, there are no prompts, a temperature is negative, not finite or
+            repeated, or a drafter belongs to another target.
     """
     methods, prompts, temperatures = [Method(PLAIN), *methods], list(prompts), [float(t) for t in temperatures]
     _check(target, tokenizer, methods, prompts, max_new_tokens, temperatures)
@@ -180,7 +181,7 @@ def describe_run(
     temperatures: Sequence[float],
     seed: int,
 ) -> dict[str, Any]:
-    """What a benchmark measures and how, as its record says it; arguments as for [`run_benchmark`]."""
+    """The record's description of a benchmark. Arguments are those of [`run_benchmark`]."""
     return {
         **describe_target(target),
         **describe_rendering(tokenizer),
@@ -204,9 +205,9 @@ def _measure_all(
     compiling: dict[str, float],
     ids: torch.Tensor,
 ) -> list[int]:
-    """Adds every method's fastest answer to one turn of the `prompt`-th conversation to its results; returns plain `generate`'s.
+    """Adds every method's fastest answer to a turn of the `prompt`-th conversation to its results. Returns plain `generate`'s.
 
-    The seconds that were spent on compiling are added to `compiling`.
+    The time of compiling is added to `compiling`.
     """
     rounds = [
         {
@@ -233,7 +234,7 @@ def _count_as_server(
     max_new_tokens: int,
     ids: torch.Tensor,
 ) -> list[int]:
-    """Answers a turn, and then counts each drafter's answer as a server would."""
+    """Answers a turn, then counts each drafter's answer as a server would."""
     new_ids = answer(ids)
     for method in methods:
         if method.is_coral:
@@ -275,13 +276,13 @@ def _write(
 
 
 def differences(record: dict[str, Any]) -> list[str]:
-    """A line for every method whose greedy answers are not plain `generate`'s although the dtype is exact enough for equality."""
+    """A line for every method whose greedy answers differ from plain `generate`'s in a dtype that is exact enough."""
     if record["environment"]["dtype"] not in EXACT_DTYPES:
         return []
     rows = [row for row in record["runs"] if row["benchmark"] == "all" and not row["temperature"]]
     return [
         f"warning: {row['n_turns'] - row['identical']} of {row['n_turns']} greedy answers of {row['method']} differ from "
-        f"plain generate's in {record['environment']['dtype']}, where they must not; `coral-hf verify` shows the first "
+        f"plain generate's in {record['environment']['dtype']}, which must not happen; `coral-hf verify` shows the first "
         "differing token."
         for row in rows
         if row["identical"] is not None and row["identical"] < row["n_turns"]
@@ -289,7 +290,7 @@ def differences(record: dict[str, Any]) -> list[str]:
 
 
 def slower_than_plain(record: dict[str, Any]) -> str | None:
-    """What to try where the drafter, by its own settings, was slower than plain `generate`; None if it was not."""
+    """Advice if the drafter was slower than plain `generate` with its own settings; None if it was not."""
     slow = [
         row
         for row in record["runs"]
@@ -299,8 +300,8 @@ def slower_than_plain(record: dict[str, Any]) -> str | None:
         return None
     row = min(slow, key=lambda row: row["speedup"])
     return (
-        f"{row['method']} was slower than plain generate ({row['speedup']:.2f}x, {row['acceptance_length']:.2f} tokens a "
-        "forward). Let `coral-hf tune --save true` choose the draft size for this machine, train longer on more of the "
+        f"{row['method']} was slower than plain generate ({row['speedup']:.2f}x, {row['acceptance_length']:.2f} tokens per "
+        "forward pass). Let `coral-hf tune --save true` choose the draft size for this machine, train longer on more of the "
         "target's own answers, or draft less (--method small:draft_depth=2,draft_top_k=1)."
     )
 
@@ -316,7 +317,7 @@ def print_table(record: dict[str, Any]) -> None:
     title = f"{record['target']}, {record['environment']['dtype']}, {record['environment']['device']}"
     table = Table(
         title=title,
-        caption="T: temperature; n: answers, one to each turn; same: equal to plain `generate`'s; from: first token that is not"
+        caption="T: temperature; n: answers, one per turn; same: equal to plain `generate`'s; from: first different token"
         + ("; vLLM: tau as vLLM counts" if served else ""),
     )
     taus = ("tau", "vLLM") if served else ("tau",)
@@ -339,7 +340,7 @@ def print_table(record: dict[str, Any]) -> None:
         )
     Console().print(table)
     for method, seconds in record.get("compile_seconds", {}).items():
-        print(f"{method}: {seconds:.0f} s of compiling, not in its times")
+        print(f"{method}: {seconds:.0f} s of compiling, not included in its times")
 
 
 __all__ = ["describe_run", "differences", "paired_speedup", "print_table", "run_benchmark"]

@@ -1,4 +1,4 @@
-"""Methods that compile: what `generate` is told for them, and the time of compiling apart from that of generating."""
+"""Methods that compile: their settings for `generate`, and their time of compiling, separate from generating."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,11 +9,11 @@ from transformers import CompileConfig
 from ..data.prompts import Prompt, encode_first_turn
 
 
-# Plain `generate` with a static cache, its forward compiled: what a GPU's user has without a drafter.
+# Plain `generate` with a static cache and a compiled forward pass: the alternative without a drafter on a GPU.
 COMPILED_SETTINGS = {"cache_implementation": "static"}
-# An answer is given again as long as something was compiled for it, so many times at most: lengths and draft sizes may be new.
+# Most repetitions of an answer for which something was compiled. Lengths and draft sizes may be new each time.
 _ATTEMPTS = 5
-_LATER_TURN = 64  # tokens that a chat template is taken to add to a turn
+_LATER_TURN = 64  # assumed number of tokens that a chat template adds to a turn
 
 
 def compiles(settings: dict[str, Any]) -> bool:
@@ -22,11 +22,11 @@ def compiles(settings: dict[str, Any]) -> bool:
 
 
 def compile_settings(settings: dict[str, Any], device: str) -> dict[str, Any]:
-    """What a method that compiles sets in the generation config besides; nothing for others.
+    """Additional settings in the generation config for a method that compiles; empty for others.
 
     Args:
-        settings (`dict`): of the method.
-        device (`str`): type of the target's.
+        settings (`dict`): the method's settings.
+        device (`str`): the target's device type.
     """
     if settings.get("draft_compile") or not compiles(settings):
         return {}
@@ -36,11 +36,11 @@ def compile_settings(settings: dict[str, Any], device: str) -> dict[str, Any]:
 
 
 def longest_text(tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int, limit: int | None = None) -> int:
-    """Tokens that the longest conversation can come to, `limit` at most; later turns are estimated.
+    """The greatest possible length of a conversation in tokens, at most `limit`. Later turns are estimated.
 
     Args:
-        tokenizer, prompts (`list[Prompt]`), max_new_tokens (`int`): of the run.
-        limit (`int`, *optional*): positions of the target.
+        tokenizer, prompts (`list[Prompt]`), max_new_tokens (`int`): the run's.
+        limit (`int`, *optional*): the target's number of positions.
     """
     lengths = []
     for prompt in prompts:
@@ -51,10 +51,10 @@ def longest_text(tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int,
 
 
 def timed_apart(answer: Callable[[], tuple[Any, float]]) -> tuple[Any, float, float]:
-    """Runs `answer`, which returns something and its seconds, until nothing is compiled for it.
+    """Runs `answer`, which returns a result and its seconds, until it compiles nothing.
 
     Returns:
-        `tuple`: what it returned and its seconds, the last time; and the seconds that the other times took longer.
+        `tuple`: the last result and its seconds, and the additional seconds of the other runs.
     """
     slow: list[float] = []
     for _ in range(_ATTEMPTS):
@@ -67,7 +67,7 @@ def timed_apart(answer: Callable[[], tuple[Any, float]]) -> tuple[Any, float, fl
 
 
 def _graphs() -> int:
-    """Graphs that PyTorch has compiled in this process."""
+    """The number of graphs that PyTorch has compiled in this process."""
     utils = sys.modules.get("torch._dynamo.utils")
     return 0 if utils is None else utils.counters["stats"]["unique_graphs"]
 

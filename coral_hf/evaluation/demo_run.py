@@ -1,4 +1,4 @@
-"""What `coral-hf demo` runs: plain and CORAL on the same prompts, and a proof of identity."""
+"""The run of `coral-hf demo`: plain and CORAL generation of the same prompts, and a check of identity."""
 
 from typing import Any
 
@@ -27,9 +27,9 @@ def run_demo(
 
     Args:
         dtype (`torch.dtype`): of the timed runs.
-        max_new_tokens (`int`): per prompt.
+        max_new_tokens (`int`): tokens per prompt.
         prompt (`str`, *optional*): one prompt instead of the built-in ones.
-        device (`torch.device` or `str`, defaults to `"cpu"`): where both models run.
+        device (`torch.device` or `str`, defaults to `"cpu"`): device of both models.
 
     Returns:
         `dict`: `acceptance_length`, `speedup`, `identical`, `plain` and `coral` with `tokens_per_second`,
@@ -66,7 +66,7 @@ def run_demo(
     name, proven = str(dtype).removeprefix("torch."), min(IDENTITY_TOKENS, max_new_tokens)
     print(
         f"\nspeedup {record['speedup']:.2f}x in {name}, tau {stats.acceptance_length:.2f}; in float32 both outputs are "
-        f"{'identical' if identical else 'DIFFERENT'} over {proven} tokens a prompt"
+        f"{'identical' if identical else 'DIFFERENT'} over {proven} tokens per prompt"
     )
     return record
 
@@ -76,7 +76,7 @@ def _pooled_speed(measurements: list[Measurement]) -> float:
 
 
 def _identical_in_float32(contexts: list[torch.Tensor], max_new_tokens: int, device: torch.device | str) -> bool:
-    """bf16 near-ties make N tokens at once differ from N single steps; float32 must not."""
+    """Checks identity in float32. In bf16, near-ties may make N tokens at once differ from N single steps."""
     target, drafter = demo.load_target(torch.float32)[0].to(device), demo.load_drafter(torch.float32).to(device)
     return all(
         measure(target, ids, max_new_tokens).new_ids == measure(target, ids, max_new_tokens, drafter).new_ids

@@ -1,8 +1,8 @@
-"""What a drafter would have drafted at every token of the target's own answers, and any draft size replayed on it.
+"""Drafts at every token of the target's own answers, and replays any draft size on them.
 
-A drafter's tree at a token depends on the text alone, not on how it came about. So trees are drafted once, as large as
-they may get, and every smaller setting (and the cost-aware rule, by the very code that generates with it) is replayed
-on them in no time: which nodes it would have kept, what the target would have accepted, how many steps it would take.
+A drafter's tree at a token depends only on the text before it. The largest trees are therefore drafted once. Smaller settings
+and the cost-aware rule (with the same code as in generation) are then replayed quickly: the nodes that they would keep, the
+nodes that the target would accept, and the number of steps.
 """
 
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ from .methods import measure
 
 @dataclass
 class DraftTrace:
-    """All drafted nodes at P tokens of one answer, levels in the order that they were stored.
+    """All drafted nodes at P tokens of one answer, in the order in which levels were stored.
 
     Args:
         prompt (`str`), benchmark (`str`)
         top_k (`int`): branches per node and nodes expanded per level.
         scores (`torch.FloatTensor` of shape `[P, M]`): log path probabilities, the root first.
         parents (`torch.LongTensor` of shape `[P, M]`): -1 for the root.
-        accepted (`torch.BoolTensor` of shape `[P, M]`): the answer goes this way.
+        accepted (`torch.BoolTensor` of shape `[P, M]`): whether the path to the node is in the answer.
         prompt_length (`int`): tokens of the prompt.
-        seconds (`float`), prefill_seconds (`float`): plain decoding of the answer, and of its first token alone.
+        seconds (`float`), prefill_seconds (`float`): time of plain decoding, for the whole answer and for its first token.
     """
 
     prompt: str
@@ -47,7 +47,7 @@ class DraftTrace:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the answer: the first comes from the prefill, and a step starts from every other but the last."""
+        """Tokens of the answer. The first comes from the prefill. A step starts from each of the others except the last."""
         return self.scores.shape[0] + 1
 
     @property
@@ -55,7 +55,7 @@ class DraftTrace:
         return (self.scores.shape[1] - 1 - self.top_k) // self.top_k**2 + 1
 
     def level(self, depth: int) -> slice:
-        """Where the nodes of a depth are stored, of `top_k` or `top_k`^2."""
+        """The indices of the nodes of a depth, which has `top_k` or `top_k`^2 nodes."""
         if depth == 1:
             return slice(1, 1 + self.top_k)
         start = 1 + self.top_k + (depth - 2) * self.top_k**2
@@ -64,7 +64,7 @@ class DraftTrace:
 
 @dataclass
 class Replay:
-    """What a setting would have drafted at each of P tokens: levels, depth and nodes of what it keeps, tokens accepted."""
+    """The drafts of a setting at each of P tokens: levels, depth and number of kept nodes, and accepted tokens."""
 
     levels: torch.Tensor
     depths: torch.Tensor
@@ -87,11 +87,11 @@ def record_traces(
     Args:
         target (`PreTrainedModel`), tokenizer, drafter ([`CoralDraftModel`])
         prompts (`list[Prompt]`)
-        settings ([`DraftSettings`]): depth and top_k are the largest to be replayed; the head is the one that is used.
-        max_new_tokens (`int`), temperature (`float`), seed (`int`): of the answers.
+        settings ([`DraftSettings`]): the largest depth and top_k to replay, and the head to draft with.
+        max_new_tokens (`int`), temperature (`float`), seed (`int`): settings of the answers.
 
     Returns:
-        `list[DraftTrace]`, without the prompts whose answer is a single token.
+        `list[DraftTrace]`, without prompts whose answer is a single token.
     """
     traces = []
     settings = replace(settings, draft_cost_aware=False, draft_total_tokens=DERIVED, draft_stock_loop=False)
@@ -125,7 +125,7 @@ def _draft_everywhere(
     for root in range(prompt_length, length - 1):
         new = features[:, :root] if root == prompt_length else features[:, root - 1 : root]
         tree = generator.propose(sequence[:, : root + 1], new)
-        # past the end nothing is accepted: a token that no vocabulary has
+        # an invalid token, because nothing is accepted beyond the end
         place = (root + tree.depths[0]).clamp(max=length)
         truth = torch.cat([sequence[0], sequence.new_tensor([-1])])[place]
         right = tree.tokens[0] == truth
@@ -143,13 +143,13 @@ def replay(
     rule: TreeSizeRule | None = None,
     calibration: Calibration | None = None,
 ) -> Replay:
-    """What a smaller setting would have drafted at every token of a trace.
+    """Replays a smaller setting at every token of a trace.
 
     Args:
         trace ([`DraftTrace`])
-        settings ([`DraftSettings`]): depth and top_k of at most the trace's. With a smaller top_k a node that the
-            smaller tree would have expanded is once in a while missing: its children then count as not drafted.
-        rule ([`TreeSizeRule`], *optional*), calibration ([`Calibration`], *optional*): of a cost-aware tree.
+        settings ([`DraftSettings`]): depth and top_k of at most the trace's. With a smaller top_k, a node that the smaller
+            tree would have expanded is occasionally missing. Its children then count as not drafted.
+        rule ([`TreeSizeRule`], *optional*), calibration ([`Calibration`], *optional*): for a cost-aware tree.
 
     Raises:
         ValueError: if the trace is smaller than the setting.
@@ -157,8 +157,8 @@ def replay(
     depth, top_k = settings.draft_depth, settings.draft_top_k
     if depth > trace.depth or top_k > trace.top_k:
         raise ValueError(
-            f"The trace was drafted to depth {trace.depth} with top_k {trace.top_k}; it cannot say what depth {depth} "
-            f"and top_k {top_k} would do."
+            f"The trace was drafted to depth {trace.depth} with top_k {trace.top_k}, so depth {depth} and top_k {top_k} "
+            "cannot be replayed."
         )
     scores, parents = trace.scores, trace.parents.clamp(min=0)
     chances = torch.zeros_like(scores)  # 0: not drafted
@@ -202,11 +202,11 @@ def replay(
 
 
 def walk(num_tokens: int, replayed: Replay) -> tuple[DraftStats, list[tuple[int, int]]]:
-    """The steps that generation would take through an answer: statistics, and each step's (levels, nodes)."""
+    """The steps that generation would take for an answer: statistics, and each step's (levels, nodes)."""
     stats, sizes = DraftStats(), []
     place, last = 0, num_tokens - 1
     while place < last:
-        # generation drafts no further than the answer may still go
+        # generation does not draft beyond the longest answer
         accepted = min(int(replayed.accepted[place]), last - place - 1)
         levels, depth = (min(int(column[place]), last - place - 1) for column in (replayed.levels, replayed.depths))
         stats.add_step(depth, accepted)
@@ -236,7 +236,7 @@ def replay_all(
 
 
 def fit_calibration(traces: Sequence[DraftTrace]) -> Calibration:
-    """Observed acceptance of every drafted node, whether a tree would have kept it or not."""
+    """Fits a calibration to the observed acceptance of all drafted nodes, kept or not."""
     depths = range(1, min(trace.depth for trace in traces) + 1)
     probabilities = [torch.cat([trace.scores[:, trace.level(d)].exp().flatten() for trace in traces]) for d in depths]
     accepted = [torch.cat([trace.accepted[:, trace.level(d)].flatten() for trace in traces]) for d in depths]

@@ -1,4 +1,4 @@
-"""What a figure must say about where it was measured."""
+"""The environment of a measurement, for records."""
 
 import platform
 from collections.abc import Sequence
@@ -30,18 +30,18 @@ def describe_environment(device: torch.device | str, dtype: torch.dtype) -> dict
 
 
 def describe_target(target: Any) -> dict[str, Any]:
-    """Which target a record measured: its name and, if it is of the Hub, its commit."""
+    """The target of a record: its name and, if it is from the Hub, its commit."""
     config = target.config
     return {"target": public_name(config._name_or_path), "target_revision": hub_commit(config)}
 
 
 def describe_rendering(tokenizer: Any) -> dict[str, Any]:
-    """In which mode a record measured: the variables of the chat template, a prompt's own aside."""
+    """The mode of a record: the chat-template variables of the run, without those of single prompts."""
     return {"chat_template_kwargs": template_kwargs_of(tokenizer)}
 
 
 def describe_drafter(drafter: Any) -> dict[str, Any]:
-    """Which drafter a record measured: its Hub id or folder's name, and the hash of its weights file."""
+    """The drafter of a record: its Hub id or folder name, and the hash of its weights file."""
     return {
         "drafter": None if drafter is None else public_name(drafter.config._name_or_path or None),
         "drafter_sha256": None if drafter is None else drafter_sha256(drafter),

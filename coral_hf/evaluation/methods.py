@@ -1,4 +1,4 @@
-"""Ways to generate that are compared: plain `generate`, a drafter with its settings, or what Transformers brings."""
+"""The methods to compare: plain `generate`, a drafter with its settings, or methods of Transformers."""
 
 import copy
 import json
@@ -25,9 +25,9 @@ from .compiling import COMPILED_SETTINGS, compile_settings, timed_apart
 
 PLAIN = "plain"
 PLAIN_COMPILED = "plain_compiled"
-# in lower ones a near-tie may fall either way when several tokens are verified at once
+# in lower precision, near-ties may differ when several tokens are verified at once
 EXACT_DTYPES = ("float32", "float64")
-# what a method needs no settings for, by its name
+# methods that need no settings, by name
 PRESETS: dict[str, dict[str, Any]] = {
     "coral": {},
     "chain": {"draft_top_k": 1},
@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 _COUNT = ("an integer of at least 1", lambda value: type(value) is int and value >= 1)
 _SCHEDULES = ("constant", "heuristic", "heuristic_transient")
-# Transformers' own settings: what each must be, in words and as a test, for what it makes of others is late and nameless
+# Transformers' own settings, each with a description and a check, because Transformers rejects wrong values late
 LOOKUP_SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "prompt_lookup_num_tokens": _COUNT,
     "max_matching_ngram_size": _COUNT,
@@ -57,13 +57,13 @@ ASSISTANT_SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 @dataclass
 class Measurement:
-    """One answer: its new ids, how long it took and, for a drafter, what it accepted."""
+    """One answer: its new ids, its time and, for a drafter, its acceptance."""
 
     new_ids: list[int]
     seconds: float
-    stats: Any = None  # DraftStats, of a CORAL drafter's answer
-    prompt: int = 0  # which conversation of the run it is an answer of
-    compile_seconds: float = 0.0  # of what was compiled for it, not among its seconds
+    stats: Any = None  # DraftStats of a CORAL drafter's answer
+    prompt: int = 0  # index of its conversation in the run
+    compile_seconds: float = 0.0  # time of compiling, not included in its seconds
     served: tuple[int, int] | None = None  # see `count_as_server`
 
     @property
@@ -76,7 +76,7 @@ class Method:
     """One way to generate: plain decoding, or a drafter with its settings.
 
     Args:
-        name (`str`): as in the record; "plain" is taken.
+        name (`str`): name in the record; "plain" is reserved.
         drafter ([`CoralDraftModel`] or `PreTrainedModel`, *optional*): a drafter, or an ordinary assistant model; None
             for plain decoding and prompt lookup.
         settings (`dict`): [`DraftSettings`] to override, or other fields of a generation config
@@ -92,15 +92,15 @@ class Method:
         """`'tree:draft_top_k=4,draft_total_tokens=16'` -> [`Method`]; a name of `PRESETS` needs no settings.
 
         Raises:
-            ValueError: if it does not parse, is unknown, needs a model that is not there, or sets Transformers' own ways
-                to draft to what they cannot do.
+            ValueError: if it does not parse, is unknown, needs a missing model, or has wrong settings for Transformers' own
+                drafting methods.
         """
         name, settings = _split(text)
         if not name or name == PLAIN:
             raise ValueError(f"--method {text!r}: give it a name other than 'plain', which is always measured.")
         if not settings and name not in PRESETS:
             raise ValueError(
-                f"--method {text!r} is unknown; choose {', '.join(PRESETS)}, or say what it does as "
+                f"--method {text!r} is unknown; choose {', '.join(PRESETS)}, or give its settings as "
                 "NAME:setting=value,setting=value."
             )
         settings = {**PRESETS.get(name, {}), **settings}
@@ -133,20 +133,20 @@ class Method:
 
     @property
     def is_coral(self) -> bool:
-        """It drafts with a CORAL drafter, whose settings and acceptance a record holds."""
+        """Whether it drafts with a CORAL drafter. A record then contains its settings and acceptance."""
         return is_coral_drafter(self.drafter)
 
     @property
     def is_plain(self) -> bool:
-        """Plain `generate`, compiled or not."""
+        """Whether it is plain `generate`, compiled or not."""
         return self.name in (PLAIN, PLAIN_COMPILED)
 
     @property
     def samples_like_plain(self) -> bool:
-        """With the same seed it draws the same tokens as plain `generate`.
+        """Whether it draws the same tokens as plain `generate` with the same seed.
 
-        Transformers' own assisted loop draws for all candidates at once, so that its samples have plain `generate`'s distribution
-        but are others.
+        Transformers' own assisted loop draws for all candidates at once. Its samples have the same distribution as plain
+        `generate`'s, but differ from them.
         """
         return self.is_plain or (self.is_coral and not self.settings.get("draft_stock_loop"))
 
@@ -156,10 +156,10 @@ def parse_methods(texts: Sequence[str], drafters: dict[str, Any], assistant: Any
 
     Args:
         texts (`list[str]`): see [`Method.parse`].
-        drafters (`dict[str, CoralDraftModel]`): by the names they were asked for with.
+        drafters (`dict[str, CoralDraftModel]`): drafters by the given names.
         assistant (`PreTrainedModel`, *optional*): an ordinary small model.
     """
-    # the folder's name alone where that tells them apart, else as much of the path as does
+    # the shortest last part of the path that distinguishes them
     parts = {name: Path(name).parts for name in drafters}
     for length in range(1, max(map(len, parts.values())) + 1):
         labels = {name: "/".join(path[-length:]) for name, path in parts.items()}
@@ -172,7 +172,7 @@ def parse_methods(texts: Sequence[str], drafters: dict[str, Any], assistant: Any
             if len(drafters) > 1 and method.is_coral:
                 method.name = f"{labels[name]}/{method.name}"
             elif name != next(iter(drafters)):
-                continue  # it needs no drafter: once is enough
+                continue  # it needs no drafter, so once is enough
             if method.name in methods:
                 raise ValueError(f"Two methods are named {method.name!r}: give each a name of its own.")
             methods[method.name] = method
@@ -203,15 +203,15 @@ def measure(
     seed: int = 0,
     **settings: Any,
 ) -> Measurement:
-    """Times one `generate` call on ids `[1, L]`, with a drafter if one is given; a temperature of 0 is greedy.
+    """Times one `generate` call on ids `[1, L]`, with a drafter if one is given. A temperature of 0 is greedy.
 
-    Where something is compiled for it, it is made again, and the time of compiling is kept apart.
+    If something is compiled for the call, it is repeated, and the time of compiling is recorded separately.
 
     Args:
         target (`PreTrainedModel`), ids (`torch.LongTensor` of shape `[1, L]`), max_new_tokens (`int`)
         drafter ([`CoralDraftModel`] or `PreTrainedModel`, *optional*)
-        temperature (`float`): above 0 samples from the whole distribution, seeded.
-        seed (`int`): of the samples.
+        temperature (`float`): above 0, samples from the whole distribution with the seed.
+        seed (`int`): seed of the samples.
         **settings: fields of the generation config.
     """
 
@@ -234,9 +234,9 @@ def timed(
     temperature: float,
     settings: dict[str, Any],
 ) -> tuple[torch.Tensor, float]:
-    """What `generate` returns for ids and mask `[B, L]`, and the seconds that it took; other arguments as for [`measure`]."""
+    """The output of `generate` for ids and mask `[B, L]`, and its seconds. Other arguments are those of [`measure`]."""
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=temperature > 0)
-    if temperature > 0:  # 0 and 1 switch off the cuts that a target's own config may ask for
+    if temperature > 0:  # 0 and 1 disable top-k and top-p of the target's own config
         config.temperature, config.top_k, config.top_p = temperature, 0, 1.0
     config.eos_token_id = target.generation_config.eos_token_id
     config.pad_token_id = target.generation_config.pad_token_id
@@ -253,7 +253,7 @@ def timed(
 
 @contextmanager
 def _assistant_settings(assistant: Any, settings: dict[str, Any]) -> Iterator[None]:
-    """An assistant's settings stand in its own generation config, which other methods and the caller share."""
+    """Sets an assistant's settings in its own generation config temporarily, because others share it."""
     own = getattr(assistant, "generation_config", None)  # drafters that do not generate have none
     if own is None:
         yield
@@ -268,7 +268,7 @@ def _assistant_settings(assistant: Any, settings: dict[str, Any]) -> Iterator[No
 
 
 def first_difference(one: list[int], other: list[int]) -> int | None:
-    """Index of the first token that differs, the end of the shorter list if it is the other's start; None if equal."""
+    """Index of the first different token, or the length of the shorter list if the other begins with it; None if equal."""
     if one == other:
         return None
     return next(
@@ -277,7 +277,7 @@ def first_difference(one: list[int], other: list[int]) -> int | None:
 
 
 def check_temperatures(temperatures: Sequence[float]) -> None:
-    """Raises `ValueError` for a temperature that nothing can be sampled at."""
+    """Raises `ValueError` for an invalid temperature."""
     for temperature in temperatures:
         if not math.isfinite(temperature) or temperature < 0:
             raise ValueError(f"temperature={temperature} must be a finite number of at least 0 (0 is greedy).")
@@ -301,25 +301,25 @@ def check_drafter(target: Any, tokenizer: Any, method: Method) -> None:
         sizes = [model.config.get_text_config().vocab_size for model in (method.drafter, target)]
         if sizes[0] != sizes[1]:
             raise ValueError(
-                f"The assistant has a vocabulary of {sizes[0]}, the target one of {sizes[1]}: choose an --assistant of "
+                f"The assistant has a vocabulary of {sizes[0]}, but the target has one of {sizes[1]}: choose an --assistant of "
                 "the target's family."
             )
 
 
 def other_mode(drafter: Any, tokenizer: Any) -> str | None:
-    """A line that says so where a drafter was trained with other variables of the chat template than those of this run."""
+    """A warning if a drafter was trained with different chat-template variables from those of this run."""
     trained, here = drafter.config.chat_template_kwargs, template_kwargs_of(tokenizer)
     if trained is None or trained == here:
         return None
     name = public_name(drafter.config._name_or_path) or "the drafter"
     return (
-        f"warning: {name} was trained with the chat template's variables {json.dumps(trained)}, and this run has "
+        f"warning: {name} was trained with the chat-template variables {json.dumps(trained)}, but this run has "
         f"{json.dumps(here)}: it may accept fewer tokens than in its own mode (--chat_template_kwargs '{json.dumps(trained)}')."
     )
 
 
 def draft_settings(method: Method) -> dict[str, Any]:
-    """What a method drafted with: the drafter's own settings and those it overrides."""
+    """A method's draft settings: the drafter's own, with the method's overrides."""
     overrides = {key: value for key, value in method.settings.items() if key.startswith("draft_")}
     return vars(DraftSettings.resolve(method.drafter.config, None, overrides))
 

@@ -1,4 +1,4 @@
-"""What a decoding step asks of a device: operations, kernels, uploads and waits of the host, by the parts of a step."""
+"""Counts the operations, kernels, uploads and host waits of a decoding step, by the parts of the step."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from .step_parts import wrapped_parts
 
 
 KINDS = ("operations", "kernels", "uploads", "waits")
-# The counter's names for what `wrapped_parts` wraps; what is in none of them is bookkeeping.
+# The counter's names of the parts in `wrapped_parts`. Everything else is bookkeeping.
 PHASES = {
     "draft": "draft",
     "drafter_layer": "draft",
@@ -26,7 +26,7 @@ PHASES = {
     "acceptance": "acceptance",
     "compaction": "compaction",
 }
-# Composite on a CPU, one kernel on a GPU.
+# Composite on a CPU, a single kernel on a GPU.
 _WHOLE = {"aten::rms_norm"}
 _NO_KERNEL = {
     "aten::_unsafe_view",
@@ -37,7 +37,7 @@ _NO_KERNEL = {
     "aten::empty_strided",
     "aten::_local_scalar_dense",
 }
-# Their result, or its shape, is known only once the device has computed it.
+# Their result, or its shape, is only known after the device has computed it.
 _WAITS = {
     "aten::_local_scalar_dense",
     "aten::equal",
@@ -50,14 +50,14 @@ _WAITS = {
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts by phase what is dispatched while it is active.
+    """Counts dispatched operations by phase while it is active.
 
-    Operations are counted as they are dispatched, kernels below them (what is a view, or only allocates, is none): a GPU
-    launches each. On a CPU every read by the host counts as a wait and every tensor made of Python values as an upload,
-    as if the tensors lay on a GPU.
+    Operations are counted when they are dispatched. Kernels are counted below them, without views and allocations; a GPU
+    launches each kernel. On a CPU, every read by the host counts as a wait, and every tensor made from Python values as an
+    upload, as if the tensors were on a GPU.
 
     Args:
-        drafts (`bool`): steps begin with the first draft; else with the end of the first forward.
+        drafts (`bool`): whether steps begin with the first draft; else they begin at the end of the first forward pass.
     """
 
     def __init__(self, drafts: bool = False):
@@ -70,17 +70,17 @@ class OperationCounter(TorchDispatchMode):
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Within it, everything is counted."""
+        """Context in which everything is counted."""
         with _Reads(self), self:
             yield
 
     def add(self, kind: str) -> None:
-        """Counts one more in the phase that is running; nothing of the prefill."""
+        """Counts one in the current phase. The prefill is not counted."""
         self.counts[self.phases[-1]][kind] += 1
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Within it, what is counted is of this phase."""
+        """Context in which counts belong to this phase."""
         self.phases.append("prefill" if self.phases[0] == "prefill" else name)
         try:
             yield
@@ -88,7 +88,7 @@ class OperationCounter(TorchDispatchMode):
             self.phases.pop()
 
     def wrap(self, function: Callable, part: str) -> Callable:
-        """For [`wrapped_parts`]."""
+        """Wraps a part's function, for [`wrapped_parts`]."""
 
         @wraps(function)  # generation reads the forward's signature
         def run(*args, **kwargs):
@@ -126,7 +126,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 class _Reads(TorchFunctionMode):
-    """Reads by the host that a CPU dispatches nothing for."""
+    """Counts reads by the host for which a CPU dispatches nothing."""
 
     def __init__(self, counter: OperationCounter):
         super().__init__()
@@ -139,7 +139,7 @@ class _Reads(TorchFunctionMode):
 
 
 def _transfers(name: str, args: Sequence[Any]) -> Iterator[str]:
-    """Whether an operation uploads, or makes the host wait."""
+    """Yields "uploads" or "waits" for an operation that uploads or makes the host wait."""
     tensors = [value for value in args if isinstance(value, torch.Tensor)]
     if name == "aten::lift_fresh":
         yield "uploads"
@@ -157,19 +157,19 @@ def _transfers(name: str, args: Sequence[Any]) -> Iterator[str]:
 def count_step(
     target: Any, drafter: Any, prompts: Sequence[torch.Tensor], max_new_tokens: int, **settings: Any
 ) -> dict[str, Any]:
-    """Generates and counts, from the end of the prefill on.
+    """Generates, and counts from the end of the prefill on.
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`], *optional*): None for plain decoding or prompt lookup.
-        prompts (`list[torch.LongTensor]`): ids `[1, L]`, of at least one.
-        max_new_tokens (`int`): per prompt.
+        prompts (`list[torch.LongTensor]`): ids `[1, L]` of at least one prompt.
+        max_new_tokens (`int`): tokens per prompt.
         **settings: fields of the generation config.
 
     Returns:
-        `dict`: `steps`, `tokens_per_step`, and per step the `phases` (each of the four kinds) and their sum `outside` of the
-        target's forward.
+        `dict`: `steps`, `tokens_per_step`, and, per step, the counts of all `phases` and their sum `outside` of the target's
+        forward pass.
     """
-    measure(target, prompts[0], 8, drafter, **settings)  # what is made once per target and drafter
+    measure(target, prompts[0], 8, drafter, **settings)  # warm-up: some things are made once per pair
     pooled: dict[str, Counter] = defaultdict(Counter)
     steps = tokens = 0
     for ids in prompts:

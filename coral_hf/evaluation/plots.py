@@ -1,4 +1,4 @@
-"""A benchmark's record as pictures."""
+"""Plots of a benchmark's record."""
 
 from pathlib import Path
 from typing import Any
@@ -7,19 +7,19 @@ from .methods import PLAIN
 
 
 _PARTS = ("target_forward", "drafter_layer", "draft_head", "tree", "other")
-_FEW = 30  # a share of fewer steps says little
+_FEW = 30  # shares of fewer steps are unreliable
 
 
 def plot_benchmark(record: dict[str, Any], folder: str | Path, step_time: dict[str, Any] | None = None) -> list[Path]:
     """Draws `speedup.png`, `acceptance_per_depth.png` and, from a step profile, `step_time.png`.
 
     Args:
-        record (`dict`): what [`run_benchmark`] returns.
-        folder (`str` or `Path`): where the pictures go.
-        step_time (`dict`, *optional*): what [`profile_methods`] returns.
+        record (`dict`): the result of [`run_benchmark`].
+        folder (`str` or `Path`): folder for the plots.
+        step_time (`dict`, *optional*): the result of [`profile_methods`].
 
     Returns:
-        `list[Path]`: the pictures drawn; one that has nothing to show is left out.
+        `list[Path]`: the plots. Plots without data are skipped.
     """
     try:
         from matplotlib.figure import Figure
@@ -32,14 +32,14 @@ def plot_benchmark(record: dict[str, Any], folder: str | Path, step_time: dict[s
 
 
 def plot_batches(record: dict[str, Any], folder: str | Path) -> list[Path]:
-    """Draws `batches.png`: tokens per second over plain `generate`'s by batch size, and by context if there are several.
+    """Draws `batches.png`: tokens per second relative to plain `generate`'s, by batch size, and by context if there are several.
 
     Args:
-        record (`dict`): what [`run_batches`] returns.
-        folder (`str` or `Path`): where the picture goes.
+        record (`dict`): the result of [`run_batches`].
+        folder (`str` or `Path`): folder for the plot.
 
     Returns:
-        `list[Path]`: the picture, or nothing where there is nothing to show.
+        `list[Path]`: the plot, or nothing if there is no data for it.
     """
     try:
         from matplotlib.figure import Figure
@@ -53,13 +53,13 @@ def _saved(figures: dict[str, Any], folder: str | Path) -> list[Path]:
     for name, figure in figures.items():
         if figure is not None:
             paths.append(Path(folder) / f"{name}.png")
-            # without the version of matplotlib, equal records give equal files
+            # without matplotlib's version, so that equal records give equal files
             figure.savefig(paths[-1], dpi=120, metadata={"Software": None})
     return paths
 
 
 def _title(record: dict[str, Any]) -> str:
-    """The target (or the drafter, in older profiles), and where it was measured."""
+    """The target (or the drafter, in older profiles) and the machine."""
     where = record.get("environment") or {}
     machine = [
         where.get("device"),
@@ -71,7 +71,7 @@ def _title(record: dict[str, Any]) -> str:
 
 
 def _legend_above(axes: Any, entries: int) -> None:
-    """Off the data: in one or more lines between the title and the plot."""
+    """Places the legend outside the data, between the title and the plot."""
     columns = min(entries, 4)
     axes.legend(fontsize="small", ncols=columns, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
 
@@ -92,7 +92,7 @@ def _speedup(record: dict[str, Any], figure_type: Any) -> Any:
         for index, method in enumerate(methods):
             chosen = [shown[method, benchmark] for benchmark in benchmarks]
             heights = [row["speedup"] for row in chosen]
-            # the median of few prompts may lie on a quartile: rounding must not make a bar negative
+            # the median of few prompts may equal a quartile, and rounding must not make a bar negative
             spread = [
                 [max(0.0, row["speedup"] - row["speedup_quartiles"][0]) for row in chosen],
                 [max(0.0, row["speedup_quartiles"][1] - row["speedup"]) for row in chosen],
@@ -136,7 +136,7 @@ def _batches(record: dict[str, Any], figure_type: Any) -> Any:
 
 
 def _acceptance(record: dict[str, Any], figure_type: Any) -> Any:
-    """Of the steps that reached depth k, how many accepted it, over all benchmarks; hollow where few steps reached it."""
+    """The share of steps that accepted depth k among those that reached it, over all benchmarks. Hollow for few steps."""
     rows = [row for row in record["runs"] if row["benchmark"] == "all" and row.get("acceptance_per_depth")]
     if not rows:
         return None

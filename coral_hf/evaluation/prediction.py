@@ -1,4 +1,4 @@
-"""How much sooner an answer should come, from times and acceptance; what it says is a prediction, never a measurement."""
+"""Predicts speedups from times and acceptance. The results are predictions, never measurements."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from ..generation.tree_size import DraftCosts
 
 
-WANTED_ERROR = 0.10  # a prediction further off than this share of the measured speedup is not to be trusted
+WANTED_ERROR = 0.10  # a prediction is reliable if its error is at most this share of the measured speedup
 
 
 def expected_acceptance_length(acceptance_per_depth: Sequence[float]) -> float:
     """tau from the conditional acceptance at depth 1, 2, ...: 1 + a_1 + a_1 a_2 + ...
 
     Raises:
-        ValueError: if an acceptance is not a share.
+        ValueError: if an acceptance is not between 0 and 1.
     """
     if not all(0 <= acceptance <= 1 for acceptance in acceptance_per_depth):
         raise ValueError(f"acceptance_per_depth={list(acceptance_per_depth)}: give shares from 0 to 1.")
@@ -30,10 +30,10 @@ def predict_speedup(
     """Speedup over plain decoding.
 
     Args:
-        plain_ms (`float`): a plain step, which yields one token.
-        step_ms (`float`): drafting and verifying, which yields `acceptance_length` tokens.
-        acceptance_length (`float`): tau, bonus included.
-        tokens (`int`, *optional*), prefill_ms (`float`): length of the answer and the time both ways spend before it.
+        plain_ms (`float`): time of a plain step, which yields one token.
+        step_ms (`float`): time of drafting and verifying, which yields `acceptance_length` tokens.
+        acceptance_length (`float`): tau, including the bonus token.
+        tokens (`int`, *optional*), prefill_ms (`float`): length of the answer, and the time of the prefill in both cases.
 
     Raises:
         ValueError: if a time is not positive or tau below 1.
@@ -50,7 +50,7 @@ def predict_speedup(
 
 
 def costs_of(record: dict[str, Any], draft_top_k: int, active_groups: int | None = None) -> DraftCosts | None:
-    """The costs that a record of `coral-hf tune` contains for a width; None if it was not measured."""
+    """The costs in a record of `coral-hf tune` for a width; None if it was not measured."""
     for row in record["drafting"]:
         if row["draft_top_k"] == draft_top_k and row["draft_active_groups"] == active_groups:
             return DraftCosts(tuple(record["target_ms"]), row["first_level_ms"], row["level_ms"])
@@ -58,19 +58,19 @@ def costs_of(record: dict[str, Any], draft_top_k: int, active_groups: int | None
 
 
 def check_predictions(tuned: dict[str, Any], measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Predictions from a machine's costs and a benchmark's acceptance, beside the speedups that it measured.
+    """Predictions from a machine's costs and a benchmark's acceptance, compared with the measured speedups.
 
     Args:
-        tuned (`dict`): the record of `coral-hf tune`, taken on the same machine.
+        tuned (`dict`): the record of `coral-hf tune` from the same machine.
         measured (`dict`): the record of `coral-hf benchmark`.
 
     Returns:
-        `list[dict]`: `method`, `benchmark`, `temperature`, `predicted`, `measured`, `error` (share of the measured) of
-        every row whose settings the costs cover: fixed sizes, the box of a cost-aware tree at its replayed mean sizes.
-        Of a benchmark of several drafters, the rows of the one that was tuned.
+        `list[dict]`: `method`, `benchmark`, `temperature`, `predicted`, `measured` and `error` (relative to the measured
+        speedup) for every row whose settings the costs cover: fixed sizes, and cost-aware trees at their replayed mean sizes.
+        In a benchmark of several drafters, only the rows of the tuned one.
 
     Raises:
-        ValueError: if the two were taken in different dtypes, threads or devices, or of another target or drafter.
+        ValueError: if the records differ in dtype, threads, device, target or drafter.
     """
     for name in ("device", "dtype", "threads"):
         one, other = tuned["environment"][name], measured["environment"][name]
@@ -95,7 +95,7 @@ def check_predictions(tuned: dict[str, Any], measured: dict[str, Any]) -> list[d
         if step_ms is None or not row.get("steps"):
             continue
         tokens = max(1, round(row["new_tokens"] / row["n_turns"]))
-        # A machine may have been faster or slower when it was tuned; the share of the prefill is the same.
+        # The machine may have been faster or slower during tuning, but the share of the prefill is the same.
         prefill_ms = tuned["prefill_steps"] * tuned["target_ms"][0]
         predicted = predict_speedup(tuned["target_ms"][0], step_ms, row["acceptance_length"], tokens, prefill_ms)
         keys = ("method", "benchmark", "temperature")
@@ -107,7 +107,7 @@ def check_predictions(tuned: dict[str, Any], measured: dict[str, Any]) -> list[d
 
 
 def drafter_of(measured: dict[str, Any], method: str) -> str | None:
-    """The hash of the weights that a method of a benchmark drafted with; None if the record does not say."""
+    """The hash of the drafter's weights for a method of a benchmark; None if the record lacks it."""
     drafter = measured.get("drafters", {}).get(method, measured)
     return drafter.get("drafter_sha256")
 

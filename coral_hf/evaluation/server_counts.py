@@ -1,7 +1,7 @@
-"""Verify steps and accepted tokens as servers count them, whose acceptance length is another one than CORAL's.
+"""Counts verification steps and accepted tokens as servers do, whose acceptance length differs from CORAL's.
 
-CORAL counts the tokens of the answers. vLLM also counts what an answer's last step accepted beyond `max_tokens` or the end of the
-answer: its last draft is not shortened, and nothing of it is taken off the count.
+CORAL counts the tokens of the answers. vLLM also counts tokens that an answer's last step accepted beyond `max_tokens` or the
+end of the answer, because its last draft is not shortened.
 """
 
 import copy
@@ -16,7 +16,7 @@ from ..generation.settings import DraftSettings
 
 
 class StepOfEachToken:
-    """A streamer that notes, for each new token, how many verify steps were complete when it came."""
+    """A streamer that records, for each new token, the number of completed verification steps."""
 
     def __init__(self, drafter: Any):
         self.drafter, self.steps, self.saw_prompt = drafter, list[int](), False
@@ -33,17 +33,17 @@ class StepOfEachToken:
 def count_as_server(
     target: Any, ids: torch.Tensor, drafter: Any, max_new_tokens: int, **settings: Any
 ) -> tuple[int, int]:
-    """Verify steps of one greedy answer and the tokens that they accept, the last step counted whole.
+    """Verification steps of one greedy answer and the tokens that they accept. The last step is counted completely.
 
-    The answer is generated once more, and beyond its end, so that no draft is shortened.
+    The answer is generated again, beyond its end, so that no draft is shortened.
 
     Args:
         target (`PreTrainedModel`), ids (`torch.LongTensor` of shape `[1, L]`), drafter ([`CoralDraftModel`])
-        max_new_tokens (`int`): where a server would end the answer, unless an EOS ends it sooner.
+        max_new_tokens (`int`): the length at which a server would end the answer, unless an EOS token ends it earlier.
         **settings: [`DraftSettings`] to override.
 
     Returns:
-        `tuple[int, int]`: verify steps and accepted tokens, bonus tokens excluded.
+        `tuple[int, int]`: verification steps, and accepted tokens without bonus tokens.
     """
     overrides = {name: value for name, value in settings.items() if name.startswith("draft_")}
     depth = DraftSettings.resolve(drafter.config, None, overrides).draft_depth
@@ -65,14 +65,14 @@ def count_as_server(
     ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
     length = next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer))
     if length < 2:
-        return 0, 0  # the prompt's forward gives the first token
-    steps = streamer.steps[length - 1] + 1  # a step is counted once its tokens are out
+        return 0, 0  # the prefill gives the first token
+    steps = streamer.steps[length - 1] + 1  # a step is counted after its tokens are streamed
     return steps, streamer.steps.index(steps) - 1 - steps
 
 
 @contextmanager
 def _endless(target: Any) -> Iterator[None]:
-    """The target without an EOS: a config of the call cannot take away what its own names."""
+    """Context in which the target has no EOS, because a call's config cannot unset the target's own."""
     own = target.generation_config
     target.generation_config = copy.deepcopy(own)
     target.generation_config.eos_token_id = None

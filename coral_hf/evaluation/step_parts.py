@@ -1,4 +1,4 @@
-"""The parts of a decoding step, for what looks at each of them: timers, counters of operations."""
+"""The parts of a decoding step, for timers and operation counters."""
 
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,14 +18,14 @@ from ..generation.tree_size import TreeSizeRule
 def wrapped_parts(
     target: Any, drafter: Any, wrap: Callable[[Callable, str], Callable], names: Container[str] | None = None
 ) -> Iterator[None]:
-    """Within it the functions that a step consists of are replaced.
+    """Context in which the functions of a step are replaced.
 
-    Parts lie inside one another: `target_forward` in `verify`; `drafter_layer`, `draft_head` and `tree` in `draft`.
+    Parts are nested: `target_forward` is in `verify`; `drafter_layer`, `draft_head` and `tree` are in `draft`.
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`], *optional*)
-        wrap (`Callable`): a function and the name of its part -> what is called in its place.
-        names (`Container[str]`, *optional*): the parts that are wanted; None: all.
+        wrap (`Callable`): a function and the name of its part -> the replacement.
+        names (`Container[str]`, *optional*): the parts to replace; None: all.
     """
     parts: list[tuple[Any, str, str]] = [(target, "forward", "target_forward")]
     if drafter is not None:

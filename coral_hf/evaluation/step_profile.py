@@ -22,17 +22,17 @@ from .step_parts import wrapped_parts
 def profile_step(
     target: Any, drafter: Any, prompts: list[torch.Tensor], max_new_tokens: int, **settings: Any
 ) -> dict[str, float]:
-    """Generates with timers around the parts of a step. The prefill is left out, and with it the drafter's pass over the prompt.
+    """Generates with timers around the parts of a step. The prefill and the drafter's pass over the prompt are excluded.
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`])
         prompts (`list[torch.LongTensor]`): ids `[1, L]`.
-        max_new_tokens (`int`): per prompt.
+        max_new_tokens (`int`): tokens per prompt.
         **settings: see [`DraftSettings`].
 
     Returns:
-        `dict`: milliseconds per step of `target_forward`, `drafter_layer`, `draft_head`, `tree`, `other` and `step`,
-        and `other_share`, the part of the step that is neither target forward nor drafter layer nor draft head.
+        `dict`: milliseconds per step of `target_forward`, `drafter_layer`, `draft_head`, `tree`, `other` and `step`, and
+        `other_share`: the share of the step outside the target's forward pass, the drafter's layer and the draft head.
     """
     spent: dict[str, float] = defaultdict(float)
     with _timers(target, drafter, spent):
@@ -60,7 +60,7 @@ def profile_methods(
     max_new_tokens: int,
     count: int = 2,
 ) -> dict[str, Any]:
-    """Profiles every method that has a drafter on the first `count` prompts of each benchmark, prints it and writes `step_time.json`."""
+    """Profiles all methods with a drafter on the first `count` prompts of each benchmark. Prints it and writes `step_time.json`."""
     by_benchmark: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         by_benchmark[prompt.benchmark].append(prompt)
@@ -109,7 +109,7 @@ def _timers(target: Any, drafter: Any, spent: dict[str, float]) -> Iterator[None
                 found = function(*args, **kwargs)
                 drafted = True
                 return found
-            # what is in no smaller part is "other"; a part in another is the other's
+            # time outside the parts is "other"; nested parts count once
             return timed(function, part, *args, **kwargs) if drafting and not inside else function(*args, **kwargs)
 
         return run
@@ -120,7 +120,7 @@ def _timers(target: Any, drafter: Any, spent: dict[str, float]) -> Iterator[None
         return original_init(self, *args, **kwargs)
 
     def extend(self, *args, **kwargs):
-        """The first rows that a drafter reads in a call are the prompt's."""
+        """The first rows that a drafter reads in a call belong to the prompt."""
         if drafted:
             return original_extend(self, *args, **kwargs)
         return timed(original_extend, "prefill", self, *args, **kwargs)

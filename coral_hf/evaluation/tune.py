@@ -1,4 +1,4 @@
-"""Which draft size pays for a target and a drafter on this machine: measured costs, replayed acceptance, predictions."""
+"""Finds the draft size that pays for a target and a drafter on this machine: measured costs, replayed acceptance, predictions."""
 
 import json
 from collections.abc import Sequence
@@ -37,16 +37,16 @@ def tune(
 
     Args:
         target (`PreTrainedModel`), tokenizer, drafter ([`CoralDraftModel`])
-        prompts (`list[Prompt]`): first turns are answered plainly, and drafted at every token.
+        prompts (`list[Prompt]`): first turns are answered by plain `generate`, and drafted at every token.
         box ([`DraftSettings`]): the largest depth, top_k and total_tokens to try, and the head to draft with.
-        max_new_tokens (`int`), temperature (`float`), seed (`int`): of the answers.
+        max_new_tokens (`int`), temperature (`float`), seed (`int`): settings of the answers.
 
     Returns:
         `dict`: the record. `target_ms` (T(n)), `drafting` (times per width), `fixed` and `cost_aware` (rows with sizes,
         `acceptance_length`, `step_ms` and `predicted_speedup`, best first), `calibration`. Speedups are predictions.
 
     Raises:
-        ValueError: if there are no prompts, or the drafter is another target's.
+        ValueError: if there are no prompts, or the drafter belongs to another target.
     """
     check_prompts(tokenizer, prompts)
     check_drafter(target, tokenizer, Method("tune", drafter))
@@ -62,7 +62,7 @@ def tune(
         settings = replace(box, draft_active_groups=groups)
         costs = {}
         for top_k in range(box.draft_top_k, 0, -1):
-            # T(n) belongs to the target: once is enough
+            # T(n) belongs to the target, so once is enough
             total = box.draft_total_tokens if target_ms is None else 2
             sizes = replace(settings, draft_top_k=top_k, draft_total_tokens=total)
             measured = measure_costs(target, drafter, sizes)
@@ -87,7 +87,7 @@ def tune(
 def describe_run(
     target: Any, tokenizer: Any, drafter: Any, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float
 ) -> dict[str, Any]:
-    """What is measured, as the record says it; arguments as for [`tune`]."""
+    """The record's description of the measurement. Arguments are those of [`tune`]."""
     return {
         **describe_target(target),
         **describe_rendering(tokenizer),
@@ -113,7 +113,7 @@ def _active_groups(drafter: Any, box: DraftSettings) -> list[int | None]:
 
 
 def _prefill_steps(traces: Sequence[DraftTrace]) -> float:
-    """How many plain steps the prefill takes, as measured side by side."""
+    """Time of the prefill in plain steps, measured side by side."""
     steps = sum(trace.num_tokens - 1 for trace in traces)
     prefill = sum(trace.prefill_seconds for trace in traces)
     decoding = sum(trace.seconds for trace in traces) - prefill
@@ -122,7 +122,7 @@ def _prefill_steps(traces: Sequence[DraftTrace]) -> float:
 
 def _rows(traces: list[DraftTrace], costs: dict[int, DraftCosts], box: DraftSettings, prefill_steps: float):
     fixed, cost_aware = [], []
-    # A calibration is judged on answers that it was not fitted on.
+    # A calibration is evaluated on answers that it was not fitted to.
     halves = [traces[::2], traces[1::2]] if len(traces) > 1 else [traces, traces]
     fitted = [fit_calibration(half) for half in reversed(halves)]
     for top_k in range(1, box.draft_top_k + 1):
@@ -153,7 +153,7 @@ def _sizes(box: DraftSettings, depth: int, top_k: int) -> list[DraftSettings]:
         box.draft_total_tokens,
         replace(box, draft_depth=depth, draft_top_k=top_k, draft_total_tokens=DERIVED).draft_total_tokens,
     )
-    # A chain verifies all that it drafted; a tree of fewer nodes than levels would draft some for nothing.
+    # A chain verifies everything that it drafted. A tree with fewer nodes than levels would draft some in vain.
     totals = [most] if top_k == 1 else sorted({total for total in (*TOTALS, most) if depth < total <= most})
     return [replace(box, draft_depth=depth, draft_top_k=top_k, draft_total_tokens=total) for total in totals]
 
@@ -173,7 +173,7 @@ def _row(traces, sizes: DraftSettings, costs: DraftCosts, stats, steps, prefill_
 
 
 def chosen_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a drafter's config that a record recommends: cost-aware where that is predicted to be best."""
+    """The settings of a drafter's config that a record recommends: cost-aware if that is predicted to be best."""
     fixed, cost_aware = record["fixed"][0], record["cost_aware"][0]
     aware = cost_aware["predicted_speedup"] > fixed["predicted_speedup"]
     best = cost_aware if aware else fixed
@@ -184,27 +184,27 @@ def chosen_settings(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def slower_than_plain(record: dict[str, Any]) -> str | None:
-    """A line that says so where no size is predicted to be faster than plain `generate`."""
+    """A warning if no size is predicted to be faster than plain `generate`."""
     best = max(rows[0]["predicted_speedup"] for rows in (record["fixed"], record["cost_aware"]))
     if best > 1:
         return None
     return (
-        f"warning: none is predicted to be faster than plain generate here: the best gives {best:.2f}x. Use no drafter for "
-        "this target on this machine, or a better trained one."
+        f"warning: no draft size is predicted to be faster than plain generate on this machine: the best gives {best:.2f}x. Use "
+        "no drafter for this target here, or one that is trained better."
     )
 
 
 def save_settings(folder: str | Path, settings: dict[str, Any]) -> None:
-    """Puts settings into the config of a drafter's folder, whose weights stay as they are.
+    """Writes settings to the config of a drafter's folder. Its weights stay unchanged.
 
     Raises:
-        ValueError: if the folder contains no drafter, or its config refuses them.
+        ValueError: if the folder contains no drafter, or the settings are invalid.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a drafter's folder: save the drafter there first (save_pretrained).")
     config = {**json.loads(path.read_text(encoding="utf-8")), **settings}
-    CoralDraftConfig.from_dict(config)  # refuses what it does not know
+    CoralDraftConfig.from_dict(config)  # rejects unknown settings
     write_json(path, dict(sorted(config.items())))
 
 
@@ -217,7 +217,7 @@ def write_record(record: dict[str, Any], folder: str | Path) -> Path:
 
 
 def print_record(record: dict[str, Any], count: int = 5) -> None:
-    """Prints T(n), the best fixed settings, the best cost-aware boxes and what they are predicted to give."""
+    """Prints T(n), and the best fixed and cost-aware settings with their predictions."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -228,7 +228,9 @@ def print_record(record: dict[str, Any], count: int = 5) -> None:
     print("T(n) in ms: " + ", ".join(f"{n}: {times[n - 1]:.1f}" for n in shown))
     environment = record["environment"]
     title = f"predicted, not measured: {record['target']}, {environment['dtype']}, {environment['threads']} threads"
-    table = Table(title=title, caption="k: branches a node; nodes with the root; tau: tokens a step, replayed")
+    table = Table(
+        title=title, caption="k: branches per node; nodes: including the root; tau: tokens per step, replayed"
+    )
     for column in ("draft", "depth", "k", "nodes", "groups", "tau", "ms a step", "speedup"):
         table.add_column(column, justify="left" if column == "draft" else "right")
     for name in ("fixed", "cost_aware"):

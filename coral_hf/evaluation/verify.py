@@ -1,4 +1,4 @@
-"""Is a pair lossless? A drafter's answers against plain `generate`'s, token by token, greedy and sampled."""
+"""Checks that a pair is lossless: compares a drafter's answers with plain `generate`'s, token by token."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -31,11 +31,11 @@ _CONTEXT = 8  # tokens shown on either side of a difference
 
 @dataclass(frozen=True)
 class Difference:
-    """Where an answer first leaves plain `generate`'s.
+    """The first difference between an answer and plain `generate`'s.
 
     Args:
         method (`str`), prompt (`str`), temperature (`float`)
-        turn (`int`): of the conversation, from 1.
+        turn (`int`): turn of the conversation, from 1.
         position (`int`): index among the new tokens.
         plain_token, drafted_token (`int`, *optional*): None if that answer had ended.
         plain_text, drafted_text (`str`): the tokens around it.
@@ -61,7 +61,7 @@ class Difference:
 
 
 def _place(prompt: str, turn: int) -> str:
-    """A prompt's first turn goes by its id alone."""
+    """Names a prompt's turn. The first turn has only the prompt's id."""
     return prompt if turn == 1 else f"{prompt}, turn {turn}"
 
 
@@ -70,7 +70,7 @@ def _token(token: int | None) -> str:
 
 
 class Check:
-    """What one method answered so far at one temperature."""
+    """The results of one method at one temperature so far."""
 
     def __init__(self, method: Method, temperature: float):
         self.method, self.temperature = method, temperature
@@ -139,23 +139,24 @@ def verify(
     Later turns continue plain `generate`'s answers, as in a benchmark.
 
     Args:
-        target (`PreTrainedModel`): in float32; lower dtypes have near-ties that fall either way.
+        target (`PreTrainedModel`): a target in float32. In lower precision, near-ties may differ.
         tokenizer
-        methods (`list[Method]`): with CORAL drafters.
+        methods (`list[Method]`): methods with CORAL drafters.
         prompts (`list[Prompt]`): see [`read_prompts`].
-        max_new_tokens (`int`): per turn.
-        temperatures (`list[float]`): sampled with the same seed, besides greedy decoding. Transformers' own loop
-            (`draft_stock_loop`) draws other samples by design: it is compared greedily only.
-        seed (`int`): seed of the first prompt's samples; each further prompt adds one.
-        output (`str` or `Path`, *optional*): folder of one `check_NAME.json` a method, written after every prompt: of
-            `n_turns` answers to `n_prompts` conversations `identical` are plain `generate`'s, `different` names the others.
+        max_new_tokens (`int`): tokens per turn.
+        temperatures (`list[float]`): temperatures for sampling with the same seed, in addition to greedy decoding.
+            Transformers' own loop (`draft_stock_loop`) draws other samples by design and is only compared greedily.
+        seed (`int`): seed of the first prompt's samples. Each further prompt adds one.
+        output (`str` or `Path`, *optional*): folder for one `check_NAME.json` per method, written after every prompt. Of
+            `n_turns` answers to `n_prompts` conversations, `identical` are equal to plain `generate`'s, and `different`
+            names the others.
 
     Returns:
         `list[Check]`: one per method and temperature.
 
     Raises:
-        ValueError: for a drafter of another target, a method without a drafter, a temperature that is negative or not
-            finite, or no prompts.
+        ValueError: for a drafter of another target, a method without a drafter, a negative or non-finite temperature, or
+            if there are no prompts.
     """
     methods, prompts = list(methods), list(prompts)
     names = [method.name for method in methods]
@@ -163,7 +164,7 @@ def verify(
         raise ValueError(f"The methods are named {names}: give each a name of its own.")
     for method in methods:
         if not method.is_coral:
-            raise ValueError(f"Method {method.name!r} has no CORAL drafter, and verify checks drafters: leave it out.")
+            raise ValueError(f"Method {method.name!r} has no CORAL drafter, but verify checks drafters: leave it out.")
         check_drafter(target, tokenizer, method)
     check_prompts(tokenizer, prompts)
     if max_new_tokens < 1:
@@ -201,7 +202,7 @@ def verify(
 def describe_run(
     target: Any, tokenizer: Any, method: Method, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> dict[str, Any]:
-    """What the check of a method compares, as its record says it; arguments as for [`verify`]."""
+    """The record's description of a check. Arguments are those of [`verify`]."""
     return {
         "max_new_tokens": max_new_tokens,
         **describe_target(target),
@@ -212,7 +213,7 @@ def describe_run(
 
 
 def check_file(folder: Path, method: Method) -> Path:
-    """Where the check of a method is written."""
+    """The path of a method's check."""
     return folder / f"check_{method.name}.json"
 
 
@@ -225,7 +226,7 @@ def _compare(
     how: dict[str, Any],
     ids: torch.Tensor,
 ) -> list[int]:
-    """Adds every method's answer to its check; returns plain `generate`'s."""
+    """Adds every method's answer to its check. Returns plain `generate`'s answer."""
     turn = next(turns)
     plain = measure(target, ids, **how)
     for check in checks:
@@ -235,14 +236,14 @@ def _compare(
 
 
 def _write(folder: Path, checks: list[Check], seed: int, shared: dict[str, Any]) -> None:
-    """`check_NAME.json`: the greedy check, with the sampled ones in a list of their own."""
+    """Writes `check_NAME.json`: the greedy check, with the sampled ones in a separate list."""
     greedy, *sampled = checks
     rows = [{"temperature": check.temperature, "seed": seed, **check.record()} for check in sampled]
     write_json(check_file(folder, greedy.method), {**greedy.record(), "sampled": rows, **shared})
 
 
 def print_checks(checks: Sequence[Check], dtype: str) -> None:
-    """Prints what was checked as a table, the first difference of every check that failed, and what that means."""
+    """Prints a table of the checks, the first difference of every failed check, and an explanation."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -265,7 +266,7 @@ def print_checks(checks: Sequence[Check], dtype: str) -> None:
     if different:
         answers = f"{different} of {sum(check.n_turns for check in checks)} answers differ from plain generate's"
         exact = dtype in EXACT_DTYPES
-        why = "where they must not" if exact else "where near-ties may fall either way: check in float32 (--dtype)"
+        why = "which must not happen" if exact else "where near-ties may differ: check in float32 (--dtype)"
         print(f"warning: {answers} in {dtype}, {why}.")
 
 

@@ -1,6 +1,6 @@
 """Prompt -> tokens: draft trees, acceptance, key-value stores, the decode loop, its costs, and the hook into `generate`.
 
-Knows nothing of training data, records or the Hub; trees and acceptance know tensors, not models.
+This package does not depend on training data, records or the Hub. Trees and acceptance depend on tensors, not on models.
 """
 
 from .attachment import attach, detach

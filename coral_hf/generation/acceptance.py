@@ -1,4 +1,4 @@
-"""Acceptance of drafted tokens, greedy or sampled, on plain tensors: every row of a batch walks down its own tree."""
+"""Acceptance of drafted tokens, greedy or sampled, on plain tensors. Every row of a batch walks down its own tree."""
 
 from collections.abc import Callable
 
@@ -10,14 +10,14 @@ from .draft_tree import DraftTree
 def accept_greedy(tree: DraftTree, choices: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
     """Walks down from the root while a child equals the target's choice at its parent.
 
-    On the host, after one transfer: every step of the walk on a GPU would wait for the GPU.
+    This runs on the host after one transfer, because every step of the walk on a GPU would wait for the GPU.
 
     Args:
         tree ([`DraftTree`])
         choices (`torch.LongTensor` of shape `[B, N]`): the target's argmax after each node.
 
     Returns:
-        `tuple`: of each row the accepted nodes from the root on, A + 1 of them, and the tokens they yield: the A accepted
+        `tuple`: for each row, the A + 1 accepted nodes from the root on, and the tokens that they yield: the A accepted
         drafts and the bonus token.
     """
     tokens, tree.known_parents, chosen = torch.stack([tree.tokens, tree.parents, choices]).tolist()
@@ -33,18 +33,18 @@ def accept_walk(
     stop: Callable[[list[int], list[int]], list[bool]],
     in_step: bool = False,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Walks down from the root with one choice per accepted node: lossless for sampling and for logits processors.
+    """Walks down from the root with one choice per accepted node. Lossless for sampling and for logits processors.
 
-    At each accepted node one token is chosen from the true target distribution; if a child has it the walk descends,
-    else it is the bonus token. As long as the drafts were selected without randomness this equals the recursive
-    rejection scheme over the children (EAGLE appendix, SpecInfer theorem 4.2), and a single sequence spends random numbers
+    At each accepted node, one token is chosen from the true target distribution. If a child has this token, the walk
+    descends to it; otherwise it is the bonus token. If drafts are selected without randomness, this equals the recursive
+    rejection scheme over the children (EAGLE appendix, SpecInfer theorem 4.2). A single sequence consumes random numbers
     exactly as plain decoding does.
 
     Args:
         tree ([`DraftTree`])
-        choose: (rows that still walk, the node of each) -> the token chosen after each.
-        stop: (those rows, their tokens) -> True where the text of a row ends.
-        in_step (`bool`): no row continues without the others: all rows that have not ended yield as many tokens.
+        choose: (rows that are still walking, their nodes) -> the token chosen after each node.
+        stop: (these rows, their tokens) -> True for each row whose text ends.
+        in_step (`bool`): all rows that have not ended yield the same number of tokens.
 
     Returns:
         `tuple`: as [`accept_greedy`].

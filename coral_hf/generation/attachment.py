@@ -1,4 +1,4 @@
-"""A drafter attached to a target: every `target.generate(...)` drafts, no matter who calls it."""
+"""Attaches a drafter to a target, so that every `target.generate(...)` drafts, whoever calls it."""
 
 import copy
 import functools
@@ -21,18 +21,18 @@ from .settings import DraftSettings
 
 logger = logging.get_logger(__name__)
 
-# In the target's `__dict__`, not among its modules: it is never saved, moved or trained with the target.
+# In the target's `__dict__`, not among its modules, so that it is never saved, moved or trained with the target.
 _NAME = "_coral_attachment"
-# Ways to decode and to speculate that a caller asks for by a setting of its own.
+# Decoding and speculation methods that a caller selects with other settings.
 _OTHER_WAYS = ("prompt_lookup_num_tokens", "use_mtp", "speculation_type", "assistant_early_exit", "dola_layers")
-# The attachment whose call of `generate` is running.
+# The attachment whose `generate` call is running.
 running: ContextVar["Attachment | None"] = ContextVar("coral_hf_attachment", default=None)
 
 
 class Attachment:
-    """What [`attach`] returns: the drafter of a target, and a context manager that detaches it at its end.
+    """The return value of [`attach`]: the drafter of a target, and a context manager that detaches it on exit.
 
-    A `copy.deepcopy` of the target shares the drafter. Pickling leaves it out: an unpickled target has none.
+    A `copy.deepcopy` of the target shares the drafter. An unpickled target has none.
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`])
@@ -57,10 +57,10 @@ class Attachment:
         return type(None), ()
 
     def obstacle(self, given: dict[str, Any]) -> str | None:
-        """Why a call with these arguments is not drafted; None if it is, or where only its tensors can tell."""
+        """Why a call with these arguments is not drafted; None if it is drafted, or if only its tensors can tell."""
         for name in ("assistant_model", "custom_generate"):
             if given.get(name) is not None:
-                return f"the call has {name} of its own"
+                return f"the call has its own {name}"
         if given.get("synced_gpus"):
             return "synced_gpus=True keeps all processes in step"
         base = given.get("generation_config")
@@ -89,17 +89,17 @@ class Attachment:
 def attach(target: Any, drafter: Any, **draft_settings: Any) -> Attachment:
     """Attaches a drafter to a target. Every later `target.generate(...)` drafts with it.
 
-    Pipelines, trainers and evaluation harnesses call `generate` themselves and have no place for a drafter. A call that
+    Use it for pipelines, trainers and evaluation harnesses, which call `generate` themselves and take no drafter. A call that
     cannot be drafted (beam search, another assistant, a quantised cache) runs as plain `generate` and logs the reason once.
     The drafter follows the target to another device.
 
     Args:
-        target (`PreTrainedModel`): the model whose calls are to be drafted; of a PEFT or DDP wrapper the model inside.
+        target (`PreTrainedModel`): the model whose calls are drafted. For a PEFT or DDP wrapper, the inner model is used.
         drafter ([`CoralDraftModel`])
         **draft_settings: `draft_*` settings of [`DraftSettings`] for every call.
 
     Returns:
-        [`Attachment`]: also a context manager, which detaches the drafter at its end.
+        [`Attachment`]: also a context manager, which detaches the drafter on exit.
 
     Raises:
         ValueError: if the drafter does not fit the target, a setting is unknown, or a drafter is attached already.
@@ -141,10 +141,10 @@ def attachment_of(target: Any) -> Attachment | None:
 
 
 def generating_model(target: Any) -> PreTrainedModel:
-    """The model whose `generate` runs when that of a wrapper is called.
+    """The model whose `generate` runs when a wrapper's `generate` is called.
 
     Raises:
-        ValueError: for what is not a model that generates.
+        ValueError: if `target` is not a model that generates.
     """
     inner = extract_model_from_parallel(target)
     if hasattr(inner, "get_base_model"):  # PEFT's
@@ -158,7 +158,7 @@ def generating_model(target: Any) -> PreTrainedModel:
 
 
 def wrap_generate(original: Callable[..., Any], drafted: Callable[..., Any]) -> Callable[..., Any]:
-    """`generate` as it is, except for targets with a drafter attached.
+    """Wraps `generate`. Only targets with an attached drafter behave differently.
 
     Args:
         original (`Callable`): Transformers' `generate`.
@@ -169,7 +169,7 @@ def wrap_generate(original: Callable[..., Any], drafted: Callable[..., Any]) -> 
     @functools.wraps(original)
     def generate(self, *args, **kwargs):
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        # before Transformers, which looks at the last token of a batch first of all; not where the caller knows of no drafter
+        # before Transformers, which first looks at the last token of a batch; not if the caller did not pass a drafter
         drafts = is_coral_drafter(kwargs.get("assistant_model")) and running.get() is None
         if drafts and isinstance(ids, torch.Tensor) and ids.ndim == 2:
             check_ids(ids)

@@ -1,4 +1,4 @@
-"""CoralCandidateGenerator: the one drafting object, proposing trees to our loop and chains to the stock loop."""
+"""CoralCandidateGenerator: proposes trees to coral_hf's decode loop and chains to Transformers' stock loop."""
 
 from typing import Any
 
@@ -26,22 +26,22 @@ _PIECE = 1024  # tokens of a prompt that the drafter reads at a time
 class CoralCandidateGenerator(CandidateGenerator):
     """Drafts with a CORAL drafter from the target's true features.
 
-    [`propose`] returns a [`DraftTree`]; [`get_candidates`], Transformers' `CandidateGenerator` contract, is its chain
-    case. The drafter's KV cache keeps only rows built from true features: what drafting writes after them is
-    overwritten at the next step (keeping it costs 8-15 % of the acceptance length).
+    [`propose`] returns a [`DraftTree`]. [`get_candidates`] is its chain case and implements Transformers'
+    `CandidateGenerator`. The drafter's KV cache keeps only rows that were built from true features. Drafted rows are
+    overwritten at the next step, because keeping them costs 8-15 % of the acceptance length.
 
     Args:
         drafter ([`CoralDraftModel`])
         target (`PreTrainedModel`): the model that verifies.
         settings ([`DraftSettings`])
-        max_length (`int`): longest sequence this call can reach, for the cache and for shortening the last drafts.
-        num_padding (`int` or `list[int]`): left padding of the prompt, or of each of a batch, which the drafter never sees
-            ([`padding_of`]).
+        max_length (`int`): the longest sequence that this call can reach. It sets the cache size and limits the last drafts.
+        num_padding (`int` or `list[int]`): left padding of the prompt, or of each prompt of a batch ([`padding_of`]). The
+            drafter never reads it.
         costs ([`DraftCosts`] or [`MeasuredCosts`], *optional*): times of a step (`costs.tables.draft_costs`), for
             `draft_cost_aware`.
 
     Raises:
-        ValueError: if drafter and target do not belong together, or costs are needed and not given.
+        ValueError: if drafter and target do not belong together, or costs are needed and missing.
     """
 
     requires_model_outputs = True
@@ -58,7 +58,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         self.drafter = drafter
         self.settings = settings
         self.max_length = max_length
-        # of each row that is drafted for
+        # for each drafted row
         self.padding = [num_padding] if isinstance(num_padding, int) else list(num_padding)
         self.adapter = TargetAdapter(target, drafter.config.target_feature_layers)
         self.adapter.check_drafter(drafter.config)
@@ -80,13 +80,13 @@ class CoralCandidateGenerator(CandidateGenerator):
         scratch = settings.draft_depth * settings.draft_top_k
         slots = min(max_length, 4096) + scratch + 1
         self.cache = DraftKeyValues(drafter.config, slots, self._dtype, self._device, batch)
-        # which slots of the cache contain a true row, [B, slots]; None: all of them, of every row
+        # which slots of the cache contain a true row, [B, slots]; None: all slots of every row
         self._filled: torch.Tensor | None = None
         self._pace = Pace()
         self._seen = 0  # columns of the texts that the head has read in every row
         # features that plain steps have left for the next draft, [B, n, F] each, and how many of them each row has
         self._unread: list[tuple[torch.Tensor, list[int]]] = []
-        # of the stock loop's last draft, which its verification is counted for; None until it has drafted
+        # depth of the stock loop's last draft, for the statistics; None until it has drafted
         self._unverified_depth: int | None = None
 
     # Drafting --------------------------------------------------------------------------------------------------
@@ -104,17 +104,17 @@ class CoralCandidateGenerator(CandidateGenerator):
         """Extends the cache with newly accepted rows and drafts from the last token.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `[B, L]`): everything accepted so far; the last token is the root,
-                whose feature the target has not computed yet.
+            input_ids (`torch.LongTensor` of shape `[B, L]`): all accepted tokens. The last one is the root, whose feature
+                the target has not computed yet.
             features (`torch.Tensor` of shape `[B, n, F]`): the target's features of the n tokens before the root that
                 are new since the last call.
-            max_depth (`int`, *optional*): draft at most this deep.
-            lengths (`list[int]`, *optional*): tokens of each row of `input_ids`, its padding included; None: all L.
-            counts (`list[int]`, *optional*): how many of its features each row has, the others come after them; None: n.
-            found ([`Found`], *optional*): nodes that the tree may take as well.
+            max_depth (`int`, *optional*): the deepest draft.
+            lengths (`list[int]`, *optional*): tokens of each row of `input_ids`, including padding; None: all L.
+            counts (`list[int]`, *optional*): number of valid features of each row, which come first; None: n.
+            found ([`Found`], *optional*): lookup nodes that the tree may contain as well.
 
         Returns:
-            [`DraftTree`] on the device of `input_ids`; only the root if `max_depth` is 0.
+            [`DraftTree`] on the device of `input_ids`. It contains only the root if `max_depth` is 0.
         """
         batch, longest = input_ids.shape
         lengths = [longest] * batch if lengths is None else lengths
@@ -123,7 +123,7 @@ class CoralCandidateGenerator(CandidateGenerator):
             self.head.read(input_ids[:, self._seen :])
             self._seen = min(lengths)
         features, counts = self._with_unread(features, counts)
-        # a long prompt in pieces: what the layer computes for all of it at once would be the peak of a call's memory
+        # a long prompt in pieces: the layer's activations for all of it at once would be the peak memory of the call
         while max(counts) > _PIECE and min(counts) == features.shape[1] and not any(self.padding):
             rest = features.shape[1] - _PIECE
             read = [length - rest for length in lengths]
@@ -134,7 +134,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         root = _roots(input_ids, lengths)
         if depth <= 0:
             return DraftTree.chain(root)
-        # Row t contains token x_{t+1}: drafts of the root's children sit at the root's own index.
+        # Row t contains token x_{t+1}, so the drafts of the root's children are at the root's index.
         places = [length - 1 - padding for length, padding in zip(lengths, self.padding, strict=True)]
         if len(set(places)) == 1:
             rotary = self._rotary.rows(places[0], depth)
@@ -145,11 +145,11 @@ class CoralCandidateGenerator(CandidateGenerator):
         return self.levels.draft(root, hidden, feature, rotary, self.cache, self._filled, depth, rule, found)
 
     def pays(self, lengths: list[int]) -> bool:
-        """Whether the next step of rows of such lengths is to draft: by what drafting has saved so far ([`Pace`])."""
+        """Whether the next step of rows of such lengths drafts, given the time saved so far ([`Pace`])."""
         return self._pace.drafts(self.costs_at(lengths))
 
     def costs_at(self, lengths: list[int]) -> DraftCosts | None:
-        """The costs of a step of rows of such lengths; None where sizes are fixed."""
+        """The costs of a step of rows of such lengths; None if sizes are fixed."""
         rule = self.levels.rule_at(len(lengths), max(lengths))
         return None if rule is None else rule.costs
 
@@ -161,12 +161,12 @@ class CoralCandidateGenerator(CandidateGenerator):
         counts: list[int] | None = None,
         found: Found | None = None,
     ) -> DraftTree:
-        """Drafts nothing: the new features wait for the next draft, which reads them in one pass.
+        """Skips a draft. The next draft reads the new features in one pass.
 
         Args: as for [`propose`].
 
         Returns:
-            [`DraftTree`] of the roots, and of what was found, as chains.
+            [`DraftTree`] of the roots and the lookup nodes, as chains.
         """
         self._unread.append((features, [features.shape[1]] * len(lengths) if counts is None else counts))
         roots = _roots(input_ids, lengths)
@@ -175,12 +175,12 @@ class CoralCandidateGenerator(CandidateGenerator):
         return DraftTree.chain(torch.cat([roots, found.tensors(roots.device)[0]], dim=1))
 
     def verified(self, tree: DraftTree, counts: list[int]) -> None:
-        """Takes account of how many tokens each row got of a tree, for [`pays`]."""
+        """Records how many tokens each row accepted from a tree, for [`pays`]."""
         if tree.promise is not None:
             self._pace.add(tree.promise, sum(counts) / len(counts) - 1)
 
     def _with_unread(self, features: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, list[int]]:
-        """The features that were put off, then these, and how many each row has of them all."""
+        """The postponed features followed by these, and the number that each row has."""
         if not self._unread:
             return features, counts
         blocks, self._unread = [*self._unread, (features, counts)], []
@@ -195,7 +195,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         return (joined if min(totals) == start else nodes_of(joined, paths)), totals
 
     def keep_rows(self, order: list[int]) -> None:
-        """Goes on with these rows of the batch, in this order."""
+        """Keeps these rows of the batch, in this order."""
         self.padding = [self.padding[row] for row in order]
         self._unread = [(features[order], [counts[row] for row in order]) for features, counts in self._unread]
         self.cache.keep_rows(order)
@@ -203,14 +203,14 @@ class CoralCandidateGenerator(CandidateGenerator):
             self._filled = self._filled[order]
 
     def resume(self, cache: Cache, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Goes on from what the drafter read of the text in the target's cache, if this is the next turn of it.
+        """Resumes from the drafter's kept rows of the text in the target's cache, if this call is its next turn.
 
         Args:
-            cache (`Cache`): the target's, after the prefill of `input_ids` `[1, L]`.
-            features (`torch.Tensor` of shape `[1, n, F]`): of the tokens that were not in it.
+            cache (`Cache`): the target's cache after the prefill of `input_ids` `[1, L]`.
+            features (`torch.Tensor` of shape `[1, n, F]`): features of the tokens that were not in the cache.
 
         Returns:
-            `torch.Tensor` of shape `[1, m, F]`: the features for [`propose`], with those the drafter has yet to read.
+            `torch.Tensor` of shape `[1, m, F]`: the features for [`propose`], including any that the drafter has not read.
         """
         known = input_ids.shape[1] - features.shape[1]
         if len(self.padding) > 1:
@@ -222,23 +222,23 @@ class CoralCandidateGenerator(CandidateGenerator):
         return torch.cat([read.features, features], dim=1)
 
     def keep(self, cache: Cache, input_ids: torch.Tensor, features: torch.Tensor) -> None:
-        """Keeps what was read beside the target's cache, of which `features` `[1, n, F]` are the last tokens'."""
+        """Keeps the drafter's rows with the target's cache. `features` `[1, n, F]` are those of its last tokens."""
         known = cache.get_seq_length()
         features, _ = self._with_unread(features, [features.shape[1]])
-        # Not of a call whose ids began after what the cache held already, nor of one that ended before a draft.
+        # Not for a call whose ids lack the tokens already in the cache, nor for one that ended before a draft.
         if known == input_ids.shape[1] - 1 and self.cache.length:
             keep_rows(cache, self.drafter, ReadRows(input_ids[:, :known], self.padding[0], self.cache, features))
 
     def features_of(
         self, hidden_states: tuple[torch.Tensor, ...], paths: list[list[int]] | None = None
     ) -> torch.Tensor:
-        """The target's features `[B, n, F]` on the drafter's device: with device_map each layer has its own.
+        """The target's features `[B, n, F]` on the drafter's device. With a device_map, layers have different devices.
 
         Args:
-            hidden_states (`tuple` of `torch.Tensor` of shape `[B, N, H]`): of every layer, or None for those
-                that are not read.
-            paths (`list[list[int]]`, *optional*): the nodes to take of each row, n at most; after fewer there may be anything.
-                None: all.
+            hidden_states (`tuple` of `torch.Tensor` of shape `[B, N, H]`): one entry per layer, None for layers that are not
+                read.
+            paths (`list[list[int]]`, *optional*): the nodes to take from each row, at most n. The rest of shorter rows is
+                arbitrary. None: all nodes.
         """
         states = list(hidden_states)
         for layer in set(self.adapter.feature_layers):
@@ -250,8 +250,8 @@ class CoralCandidateGenerator(CandidateGenerator):
     def _extend(
         self, input_ids: torch.Tensor, features: torch.Tensor, lengths: list[int], counts: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the new true rows; returns the last row's head input and fed-back feature, both `[B, 1, H]`."""
-        # index of each first new feature's token, and what of the features is padding in all rows
+        """Writes the new true rows. Returns the last row's head input and fed-back feature, both `[B, 1, H]`."""
+        # index of the first new feature's token, and the number of leading features that are padding in all rows
         first = [length - 1 - count for length, count in zip(lengths, counts, strict=True)]
         cut = max(0, min(padding - start for padding, start in zip(self.padding, first, strict=True)))
         features = features[:, cut : max(counts)]
@@ -277,7 +277,7 @@ class CoralCandidateGenerator(CandidateGenerator):
             self._filled = torch.cat([before, everywhere[:, :width] if valid is None else valid], dim=1)
             columns = torch.arange(slot + width, device=self._device)
             causal = columns <= columns[slot:, None]  # [n, slot + n]
-            # a row that means nothing sees itself: no NaN
+            # a padding row sees itself, which avoids NaN
             itself = columns == columns[slot:, None]
             mask = (self._filled[:, None] & causal | itself)[:, None]
         projected = self.drafter.project_features(placed(features, self._device, self._dtype))
@@ -289,7 +289,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         ends = [[count - 1] for count in counts]
         return nodes_of(hidden, ends), nodes_of(feature, ends)
 
-    # Transformers' contract ------------------------------------------------------------------------------------
+    # Transformers' interface -----------------------------------------------------------------------------------
 
     def get_candidates(
         self,
@@ -300,14 +300,14 @@ class CoralCandidateGenerator(CandidateGenerator):
         n_last_matches: int = 0,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Candidate sequence `[1, L + depth]` for the stock loop; no logits, because drafts are argmaxes.
+        """Candidate sequence `[1, L + depth]` for the stock loop, without logits, because drafts are argmaxes.
 
-        The first call returns `input_ids` as they are, so that the target prefills.
+        The first call returns `input_ids` unchanged, so that the target runs its prefill.
         """
         if is_first_iteration or model_outputs is None:
             return input_ids, None
         hidden_states = model_outputs.hidden_states
-        # Of the prefill every row is new; later the first n_last_matches + 1 are, the others were rejected.
+        # After the prefill, every row is new. Later, the first n_last_matches + 1 are new; the others were rejected.
         of_prefill = self._unverified_depth is None
         count = hidden_states[-1].shape[1] if of_prefill else int(n_last_matches) + 1
         features = self.features_of(tuple(state[:, :count] for state in hidden_states))
@@ -316,13 +316,13 @@ class CoralCandidateGenerator(CandidateGenerator):
         return torch.cat([input_ids[:, :-1], tree.tokens.to(input_ids.device)], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Records what the stock loop's last verification accepted."""
+        """Records how many tokens the stock loop's last verification accepted."""
         if self._unverified_depth is not None:
             self.stats.add_step(self._unverified_depth, int(num_matches))
 
 
 def padding_of(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> list[int]:
-    """Padding among each of `input_ids` `[B, L]`, of a mask that may begin with what is in the cache and not passed again."""
+    """Padding in each row of `input_ids` `[B, L]`. The mask may begin with cached tokens that are not passed again."""
     if attention_mask is None:
         return [0] * input_ids.shape[0]
     return (attention_mask[:, -input_ids.shape[1] :] == 0).sum(dim=1).tolist()
@@ -336,7 +336,7 @@ def _roots(input_ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
 
 
 def nodes_of(states: torch.Tensor, paths: list[list[int]]) -> torch.Tensor:
-    """Of states `[B, N, H]` the nodes of each row's path, `[B, n, H]` for the longest; shorter ones end in anything."""
+    """Selects each row's path from states `[B, N, H]`: `[B, n, H]` for the longest path. Shorter rows end arbitrarily."""
     batch, nodes, width = states.shape
     longest = max(len(path) for path in paths)
     index = [row * nodes + node for row, path in enumerate(paths) for node in [*path, *[0] * (longest - len(path))]]

@@ -34,24 +34,24 @@ def coral_decoding(
     plan: GraphPlan | None = None,
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | torch.Tensor:
-    """Generates with draft trees; the same tokens as plain `generate`, greedy or sampled (same seed, in fp32).
+    """Generates with draft trees. Returns the same tokens as plain `generate`, greedy or sampled (same seed, in fp32).
 
-    Rows of a batch go at their own pace, each with trees of its own, and leave when they end. Sampled, their tokens then come
-    of other random numbers than plain decoding's, which draws for all rows at once; their distribution is the same.
+    Rows of a batch advance at their own pace, each with its own trees, and leave when they end. Sampled tokens of a batch then
+    use different random numbers from plain decoding, which draws for all rows at once. Their distribution is the same.
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
         input_ids (`torch.LongTensor` of shape `[B, L]`)
-        logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: as `generate` prepares them.
-        costs ([`DraftCosts`] or [`MeasuredCosts`], *optional*): for `draft_cost_aware`. Where no draft saves time, steps are plain.
-        plan ([`GraphPlan`], *optional*): how the call is compiled; None: not at all.
+        logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: as prepared by `generate`.
+        costs ([`DraftCosts`] or [`MeasuredCosts`], *optional*): for `draft_cost_aware`. Steps are plain if no draft saves time.
+        plan ([`GraphPlan`], *optional*): how the call is compiled; None: it is not compiled.
 
     Returns:
-        As `generate`: ids `[B, L + new]`, or a `GenerateDecoderOnlyOutput` with `return_dict_in_generate`.
+        The same as `generate`: ids `[B, L + new]`, or a `GenerateDecoderOnlyOutput` with `return_dict_in_generate`.
 
     Raises:
-        ValueError: if drafter and target, or settings and drafter do not belong together; what else is not supported
-            [`call_checks.check_call`] has refused.
+        ValueError: if drafter and target, or settings and drafter, do not belong together. [`call_checks.check_call`]
+            rejects other unsupported calls beforehand.
     """
     cache, mask = cache_of(model_kwargs), model_kwargs.get("attention_mask")
     max_length = generation_config.max_length
@@ -69,7 +69,7 @@ def coral_decoding(
     if settings.draft_lookup:
         prompts = [ids[count:] for ids, count in zip(input_ids.tolist(), padding, strict=True)]
         lookup = LookupNodes(prompts, settings.draft_total_tokens - 1)
-    # Nothing refuses from here on: a call that was refused leaves the last one's statistics.
+    # No check fails from here on. A rejected call leaves the statistics of the call before.
     drafter.last_stats = None
 
     with verifier.recording():
@@ -137,7 +137,7 @@ def coral_decoding(
         scores=None if choice.scores is None else tuple(choice.scores),
         logits=None if choice.logits is None else tuple(choice.logits),
         hidden_states=None if states is None else states.returned(),
-        # A batch's rows have left it one by one: nothing is there to continue with.
+        # The rows of a batch have left one by one, so no cache remains to continue with.
         **cache_kwarg(verifier.cache if len(padding) == 1 else None),
     )
 

@@ -1,4 +1,4 @@
-"""Drafts the levels of a tree, or the tokens of a chain, after the true rows of a drafter's cache."""
+"""Drafts the levels of a tree or the tokens of a chain after the true rows of a drafter's cache."""
 
 from functools import cache
 from typing import Any
@@ -20,7 +20,7 @@ _BLOCK = 512  # positions that a rotary table grows by
 
 
 class RotaryTable:
-    """What a drafter's rows are turned by, of all positions that a text has reached: made in blocks, then only looked up.
+    """RoPE factors of a drafter for all positions reached so far, computed in blocks and then looked up.
 
     Args:
         drafter ([`CoralDraftModel`])
@@ -39,20 +39,20 @@ class RotaryTable:
             self._factors = self.drafter.rotary(positions, self._like)
 
     def rows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of `count` positions in a row: views `[1, 1, count, d]`."""
+        """Factors of `count` consecutive positions, as views `[1, 1, count, d]`."""
         self._reserve(first + count)
         cosines, sines = self._factors
         return cosines[:, :, first : first + count], sines[:, :, first : first + count]
 
     def at(self, positions: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of positions `[B, T]`, which are below `end`: `[B, 1, T, d]`."""
+        """Factors `[B, 1, T, d]` of positions `[B, T]` below `end`."""
         self._reserve(end)
         cosines, sines = (factors[0, 0, positions][:, None] for factors in self._factors)
         return cosines, sines
 
 
 class LevelDrafter:
-    """Drafts from the last true row; what it writes to the cache is overwritten at the next step.
+    """Drafts from the last true row. Its entries in the cache are overwritten at the next step.
 
     Args:
         drafter ([`CoralDraftModel`]), adapter ([`TargetAdapter`]), head ([`DraftHead`]), settings ([`DraftSettings`])
@@ -78,7 +78,7 @@ class LevelDrafter:
             self.costs, self.calibration = costs, calibration_of(drafter.config)
 
     def rule_at(self, rows: int, context: int) -> TreeSizeRule | None:
-        """What sizes the trees of this many rows, the longest of which has this many tokens; None: sizes are fixed."""
+        """The rule that sizes trees for this many rows, the longest of which has this many tokens; None: sizes are fixed."""
         if self.costs is None:
             return None
         costs = self.costs.at(rows, context)
@@ -102,18 +102,18 @@ class LevelDrafter:
         rule: TreeSizeRule | None = None,
         found: Found | None = None,
     ) -> DraftTree:
-        """A tree, or a chain, of at most `depth` levels.
+        """Drafts a tree or a chain of at most `depth` levels.
 
         Args:
             root (`torch.LongTensor` of shape `[B, 1]`)
-            hidden (`torch.Tensor` of shape `[B, 1, H]`), feature (`torch.Tensor` of shape `[B, 1, H]`): the last true row's
-                input of the head, and what it feeds back.
-            rotary (`tuple` of `torch.Tensor` of shape `[B or 1, 1, depth, d]`): of the positions of the levels.
+            hidden (`torch.Tensor` of shape `[B, 1, H]`), feature (`torch.Tensor` of shape `[B, 1, H]`): the head input and the
+                fed-back feature of the last true row.
+            rotary (`tuple` of `torch.Tensor` of shape `[B or 1, 1, depth, d]`): RoPE factors for the positions of the levels.
             cache ([`DraftKeyValues`])
             filled (`torch.BoolTensor` of shape `[B, length]`, *optional*): slots that contain a true row; None: all.
             depth (`int`): at least 1.
-            rule ([`TreeSizeRule`], *optional*): of [`rule_at`].
-            found ([`Found`], *optional*): nodes that the tree may take as well; a chain takes none.
+            rule ([`TreeSizeRule`], *optional*): from [`rule_at`].
+            found ([`Found`], *optional*): lookup nodes that a tree may contain as well. A chain uses none.
         """
         # one view for each level, at once
         levels = list(zip(*(factors.split(1, dim=2) for factors in rotary), strict=True))
@@ -144,7 +144,7 @@ class LevelDrafter:
         tokens, _, parent = builder.add_level(*self._children(hidden, root.device, builder))
         feature = feature.expand(batch, top_k, -1)  # of each expanded node's parent
         itself = _only_itself(top_k, batch, self.dtype, self.device)
-        # added to the scores of each expanded node: which true rows and which scratch slots it sees
+        # added to the scores of each expanded node: the true rows and scratch slots that it sees
         seen = torch.zeros(batch, top_k, length, dtype=self.dtype, device=self.device)
         if filled is not None:
             seen = seen.masked_fill(~filled[:, None], -torch.inf)
@@ -180,21 +180,21 @@ class LevelDrafter:
         return tree
 
     def _children(self, hidden, device, builder: DraftTreeBuilder) -> tuple[torch.Tensor, torch.Tensor]:
-        """The `top_k` likeliest next tokens of each row: ids and log q, both `[B, W, top_k]`."""
-        # a choice of groups that rows share is made by their path probabilities
+        """The `top_k` most likely next tokens of each row: ids and log q, both `[B, W, top_k]`."""
+        # rows that share router groups choose them by their path probabilities
         weights = None if self.head.router is None or hidden.shape[1] == 1 else builder.scores.exp()
         tokens, log_probs = self.head.top_k(hidden, self.settings.draft_top_k, weights)
         return placed(tokens, device), placed(log_probs, device)
 
     def _weigh(self, rule: TreeSizeRule, builder: DraftTreeBuilder) -> tuple[list[float], bool]:
-        """The nodes of every row, with tokens per millisecond, and whether another level promises more; the host waits for it."""
+        """The number of nodes of every row, tokens per millisecond, and whether another level pays. Waits for the device."""
         chances = builder.chances(), builder.open_chances, builder.parent_chances
         size, speed, more = torch.stack(rule.weigh(*chances, builder.num_levels, together=True)).flatten().tolist()
         return [size, speed], bool(more)
 
 
 def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Of `[B, W, ...]` the rows at `[B, W]`."""
+    """The rows of `[B, W, ...]` at the indices `[B, W]`."""
     if len(index) == 1:
         return x.index_select(1, index[0])
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -26,7 +26,7 @@ from .drafter_checks import check_coral_drafter, check_loaded, check_whole, is_c
 from .settings import DraftSettings
 
 
-# What the wrapped methods must accept; another signature means a Transformers release we do not know.
+# Parameters that the wrapped methods must accept. Another signature means an unknown Transformers release.
 _DECODING_PARAMETERS = {
     "self",
     "input_ids",
@@ -40,9 +40,9 @@ _DECODING_PARAMETERS = {
 _GENERATOR_PARAMETERS = {"self", "generation_config", "input_ids", "model_kwargs", "assistant_model"}
 _SAMPLE_PARAMETERS = _DECODING_PARAMETERS - {"assistant_model"}
 _VALIDATION_PARAMETERS = {"self", "generation_mode", "generation_config", "generation_mode_kwargs"}
-# What Transformers hands to assisted decoding alone.
+# Arguments that Transformers only passes to assisted decoding.
 _ASSISTED_ALONE = ("inputs_tensor", "assistant_tokenizer", "tokenizer", "assistant_model")
-# Settings of other ways to speculate or to decode, which a CORAL drafter leaves without effect, and what to do instead.
+# Settings of other speculation and decoding methods that have no effect with a CORAL drafter, and their remedies.
 _SIZES = "set draft_depth, draft_top_k and draft_total_tokens instead"
 _OTHER_DRAFTS = "drop it, or generate without a CORAL drafter"
 _WITHOUT_EFFECT = {
@@ -59,14 +59,14 @@ _WITHOUT_EFFECT = {
     "speculation_type": _OTHER_DRAFTS,
     "dola_layers": _OTHER_DRAFTS,
 }
-# Tokenizers that calls were given, held weakly: their sizes and the drafters' hashes that were found equal.
+# Tokenizers passed to calls (weak references), with their sizes and the drafters' hashes that matched.
 _known_vocabularies: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _MARK = "_coral_hf_original"
 _problem: str | None = None
 
 
 def _check_settings_of_others(generation_config: GenerationConfig) -> None:
-    """Raises `ValueError` for settings that Transformers would read with another assistant, and that do nothing here."""
+    """Raises `ValueError` for settings that Transformers uses with other assistants but that have no effect here."""
     filled_in = default_generation_settings()
     for name, remedy in _WITHOUT_EFFECT.items():
         value = getattr(generation_config, name, None)
@@ -78,7 +78,7 @@ def _check_settings_of_others(generation_config: GenerationConfig) -> None:
 
 
 def _check_tokenizer(drafter: Any, tokenizer: Any) -> None:
-    """[`check_vocabulary`], once for each: hashing a vocabulary takes as long as several steps."""
+    """Runs [`check_vocabulary`] once per pair, because hashing a vocabulary takes as long as several steps."""
     known = _known_vocabularies.setdefault(tokenizer, set())
     pair = len(tokenizer), drafter.config.target_vocab_hash
     if pair not in known:
@@ -87,12 +87,12 @@ def _check_tokenizer(drafter: Any, tokenizer: Any) -> None:
 
 
 def install() -> None:
-    """Makes `generate(assistant_model=drafter)` use CORAL for CORAL drafters; idempotent.
+    """Makes `generate(assistant_model=drafter)` use CORAL for CORAL drafters. Idempotent.
 
     Wraps `GenerationMixin._assisted_decoding`, `_get_candidate_generator` (for the stock loop),
     `_validate_generation_mode` (beam search would silently ignore the drafter) and `generate` (for attached drafters). Every
-    other assistant reaches the original methods with the arguments as they came. If Transformers' signatures are not the known ones nothing is
-    wrapped, and using a CORAL drafter through `coral_generate` raises.
+    other assistant reaches the original methods with unchanged arguments. If Transformers' signatures are unknown, nothing is
+    wrapped, and `coral_generate` raises.
     """
     global _problem
     if hasattr(GenerationMixin._assisted_decoding, _MARK):
@@ -131,7 +131,7 @@ def _wrap_decoding(original):
         except ValueError as error:
             if (attachment := running.get()) is None or attachment.drafter is not drafter:
                 raise
-            # The caller asked for no drafter. Nothing has run yet, and a streamer has its prompt.
+            # The caller did not pass a drafter. Nothing has run yet, and a streamer has received the prompt.
             attachment.tell(str(error))
             kwargs.update(given)  # a static cache may have been replaced
             for name in _ASSISTED_ALONE:
@@ -145,7 +145,7 @@ def _wrap_decoding(original):
         if settings.draft_stock_loop and kwargs["generation_config"].stop_strings is not None:
             raise ValueError(
                 "draft_stock_loop=True looks for stop_strings only at the end of a block of accepted tokens and may "
-                "run past one. Leave draft_stock_loop=False, or drop stop_strings."
+                "miss one. Leave draft_stock_loop=False, or drop stop_strings."
             )
         if settings.draft_stock_loop and cache_of(kwargs).get_seq_length() > 0:
             raise ValueError(
@@ -164,7 +164,7 @@ def _wrap_decoding(original):
             kwargs.pop(name, None)
         if settings.draft_cost_aware:
             kwargs["costs"] = draft_costs(self, drafter, settings)
-            kwargs["costs"].at(*input_ids.shape)  # measured before there are keys and values of the call's own
+            kwargs["costs"].at(*input_ids.shape)  # measured before the call's own keys and values exist
         # Hugging Face's generate runs under no_grad already.
         with few_row_linears(self, drafter), copied_without_hooks(self), plan or nullcontext():
             return coral_decoding(self, drafter, settings, input_ids, *args, **{**kwargs, "plan": plan})
@@ -179,7 +179,7 @@ def _wrap_validation(original):
         drafter = generation_mode_kwargs.get("assistant_model")
         check_loaded(drafter)
         if is_coral_drafter(drafter):
-            if running.get() is None:  # a caller who knows of no drafter may set what it leaves without effect
+            if running.get() is None:  # a caller who does not pass a drafter may set options that it ignores
                 _check_settings_of_others(generation_config)
             check_whole(drafter)
             if generation_mode != GenerationMode.ASSISTED_GENERATION:
@@ -194,10 +194,10 @@ def _wrap_validation(original):
             # There is one vocabulary. `pipeline` asks for a second tokenizer where special ids differ, and Transformers
             # then refuses it.
             generation_mode_kwargs.pop("assistant_tokenizer", None)
-            # Transformers' own assistants take no batch; `generate` repeats the prompts later, whatever the mode.
+            # Transformers' own assistants take no batches. `generate` repeats the prompts later in any mode.
             generation_config = copy.copy(generation_config)
             generation_config.num_return_sequences = 1
-            # ... nor recurrent layers: what else is checked does not depend on the mode.
+            # Nor do they take recurrent layers. The other checks do not depend on the mode.
             sampled = generation_config.do_sample
             generation_mode = GenerationMode.SAMPLE if sampled else GenerationMode.GREEDY_SEARCH
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
@@ -230,16 +230,16 @@ def coral_generate(
     generation_config: GenerationConfig | None = None,
     **kwargs: Any,
 ) -> Any:
-    """`target.generate(assistant_model=drafter)` with the draft's size as arguments.
+    """`target.generate(assistant_model=drafter)` with draft settings as arguments.
 
     Args:
-        target (`PreTrainedModel`): the model whose text is generated.
+        target (`PreTrainedModel`): the model that generates.
         drafter ([`CoralDraftModel`])
         generation_config ([`GenerationConfig`], *optional*)
-        **kwargs: everything that `generate` takes, and every `draft_*` setting of [`DraftSettings`].
+        **kwargs: any argument of `generate`, and any `draft_*` setting of [`DraftSettings`].
 
     Returns:
-        What `generate` returns.
+        The same as `generate`.
 
     Raises:
         ValueError: if `drafter` is not a CORAL drafter, sizes contradict each other, or the call is not supported.
@@ -253,12 +253,12 @@ def coral_generate(
             "coral_generate(target, drafter, input_ids=...)."
         )
     check_coral_drafter(drafter, "coral_generate")
-    # A copy: the caller's config, or the target's own defaults, stay as they are.
+    # A copy, so that the caller's config and the target's defaults stay unchanged.
     generation_config = copy.deepcopy(target.generation_config if generation_config is None else generation_config)
     for key in [key for key in kwargs if key.startswith("draft_")]:
         setattr(generation_config, key, kwargs.pop(key))
-    # A config beside generation arguments is deprecated: they are set in it. Not those that are None (eos_token_id=None), which
-    # `generate` would take for unset and fill from the target's defaults.
+    # Passing a config and generation arguments together is deprecated, so the arguments are set in the config. Those that are
+    # None (eos_token_id=None) are not: `generate` would treat them as unset and use the target's defaults.
     nones = {key: value for key, value in kwargs.items() if value is None}
     kwargs = nones | generation_config.update(**{key: value for key, value in kwargs.items() if value is not None})
     return target.generate(assistant_model=drafter, generation_config=generation_config, **kwargs)

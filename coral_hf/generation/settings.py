@@ -12,8 +12,8 @@ from ..drafter.draft_head import DraftHead
 class DraftSettings:
     """How much is drafted per step.
 
-    A call that names `draft_depth` or `draft_top_k` keeps the total of the drafter's config as a limit on its tree, as far as
-    the new sizes reach it (`draft_total_tokens=None` lifts it); a chain it drafts as deep as it says.
+    If a call sets `draft_depth` or `draft_top_k`, the total in the drafter's config still limits its tree.
+    `draft_total_tokens=None` removes the limit. A chain is always drafted to the depth that the call sets.
 
     Args:
         draft_depth (`int`): levels drafted below the root; a chain's length.
@@ -34,7 +34,8 @@ class DraftSettings:
             tokens occurred earlier in prompt or answer (see `generation.lookup`); a step may verify those alone. A chain
             is drafted or looked up, step by step.
         draft_compile (`bool`): draft and verify in compiled graphs of fixed shapes (see `generation.compiled`), with the
-            `compile_config` of the generation config. Of a call, not of a drafter: it is about the machine.
+            `compile_config` of the generation config. This is a setting of calls, not of drafters, because it depends on the
+            machine.
     """
 
     draft_depth: int = 5
@@ -54,7 +55,7 @@ class DraftSettings:
         if self.draft_total_tokens is None:
             object.__setattr__(self, "draft_total_tokens", self.max_total_tokens)
         for name in ("draft_groups_per_row", "draft_stock_loop", "draft_cost_aware", "draft_lookup", "draft_compile"):
-            if not isinstance(getattr(self, name), bool):  # "false" would count as true
+            if not isinstance(getattr(self, name), bool):  # the string "false" would count as true
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.draft_head not in (None, *DRAFT_HEADS):
             raise ValueError(f"draft_head={self.draft_head!r} is unknown; choose one of {list(DRAFT_HEADS)}.")
@@ -76,8 +77,8 @@ class DraftSettings:
             )
         if self.draft_compile and self.draft_lookup:
             raise ValueError(
-                "draft_compile=True drafts in graphs of fixed shapes, which have no place for the nodes of draft_lookup=True. Set one "
-                "of them to False."
+                "draft_compile=True drafts in graphs of fixed shapes, which cannot take the nodes of draft_lookup=True. Set one of "
+                "them to False."
             )
         if self.draft_compile and self.draft_head == "context":
             raise ValueError(
@@ -97,7 +98,7 @@ class DraftSettings:
 
     @property
     def max_levels(self) -> int:
-        """Levels below the root that are worth drafting: a node is verified with all its ancestors."""
+        """Most levels below the root that can be verified, because a node is verified with all its ancestors."""
         return min(self.draft_depth, self.draft_total_tokens - 1)
 
     @property
@@ -120,7 +121,7 @@ class DraftSettings:
         own_head, low_rank = getattr(drafter, "draft_head", None), getattr(drafter, "low_rank", None)
         if own_head is not None and self.draft_head not in (None, "full"):
             raise ValueError(
-                f"draft_head={self.draft_head!r} chooses rows of the target's LM head, but this drafter has a head of its own "
+                f"draft_head={self.draft_head!r} selects rows of the target's LM head, but this drafter has its own head "
                 f"(draft_vocab_size={drafter.config.draft_vocab_size}): leave draft_head out."
             )
         if self.draft_head in ("router", "both") and router is None:
@@ -146,8 +147,8 @@ class DraftSettings:
             for name, unset in about_groups:
                 if (value := getattr(self, name)) != unset:
                     raise ValueError(
-                        f"{name}={value!r} is about router groups, but no router is used: leave it out, or draft with a "
-                        "router (draft_head='router', in a drafter that has one)."
+                        f"{name}={value!r} is a setting for router groups, but no router is used. Remove it, or draft with a router "
+                        "(draft_head='router', if the drafter has one)."
                     )
             if uses_low_rank:
                 return DraftHead(adapter, low_rank=low_rank, candidates=drafter.config.low_rank_candidates)
@@ -168,7 +169,7 @@ class DraftSettings:
 
     @classmethod
     def resolve(cls, config: Any, generation_config: Any = None, overrides: dict | None = None) -> "DraftSettings":
-        """Settings of one call: overrides before the generation config before the drafter's config.
+        """The settings of one call. Overrides take precedence over the generation config, and that over the drafter's config.
 
         Raises:
             ValueError: on an unknown `draft_*` key, a value out of range or contradictory sizes.
@@ -179,15 +180,15 @@ class DraftSettings:
         unknown = sorted(set(given) - set(names))
         if unknown:
             raise ValueError(f"Unknown draft setting(s) {unknown}; the settings are {names}.")
-        # None is unset, except for a total: there it is all that depth and top_k produce
+        # None means unset, except for the total, where it means all that depth and top_k produce
         given = {key: value for key, value in given.items() if value is not None or key == "draft_total_tokens"}
         defaults = {name: getattr(config, name, None) for name in names if name != "draft_compile"}
         defaults = {name: value for name, value in defaults.items() if value is not None}
         if {"draft_depth", "draft_top_k", "draft_total_tokens"} & set(given):
-            # Sizes that a call names are meant as they are: the config's rule is about the config's sizes.
+            # Sizes set by a call are used exactly: the config's cost-aware rule only applies to the config's sizes.
             given.setdefault("draft_cost_aware", False)
         if {"draft_depth", "draft_top_k"} & set(given) and "draft_total_tokens" not in given:
-            # The config's total belongs to the config's depth and top_k: fit it to the new ones.
+            # The config's total belongs to the config's depth and top_k, so it is adapted to the new ones.
             total = defaults.pop("draft_total_tokens", None)
             whole = cls(**{**defaults, **given})
             if total is not None and not whole.is_chain:

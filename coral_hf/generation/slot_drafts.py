@@ -1,4 +1,4 @@
-"""Drafts for the slots of continuous batching: rows of the drafter that begin, move and end one by one."""
+"""Drafts for the slots of continuous batching. The drafter's rows begin, move and end one by one."""
 
 import copy
 import logging
@@ -30,17 +30,17 @@ logger = logging.getLogger(__name__)
 
 
 class SlotDrafts:
-    """Steps a [`SlotCache`] with draft trees, where they save time.
+    """Steps a [`SlotCache`] with draft trees when they save time.
 
-    Every slot's rows lie at the front of the drafter's cache. New ones are written after the longest slot's, like drafts, and
-    then moved to their slot's end.
+    Every slot's rows are at the front of the drafter's cache. New rows are written after those of the longest slot, like
+    drafts, and then moved to the end of their slot.
 
     Attributes:
-        on (`bool`): slots draft: what [`step`] steps, and whose prompts [`take`] is given.
+        on (`bool`): whether slots draft, so that they need [`step`], and [`take`] for their prompts.
 
     Args:
         cache ([`SlotCache`]), drafter ([`CoralDraftModel`])
-        costs ([`DraftCosts`] or [`MeasuredCosts`], *optional*): times of a step; None: those of this machine.
+        costs ([`DraftCosts`] or [`MeasuredCosts`], *optional*): times of a step; None: measure them on this machine.
 
     Raises:
         ValueError: if drafter and target do not belong together.
@@ -62,46 +62,47 @@ class SlotDrafts:
         self.device, self.dtype = self.levels.device, self.levels.dtype
         self._rotary = RotaryTable(drafter)
         self._rows = DraftKeyValues(drafter.config, BLOCK, self.dtype, self.device, cache.slots)
-        self._read = [0] * cache.slots  # rows of each slot
+        self._read = [0] * cache.slots  # number of rows of each slot
         self._unread: list[list[torch.Tensor]] = [[] for _ in range(cache.slots)]  # features `[n, F]` that follow them
         self.on = False
-        self._asked_at = cache.slots  # live slots when it was last asked whether they are to draft
+        self._asked_at = cache.slots  # live slots at the last decision
         self.positions = getattr(target.config.get_text_config(), "max_position_embeddings", None)
 
     def begin(self, context: int) -> bool:
-        """Whether all slots draft, the longest prompt of which has this many tokens; a line says so."""
+        """Decides whether all slots draft, given the length of the longest prompt. Logs the decision."""
         costs = self.costs.at(self.cache.slots, context)
         self.on = costs.can_pay
         two, first = (costs.target_ms[min(nodes, len(costs.target_ms)) - 1] for nodes in (2, 1))
         logger.warning(
-            "%s slots %s: a forward over two tokens a slot takes %.2f times one over one here, and a draft of one level %.2f.",
+            "%s slots %s. On this machine, a forward pass over two tokens per slot takes %.2f times as long as one over one token, "
+            "and drafting one level takes %.2f times as long.",
             self.cache.slots,
-            "draft where it saves time" if self.on else "do not draft before few are left",
+            "draft where it saves time" if self.on else "do not draft until few are left",
             two / first,
             costs.first_level_ms / first,
         )
         return self.on
 
     def begin_late(self, texts: Sequence[list[int]]) -> bool:
-        """Whether the slots that are left draft from now on; asked when their number has halved. They are read again."""
+        """Decides whether the remaining slots draft from now on, when their number has halved. If so, reads them again."""
         n = len(texts)
         if 2 * n > self._asked_at:
             return False
         self._asked_at = n
         self.on = self.costs.at(n, max(map(len, texts))).can_pay
         if self.on:
-            self.cache.share_prefix([])  # what begins later is read whole
+            self.cache.share_prefix([])  # later prompts are read whole
             self.cache.read(range(n), texts, self.take, self.states)
         return self.on
 
     def described(self) -> dict[str, Any]:
-        """What came of it, for a report."""
+        """Acceptance length and share of plain steps, for a report."""
         stats = self.stats
         plain = stats.plain_steps / stats.steps if stats.steps else 1.0
         return {"acceptance_length": round(stats.acceptance_length, 3), "plain_steps": round(plain, 3)}
 
     def take(self, slots: Sequence[int], texts: Sequence[list[int]], states: tuple[torch.Tensor, ...]) -> None:
-        """Begins slots again, from the states of all tokens of their texts but the last: see [`SlotCache.prefill`]."""
+        """Begins slots with the states of all tokens of their texts except the last. See [`SlotCache.prefill`]."""
         features = self._features(states)  # [m, L, F]
         counts = [len(text) - 1 for text in texts]
         for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
@@ -134,13 +135,13 @@ class SlotDrafts:
         room: Sequence[int],
         eos_ids: Any,
     ) -> list[list[int]]:
-        """One forward of the target over the first slots, with drafts or without.
+        """One forward pass of the target over the first slots, with or without drafts.
 
         Args:
-            texts (`Sequence[list[int]]`): of each slot, so far.
+            texts (`Sequence[list[int]]`): the text of each slot so far.
             sample (`Callable`): logits `[m, V]` -> tokens `[m]`.
             greedy (`bool`): `sample` is the argmax.
-            room (`Sequence[int]`): how many tokens each slot may still get, at least one.
+            room (`Sequence[int]`): the number of tokens that each slot may still get, at least one.
             eos_ids: tokens that end a text.
 
         Returns:
@@ -181,7 +182,7 @@ class SlotDrafts:
         return tokens
 
     def _features(self, states: tuple[torch.Tensor, ...], paths: list[list[int]] | None = None) -> torch.Tensor:
-        """The target's features `[n, L, F]`, of the accepted nodes alone if paths are given."""
+        """The target's features `[n, L, F]`, only of the accepted nodes if paths are given."""
         found = list(states)
         for layer in set(self.adapter.feature_layers):
             found[layer] = placed(found[layer] if paths is None else nodes_of(found[layer], paths), self.device)
@@ -196,7 +197,7 @@ class SlotDrafts:
             self._rows = grown
 
     def _propose(self, texts: Sequence[list[int]], depth: int, rule: Any) -> DraftTree:
-        """Reads what has come and drafts."""
+        """Reads the new features and drafts."""
         n = len(texts)
         unread = [torch.cat(self._unread[slot]) for slot in range(n)]
         counts, read = [len(features) for features in unread], self._read[:n]
@@ -205,7 +206,7 @@ class SlotDrafts:
         rows = copy.copy(self._rows)
         rows.keys, rows.values, rows.length = self._rows.keys[:n], self._rows.values[:n], longest
         features = pad_sequence(unread, batch_first=True)  # [n, width, F]
-        if not features.shape[1]:  # only prompts of one token: their first drafts know nothing
+        if not features.shape[1]:  # all prompts have one token: their first drafts have no context
             features = features.new_zeros(n, 1, features.shape[2])
         new = [
             (text[start + 1 : start + 1 + count] + [0] * width)[:width]
@@ -240,7 +241,7 @@ class SlotDrafts:
         return self.levels.draft(self.cache.roots(n).tokens, hidden, feature, rotary, rows, filled, depth, rule)
 
     def _move_new(self, rows: DraftKeyValues, read: Sequence[int], counts: Sequence[int], start: int) -> None:
-        """Moves each slot's new rows from after the longest slot's to its own end."""
+        """Moves each slot's new rows from after the longest slot to the slot's own end."""
         moves = [
             (slot, start + index, end + index)
             for slot, (end, count) in enumerate(zip(read, counts, strict=True))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 
 class _OfRows:
-    """Not among the counts: `vars` of them is what the metrics take."""
+    """Excluded from the counts, because the metrics use `vars` of the counts."""
 
     __slots__ = ("lookup_steps", "plain_steps", "rows")
 
@@ -18,18 +18,18 @@ class DraftStats(_OfRows):
     """Acceptance statistics of one call, as `drafter.last_stats`.
 
     Args:
-        steps (`int`): verify steps (target forwards after the prefill).
-        n_accepted (`int`): drafted tokens accepted, bonus tokens excluded.
+        steps (`int`): verification steps (target forward passes after the prefill).
+        n_accepted (`int`): accepted drafted tokens, without bonus tokens.
         drafted_per_depth (`list[int]`): steps that drafted to depth 1, 2, ...
         accepted_per_depth (`list[int]`): steps that accepted depth 1, 2, ...
-        reached_per_depth (`list[int]`): steps that drafted to depth 1, 2, ... and accepted all depths before it. A count
-            of its own: where depths differ from step to step, the other two do not tell which steps were both.
+        reached_per_depth (`list[int]`): steps that drafted to depth 1, 2, ... and accepted all depths before it. If depths
+            differ between steps, this does not follow from the other two counts.
 
     Attributes:
-        rows (`list[DraftStats]`): the same of each row of a batch, which the counts above pool: a forward over n rows is n
-            steps.
-        lookup_steps (`int`): how many of the steps verified continuations found in the text alone, without a draft.
-        plain_steps (`int`): how many of the steps were taken without a draft, because none would have saved time.
+        rows (`list[DraftStats]`): the statistics of each row of a batch. The counts above pool the rows: a forward pass over
+            n rows counts as n steps.
+        lookup_steps (`int`): number of steps that only verified continuations found in the text, without a draft.
+        plain_steps (`int`): number of steps without a draft, because no draft would have saved time.
     """
 
     steps: int = 0
@@ -44,7 +44,7 @@ class DraftStats(_OfRows):
     def add_step(
         self, draft_depth: int, n_accepted: int, row: int = 0, plain: bool = False, lookup: bool = False
     ) -> None:
-        """Records one verify step (of a row of the batch) that drafted to `draft_depth` and accepted `n_accepted`."""
+        """Records one verification step of one row that drafted to `draft_depth` and accepted `n_accepted`."""
         if self.rows:
             self.rows[row].add_step(draft_depth, n_accepted, plain=plain, lookup=lookup)
         self.steps += 1
@@ -63,7 +63,7 @@ class DraftStats(_OfRows):
                 counts[depth] += 1
 
     def merge(self, other: "DraftStats") -> "DraftStats":
-        """Pools two runs, without their rows (tau is always pooled over steps, never averaged over samples)."""
+        """Pools two runs without their rows. Tau is always pooled over steps, never averaged over samples."""
         merged = DraftStats(self.steps + other.steps, self.n_accepted + other.n_accepted)
         merged.plain_steps = self.plain_steps + other.plain_steps
         merged.lookup_steps = self.lookup_steps + other.lookup_steps
@@ -76,12 +76,12 @@ class DraftStats(_OfRows):
 
     @property
     def acceptance_length(self) -> float:
-        """tau = 1 + accepted / verify steps: tokens per target forward, bonus included."""
+        """tau = 1 + accepted / verification steps: tokens per target forward pass, including the bonus token."""
         return 1.0 + self.n_accepted / self.steps if self.steps else 1.0
 
     @property
     def acceptance_per_depth(self) -> list[float]:
-        """Conditional acceptance: of the steps that accepted depth k - 1 and drafted depth k, how many accepted k."""
+        """Conditional acceptance: the share of steps that accepted depth k among those that accepted k - 1 and drafted k."""
         counts = zip(self.accepted_per_depth, self.reached_per_depth, strict=True)
         return [accepted / reached if reached else 0.0 for accepted, reached in counts]
 

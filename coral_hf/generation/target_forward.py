@@ -21,17 +21,17 @@ from .key_values.store_forward import StoreForward, as_added
 
 
 class TargetForward:
-    """Runs the target for one call of `generate`, on its KV cache and with its masks and positions.
+    """Runs the target for one call of `generate`, with its KV cache, masks and positions.
 
-    The prompts are prefilled in a dynamic cache, as plain `generate` does it. [`enter_store`] then moves what it contains into
-    a key-value store, for calls that `paths.store_obstacle` finds nothing against; the others stay, one sequence at a time.
+    Prompts are prefilled in a dynamic cache, as in plain `generate`. If there is no `paths.store_obstacle`, [`enter_store`] then
+    moves them to a key-value store. Other calls stay in the dynamic cache, one sequence at a time.
 
 
     Args:
         target (`PreTrainedModel`)
-        model_kwargs (`dict`): as `generate` prepares them.
-        hidden_states (`list[int]` or `bool`, defaults to `True`): the hidden states that each forward keeps
-            (`compat.hidden_states_to_ask`); the others are None in its outputs. True: all.
+        model_kwargs (`dict`): as prepared by `generate`.
+        hidden_states (`list[int]` or `bool`, defaults to `True`): the hidden states that each forward pass keeps
+            (`compat.hidden_states_to_ask`). Others are None in its outputs. True: all.
     """
 
     def __init__(self, target: PreTrainedModel, model_kwargs: dict[str, Any], hidden_states: list[int] | bool = True):
@@ -40,22 +40,22 @@ class TargetForward:
         self.hidden_states = hidden_states
         self.cache = cache_of(model_kwargs)
         mask = model_kwargs.get("attention_mask")
-        # True at tokens, False at padding, over everything in the cache and the prompt; None: no padding.
+        # True at tokens and False at padding, for cache and prompt together; None: no padding.
         self.mask = None if mask is None else mask.bool()
-        self.num_padding = 0 if mask is None else int((mask == 0).sum())  # also what lies in the cache already
-        # With device_map the layers lie elsewhere, but ids and masks enter where the embedding is.
+        self.num_padding = 0 if mask is None else int((mask == 0).sum())  # including padding in the cache
+        # With a device_map, layers may be elsewhere, but ids and masks enter at the embedding's device.
         self.device = target.get_input_embeddings().weight.device
         self.position_offset: Any = -self.num_padding
         self._in_store: StoreForward | None = None
-        self._recurrent: RecurrentStates | None = None  # of a target that has such layers, from the first draft on
+        self._recurrent: RecurrentStates | None = None  # for targets with recurrent layers, from the first draft on
         self._replaces_attention = replaces_attention(target)
-        self._offsets: list[int] | None = None  # of the rows of the store: positions that do not begin with 0
+        self._offsets: list[int] | None = None  # offsets of the store's rows whose positions do not begin at 0
         self._positions: torch.Tensor | None = None  # of the prompts
         self.rope_limits = rope_limits(target.config.get_text_config())
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Within it layers may keep what their window or kernel drops, until drafts are rejected; after it they must not."""
+        """Context in which layers may keep tokens that their window or kernel drops, until drafts are rejected."""
         kept = {id(layer) for layer in self.cache.layers if getattr(layer, "record_past", False)}
         try:
             yield
@@ -64,7 +64,7 @@ class TargetForward:
                 if not getattr(layer, "record_past", False) or id(layer) in kept:
                     continue
                 if getattr(layer, "is_sliding", False):
-                    crop(layer, 0)  # a call that failed has not
+                    crop(layer, 0)  # a failed call has not done so
                 if is_linear(layer):
                     fit_convolutions(layer)
                 layer.record_past = False
@@ -75,26 +75,26 @@ class TargetForward:
         generation_config: GenerationConfig,
         features_of: Callable[[tuple[torch.Tensor, ...]], torch.Tensor],
     ) -> tuple[Any, torch.Tensor]:
-        """Runs the prompt (what of it is not in the cache yet), in chunks if `prefill_chunk_size` asks for them.
+        """Runs the part of the prompt that is not in the cache yet, in chunks if `prefill_chunk_size` is set.
 
         Args:
             input_ids (`torch.LongTensor` of shape `[1, L]`)
             generation_config ([`GenerationConfig`])
-            features_of (`Callable`): the hidden states of a forward -> its features `[1, n, F]`.
+            features_of (`Callable`): hidden states of a forward pass -> features `[1, n, F]`.
 
         Returns:
-            `tuple`: the outputs of the (last) forward, with hidden states and the last position's logits, and the features
-            of all new tokens.
+            `tuple`: the outputs of the last forward pass, with hidden states and the last position's logits, and the
+            features of all new tokens.
         """
         past = self.cache.get_seq_length()
         total = getattr(generation_config, "_mask_length", -1) if self.mask is None else self.mask.shape[1]
-        # With a cache the ids are either the whole sequence, of which the new part is cut, or new tokens only.
+        # With a cache, the ids are either the whole sequence, from which the new part is cut, or only new tokens.
         length = input_ids.shape[1] - past if past and total in (input_ids.shape[1], -1) else None
         inputs = self.target.prepare_inputs_for_generation(
             input_ids, next_sequence_length=length, is_first_iteration=True, **self.model_kwargs
         )
         if cache_of(inputs) is None:
-            # Phi-3 and PhiMoE read all of a text longer than their short RoPE factors reach without the cache given.
+            # Phi-3 and PhiMoE ignore the given cache for a text beyond their short RoPE factors, and read all of it.
             if past:
                 self.cache = DynamicCache(config=self.target.config)
             inputs.update(cache_kwarg(self.cache))
@@ -103,7 +103,7 @@ class TargetForward:
         self.cache.activate_past_recording()
         for layer in self.cache.layers:
             if is_linear(layer) and not getattr(layer, "is_sliding", False):
-                layer.record_past = False  # of a whole prompt
+                layer.record_past = False  # not for a whole prompt
         features = []
         for chunk in _chunks(inputs, generation_config.prefill_chunk_size):
             outputs = self.target(**{**chunk, "output_hidden_states": self.hidden_states, "return_dict": True})
@@ -112,20 +112,20 @@ class TargetForward:
             features.append(features_of(outputs.hidden_states))
         if expected is not None and self.cache.get_seq_length() != expected:
             raise ValueError(
-                f"After {expected} tokens the KV cache of {type(self.target).__name__} contains {self.cache.get_seq_length()}: "
-                "no draft can be verified with it. Generate without assistant_model."
+                f"After {expected} tokens, the KV cache of {type(self.target).__name__} contains {self.cache.get_seq_length()}, so "
+                "drafts cannot be verified with it. Generate without assistant_model."
             )
         self._positions = positions
         if positions is not None:
             # The caller's own positions resume from the last one, as in plain generate.
             self.position_offset = _next_positions(positions) - self.cache.get_seq_length()
-        # Without padding the models need none: it would only grow with every step.
+        # Without padding, the models need no mask, which would only grow with every step.
         if self.mask is not None and (not self.num_padding or self.mask.shape[1] < self.cache.get_seq_length()):
             self.mask = None
         return outputs, features[0] if len(features) == 1 else torch.cat(features, dim=1)
 
     def enter_store(self, padding: list[int], plan: GraphPlan | None = None) -> None:
-        """Goes on in a key-value store, which the prompts move to without their padding (of each, `[B]`), compiled by a plan."""
+        """Moves the prompts without their padding (`[B]` tokens) to a key-value store, compiled if there is a plan."""
         total = self.cache.get_seq_length()
         lengths = [total - count for count in padding]
         if self._positions is not None:
@@ -139,7 +139,7 @@ class TargetForward:
         self._in_store.store.load(self.cache, range(len(padding)), padding, lengths)
 
     def most_depth(self) -> int | None:
-        """How deep a tree may be for one forward to turn all its nodes by the frequencies of plain single steps; None: any."""
+        """The deepest tree whose nodes all have the RoPE frequencies of plain single steps; None: any depth."""
         if not self.rope_limits or self._in_store is not None:
             return None
         length = self.cache.get_seq_length()
@@ -153,12 +153,12 @@ class TargetForward:
         return min(depths, default=None)
 
     def verify(self, tree: DraftTree, input_ids: torch.Tensor | None = None, most: int | None = None) -> Any:
-        """One forward over the nodes of every live row's tree, `[n, N]`.
+        """One forward pass over the nodes of every live row's tree, `[n, N]`.
 
         Args:
             tree ([`DraftTree`]): the roots are the last tokens of the rows.
             input_ids (`torch.LongTensor` of shape `[1, L]`, *optional*): the text, which some targets read again.
-            most (`int`, *optional*): no text gets longer; in the store, where a row may end before its tree does.
+            most (`int`, *optional*): the longest text. Needed in the store, where a row may end before its tree.
         """
         if self._in_store is not None:
             return self._in_store.run(tree, self._offsets, most, output_hidden_states=self.hidden_states)
@@ -187,7 +187,7 @@ class TargetForward:
             )
 
     def _restart(self, input_ids: torch.Tensor) -> Any:
-        """Reads the whole text again, as Phi-3 and PhiMoE do with the first token beyond their short RoPE factors."""
+        """Reads the whole text again, as Phi-3 and PhiMoE do at the first token beyond their short RoPE factors."""
         mask = self._prefix_mask(input_ids.shape[1])
         positions = torch.arange(input_ids.shape[1], device=self.device)[None] + self.position_offset
         self.cache = DynamicCache(config=self.target.config)
@@ -206,7 +206,7 @@ class TargetForward:
         return outputs
 
     def keep(self, paths: list[list[int]], num_nodes: int) -> None:
-        """Keeps each live row's accepted nodes, root first, of the N that the last forward read; the others are dropped."""
+        """Keeps each live row's accepted nodes, root first, and drops the others of the last forward pass."""
         if self._in_store is None:
             compact_cache(self.cache, paths[0], num_nodes)
             if self._recurrent is not None:
@@ -215,7 +215,7 @@ class TargetForward:
             self._in_store.store.keep(paths)
 
     def keep_rows(self, order: list[int]) -> None:
-        """Goes on with these live rows, in this order."""
+        """Keeps these live rows, in this order."""
         if self._in_store is not None:
             self._in_store.store.keep_rows(order)
             if self._offsets is not None:
@@ -236,7 +236,7 @@ class TargetForward:
     def _attention_mask(self, tree: DraftTree, prefix_length: int) -> torch.Tensor | dict[str, torch.Tensor] | None:
         prefix_mask = self._prefix_mask(prefix_length)
         if tree.is_chain:
-            # Plain causal attention: the model builds its own masks, whatever its attention implementation.
+            # Plain causal attention: the model builds its own masks, with any attention implementation.
             return (
                 None
                 if prefix_mask is None
@@ -254,14 +254,14 @@ class TargetForward:
 
     def _layer_mask(self, tree, prefix_length, layer, prefix_mask, window) -> torch.Tensor:
         key_length, key_offset = layer.get_mask_sizes(tree.num_nodes)
-        # A cache made without the config keeps full layers; the window is the model's all the same.
+        # A cache made without the config keeps all tokens, but the model's window still applies.
         window = layer.sliding_window if layer.is_sliding else window
         mask = tree_attention_mask(tree, prefix_length, int(key_length), int(key_offset), window, prefix_mask)
         return as_added(mask.to(self.device), self.target)
 
 
 def _chunks(inputs: dict[str, Any], size: int | None) -> Iterator[dict[str, Any]]:
-    """A forward's inputs in pieces of at most `size` tokens, of which each sees the mask of all before it."""
+    """Splits a forward pass's inputs into pieces of at most `size` tokens. Each piece has the mask of all tokens before."""
     ids, positions, mask = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
     if size is None or ids is None or ids.shape[1] <= size:
         yield inputs
@@ -277,11 +277,11 @@ def _chunks(inputs: dict[str, Any], size: int | None) -> Iterator[dict[str, Any]
 
 
 def _next_positions(positions: torch.Tensor) -> int | torch.Tensor:
-    """The position after the prompt's: an int for `[1, n]`, `[axes, 1, 1]` for the `[axes, 1, n]` of image models."""
+    """The position after the prompt: an int for `[1, n]`, or `[axes, 1, 1]` for the `[axes, 1, n]` of image models."""
     if positions.ndim == 2:
         return int(positions[:, -1].max()) + 1
-    # Qwen-VL: four rows are the text's own positions, then time, height and width, which text resumes from the
-    # largest of; three rows are those alone. An image spans fewer positions than tokens.
+    # Qwen-VL: three rows are time, height and width. Text after an image resumes from the largest of them, because an
+    # image spans fewer positions than tokens. With four rows, the first contains the text's own positions.
     following = positions.amax(dim=(-2, -1))  # [axes]
     rotary = 1 if positions.shape[0] == 4 else 0
     following[rotary:] = following[rotary:].max()

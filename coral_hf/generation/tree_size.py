@@ -1,6 +1,6 @@
-"""How large a draft pays: measured costs, calibrated path probabilities, and the rule that weighs them.
+"""Cost-aware draft sizes: measured costs, calibrated path probabilities, and the rule that combines them.
 
-Plain tensors, no model: `costs/measurement.py` takes the times in [`DraftCosts`].
+This module works on plain tensors. `costs/measurement.py` measures the times in [`DraftCosts`].
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ class DraftCosts:
     """What a step costs on one machine, in milliseconds.
 
     Args:
-        target_ms (`tuple[float, ...]`): T(n) for n = 1, 2, ... nodes: the target's forward and what follows on it. It
-            never falls, but is not a convex curve: matmuls come in blocks.
-        first_level_ms (`float`): drafting one level, the new true rows included.
-        level_ms (`float`): each further level.
+        target_ms (`tuple[float, ...]`): T(n) for n = 1, 2, ... nodes: the target's forward pass and the work that follows.
+            It never decreases, but it is not convex, because matmuls work in blocks.
+        first_level_ms (`float`): time to draft one level, including the new true rows.
+        level_ms (`float`): time of each further level.
     """
 
     target_ms: tuple[float, ...]
@@ -32,25 +32,25 @@ class DraftCosts:
         times = [*self.target_ms, self.first_level_ms, self.level_ms]
         if not self.target_ms or not all(isinstance(time, int | float) and 0 <= time < 1e9 for time in times):
             raise ValueError(
-                f"{self} is not a table of times: target_ms must contain one number of milliseconds or more, and none may be "
+                f"{self} is not a table of times: target_ms must contain at least one number of milliseconds, and no time may be "
                 "negative. Measure again with `coral-hf tune`."
             )
 
     def drafting_ms(self, levels: int) -> float:
-        """Time to draft that many levels, at least one."""
+        """Time to draft this many levels, at least one."""
         return self.first_level_ms + (levels - 1) * self.level_ms
 
     def step_ms(self, levels: int, nodes: int) -> float:
-        """Time of a whole step: drafting, then verifying `nodes` with the root."""
+        """Time of a whole step: drafting, then verifying `nodes` nodes including the root."""
         return self.drafting_ms(levels) + self.target_ms[nodes - 1]
 
     def at(self, rows: int, context: int) -> "DraftCosts":
-        """These costs, whatever the batch and the context: [`MeasuredCosts`] knows several."""
+        """These costs for any batch size and context. [`MeasuredCosts`] distinguishes them."""
         return self
 
     @cached_property
     def can_pay(self) -> bool:
-        """Whether a chain of some length is worth its time if all of it is accepted."""
+        """Whether a chain of any length would save time if it were fully accepted."""
         return any(
             (levels + 1) * self.target_ms[0] > self.step_ms(levels, levels + 1)
             for levels in range(1, len(self.target_ms))
@@ -73,7 +73,7 @@ class Calibration:
 
     def _tables_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The knots between two pieces; each piece's value at 0 and its slope, `[depths, pieces]`."""
-        # Copied once, not at every level of every tree. Pieces as lines take a third of the operations of a lerp between knots.
+        # Copied to the device once, not at every level of every tree. Lines need a third of the operations of a lerp.
         if device not in self._tables:
             knots, rows = torch.tensor(CALIBRATION_KNOTS).double(), torch.tensor(self.rows).double()
             slopes = rows.diff(dim=1) / knots.diff()
@@ -91,7 +91,7 @@ class Calibration:
 
     @classmethod
     def fit(cls, probabilities: Sequence[torch.Tensor], accepted: Sequence[torch.Tensor]) -> "Calibration":
-        """Least squares on the knots, drawn towards the identity where there is little data, then made monotone.
+        """Least squares on the knots, regularised towards the identity for sparse data, then made monotone.
 
         Args:
             probabilities (`list[torch.Tensor]`): path probabilities `[M]` of drafted nodes, one tensor per depth.
@@ -101,7 +101,7 @@ class Calibration:
         rows = []
         for drafted, right in zip(probabilities, accepted, strict=True):
             hats = _hat_functions(drafted.double(), knots)  # [M, knots]
-            # as if every knot had been seen a few times just as it was drafted
+            # as if every knot had been observed a few times with its drafted probability
             prior = 4.0 * torch.eye(len(knots), dtype=torch.float64)
             values = torch.linalg.solve(hats.T @ hats + prior, hats.T @ right.double() + prior @ knots)
             weights = hats.sum(dim=0) + 4.0
@@ -110,7 +110,7 @@ class Calibration:
 
 
 def _hat_functions(values: torch.Tensor, knots: torch.Tensor) -> torch.Tensor:
-    """`[M]` values -> their weights on the knots `[M, knots]`, of which two neighbours sum to one."""
+    """Weights `[M, knots]` of `[M]` values on the knots. The weights of the two neighbouring knots sum to one."""
     right = torch.bucketize(values, knots).clamp(1, len(knots) - 1)
     share = ((values - knots[right - 1]) / (knots[right] - knots[right - 1])).clamp(0, 1)
     hats = torch.zeros(len(values), len(knots), dtype=values.dtype)
@@ -132,23 +132,22 @@ def isotonic(values: Sequence[float], weights: Sequence[float] | None = None) ->
 
 
 class TreeSizeRule:
-    """Chooses, while a tree is drafted, how deep and how large it pays to make it.
+    """Chooses the depth and the size of a tree that pay best, while it is drafted.
 
-    With nodes sorted by their chance of acceptance, n of them are worth 1 + the sum of the best n - 1 chances (the
-    tokens expected from the step) for the time drafted so far + T(n): the n with the best ratio is verified, and
-    another level is drafted while it promises a better one. Nothing is drawn at random, so that the output stays
-    plain `generate`'s.
+    The best n nodes are expected to give 1 + the sum of the best n - 1 chances of acceptance, in tokens. They cost the
+    drafting time so far plus T(n). The n with the best ratio of tokens to time is verified. Another level is drafted while it
+    promises a better ratio. Nothing is drawn at random, so the output stays the same as plain `generate`'s.
 
     Args:
-        costs ([`DraftCosts`]): at least as far as the largest tree.
-        total_tokens (`int`): the largest tree, root included.
+        costs ([`DraftCosts`]): costs up to at least the largest tree.
+        total_tokens (`int`): nodes of the largest tree, including the root.
     """
 
     def __init__(self, costs: DraftCosts, total_tokens: int):
         if len(costs.target_ms) < total_tokens:
             raise ValueError(
-                f"Costs are known for trees of up to {len(costs.target_ms)} nodes, draft_total_tokens={total_tokens} "
-                "asks for more: measure them again with `coral-hf tune`."
+                f"Costs are known for trees of up to {len(costs.target_ms)} nodes, but draft_total_tokens={total_tokens}. "
+                "Measure them again with `coral-hf tune`."
             )
         self.costs = costs
         self.total_tokens = total_tokens
@@ -163,11 +162,11 @@ class TreeSizeRule:
         """The size that pays best after drafting `levels` levels.
 
         Args:
-            chances (`torch.Tensor` of shape `[B, M]`): of the stored nodes, the root left out, in any order.
+            chances (`torch.Tensor` of shape `[B, M]`): chances of the stored nodes without the root, in any order.
             levels (`int`)
 
         Returns:
-            `tuple`: nodes to verify, the root included, and tokens expected per millisecond, both `[B]`.
+            `tuple`: nodes to verify, including the root, and tokens expected per millisecond, both `[B]`.
         """
         best = chances.sort(dim=1, descending=True).values[:, : self.total_tokens - 1]
         tokens = torch.cat([torch.ones_like(best[:, :1]), best], dim=1).cumsum(dim=1)  # [B, sizes]
@@ -180,14 +179,14 @@ class TreeSizeRule:
     ) -> torch.Tensor:
         """Whether a further level promises more tokens per millisecond.
 
-        The children of the open nodes are not known yet: each is expected to keep its parent's chance as well as the
-        best open nodes kept theirs.
+        The children of the open nodes are not known yet. The ratio of a child's chance to its parent's is expected to be the
+        same as for the best open nodes.
 
         Args:
-            chances (`torch.Tensor` of shape `[B, M]`): of the stored nodes, the root left out.
-            open_chances (`torch.Tensor` of shape `[B, W]`): of the nodes that the next level would expand.
-            parent_chances (`torch.Tensor` of shape `[B, W]`): of the parents of those nodes.
-            levels (`int`): drafted so far.
+            chances (`torch.Tensor` of shape `[B, M]`): chances of the stored nodes without the root.
+            open_chances (`torch.Tensor` of shape `[B, W]`): chances of the nodes that the next level would expand.
+            parent_chances (`torch.Tensor` of shape `[B, W]`): chances of the parents of those nodes.
+            levels (`int`): levels drafted so far.
 
         Returns:
             `torch.BoolTensor` of shape `[B]`.
@@ -202,15 +201,15 @@ class TreeSizeRule:
         levels: int,
         together: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What pays best now, and whether a further level does.
+        """The size that pays best now, and whether a further level pays.
 
         Args:
             chances, open_chances, parent_chances, levels: as for [`repays_level`].
-            together (`bool`): the rows are a batch that one forward verifies ([`of_batch`]).
+            together (`bool`): the rows are a batch that one forward pass verifies ([`of_batch`]).
 
         Returns:
-            `tuple`: nodes and tokens per millisecond, as [`best_size`] says them, and whether a further level promises more;
-            each `[B]`, or `[1]` of a batch.
+            `tuple`: nodes and tokens per millisecond, as from [`best_size`], and whether a further level promises more. Each
+            has shape `[B]`, or `[1]` for a batch.
         """
         kept = (open_chances[:, :1] / parent_chances[:, :1].clamp(min=1e-9)).clamp(max=1)  # [B, 1]
         expected = torch.cat([chances, open_chances * kept], dim=1)
@@ -221,11 +220,12 @@ class TreeSizeRule:
 
     @staticmethod
     def of_batch(chances: torch.Tensor) -> torch.Tensor:
-        """Chances `[B, M]` of a batch -> `[1, M]`: what the n-th best node of every row adds to the tokens of a row.
+        """Chances `[B, M]` of a batch -> `[1, M]`: the tokens per row that the n-th best node of every row adds.
 
-        A forward pads all trees of a batch to the largest: one more node in one row costs what one more in every row costs.
-        So all rows get as many nodes, each its likeliest, and their number is what pays for all of them together. (Unequal rows
-        were measured: 2.41 tokens a step at 6.6 padded nodes a row, where 6.6 nodes for every row give 2.70; see docs/batches.md.)
+        A forward pass pads all trees of a batch to the largest, so that one more node in one row costs as much as one more in every
+        row. All rows therefore get the same number of nodes, each row its most likely ones. The number is the one that pays best for
+        all rows together. Unequal rows were measured and gave fewer tokens: 2.41 per step at 6.6 padded nodes per row, compared with
+        2.70 for 6.6 nodes in every row (docs/batches.md).
         """
         if len(chances) == 1:
             return chances
@@ -233,12 +233,12 @@ class TreeSizeRule:
 
     @staticmethod
     def asks(levels: int) -> bool:
-        """Whether it is asked after this many levels if another one pays: the host waits for each answer, so after every other."""
+        """Whether to decide about another level after this many levels: after every second one, because the host waits."""
         return levels % 2 == 1
 
 
 def smooth_times(measured: dict[int, float], count: int) -> tuple[float, ...]:
-    """Times at some sizes -> times at 1..count: made monotone, with straight lines between.
+    """Times at some sizes -> times at 1..count: made monotone and interpolated linearly.
 
     Raises:
         ValueError: if size 1 or `count` was not measured.
@@ -261,11 +261,11 @@ def smooth_times(measured: dict[int, float], count: int) -> tuple[float, ...]:
 
 
 def chain_depth(config: Any) -> int:
-    """The depth, up to the drafter's own, at which a chain of one fixed length pays most, by its calibration.
+    """The fixed length, up to the drafter's depth, at which a chain pays most according to the drafter's calibration.
 
-    What a machine's times are is not known here. A token is taken to cost the weights that are read for it, as it does
-    where decoding is bound by memory, and drafted probabilities to be spread evenly: with p for each token of a chain, its
-    d-th has the path probability p^d, whose calibrated chance is averaged over p.
+    The machine's times are unknown here. A token is assumed to cost the weights that are read for it, as in memory-bound
+    decoding. Drafted probabilities are assumed to be uniform: if each token of a chain has probability p, the d-th has the path
+    probability p^d, and its calibrated chance is averaged over p.
 
     Args:
         config ([`CoralDraftConfig`])
@@ -278,7 +278,7 @@ def chain_depth(config: Any) -> int:
     drafted = layer + config.hidden_size * (config.draft_vocab_size or config.vocab_size)
     share = drafted / (
         (config.target_num_hidden_layers or 1) * layer + head
-    )  # of a draft step in the target's forward
+    )  # cost of a draft step relative to the target's forward pass
     probabilities = (torch.arange(1000) + 0.5) / 1000
     tokens, best, depth = 1.0, 0.0, 1
     for level in range(1, config.draft_depth + 1):
@@ -290,7 +290,7 @@ def chain_depth(config: Any) -> int:
 
 
 def calibration_of(config: Any) -> Calibration | None:
-    """The drafter's own calibration, None if it has none (drafters of other code may lack the setting)."""
+    """The drafter's calibration; None if it has none. Drafters of other code may lack the setting."""
     rows = getattr(config, "draft_calibration", None)
     return Calibration(rows) if rows else None
 

@@ -1,6 +1,6 @@
 """Records -> card, the files of a published drafter, and pushing.
 
-Knows nothing of how drafters are trained or measured: it reads the records that other rooms wrote.
+This package does not depend on training or measuring. It reads the records that other packages wrote.
 """
 
 from .model_card import write_card

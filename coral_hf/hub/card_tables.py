@@ -1,4 +1,4 @@
-"""A card's tables of measurements, as Markdown. Every figure comes from a record; what is missing is marked as such."""
+"""A card's tables of measurements, as Markdown. Every figure comes from a record. Missing figures are marked."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,18 +20,18 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def headline_rows(records: Records) -> list[dict[str, Any]]:
-    """The rows of `benchmark.json` whose figures go into the metadata: one method of the drafter's, every benchmark."""
+    """The rows of `benchmark.json` for the metadata: one method of the drafter, all benchmarks."""
     main = next((record for name, record in records.benchmarks if name == "benchmark.json"), None)
     if main is None:
         return []
-    # prompt lookup and assistants are measured too: their figures are not the drafter's
+    # prompt lookup and assistants are also measured, but their figures are not the drafter's
     drafting = main.get("drafters") or main.get("draft_settings") or {}
     measured = [row["method"] for row in main["runs"] if row["method"] in drafting]
-    # the drafter's own settings, or the first that was measured
+    # the drafter's own settings, or the first measured ones
     own = [name for name, settings in main.get("methods", {}).items() if not settings and name in measured]
     method = next(iter([*own, *measured]), None)
     rows = [row for row in main["runs"] if row["method"] == method]
-    # greedy if measured, else the first: one figure per benchmark
+    # greedy if measured, else the first temperature, so that there is one figure per benchmark
     temperatures = [row.get("temperature") or 0.0 for row in rows]
     chosen = 0.0 if 0.0 in temperatures else next(iter(temperatures), None)
     return [row for row, temperature in zip(rows, temperatures, strict=True) if temperature == chosen]
@@ -44,13 +44,13 @@ def reading(name: str) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{RECORD_FOLDER}/{name} is not as coral_hf writes it ({type(error).__name__}: {error}). Measure again, or "
+            f"{RECORD_FOLDER}/{name} is not in coral_hf's format ({type(error).__name__}: {error}). Measure again, or "
             "delete it."
         ) from error
 
 
 def measured_section(records: Records, config: CoralDraftConfig) -> str:
-    """Every benchmark record as a table, below a line on where it was measured."""
+    """Every benchmark record as a table, after a line on the machine."""
     parts = []
     for name, record in records.benchmarks:
         with reading(name):
@@ -79,7 +79,7 @@ def measured_section(records: Records, config: CoralDraftConfig) -> str:
 def _benchmark(name: str, record: dict[str, Any], config: CoralDraftConfig) -> list[str]:
     rows = [row for row in record["runs"] if row["method"] != "plain"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    if name != "benchmark.json" and len(methods) > 1:  # settings side by side: the pooled rows are enough
+    if name != "benchmark.json" and len(methods) > 1:  # for several settings, the pooled rows are enough
         rows = [row for row in rows if row["benchmark"] == "all"]
     measured = (
         f"{_where(name, record)} Measured by `coral-hf benchmark`, greedy unless stated, {record['max_new_tokens']} new tokens "
@@ -100,7 +100,7 @@ def _benchmark(name: str, record: dict[str, Any], config: CoralDraftConfig) -> l
 
 
 def _prompts(record: dict[str, Any]) -> str:
-    """Ids of the prompts that were measured."""
+    """Ids of the measured prompts."""
     spans = []
     for ids in record["prompts"].values():
         spans.append(ids[0] if len(ids) == 1 else f"{ids[0]} to {ids[-1]} ({len(ids)})")
@@ -132,7 +132,7 @@ def _benchmark_row(row: dict[str, Any]) -> list[str]:
 
 
 def _draft(record: dict[str, Any], method: str, config: CoralDraftConfig) -> str:
-    """What a method drafted with, in words."""
+    """A method's draft settings, in words."""
     settings = record.get("draft_settings", {}).get(method)
     given = record.get("methods", {}).get(method) or {}
     if settings is None:
@@ -145,7 +145,7 @@ def _draft(record: dict[str, Any], method: str, config: CoralDraftConfig) -> str
     branches = settings["draft_top_k"]
     text += f"{branches} {'branch' if branches == 1 else 'branches'} per node, head: {settings.get('draft_head') or 'default'}"
     text += ", size chosen at every step from measured costs" if cost_aware else ""
-    # a total of None in the config means the largest
+    # a total of None in the config means the largest possible
     own = [(getattr(config, name), settings[name]) for name in names]
     same_rule = cost_aware == config.draft_cost_aware
     if not given and same_rule and all(now in (None, then) for now, then in own):
@@ -167,7 +167,7 @@ def _check(name: str, record: dict[str, Any]) -> str:
 
 
 def _answers(record: dict[str, Any]) -> int:
-    """The number of answers: one per turn."""
+    """The number of answers, one per turn."""
     return record["n_turns"]
 
 

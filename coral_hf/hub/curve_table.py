@@ -1,4 +1,4 @@
-"""The training curve as a picture."""
+"""Plots the training curve."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def draw_curve(folder: str | Path) -> Path:
         raise ValueError(f"{training / 'log.jsonl'} contains no evaluation to draw: train with --eval_strategy steps.")
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     stages = list(dict.fromkeys(row.get("stage") for row in rows))
-    for stage in stages:  # stages are not joined: each may be evaluated on other answers
+    for stage in stages:  # not joined, because each stage may be evaluated on other answers
         points = [
             ((tokens_seen(row) or 0) / 1e6, row["eval_acceptance_length"]) for row in rows if row.get("stage") == stage
         ]

@@ -1,4 +1,4 @@
-"""The card of a drafter and the page on its training, made from its config, its weights and its records."""
+"""The card of a drafter and the page on its training, written from its config, weights and records."""
 
 import json
 import math
@@ -44,13 +44,13 @@ def render_card(
     strict: bool = True,
     stated: dict[str, Any] | None = None,
 ) -> str:
-    """The card of the drafter in a folder, metadata and text. The same folder gives the same bytes.
+    """The card of the drafter in a folder: metadata and text. The same folder gives the same bytes.
 
     Args:
         folder (`str` or `Path`): see `hub.records`.
-        repo_id (`str`, *optional*): where it is published. Without it, the example loads the folder.
-        unmeasured (`bool`): accept a folder without a benchmark record; its figures are "not measured".
-        strict (`bool`): refuse records of another drafter and damaged or incomplete ones. False leaves them out.
+        repo_id (`str`, *optional*): the Hub id of the published drafter. Without it, the example loads the folder.
+        unmeasured (`bool`): accept a folder without a benchmark record. Its figures are "not measured".
+        strict (`bool`): reject damaged or incomplete records and those of another drafter. False skips them.
         stated (`dict`, *optional*): takes precedence over the folder's `card.json`.
 
     Raises:
@@ -85,7 +85,7 @@ def write_card(folder: str | Path, **settings: Any) -> Path:
     """Writes [`render_card`] to the folder's `README.md`, and [`training_story`] next to the records if there is one."""
     path = Path(folder) / CARD_FILE
     text = render_card(folder, **settings)
-    ModelCard(text)  # raises here if the Hub could not read it
+    ModelCard(text)  # raises here if the Hub cannot read it
     story = training_story(read_records(folder, settings.get("unmeasured", False), settings.get("strict", True)))
     if story is not None:
         write_whole(Path(folder) / RECORD_FOLDER / STORY_FILE, story)
@@ -94,7 +94,7 @@ def write_card(folder: str | Path, **settings: Any) -> Path:
 
 
 def foreign_card(folder: str | Path) -> str | None:
-    """What a folder's `README.md` is if [`write_card`] did not write it; None if it did, or if there is none."""
+    """Describes a folder's `README.md` that [`write_card`] did not write; None if it did, or if there is none."""
     path = Path(folder) / CARD_FILE
     if not path.exists():
         return None
@@ -181,7 +181,7 @@ def _summary(records: Records, config: CoralDraftConfig, target: str | None) -> 
 
 
 def _headline(records: Records) -> str:
-    """What a user gets, from the benchmark over all prompts."""
+    """The headline for users, from the benchmark over all prompts."""
     with reading("benchmark.json"):
         rows = headline_rows(records)
         row = next((row for row in rows if row["benchmark"] == "all"), rows[0] if rows else None)

@@ -1,4 +1,4 @@
-"""Publishing a drafter: the files of a published folder, and pushing it to the Hub.
+"""Publishes a drafter: writes the files of a published folder, and pushes it to the Hub.
 
 A published folder contains, next to config and weights: the card; the records for its figures; the model's code with an
 `auto_map`, so that `AutoModel.from_pretrained(..., trust_remote_code=True)` needs no package; and `custom_generate/`.
@@ -36,7 +36,7 @@ from .records import RECORD_FOLDER
 
 AUTO_MAP = {"AutoConfig": "configuration_coral.CoralDraftConfig", "AutoModel": "modeling_coral.CoralDraftModel"}
 
-# keys of what is a Hub id or a path
+# keys of values that are Hub ids or paths
 _NAMES = ("target", "target_name_or_path", "base_model_name_or_path", "drafter", "assistant", "data")
 
 
@@ -53,17 +53,17 @@ def push_drafter(
     create_pr: bool = False,
     **stated: Any,
 ) -> str:
-    """Publishes a drafter. The card is made first, so that nothing is sent when it is refused.
+    """Publishes a drafter. The card is written first, so that nothing is sent if that fails.
 
     Args:
         drafter ([`CoralDraftModel`])
         repo_id (`str`): `"org/name"`, or `"name"` in your own namespace.
-        record (`str` or `Path`, *optional*): folder of the records (see `hub.records`), or a `benchmark.json`. By
-            default the `training/` beside the weights that the drafter was loaded from; without any, the card's figures
-            are "not measured".
-        private (`bool`, *optional*): of a new repository.
-        token (`str`, *optional*): by default the one of `hf auth login` or `HF_TOKEN`.
-        revision (`str`, *optional*): branch to push to, made if there is none.
+        record (`str` or `Path`, *optional*): folder of the records (see `hub.records`), or a `benchmark.json`. Default: the
+            `training/` folder next to the weights that the drafter was loaded from. Without records, the card's figures are
+            "not measured".
+        private (`bool`, *optional*): whether a new repository is private.
+        token (`str`, *optional*): default: the token of `hf auth login` or `HF_TOKEN`.
+        revision (`str`, *optional*): branch to push to, created if missing.
         commit_message, commit_description (`str`, *optional*), create_pr (`bool`)
         **stated: keys of `card.json`, for example `license`.
 
@@ -72,7 +72,7 @@ def push_drafter(
 
     Raises:
         ValueError: without a token, offline, or for records of another drafter.
-        OSError: if the Hub refuses or the connection breaks; nothing is committed then.
+        OSError: if the Hub rejects the upload or the connection fails. Nothing is committed then.
     """
     require_token(token)
     with tempfile.TemporaryDirectory() as folder:
@@ -101,23 +101,23 @@ def write_publication(
     record: str | Path | None = None,
     stated: dict[str, Any] | None = None,
 ) -> None:
-    """Writes all that [`push_drafter`] sends into a folder.
+    """Writes everything that [`push_drafter`] sends to a folder.
 
     Args:
-        drafter ([`CoralDraftModel`]), folder (`str` or `Path`): new or empty.
+        drafter ([`CoralDraftModel`]), folder (`str` or `Path`): a new or empty folder.
         repo_id (`str`), record (`str` or `Path`, *optional*), stated (`dict`, *optional*): see [`push_drafter`].
 
     Raises:
         ValueError: for records of another drafter.
     """
-    # one file, as a published drafter's must be
+    # one file, as required for a published drafter
     drafter.save_pretrained(folder, max_shard_size="100GB")
     _copy_records(drafter, record, Path(folder))
     prepare_folder(folder, repo_id, stated)
 
 
 def prepare_folder(folder: str | Path, repo_id: str | None = None, stated: dict[str, Any] | None = None) -> None:
-    """Adds card, code and `custom_generate/` to a folder that `save_pretrained` wrote, and takes paths out of its files.
+    """Adds card, code and `custom_generate/` to a folder that `save_pretrained` wrote, and removes paths from its files.
 
     Raises:
         ValueError: for records of another drafter, or damaged ones.
@@ -133,7 +133,7 @@ def prepare_folder(folder: str | Path, repo_id: str | None = None, stated: dict[
 
 
 def write_code(folder: str | Path) -> None:
-    """Puts the model's code into a folder that `save_pretrained` wrote, and names it in its config (`auto_map`)."""
+    """Copies the model's code to a folder that `save_pretrained` wrote, and names it in its config (`auto_map`)."""
     folder = Path(folder)
     source = modeling_coral.__file__
     for path in [source, *get_relative_import_files(source)]:
@@ -144,10 +144,10 @@ def write_code(folder: str | Path) -> None:
 
 
 def strip_paths(folder: str | Path) -> None:
-    """Leaves the last part of the paths of models and data that config, records and adapters name."""
+    """Shortens the paths of models and data in config, records and adapters to their last part."""
     patterns = ("config.json", f"{RECORD_FOLDER}/*.json", "adapter/*.json")
     for path in itertools.chain.from_iterable(map(Path(folder).glob, patterns)):
-        if path.name == "card.json":  # sentences
+        if path.name == "card.json":  # contains sentences
             continue
         held = parse_json(path.read_text(encoding="utf-8"), str(path), "Write it again or delete it.")
         if (public := _without_paths(held)) != held:
@@ -163,7 +163,7 @@ def _without_paths(value: Any, key: str | None = None) -> Any:
 
 
 def check_repository(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> None:
-    """Raises `ValueError` if a repository of the Hub contains a model that is not a drafter, which a push would replace."""
+    """Raises `ValueError` if a push would replace a model in a Hub repository that is not a drafter."""
     try:
         path = hf_hub_download(repo_id, "config.json", revision=revision, token=token)
     except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):  # nothing there yet
@@ -176,7 +176,7 @@ def check_repository(repo_id: str, revision: str | None = None, token: str | boo
 
 
 def require_token(token: str | bool | None) -> None:
-    """Raises `ValueError` if there is nothing to push with."""
+    """Raises `ValueError` offline or without a token."""
     if constants.is_offline_mode():
         raise ValueError("HF_HUB_OFFLINE=1 is set, so nothing can be pushed: unset it and try again.")
     if not isinstance(token, str) and (token is False or get_token() is None):
@@ -188,14 +188,14 @@ def require_token(token: str | bool | None) -> None:
 
 @contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """Says what to do about a push that failed."""
+    """Raises an error with a remedy for a failed push."""
     try:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
             raise PermissionError(
-                f"The Hub refused the token for {repo_id} (status {status}): make one with write access to it at "
+                f"The Hub rejected the token for {repo_id} (status {status}): create one with write access to it at "
                 "https://huggingface.co/settings/tokens and run `hf auth login`, or pass token=...."
             ) from error
         raise OSError(
@@ -205,13 +205,13 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not _came_from_the_client(error):
             raise
         raise ConnectionError(
-            f"The connection broke while pushing to {repo_id} ({' '.join(str(error).split())}). The repository is as it "
-            "was, since a push is one commit: push again, and what has arrived is not sent twice."
+            f"The connection failed while pushing to {repo_id} ({' '.join(str(error).split())}). The repository is "
+            "unchanged, because a push is one commit. Push again; files that have arrived are not sent twice."
         ) from error
 
 
 def _came_from_the_client(error: BaseException) -> bool:
-    """Uploads end in plain RuntimeErrors, which torch raises as well."""
+    """Whether an error comes from an upload: these are plain RuntimeErrors, which torch also raises."""
     frame = error.__traceback__
     while frame is not None:
         if frame.tb_frame.f_globals.get("__name__", "").startswith("huggingface_hub"):

@@ -1,13 +1,13 @@
-"""The records for a card: what was measured, with which drafter, and how the drafter was trained.
+"""The records for a card: measurements, the drafter that they belong to, and its training.
 
 A drafter's folder contains them under `training/`:
 
 - `benchmark*.json`: `coral-hf benchmark --output FOLDER/training` (`benchmark.json` gives the figures of the metadata)
 - `check_*.json`: `coral-hf verify --output FOLDER/training`
 - `compare_heads*.json`: `benchmarks/compare_heads.py --json`
-- `ablation.json`: `benchmarks/ablate_training.py`; of small drafters trained for comparison, not of this one
-- `training.json`, `log.jsonl`: written by [`CoralTrainer`], `training-N.json`: of earlier stages; `commands.sh`, `curve.png`: kept by hand
-- `card.json`: what a program cannot know (see `STATED`), without figures
+- `ablation.json`: `benchmarks/ablate_training.py`, on small drafters trained for comparison, not this one
+- `training.json`, `log.jsonl`: written by [`CoralTrainer`]; `training-N.json`: earlier stages; `commands.sh`, `curve.png`: manual
+- `card.json`: facts that a program cannot know (see `STATED`), without figures
 - `TRAINING.md`: written with the card from these records
 """
 
@@ -20,7 +20,7 @@ from ..utils.jsonl import read_json, read_jsonl
 
 
 RECORD_FOLDER = "training"
-# keys of card.json and what they hold
+# keys of card.json and their contents
 STATED = {
     "title": "heading and model name",
     "license": "licence of the weights",
@@ -37,15 +37,15 @@ STATED = {
 
 @dataclass
 class Records:
-    """What is known about the drafter in a folder.
+    """The records of the drafter in a folder.
 
     Args:
-        folder (`Path`), sha256 (`str`): of its weights.
-        benchmarks, checks, heads (`list[tuple[str, dict]]`): name and content of records that measured this drafter.
-        anonymous (`list[str]`): records that do not say which drafter they measured.
+        folder (`Path`), sha256 (`str`): the folder, and the hash of the weights.
+        benchmarks, checks, heads (`list[tuple[str, dict]]`): name and content of records of this drafter.
+        anonymous (`list[str]`): records that do not name their drafter.
         foreign (`list[str]`): records of other drafters.
-        unusable (`list[str]`): files of a run that was cut off, or that are damaged.
-        ablation (`dict`, *optional*): recipes side by side.
+        unusable (`list[str]`): incomplete or damaged files.
+        ablation (`dict`, *optional*): a comparison of recipes.
         stages (`list[dict]`): one per training run.
         log (`list[dict]`): the training log.
         stated (`dict`): see `STATED`.
@@ -66,16 +66,15 @@ class Records:
 
 
 def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = True) -> Records:
-    """Reads the records of a drafter's folder and checks that they are of this drafter.
+    """Reads the records of a drafter's folder, and checks that they belong to this drafter.
 
     Args:
-        folder (`str` or `Path`): with `config.json` and `model.safetensors`.
+        folder (`str` or `Path`): a folder with `config.json` and `model.safetensors`.
         unmeasured (`bool`): accept a folder without a benchmark record.
-        strict (`bool`): refuse a benchmark or check of another drafter, and files that are cut off or damaged; False
-            leaves them out.
+        strict (`bool`): reject incomplete or damaged files, and benchmarks and checks of another drafter. False skips them.
 
     Raises:
-        ValueError: saying which file it is and what to do.
+        ValueError: with the file and a remedy.
     """
     folder = Path(folder)
     for name in ("config.json", WEIGHTS_FILE):
@@ -88,7 +87,7 @@ def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = Tr
     benchmarks = sorted(training.glob("benchmark*.json"), key=lambda path: (path.name != "benchmark.json", path.name))
     for path in benchmarks:
         record = _read(records, path, strict)
-        if record is None or "runs" not in record:  # a benchmark of something else than decoding
+        if record is None or "runs" not in record:  # a benchmark of something other than decoding
             continue
         if record.get("partial"):
             if strict:
@@ -96,18 +95,18 @@ def read_records(folder: str | Path, unmeasured: bool = False, strict: bool = Tr
             records.unusable.append(path.name)
             continue
         _sort_in(records, path, _own_part(record, records.sha256), records.benchmarks, strict)
-    # what is left out on request is known to be there; what names no drafter measured nothing of this one
+    # skipped records exist, and records without a drafter do not count as this drafter's
     if not (records.benchmarks or records.foreign or records.unusable or unmeasured):
         which = " that says which drafter it measured" if records.anonymous else ""
         raise ValueError(
-            f"{training} contains no benchmark.json{which}: {_remedy(folder)}, or ask for a card that says "
-            "'not measured' with --unmeasured true."
+            f"{training} contains no benchmark.json{which}: {_remedy(folder)}, or write a card without figures with "
+            "--unmeasured true."
         )
     for path in sorted(training.glob("check_*.json")):
         if (record := _read(records, path, strict)) is not None:
             _sort_in(records, path, record, records.checks, strict)
     for path in sorted(training.glob("compare_heads*.json")):
-        # candidates that do not ship are compared too: their records are not an error
+        # unpublished candidates are compared too, and their records are not an error
         record = _read(records, path, strict)
         if record is not None and record.get("drafter_sha256") == records.sha256:
             records.heads.append((path.name, record))
@@ -130,7 +129,7 @@ def _in_order(training: Path) -> list[Path]:
 
 
 def _read(records: Records, path: Path, strict: bool) -> dict[str, Any] | None:
-    """The object in a file; None, and a line of the card, for what is none and may be left out."""
+    """The object in a file. If it is damaged and may be skipped, returns None and adds a line to the card."""
     try:
         return read_json(path)
     except ValueError:
@@ -141,7 +140,7 @@ def _read(records: Records, path: Path, strict: bool) -> dict[str, Any] | None:
 
 
 def check_stated(stated: dict[str, Any], where: str) -> None:
-    """Raises `ValueError` for a key that a card does not know."""
+    """Raises `ValueError` for unknown keys of `card.json`."""
     unknown = sorted(set(stated) - set(STATED))
     if unknown:
         raise ValueError(f"{where}: unknown key(s) {unknown}; the keys are {list(STATED)}.")
@@ -156,14 +155,14 @@ def check_stated(stated: dict[str, Any], where: str) -> None:
 
 
 def _own_part(record: dict, sha256: str) -> dict:
-    """A benchmark of several drafters, cut to the rows of one and to those that need none."""
+    """A benchmark of several drafters, reduced to the rows of one and to those without a drafter."""
     drafters, runs = record.get("drafters"), record["runs"]
     if record.get("drafter_sha256") is not None or not (isinstance(drafters, dict) and isinstance(runs, list)):
         return record
     hashes = {name: of.get("drafter_sha256") if isinstance(of, dict) else None for name, of in drafters.items()}
     own = [name for name, digest in hashes.items() if digest == sha256]
     if not own:
-        # one that is known to be another's is no longer anonymous
+        # a record of a known other drafter is not anonymous
         return record if None in hashes.values() else {**record, "drafter_sha256": next(iter(hashes.values()), None)}
     others = [name for name in drafters if name not in own]
     runs = [row for row in runs if not (isinstance(row, dict) and row.get("method") in others)]

@@ -1,4 +1,4 @@
-"""A card's section on training and the page that it links, as Markdown: data, runs, commands, curve and comparisons."""
+"""A card's section on training and its linked page, as Markdown: data, runs, commands, curve and comparisons."""
 
 import statistics
 from pathlib import Path
@@ -13,7 +13,7 @@ _CURVE_ROWS = 8
 
 
 def training_section(records: Records) -> str:
-    """Data, runs, the picture of the curve and a link to [`training_story`]."""
+    """Data, runs, the plotted curve and a link to [`training_story`]."""
     parts = [records.stated["data"]] if records.stated.get("data") else []
     parts += _responses(records.folder)
     with reading("training*.json"):
@@ -32,7 +32,7 @@ def training_section(records: Records) -> str:
 
 
 def training_story(records: Records) -> str | None:
-    """How the drafter was trained, in full: commands, held-out acceptance, recipes compared; None without any."""
+    """The full description of the training: commands, held-out acceptance and compared recipes; None if there are none."""
     parts = []
     commands = records.folder / RECORD_FOLDER / "commands.sh"
     if commands.is_file():
@@ -60,7 +60,7 @@ def _curve(curve: list[dict[str, Any]]) -> str:
 
 
 def tokens_seen(row: dict[str, Any]) -> int | None:
-    """Response tokens seen at a row of the log."""
+    """The number of response tokens seen at a row of the log."""
     names = ("response_tokens_seen", "response_tokens", "eval_response_tokens_seen")
     return next((row[name] for name in names if name in row), None)
 
@@ -101,7 +101,7 @@ def _responses(folder: Path) -> list[str]:
 def _ablation(record: dict[str, Any]) -> str:
     environment, runs = record["environment"], record["runs"]
     steps = ", ".join(f"{count:,}" for count in sorted({run["steps"] for run in runs}))
-    # from the runs, because the record's summary is already rounded
+    # from the runs, because the record's summary is rounded
     found: dict[str, list[float]] = {}
     for run in runs:
         found.setdefault(run["variant"], []).append(run["eval_acceptance_length"])

@@ -1,4 +1,4 @@
-"""Prompts -> the target's own answers, by continuous batching here or by a serving engine's endpoint.
+"""Prompts -> the target's own answers, by continuous batching on this machine or by a serving engine's endpoint.
 
-Knows nothing of how a drafter is trained on them.
+This package does not depend on training.
 """

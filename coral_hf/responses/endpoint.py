@@ -1,7 +1,7 @@
 """Regeneration by a serving engine: any server with OpenAI's chat completions (vLLM, SGLang, TGI) answers the prompts.
 
-For targets that outgrow one machine: the engine distributes and batches, this side keeps many requests open, and a file
-that a later run continues with.
+This is for targets that are too large for one machine. The engine distributes and batches. This module keeps many requests
+open, and writes a file from which a later run can resume.
 
     >>> from coral_hf.responses.endpoint import regenerate_from_endpoint
     >>> from coral_hf.responses.response_files import iter_prompts
@@ -36,24 +36,24 @@ _TOO_LONG = re.compile(r"context|too (long|large|many tokens)|maximum.*length", 
 
 
 class PromptTooLong(Exception):
-    """The server refused a conversation for its length."""
+    """Raised if the server rejects a conversation because of its length."""
 
 
 class Stopped(Exception):
-    """Another request failed for good."""
+    """Raised in other threads after a request has failed permanently."""
 
 
 class ChatEndpoint:
-    """Chat completions of an OpenAI-compatible server, asked again with growing pauses where that may help.
+    """Chat completions of an OpenAI-compatible server. Requests are repeated with growing pauses if that may help.
 
     `OPENAI_API_KEY`, if set, is sent as the bearer token.
 
     Args:
-        url (`str`): up to and with `/v1`.
-        model (`str`): the name that the server knows the target by.
-        token_ids (`bool`): ask for token ids (`return_token_ids` of vLLM).
-        attempts (`int`): before a request is given up; pause (`float`): seconds before the second one, doubled each time.
-        timeout (`float`): seconds that one answer may take.
+        url (`str`): the URL up to and including `/v1`.
+        model (`str`): the server's name for the target.
+        token_ids (`bool`): request token ids (`return_token_ids` of vLLM).
+        attempts (`int`): attempts per request; pause (`float`): seconds before the second one, doubled each time.
+        timeout (`float`): time limit for one answer, in seconds.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class ChatEndpoint:
         self.stopped = threading.Event()
 
     def complete(self, messages: list[dict[str, str]], **settings: Any) -> Answer:
-        """The answer to messages.
+        """Returns the answer to messages.
 
         Raises:
-            ValueError: if the server refuses the request, or answers something else than a chat completion.
-            ConnectionError: if it gives no answer in all attempts.
+            ValueError: if the server rejects the request, or does not return a chat completion.
+            ConnectionError: if it does not answer in any attempt.
             PromptTooLong: if the conversation is too long for it.
         """
         body = {"model": self.model, "messages": messages, **settings}
@@ -99,7 +99,7 @@ class ChatEndpoint:
                     raise PromptTooLong(text) from error
                 reason = f"HTTP {error.code}: {_one_line(text)}"
                 if error.code not in _RETRIED:
-                    raise ValueError(f"{self.url} refused a request for model {self.model!r} ({reason}).") from error
+                    raise ValueError(f"{self.url} rejected a request for model {self.model!r} ({reason}).") from error
                 asked_pause = _seconds(error.headers.get("Retry-After"))
             except (
                 OSError,
@@ -126,7 +126,7 @@ class ChatEndpoint:
             prompt_ids = body.get("prompt_token_ids")
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.url} answered no chat completion, but {_one_line(json.dumps(body))}: give the address of an "
+                f"{self.url} did not return a chat completion, but {_one_line(json.dumps(body))}: give the address of an "
                 "OpenAI-compatible server, such as http://host:8000/v1."
             ) from error
         if self.token_ids and not (ids and prompt_ids):
@@ -157,36 +157,36 @@ def regenerate_from_endpoint(
     tokenizer: Any = None,
 ) -> dict[str, Any]:
     """
-    Lets a server answer every prompt, each turn after the answer to the one before, and appends the answers to a file.
+    Lets a server answer every prompt, turn by turn, and appends the answers to a file.
 
-    Texts are kept one conversation a row, `{"id", "target", "turns", "responses", "finish_reasons"}` with `system`,
-    `temperature` and `chat_template_kwargs` where they are set and `reasonings` where the server gives them apart (`target` is the model); training tokenises them, and learns no end from a response that was cut
-    ("length"). With `token_ids` a row is one turn, as [`regenerate`] writes it, and its text. An `output` that exists is
-    continued; a row of texts that continues a conversation names its `first_turn`, before which the answers stand in
-    an earlier row and are context only.
+    Texts are stored as one conversation per row: `{"id", "target", "turns", "responses", "finish_reasons"}`, where `target` is
+    the model. Rows also contain `system`, `temperature` and `chat_template_kwargs` if set, and `reasonings` if the server
+    returns them separately. Training tokenises the texts, and learns no end from a response that was cut ("length"). With
+    `token_ids`, a row is one turn in the format of [`regenerate`], with its text. An existing `output` is continued. A row of
+    texts that continues a conversation contains its `first_turn`; earlier answers are in an earlier row and only context.
 
     Args:
         url (`str`), model (`str`), attempts (`int`), pause (`float`): see [`ChatEndpoint`].
-        prompts (`Iterable[dict]`): rows `{"id", "turns"}` with a `system` text or without, as from [`iter_prompts`].
+        prompts (`Iterable[dict]`): rows `{"id", "turns"}`, optionally with a `system` text, as from [`iter_prompts`].
         output (`str` or `os.PathLike`): JSONL file.
         max_new_tokens (`int`), temperature (`float`), seed (`int`): sent with every request.
-        concurrency (`int`): requests under way at the same time.
+        concurrency (`int`): number of simultaneous requests.
         token_ids (`bool`): keep the token ids that the server returns.
         max_turns (`int`, *optional*), exclude (`Iterable[str]`), progress (`bool`): as for [`regenerate`].
-        template_kwargs (`dict`, *optional*): variables of the chat template, sent as `chat_template_kwargs` (vLLM, SGLang); a
-            row's own go before them.
-        tokenizer (*optional*): the target's. With it, each text is checked as training will read it: those that it cannot
-            use are counted, and end the run where there are only such.
+        template_kwargs (`dict`, *optional*): variables of the chat template, sent as `chat_template_kwargs` (vLLM, SGLang).
+            A row's own variables take precedence.
+        tokenizer (*optional*): the target's. With it, each text is checked for training. Unusable texts are counted, and
+            the run stops if all texts are unusable.
 
     Returns:
-        `dict`: `n_responses`, `n_response_tokens` (as the server counts them), `n_resumed` (turns found on file),
-        `n_excluded`, `n_too_long`, `n_empty` (conversations that ended early), `n_unusable` (answers that training leaves
-        out), `seconds`, `tokens_per_second`.
+        `dict`: `n_responses`, `n_response_tokens` (as counted by the server), `n_resumed` (turns found on file), `n_excluded`,
+        `n_too_long`, `n_empty` (conversations that ended early), `n_unusable` (answers that training skips), `seconds`,
+        `tokens_per_second`.
 
     Raises:
-        ValueError: on settings out of range, duplicate ids, a request that the server refuses, answers that cannot be
-            trained on, or an `output` that contains other rows or is being written by another process.
-        ConnectionError: if the server stops answering; what was answered is on file.
+        ValueError: for settings out of range, duplicate ids, a rejected request, answers that cannot be trained on, or an
+            `output` that contains other rows or is being written by another process.
+        ConnectionError: if the server stops answering. Earlier answers are on file.
     """
     for name, value in {"max_new_tokens": max_new_tokens, "concurrency": concurrency}.items():
         if value < 1:
@@ -210,7 +210,7 @@ def regenerate_from_endpoint(
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             endpoint.stopped.set()
-            pool.shutdown(cancel_futures=True)  # waits until conversations under way have written what is answered
+            pool.shutdown(cancel_futures=True)  # waits until running conversations have written their answers
             writer.close()
     errors = [error for item in futures if not item.cancelled() and (error := item.exception()) is not None]
     if errors:
@@ -227,7 +227,7 @@ def regenerate_from_endpoint(
 def _converse(
     endpoint: ChatEndpoint, conversation: Conversation, settings: dict[str, Any], writer: EndpointWriter
 ) -> None:
-    """Answers the turns of one conversation that are not on file."""
+    """Answers the turns of a conversation that are not on file."""
     new: list[Answer] = []
     try:
         while len(conversation.answers) < len(conversation.turns):
@@ -250,7 +250,7 @@ def _converse(
                 writer.check(conversation, answer)
             conversation.answers.append(answer.text)
             new.append(answer)
-    finally:  # also what a failure, here or of another request, left unfinished
+    finally:  # also if this or another request failed in between
         if new and not writer.token_ids:
             writer.conversation(conversation, new)
 

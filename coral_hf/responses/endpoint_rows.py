@@ -1,4 +1,4 @@
-"""The rows that an endpoint's answers become: of texts, a conversation each, or of ids, a turn each."""
+"""Rows of an endpoint's answers: texts of one conversation per row, or ids of one turn per row."""
 
 import json
 import threading
@@ -14,13 +14,13 @@ from .job_queue import Answered, Conversation, prompt_hash
 from .response_files import TEMPLATE_COLUMN, AnswerWriter
 
 
-_UNUSABLE_AT_FIRST = 8  # one odd answer must not end a run
+_UNUSABLE_AT_FIRST = 8  # a single unusable answer must not end a run
 
 
 @dataclass
 class Answer:
-    """One completion: its text, why it ended, its tokens if the server counted them, their ids if it was asked, and the
-    thinking that the server took out of the text."""
+    """One completion: its text, finish reason, number of tokens if the server counted them, ids if requested, and the
+    thinking that the server separated from the text."""
 
     text: str
     finish_reason: str | None
@@ -48,7 +48,7 @@ class EndpointWriter(AnswerWriter):
         self.common, self.token_ids = common, token_ids
 
     def check(self, conversation: Conversation, answer: Answer) -> None:
-        """Counts an answer that training cannot use; raises `UnusableRow` where there are only such."""
+        """Counts an answer that training cannot use. Raises `UnusableRow` if all answers are unusable."""
         if self.tokenizer is None:
             return
         new = len(conversation.answers)
@@ -64,7 +64,7 @@ class EndpointWriter(AnswerWriter):
                 raise unusable[0]
 
     def turn(self, conversation: Conversation, answer: Answer) -> None:
-        """A row of one answer's ids."""
+        """A row with the ids of one answer."""
         turn = len(conversation.answers)
         row = {"id": conversation.id, "turn": turn, **self.common}
         row |= {TEMPLATE_COLUMN: conversation.template_kwargs} if conversation.template_kwargs else {}
@@ -108,7 +108,7 @@ def text_row(
 def answers_on_file(
     output: Path, temperature: float, token_ids: bool, origin: Origin
 ) -> dict[str, dict[int, Answered]]:
-    """Texts on file by id and turn; refuses a file of other rows, temperatures or models."""
+    """Texts on file by id and turn. Rejects a file of other rows, temperatures or models."""
     answers: dict[str, dict[int, Answered]] = {}
     if not output.exists():
         return answers

@@ -1,4 +1,4 @@
-"""The turns that a target has yet to answer, in an order that batches well."""
+"""The turns that a target has not answered yet, in an order for efficient batching."""
 
 import hashlib
 import itertools
@@ -14,14 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from ..data.chat import build_messages, check_template_kwargs, encode_messages
 
 
-# Prompts are sorted by length inside windows of this many per slot: rows that are live together are of similar length,
-# so attention, which pays for the longest, wastes little, while the order over the whole file stays random.
+# Prompts are sorted by length inside windows of this many per slot. Live rows then have similar lengths, so that attention,
+# which costs as much as for the longest row, wastes little. The order over the whole file stays random.
 WINDOW_PER_SLOT = 8
 
 
 @dataclass
 class Conversation:
-    """One prompt row, the variables of its chat template, and the target's answers so far: ids, or an endpoint's texts."""
+    """A prompt row, its chat-template variables, and the target's answers so far: ids, or an endpoint's texts."""
 
     id: str
     turns: list[str]
@@ -32,8 +32,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer on file, ids or text, which prompt it answers (see [`prompt_hash`]) where that is known, and how that was
-    rendered."""
+    """An answer on file (ids or text), the hash of its prompt if known (see [`prompt_hash`]), and the chat-template
+    variables."""
 
     answer: Any
     prompt: str | None = None
@@ -41,13 +41,13 @@ class Answered:
 
 
 def prompt_hash(system: str | None, turns: Sequence[str]) -> str:
-    """What tells the user's part of a conversation up to a turn from one with other texts."""
+    """A hash of the user's part of a conversation up to a turn."""
     return hashlib.sha256(json.dumps([system, list(turns)]).encode()).hexdigest()[:12]
 
 
 @dataclass
 class Job:
-    """One turn that is being answered."""
+    """A turn that is being answered."""
 
     conversation: Conversation
     prompt_ids: list[int]
@@ -55,7 +55,7 @@ class Job:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, eos_ids: Collection[int]) -> list[int]:
-    """Ids of the conversation so far, up to the point where the next answer begins."""
+    """Ids of the conversation so far, up to the beginning of the next answer."""
     texts = []
     for answer in conversation.answers:
         ids = answer[:-1] if answer and answer[-1] in eos_ids else answer
@@ -71,12 +71,12 @@ def unanswered(
     max_turns: int | None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[Conversation], int]:
-    """The conversations with turns to answer, holding the answers on file, and how many were excluded.
+    """The conversations with turns to answer, including answers on file, and the number of excluded ones.
 
-    `template_kwargs` are the chat template's variables where a row does not name its own.
+    `template_kwargs` are the chat-template variables for rows without their own.
 
     Raises:
-        ValueError: if an id occurs twice, or an answer on file is to another text.
+        ValueError: if an id occurs twice, or an answer on file belongs to another text.
     """
     conversations: list[Conversation] = []
     seen: set[str] = set()
@@ -99,12 +99,12 @@ def unanswered(
                 break
             if found.prompt not in (None, prompt_hash(conversation.system, conversation.turns[: turn + 1])):
                 raise ValueError(
-                    f"prompt {conversation.id!r} has another text than the one whose turn {turn} is answered on file: give the "
-                    "changed prompt another id, or give another output file."
+                    f"prompt {conversation.id!r} differs from the one whose turn {turn} is answered on file: give the changed prompt "
+                    "another id, or give another output file."
                 )
             if found.template_kwargs != kwargs:
                 raise ValueError(
-                    f"prompt {conversation.id!r} is answered on file with chat_template_kwargs {found.template_kwargs}, this run "
+                    f"prompt {conversation.id!r} is answered on file with chat_template_kwargs {found.template_kwargs}, but this run "
                     f"has {kwargs}; give another output file."
                 )
             conversation.answers.append(found.answer)
@@ -115,8 +115,8 @@ def unanswered(
 
 class PromptQueue:
     """
-    The prompts still to be answered, tokenized ahead of need and sorted by length inside a window. The next turn of a
-    conversation goes to the front: its answer is wanted before new conversations begin.
+    The remaining prompts, tokenised in advance and sorted by length inside a window. The next turn of a conversation goes to
+    the front, so that it is answered before new conversations begin.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class PromptQueue:
         self.downwards = False
 
     def common_prefix(self) -> list[int]:
-        """Ids with which all prompts of the next window begin, most of them from the chat template."""
+        """The ids with which all prompts of the next window begin, mostly from the chat template."""
         self._fill()
         prompts = [job.prompt_ids for job in self.ready]
         if len(prompts) < 2:
@@ -159,7 +159,7 @@ class PromptQueue:
             self.ready.appendleft(job)
 
     def pop(self) -> Job | None:
-        """The next turn to answer, `None` if there is none for now."""
+        """The next turn to answer, or `None` if there is currently none."""
         self._fill()
         return self.ready.popleft() if self.ready else None
 
@@ -168,11 +168,11 @@ class PromptQueue:
             chunk = [self.source.pop() for _ in range(min(self.window, len(self.source)))]
             jobs = [job for job in map(self._job, chunk) if job is not None]
             self.ready.extend(sorted(jobs, key=lambda job: len(job.prompt_ids), reverse=self.downwards))
-            # Up and down in turns, so that neighbouring windows meet at similar lengths.
+            # Alternately ascending and descending, so that neighbouring windows meet at similar lengths.
             self.downwards = not self.downwards
 
     def _job(self, conversation: Conversation) -> Job | None:
-        """The next turn of `conversation`, `None` (and noted) if its context is too long."""
+        """The next turn of `conversation`, or `None` if its context is too long, which is recorded."""
         ids = _encode(self.tokenizer, conversation, self.eos_ids)
         if not ids:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What is wrong with a sampled text, whether it repeats an earlier one, and in which language it seems to be."""
+"""Checks sampled texts: whether they are valid prompts, repeat earlier ones, and their probable language."""
 
 import re
 import unicodedata
@@ -10,8 +10,8 @@ import torch
 
 
 SHORTEST = 8  # characters
-_ALIKE = 0.7  # share of common shingles from which two texts are one
-_BANDS, _ROWS = 8, 4  # of the MinHash: texts that share less than half of their shingles seldom meet in a band
+_ALIKE = 0.7  # texts with at least this share of common shingles are duplicates
+_BANDS, _ROWS = 8, 4  # of the MinHash: texts that share less than half of their shingles rarely match in a band
 _PRIME = (1 << 31) - 1
 _WORDS = {
     "English": "the of and to is what how a in you for that can with",
@@ -24,7 +24,7 @@ _WORDS = {
 
 
 def flaw_of(text: str, special_tokens: Iterable[str] = ()) -> str | None:
-    """Why a text is no prompt: `"empty"` or `"degenerate"`; None if nothing is wrong."""
+    """Why a text is not a valid prompt: `"empty"` or `"degenerate"`; None if it is valid."""
     if len(text) < SHORTEST or not any(character.isalpha() for character in text):
         return "empty"
     strange = any(
@@ -40,7 +40,7 @@ def flaw_of(text: str, special_tokens: Iterable[str] = ()) -> str | None:
 
 
 class NearDuplicates:
-    """Texts, found again by most of their shingles (five normalised characters): MinHash, then the share itself."""
+    """A collection of texts that finds near-duplicates by common shingles (five normalised characters), using MinHash."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -50,7 +50,7 @@ class NearDuplicates:
         self._shingles: list[set[int]] = []
 
     def add(self, text: str) -> None:
-        """Remembers a text."""
+        """Adds a text."""
         shingles = _shingles(text)
         for band in self._bands(shingles):
             self._buckets.setdefault(band, []).append(len(self._shingles))
@@ -76,7 +76,7 @@ def _shingles(text: str) -> set[int]:
 
 
 def language_of(text: str) -> str:
-    """The language that a text seems to be in, by its commonest words; else its script."""
+    """The probable language of a text, by its most common words; otherwise its script."""
     letters = [character for character in text if character.isalpha()]
     if not letters:
         return "none"

@@ -1,13 +1,13 @@
-"""Make a target model answer prompts, fast enough that a CPU is of use: the data a drafter is trained on.
+"""Lets a target answer prompts, to create a drafter's training data. Fast enough for CPUs.
 
-`generate` on a padded batch pays for its slowest row. Here a fixed number of slots share one preallocated key-value
-buffer and a finished slot takes the next prompt at once (continuous batching):
+`generate` on a padded batch takes as long as its slowest row. Here, a fixed number of slots share one preallocated
+key-value buffer, and a finished slot takes the next prompt immediately (continuous batching):
 
     >>> from coral_hf.responses.regenerate import iter_prompts, regenerate
     >>> stats = regenerate(target, tokenizer, iter_prompts("prompts.jsonl"), "responses.jsonl", max_new_tokens=224)
     Read ... rows of prompts.jsonl as turns: prompts without answers.
 
-The output is append-only JSONL, one whole line per answered turn, so a killed run continues where it stopped.
+The output is append-only JSONL with one line per answered turn, so that an interrupted run can resume.
 """
 
 import json
@@ -34,12 +34,12 @@ from .response_files import TEMPLATE_COLUMN, AnswerWriter, exclusive, iter_promp
 
 __all__ = ["TokenSampler", "decode_all", "iter_prompts", "iter_responses", "regenerate", "write_shards"]
 
-_READABLE = 10**9  # bytes of a file that is still written with its texts
+_READABLE = 10**9  # largest file in bytes that contains texts by default
 _BYTES_PER_TOKEN = 12  # an id and its text, in JSON
 
 
 def _ids_on_file(output: Path, temperature: float, origin: Origin) -> dict[str, dict[int, Answered]]:
-    """Answers on file by id and turn; refuses a file that was written at another temperature, or by another target."""
+    """Answers on file by id and turn. Rejects a file that was written at another temperature or by another target."""
     answers: dict[str, dict[int, Answered]] = {}
     if not output.exists():
         return answers
@@ -52,7 +52,7 @@ def _ids_on_file(output: Path, temperature: float, origin: Origin) -> dict[str, 
 
 
 class TokenSampler:
-    """The next token of every row: the argmax, or a draw at `temperature` from a generator of its own."""
+    """The next token of every row: the argmax, or a sample at `temperature` from its own generator."""
 
     def __init__(self, temperature: float, seed: int, device: torch.device):
         self.temperature = temperature
@@ -83,30 +83,31 @@ def regenerate(
     drafter: CoralDraftModel | None = None,
 ) -> dict[str, Any]:
     """
-    Lets the target answer every prompt, each turn after the answer to the one before, and appends the answers to a file.
+    Lets the target answer every prompt, turn by turn, and appends the answers to a file.
 
-    Greedy at temperature 0: the same tokens as `generate(do_sample=False)` prompt by prompt, up to near-ties of the
-    dtype. Of the target's generation config only the EOS ids are used. An existing `output` is continued: an incomplete
-    last line is dropped, turns on file are not answered again, and conversations continue from their rows.
+    At temperature 0, decoding is greedy: the tokens are the same as those of `generate(do_sample=False)` prompt by prompt,
+    except for near-ties of the dtype. Only the EOS ids of the target's generation config are used. An existing `output` is
+    continued: an incomplete last line is dropped, turns on file are not answered again, and conversations continue from
+    their rows.
 
     Args:
         target (`PreTrainedModel`):
-            A decoder-only causal LM with full or sliding-window attention (`sdpa` or `eager`), in evaluation mode. With
-            recurrent layers it decodes in padded batches, and says so.
+            A decoder-only causal LM with full or sliding-window attention (`sdpa` or `eager`), in evaluation mode. Targets with
+            recurrent layers are decoded in padded batches, which is logged.
         tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer. Without a chat template the turns are taken as plain text.
+            Its tokenizer. Without a chat template, the turns are used as plain text.
         prompts (`Iterable[dict]`):
-            Rows `{"id", "turns"}`, with a `system` text and `chat_template_kwargs` or without, as from [`iter_prompts`].
+            Rows `{"id", "turns"}`, optionally with a `system` text and `chat_template_kwargs`, as from [`iter_prompts`].
         output (`str` or `os.PathLike`):
-            JSONL file; a row is `{"id", "turn", "prompt_ids", "response_ids"}`, `"temperature"` if sampled, a
-            `"prompt_hash"` of the texts, `"chat_template_kwargs"` if there are any, and the target: `"target"` (name), `"target_revision"` (commit, if it is of the
-            Hub) and `"target_weights"` (a hash of a sample).
-            `prompt_ids` is the whole context up to the generation prompt, `response_ids` ends with EOS if it came.
+            JSONL file. A row is `{"id", "turn", "prompt_ids", "response_ids"}`, with `"temperature"` if sampled, a
+            `"prompt_hash"` of the texts, `"chat_template_kwargs"` if there are any, and the target: `"target"` (name),
+            `"target_revision"` (commit, if it is from the Hub) and `"target_weights"` (a hash of a sample). `prompt_ids` is the
+            whole context up to the generation prompt. `response_ids` ends with EOS unless the response was cut.
         max_new_tokens (`int`, defaults to 512):
             Longest response.
         max_prompt_tokens (`int`, *optional*):
-            Turns with a longer context are left out (they end their conversation), counted and reported. By default
-            what `max_new_tokens` leaves of the target's `max_position_embeddings`.
+            Turns with a longer context are skipped (and end their conversation), counted and reported. Default: the target's
+            `max_position_embeddings` minus `max_new_tokens`.
         slots (`int`, defaults to 128):
             Rows that are decoded together.
         temperature (`float`, defaults to 0.0):
@@ -116,24 +117,25 @@ def regenerate(
         max_turns (`int`, *optional*):
             Answer at most this many turns of each conversation; all by default.
         exclude (`Iterable[str]`, defaults to `()`):
-            Ids of prompts to leave out, because another file has their answers.
+            Ids of prompts to skip, because another file contains their answers.
         text (`bool`, *optional*):
-            Write the turn and its answer as `"prompt"` and `"response"` texts beside the ids. By default where the whole file
-            stays below 1 GB.
+            Write the turn and its answer as `"prompt"` and `"response"` texts next to the ids. Default: if the whole file stays
+            below 1 GB.
         progress (`bool`, defaults to `True`):
             Show a progress bar with tokens per second and the time left.
         drafter ([`CoralDraftModel`], *optional*):
-            Drafts for all slots where the costs measured on this machine say that it saves time; a line says so. Where it does
-            not for so many, it does for the last ones. Tokens are the same; samples have the same distribution.
+            Drafts for all slots if the costs measured on this machine show that it saves time, which is logged. If it does not
+            pay for all slots, it may draft for the last ones. Tokens are the same; samples have the same distribution.
 
     Returns:
-        `dict`: `n_responses`, `n_response_tokens`, `n_prompt_tokens`, `n_resumed` (answers to these prompts found on file), `n_excluded`,
-        `n_too_long` and `too_long` (`(id, turn, tokens)` of what was left out), `seconds`, `tokens_per_second`; with a drafter
-        `acceptance_length` (tokens a step and slot, while it was at work) and `plain_steps`, the share of those without a draft.
+        `dict`: `n_responses`, `n_response_tokens`, `n_prompt_tokens`, `n_resumed` (answers to these prompts found on file),
+        `n_excluded`, `n_too_long` and `too_long` (`(id, turn, tokens)` of skipped turns), `seconds` and `tokens_per_second`.
+        With a drafter also `acceptance_length` (tokens per step and slot while drafting) and `plain_steps` (the share of
+        these steps without a draft).
 
     Raises:
-        ValueError: on settings out of range, duplicate ids, a target with layers that cannot be batched this way, or
-            an `output` that contains other rows, or those of another target, or is being written by another process.
+        ValueError: for settings out of range, duplicate ids, a target with layers that do not support this batching, or an
+            `output` that contains other rows or those of another target, or is being written by another process.
     """
     positions = getattr(target.config.get_text_config(), "max_position_embeddings", None) or 2**20
     if max_prompt_tokens is None:
@@ -146,7 +148,7 @@ def regenerate(
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if max_prompt_tokens + max_new_tokens > positions:
         raise ValueError(
-            f"max_prompt_tokens={max_prompt_tokens} and max_new_tokens={max_new_tokens} go past the {positions} "
+            f"max_prompt_tokens={max_prompt_tokens} and max_new_tokens={max_new_tokens} exceed the {positions} "
             "positions of the target; lower one of them."
         )
     if not 0 <= temperature < float("inf"):
@@ -162,7 +164,7 @@ def regenerate(
         check_vocabulary(drafter.config, tokenizer)
         if isinstance(cache, PaddedBatch):
             raise ValueError(
-                f"a drafter drafts for slots of a key-value store, which cannot hold the recurrent layers of "
+                f"a drafter drafts for slots of a key-value store, which does not support the recurrent layers of "
                 f"{type(target).__name__}: leave the drafter out."
             )
         drafts = SlotDrafts(cache, drafter)
@@ -172,7 +174,7 @@ def regenerate(
         prompts = list(prompts)
         n_resumed = sum(len(on_file.get(row.get("id", ""), ())) for row in prompts)
         conversations, n_excluded = unanswered(prompts, on_file, excluded, max_turns, template_kwargs_of(tokenizer))
-        # The order is the seed's; the draws of a resumed run are not those that are on file already.
+        # The seed determines the order. The draws of a resumed run differ from those already on file.
         queue = PromptQueue(
             conversations, tokenizer, eos_ids, slots * WINDOW_PER_SLOT, max_prompt_tokens, random.Random(seed)
         )
@@ -197,7 +199,7 @@ def regenerate(
 
 
 class _TurnWriter(AnswerWriter):
-    """Writes finished turns line by line and queues the turns that follow them."""
+    """Writes finished turns line by line, and queues the following turns."""
 
     def __init__(
         self,
@@ -242,12 +244,12 @@ def decode_all(
     max_new_tokens: int,
     drafts: SlotDrafts | None = None,
 ) -> None:
-    """The loop: fill the free slots with jobs of `queue.pop`, step all, give finished ones to `writer.write`."""
+    """The loop: fills free slots with jobs from `queue.pop`, steps all slots, and passes finished ones to `writer.write`."""
     common = queue.common_prefix()
     # a shared prefix has no states for the drafter
     if drafts is None or not drafts.begin(queue.context()):
         cache.share_prefix(common)
-    jobs: list[Job] = []  # jobs[i] lives in slot i
+    jobs: list[Job] = []  # jobs[i] is in slot i
     refill_at = cache.refill_at
     while True:
         new_jobs: list[Job] = []

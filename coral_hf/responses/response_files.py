@@ -1,4 +1,4 @@
-"""The files around regeneration: prompts in, response rows out (JSONL while it runs, Parquet shards to keep)."""
+"""The files of regeneration: prompts in, response rows out (JSONL while running, Parquet shards for storage)."""
 
 import contextlib
 import json
@@ -25,19 +25,19 @@ def iter_prompts(
     data: Any, split: str = "train", columns: Mapping[str, str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """
-    Reads conversations, user turns only, in any format of docs/data_formats.md.
+    Reads the user turns of conversations in any format of docs/data_formats.md.
 
     Args:
         data:
-            One source or several; see [`Reading`]. Of `messages` the user's are the turns; a `system` text may stand beside
-            them. Other keys are kept. Rows without an id get one, a hash of their texts; their repetitions are left out.
+            One source or several, see [`Reading`]. The user's `messages` are the turns. Rows may contain a `system` text.
+            Other keys are kept. Rows without an id get a hash of their texts as id, and repetitions of them are skipped.
         split (`str`, defaults to `"train"`):
-            Of data sets with several splits.
+            The split of data sets with several splits.
         columns (`dict[str, str]`, *optional*):
-            Names that the formats know, each with the data's own name for it.
+            Names in the formats, each with the data's own name for it.
 
     Returns:
-        `Iterator[dict]`: the rows in their order, with `id`, `turns` and `system` if there is one.
+        `Iterator[dict]`: the rows in order, with `id`, `turns` and `system` if there is one.
 
     Raises:
         ValueError: if a source is missing, or a line is malformed or repeats an id (with its number).
@@ -65,11 +65,11 @@ def iter_prompts(
 
 def iter_responses(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """
-    Reads response rows as [`regenerate`] writes them.
+    Reads response rows in the format of [`regenerate`].
 
     Args:
         path (`str` or `os.PathLike`):
-            A `.jsonl` or `.jsonl.gz` file with `{"id", "turn", "prompt_ids", "response_ids"}`; an absent `turn` is 0.
+            A `.jsonl` or `.jsonl.gz` file with `{"id", "turn", "prompt_ids", "response_ids"}`. A missing `turn` is 0.
 
     Returns:
         `Iterator[dict]`: the rows in file order.
@@ -100,7 +100,7 @@ _OPTIONAL = (*COLUMNS, "prompt_hash", TEMPLATE_COLUMN)  # columns of shards whos
 
 @contextlib.contextmanager
 def exclusive(output: Path) -> Iterator[None]:
-    """Holds `output` for this process alone, a last line that a kill cut off removed.
+    """Locks `output` for this process, and removes an incomplete last line.
 
     Raises:
         ValueError: if another process is writing it.
@@ -117,14 +117,14 @@ def exclusive(output: Path) -> Iterator[None]:
 
 
 def _check_ours(output: Path) -> None:
-    """Raises `ValueError` if cutting off a last line without its newline would cut into a file that is not of answers."""
+    """Raises `ValueError` if removing an incomplete last line would damage a file that does not contain answers."""
     if not output.exists() or (place := whole_lines(output)) == output.stat().st_size:
         return
     with output.open("rb") as file:
         first = file.readline() if place else b""
         file.seek(place)
         tail = file.read()
-    start = b'{"id":"'  # of every row written here
+    start = b'{"id":"'  # the beginning of every row written here
     ours = tail.startswith(start) or start.startswith(tail)
     if whole := first or (tail if tail.rstrip().endswith(b"}") else b""):
         ours = ours and any(name in whole for name in (b'"response_ids"', b'"responses"'))
@@ -133,13 +133,13 @@ def _check_ours(output: Path) -> None:
 
 
 class AnswerWriter:
-    """Appends lines to a file, each flushed as it is written, counts answers and keeps the progress bar.
+    """Appends and flushes lines, counts answers and updates the progress bar.
 
     Args:
         output (`Path`): JSONL file.
-        conversations (`list[Conversation]`): to be answered; their open turns are the bar's length.
+        conversations (`list[Conversation]`): conversations to answer. Their open turns are the bar's length.
         progress (`bool`): show the bar.
-        counted (`Iterable[str]`): names of further counts beside `n_responses` and `n_response_tokens`.
+        counted (`Iterable[str]`): names of counts in addition to `n_responses` and `n_response_tokens`.
     """
 
     def __init__(self, output: Path, conversations: list[Conversation], progress: bool, counted: Iterable[str] = ()):
@@ -153,7 +153,7 @@ class AnswerWriter:
         """Writes a line.
 
         Raises:
-            OSError: if the disk does not take it; the lines before it are kept.
+            OSError: if it cannot be written. Earlier lines are kept.
         """
         try:
             self.file.write(line + "\n")
@@ -161,31 +161,31 @@ class AnswerWriter:
         except OSError as error:
             self.failed = True
             raise OSError(
-                f"{self.output} could not be written ({error}). Free the disk and run the same command again: it resumes from the "
-                "answers that are on file."
+                f"{self.output} could not be written ({error}). Free the disk and run the same command again to resume from the "
+                "answers on file."
             ) from error
 
     def count_answer(self, n_tokens: int) -> None:
-        """One more answer, of so many tokens."""
+        """Counts an answer and its tokens."""
         self.counts["n_responses"] += 1
         self.counts["n_response_tokens"] += n_tokens
         self.bar.set_postfix_str(f"{self.stats()['tokens_per_second']:.0f} tokens/s", refresh=False)
         self.bar.update()
 
     def stats(self) -> dict[str, Any]:
-        """The counts, `seconds` since the beginning and `tokens_per_second`."""
+        """The counts, the `seconds` since the start, and `tokens_per_second`."""
         seconds = time.perf_counter() - self.started
         return {**self.counts, "seconds": seconds, "tokens_per_second": self.counts["n_response_tokens"] / seconds}
 
     def close(self) -> None:
         self.bar.close()
-        # what a full disk did not take is written, in vain, once more
+        # after a full disk, closing tries in vain to write the rest
         with contextlib.suppress(*([OSError] if self.failed else [])):
             self.file.close()
 
 
 def whole_lines(path: Path) -> int:
-    """How many bytes of a file are lines with their newline."""
+    """The number of bytes of a file up to its last newline."""
     with path.open("rb") as file:
         position = file.seek(0, os.SEEK_END)
         while position > 0:
@@ -199,7 +199,7 @@ def whole_lines(path: Path) -> int:
 
 
 def drop_incomplete_line(path: Path) -> None:
-    """Cuts off a last line without its newline, which is what a kill in the middle of a write leaves."""
+    """Removes an incomplete last line, which an interruption in the middle of a write leaves."""
     if path.exists() and (end := whole_lines(path)) != path.stat().st_size:
         os.truncate(path, end)
 
@@ -210,20 +210,20 @@ def write_shards(
     rows_per_shard: int = 5000,
 ) -> list[Path]:
     """
-    Packs response rows into Parquet shards of ids (zstd; uint16 where the vocabulary allows, else int32), which
-    `datasets` and [`read_rows`] read. Shards in the directory already are kept, the numbers continue from
-    theirs, and answers that they hold (id, turn and temperature) are not packed again. All new shards appear, or none.
+    Packs response rows into Parquet shards of ids (zstd; uint16 if the vocabulary allows, else int32), which `datasets`
+    and [`read_rows`] can read. Existing shards are kept, and new numbers continue from theirs. Answers that existing shards
+    contain (same id, turn and temperature) are not packed again. Either all new shards appear or none.
 
     Args:
         rows (`str`, `os.PathLike` or `Iterable[dict]`):
             A JSONL file of [`regenerate`], or its rows.
         directory (`str` or `os.PathLike`):
-            Where `responses-00000.parquet` and so on go.
+            The folder for `responses-00000.parquet` and so on.
         rows_per_shard (`int`, defaults to 5000):
             Rows of a shard.
 
     Returns:
-        `list[Path]`: the shards written; none where all answers are packed already.
+        `list[Path]`: the written shards; empty if all answers are already packed.
 
     Raises:
         ValueError: on a malformed row, without any row, or if a shard in the directory is damaged or contains answers of
@@ -237,7 +237,7 @@ def write_shards(
         raise ImportError("Writing Parquet needs pyarrow: pip install 'coral-hf[train]'.") from error
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard must be at least 1, got {rows_per_shard}.")
-    source = f"{rows} contains" if isinstance(rows, str | os.PathLike) else "these are"
+    source = f"{rows} contains" if isinstance(rows, str | os.PathLike) else "the list contains"
     if isinstance(rows, str | os.PathLike):
         rows = list(iter_responses(rows))
     else:
@@ -252,11 +252,11 @@ def write_shards(
     for shard in shards:
         keys, columns, origins = _packed_answers(shard)
         packed.update(keys)
-        if shard == shards[0]:  # the columns of all shards of a folder are the same, or `datasets` reads none of them
+        if shard == shards[0]:  # all shards of a folder need the same columns, or `datasets` cannot read them
             optional = [name for name in _OPTIONAL if name in columns]
         for other, one in ((other, one) for other in origins for one in ours if other.contradicts(one)):
             raise ValueError(
-                f"{shard} contains answers of {other}, and {source} those of {one}: pack them into another folder."
+                f"{shard} contains answers of {other}, but {source} those of {one}: pack them into another folder."
             )
     rows = [row for row in rows if _answer_key(row) not in packed]
     if not rows:
@@ -296,20 +296,20 @@ def write_shards(
 
 
 def _shard_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as shards hold it: an object of any keys is no column of theirs."""
+    """A row in the format of shards, in which an object with arbitrary keys cannot be a column."""
     kwargs = row.get(TEMPLATE_COLUMN)
     text = json.dumps(kwargs) if isinstance(kwargs, dict) else kwargs
     return {"temperature": 0.0, **row, TEMPLATE_COLUMN: text}
 
 
 def _answer_key(row: dict[str, Any]) -> tuple[str, int, float]:
-    """What a row answers, and how: the temperature as shards hold it, in float32."""
+    """The key of an answer: id, turn and temperature, in float32 as in shards."""
     (temperature,) = struct.unpack("f", struct.pack("f", row.get("temperature") or 0.0))
     return row["id"], row.get("turn") or 0, temperature
 
 
 def _packed_answers(shard: Path) -> tuple[list[tuple[str, int, float]], list[str], set[Origin]]:
-    """What a shard answers, its columns, and whose answers they are."""
+    """The answers in a shard, its columns, and the target that wrote them."""
     import pyarrow
     import pyarrow.parquet
 
@@ -322,5 +322,5 @@ def _packed_answers(shard: Path) -> tuple[list[tuple[str, int, float]], list[str
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{shard} is damaged or not a shard of answers ({reason}). Remove it, or pack elsewhere."
+            f"{shard} is damaged or not a shard of answers ({reason}). Remove it, or pack into another folder."
         ) from error

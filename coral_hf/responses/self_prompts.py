@@ -1,7 +1,7 @@
-"""Prompts without a data set: the target writes what its users would ask, and each prompt is kept once.
+"""Prompts without a data set: the target writes likely user prompts, and duplicates are dropped.
 
-A chat model continues its chat template up to where the user's words begin; a base model continues its BOS token, and what
-it writes is continued again as an answer. The file is append-only JSONL, so that a killed run resumes.
+A chat model continues its chat template up to the user's words. A base model continues its BOS token, and its text is later
+continued as an answer. The file is append-only JSONL, so that an interrupted run can resume.
 """
 
 import json
@@ -27,8 +27,8 @@ from .response_files import exclusive
 
 
 TEMPERATURE = 1.0
-_LONGEST_PROMPT, _LONGEST_BEGINNING = 256, 48  # tokens: of a chat model, of a base model
-_ATTEMPTS = 20  # a prompt, before the target is taken to have no more
+_LONGEST_PROMPT, _LONGEST_BEGINNING = 256, 48  # tokens, for a chat model and for a base model
+_ATTEMPTS = 20  # attempts per prompt before giving up
 _MARK = "\u2063user\u2063"
 
 
@@ -45,23 +45,24 @@ def write_self_prompts(
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """
-    Lets the target write prompts, and keeps those that are whole, sound and unlike each other.
+    Lets the target write prompts, and keeps those that are complete, valid and distinct.
 
     Args:
         target (`PreTrainedModel`), tokenizer:
             As for [`regenerate`].
         count (`int`):
-            Prompts to have in the file.
+            The number of prompts in the file afterwards.
         output (`str` or `os.PathLike`):
-            JSONL file; a row is `{"id", "turns", "source": "self", "seed", "temperature"}` and the target. It is continued.
+            JSONL file. A row is `{"id", "turns", "source": "self", "seed", "temperature"}` and the target. An existing file is
+            continued.
         seed (`int`, defaults to 0):
             Seeds the sampling.
         max_tokens (`int`, *optional*):
-            Longest prompt: a chat model's longer ones are dropped as cut (256 by default), a base model's end there (48).
+            Longest prompt. A chat model's longer prompts are dropped (default: 256). A base model's end there (default: 48).
         slots (`int`, defaults to 128):
             Prompts that are written together.
         evaluation ([`EvaluationPrompts`], *optional*):
-            Prompts like these are dropped.
+            Prompts that match these are dropped.
         progress (`bool`, defaults to `True`):
             Show a progress bar.
 
@@ -69,7 +70,7 @@ def write_self_prompts(
         `list[dict]`: the first `count` rows of the file.
 
     Raises:
-        ValueError: if `count` is not positive, the target writes no prompt that is kept, or the file is of another target.
+        ValueError: if `count` is not positive, the target writes no valid prompt, or the file belongs to another target.
     """
     if count < 1:
         raise ValueError(f"self_prompts={count} must be at least 1.")
@@ -98,7 +99,7 @@ def write_self_prompts(
 
 
 def prompt_start(target: Any, tokenizer: Any) -> tuple[list[int], frozenset[int], str | None]:
-    """Where a user's words begin: the ids before them, the ids that end them, and the text that does (None: any place)."""
+    """The ids before a user's words, the ids that end them, and the text that ends them (None: any position)."""
     eos_ids = eos_ids_of(target)
     if not getattr(tokenizer, "chat_template", None):
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else next(iter(sorted(eos_ids)), None)
@@ -116,7 +117,7 @@ def prompt_start(target: Any, tokenizer: Any) -> tuple[list[int], frozenset[int]
 
 
 class _Starts:
-    """Hands out the same beginning until enough prompts are kept, or too many were dropped."""
+    """Returns the same beginning until enough prompts are kept, or too many were dropped."""
 
     def __init__(self, start: list[int], keeper: "_Keeper", attempts: int):
         self.start, self.keeper, self.most, self.n_given = start, keeper, attempts, 0
@@ -125,7 +126,7 @@ class _Starts:
         return self.start[:-1]
 
     def pop(self) -> Job | None:
-        # no more under way than are missing: what runs is never thrown away because there are enough
+        # at most as many as are missing, so that no running prompt is discarded
         under_way = self.n_given - self.keeper.n_judged
         if self.n_given >= self.most or under_way >= self.keeper.count - len(self.keeper.rows):
             return None
@@ -134,7 +135,7 @@ class _Starts:
 
 
 class _Keeper:
-    """Judges finished prompts, and appends those that are kept to the file and to `rows`."""
+    """Checks finished prompts, and appends those that are kept to the file and to `rows`."""
 
     def __init__(
         self,
@@ -179,7 +180,7 @@ class _Keeper:
         self.bar.update()
 
     def _judge(self, ids: list[int]) -> tuple[str, str | None]:
-        """The text of a prompt, and why it is dropped."""
+        """The text of a prompt, and the reason for dropping it."""
         ended = ids[-1] in self.stop_ids
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
         if self.end:
@@ -195,7 +196,7 @@ class _Keeper:
         return text, "duplicate" if text in self.known else None
 
     def told(self) -> str:
-        """What was kept and dropped, in two lines."""
+        """A summary of kept and dropped prompts, in two lines."""
         reasons = ", ".join(f"{number:,} {why}" for why, number in self.dropped.most_common()) or "none"
         languages = Counter(language_of(row["turns"][0]) for row in self.rows)
         shares = ", ".join(f"{name} {number / len(self.rows):.0%}" for name, number in languages.most_common(5))
@@ -212,7 +213,7 @@ class _Keeper:
 
 
 def self_prompts_path(output: str | os.PathLike) -> Path:
-    """Where the prompts to the answers in `output` are kept."""
+    """The file with the prompts to the answers in `output`."""
     path = Path(output)
     return path.with_name(f"{path.name.removesuffix('.gz').removesuffix('.jsonl')}.prompts.jsonl")
 

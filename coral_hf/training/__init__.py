@@ -1,6 +1,6 @@
-"""Rows -> drafter: the trainers, their arguments and feature cache; losses, runs and reports in rooms of their own.
+"""Rows -> drafter: the trainers, their arguments and the feature cache. Losses, runs and reports are subpackages.
 
-Knows nothing of the command line; generation never imports it.
+This package does not depend on the command line, and generation never imports it.
 """
 
 from ..data.dataset import ConversationDataset, read_rows

@@ -1,4 +1,4 @@
-"""CoralTrainingArguments: `TrainingArguments` plus what drafter training adds."""
+"""CoralTrainingArguments: `TrainingArguments` plus the settings of drafter training."""
 
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -14,17 +14,17 @@ from .run.unused_settings import check_arguments
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # the paper's methods, equal in everything else
+    # the methods of the papers, with all other settings equal
     "eagle": {"rollout_schedule": "1", "csra_weight": 0.0, "feature_noise": 0.0},
     "hass": {"rollout_schedule": "1:0.6,3:0.4", "csra_weight": 0.0, "feature_noise": 0.0},
     "coral": {"rollout_schedule": "1:0.6,3:0.4", "csra_weight": 0.05, "feature_noise": 0.0},
-    # the best known: `recipe.choose_recipe` decides
+    # the best known settings: `recipe.choose_recipe` decides
     "recipe": {},
 }
-# a setting that nobody gave: `choose_recipe` decides it, see `CoralTrainingArguments.settle`
+# a setting that was not given: `choose_recipe` decides, see `CoralTrainingArguments.settle`
 CHOSEN: Any = None
 _BY_TARGET = "(default: by target, data and device, see docs/training.md)"
-# EAGLE's and HASS's published weights; on SmolLM2-135M they train far slower than the defaults.
+# Published weights of EAGLE and HASS. On SmolLM2-135M, they train much more slowly than the defaults.
 PAPER_REGRESSION_WEIGHT, PAPER_CLASSIFICATION_WEIGHT = 1.0, 0.1
 
 
@@ -32,14 +32,14 @@ PAPER_REGRESSION_WEIGHT, PAPER_CLASSIFICATION_WEIGHT = 1.0, 0.1
 class CoralTrainingArguments(TrainingArguments):
     r"""Arguments of [`CoralTrainer`]: the fields of [`~transformers.TrainingArguments`], and the ones below.
 
-    Fields that would do nothing here (`label_smoothing_factor`, `neftune_noise_alpha`, those of collected predictions, ...)
-    are refused with what to do instead; `unused_settings.ARGUMENTS` lists them.
+    Fields without an effect here (`label_smoothing_factor`, `neftune_noise_alpha`, those for collected predictions, ...) are
+    rejected with a remedy. `unused_settings.ARGUMENTS` lists them.
 
-    Learning rate, batch, warm-up, epochs, weight decay, feature noise, rollout schedule, CSRA's weight and chunk size follow
-    the target, the data and the device if they are not given: [`CoralTrainer`] settles them by
-    `training.recipe.choose_recipe`, and prints what was chosen. Until then they have the values for a small target.
+    If learning rate, batch size, warm-up, epochs, weight decay, feature noise, rollout schedule, CSRA's weight or chunk size
+    are not given, they depend on the target, the data and the device. [`CoralTrainer`] then chooses them with
+    `training.recipe.choose_recipe` and prints them. Until then, they have the values for a small target.
 
-    Defaults that differ from `TrainingArguments` otherwise: AdamW beta2, clipping, bf16, sampling by length, kept columns and
+    Other defaults that differ from `TrainingArguments`: AdamW beta2, clipping, bf16, sampling by length, kept columns and
     logging.
     """
 
@@ -50,8 +50,8 @@ class CoralTrainingArguments(TrainingArguments):
     preset: str = field(
         default="recipe",
         metadata={
-            "help": "recipe (the best known), or a paper's method: eagle (K=1), hass (K=3, no CSRA) or coral (K=3 with CSRA), each "
-            "without feature noise. Sets rollout_schedule, csra_weight and feature_noise unless given."
+            "help": "recipe (the best known settings), or a paper's method: eagle (K=1), hass (K=3, no CSRA) or coral (K=3 with CSRA), "
+            "each without feature noise. Sets rollout_schedule, csra_weight and feature_noise unless given."
         },
     )
     stage: str = field(
@@ -64,13 +64,13 @@ class CoralTrainingArguments(TrainingArguments):
     rollout_schedule: str = field(
         default=CHOSEN,
         metadata={
-            "help": "Rollout steps K over training, as 'K' or 'K:fraction,K:fraction', '1:0.6,3:0.4' for example "
+            "help": "Rollout steps K over training, as 'K' or 'K:fraction,K:fraction', for example '1:0.6,3:0.4' "
             f"{_BY_TARGET}."
         },
     )
     regression_loss_weight: float = field(
         default=0.2,
-        metadata={"help": "Weight of smooth L1 to the next feature (0.2 was better than the paper's 1.0)."},
+        metadata={"help": "Weight of the smooth L1 loss to the next feature (0.2 was better than the paper's 1.0)."},
     )
     classification_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of the cross-entropy to the target (the paper's is 0.1)."}
@@ -93,7 +93,7 @@ class CoralTrainingArguments(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Weight of the LK hybrid, lambda KL + (1 - lambda) TV with lambda = exp(-3 alpha) (off by default; "
-            "in place of the cross-entropy: with classification_loss_weight=0)."
+            "set classification_loss_weight=0 to use it instead of the cross-entropy)."
         },
     )
     paper_weights: bool = field(
@@ -102,7 +102,7 @@ class CoralTrainingArguments(TrainingArguments):
     feature_noise: float = field(
         default=CHOSEN,
         metadata={
-            "help": "Uniform noise on the features in training, up to this share of their rms (EAGLE's data "
+            "help": "Uniform noise on the features in training, up to this share of their RMS (EAGLE's data "
             f"augmentation). It reduces overfitting when few conversations are repeated {_BY_TARGET}."
         },
     )
@@ -110,18 +110,22 @@ class CoralTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Step k's loss is weighted step_decay ** (k - 1) (EAGLE-3: 0.8)."}
     )
     csra_weight: float = field(default=CHOSEN, metadata={"help": "Weight of CSRA (0.05 except for eagle and hass)."})
-    csra_temperature: float = field(default=0.07, metadata={"help": "Temperature of CSRA (ours; usual for the loss)."})
+    csra_temperature: float = field(
+        default=0.07, metadata={"help": "Temperature of CSRA (not published; 0.07 is common)."}
+    )
     csra_include_target: bool = field(
-        default=True, metadata={"help": "Add the target's feature as one more, detached view in CSRA (ours)."}
+        default=True,
+        metadata={"help": "Add the target's feature as another, detached view in CSRA (not in the paper)."},
     )
     csra_max_positions: int = field(
-        default=256, metadata={"help": "Positions sampled for CSRA, so that its matrix stays (K m)^2 (ours)."}
+        default=256,
+        metadata={"help": "Positions m sampled for CSRA, whose matrix has (K m)^2 entries (not in the paper)."},
     )
     loss_vocab_size: int | None = field(
         default=None,
         metadata={
-            "help": "Compute a sampled classification loss over this many most frequent response tokens, the batch's own and "
-            "loss_negatives others. None: the exact loss over the whole vocabulary."
+            "help": "Compute a sampled classification loss over this many of the most frequent response tokens, the batch's own "
+            "tokens and loss_negatives others. None: the exact loss over the whole vocabulary."
         },
     )
     loss_negatives: int = field(
@@ -141,8 +145,8 @@ class CoralTrainingArguments(TrainingArguments):
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Variables of the target's chat template, as JSON on the command line ('{\"enable_thinking\": false}'); a "
-            "row's own column of that name goes before them."
+            "help": "Variables of the target's chat template, as JSON on the command line ('{\"enable_thinking\": false}'). A "
+            "column of that name in a row takes precedence."
         },
     )
     packing: bool = field(
@@ -159,7 +163,7 @@ class CoralTrainingArguments(TrainingArguments):
         default=False,
         metadata={
             "aliases": ["--overwrite"],
-            "help": "Replace the run or the drafter in output_dir. Without it, such a folder is refused.",
+            "help": "Replace the run or the drafter in output_dir. Without this, such a folder is an error.",
         },
     )
     cache_features: str | None = field(
@@ -176,7 +180,7 @@ class CoralTrainingArguments(TrainingArguments):
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoint to resume from: 'last' (the last one in the folder; without any, training starts from the "
+            "help": "Checkpoint to resume from: 'last' (the last one in the folder; if there is none, training starts from the "
             "beginning), or the folder of a checkpoint."
         },
     )
@@ -217,7 +221,7 @@ class CoralTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
 
     def __post_init__(self):
-        # before any value is derived from another, or from the machine
+        # before any value is derived from another value or from the machine
         defaults = {
             entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
             for entry in fields(self)
@@ -236,8 +240,8 @@ class CoralTrainingArguments(TrainingArguments):
         if self.per_device_train_batch_size is not None and self.gradient_accumulation_steps is None:
             self.gradient_accumulation_steps = 1
         if self.rollout_schedule == "1" and self.csra_weight is None:
-            self.csra_weight = 0.0  # it compares steps
-        # readers find a number until `settle` replaces it by the target's value
+            self.csra_weight = 0.0  # CSRA compares several steps
+        # a number, until `settle` replaces it by the target's value
         provisional = choose_recipe(stage=self.stage).to_dict()
         self._open = {name: value for name, value in provisional.items() if getattr(self, name) is None}
         for name, value in self._open.items():
@@ -252,7 +256,7 @@ class CoralTrainingArguments(TrainingArguments):
             if term.across_steps and weight and deepest == 1 and self.stage == "drafter":
                 raise ValueError(
                     f"{term.weight}={weight} with rollout_schedule={self.rollout_schedule!r}: {term.name.upper()} compares "
-                    f"steps, and there is only K=1. Use K >= 2 in the schedule, or {term.weight}=0 (preset 'eagle')."
+                    f"steps, but there is only K=1. Use K >= 2 in the schedule, or {term.weight}=0 (preset 'eagle')."
                 )
         for name in (
             "loss_chunk_size",
@@ -269,8 +273,8 @@ class CoralTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if self.shard_target and self.cache_features is not None:
             raise ValueError(
-                f"shard_target=True with cache_features={self.cache_features!r}: with cached features the target is "
-                "read once. Fill the cache in a run without shard_target, or train without the cache."
+                f"shard_target=True with cache_features={self.cache_features!r}: with cached features, the target runs only "
+                "once. Fill the cache in a run without shard_target, or train without the cache."
             )
         for name in ("csra_temperature", "step_decay"):
             if getattr(self, name) <= 0:
@@ -279,24 +283,24 @@ class CoralTrainingArguments(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and native_bfloat16("cpu" if self.use_cpu else None)
         if not torch.accelerator.is_available():
-            self.use_cpu: bool = True  # or bf16=True would be refused if there is no GPU
+            self.use_cpu: bool = True  # otherwise bf16=True would be rejected without a GPU
         super().__post_init__()
         check_arguments(self)
         self._settled = self.to_dict()
 
     def non_defaults(self) -> dict[str, Any]:
-        """The arguments that were given a value other than their default, and those that were changed since."""
+        """The arguments whose values differ from their defaults, and those that were changed later."""
         now = self.to_dict()
         return {name: value for name, value in now.items() if name in self._given or value != self._settled.get(name)}
 
     def settle(self, recipe: Recipe) -> dict[str, Any]:
-        """Takes from a recipe what was neither given nor set since.
+        """Takes settings that were not given from a recipe.
 
         Args:
             recipe ([`Recipe`]): see `training.recipe.choose_recipe`.
 
         Returns:
-            `dict`: the settings that it decided.
+            `dict`: the settings that the recipe decided.
         """
         values = recipe.to_dict()
         chosen = {name: values[name] for name, value in self._open.items() if getattr(self, name) == value}
@@ -309,11 +313,11 @@ class CoralTrainingArguments(TrainingArguments):
         return chosen
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Rounded down, so that a training of a few steps begins to learn with its first."""
+        """The warm-up steps, rounded down, so that a training of a few steps learns from its first step."""
         return int(self.warmup_steps * (1 if self.warmup_steps >= 1 else num_training_steps))
 
     def rollout_steps_at(self, progress: float) -> int:
-        """K at a point of training, `progress` in [0, 1]."""
+        """The rollout steps K at `progress` in [0, 1] of the training."""
         passed = 0.0
         for steps, fraction in self.rollout:
             passed += fraction

@@ -1,4 +1,4 @@
-"""FeatureCache: the target's features of a data set, computed once and memory-mapped afterwards."""
+"""FeatureCache: the target's features of a data set, computed once and then read through a memory map."""
 
 import contextlib
 import hashlib
@@ -31,7 +31,7 @@ def _key(input_ids: torch.Tensor) -> str:
 
 
 def _same_target(found: Any, target_id: str) -> bool:
-    """Equal, or equal except for a commit that was not known then or is not now (`"NAME None"`): the weights tell."""
+    """Whether targets are equal, or equal except for an unknown commit (`"NAME None"`); the weights' hash decides."""
     pairs = ((found, target_id), (target_id, found))
     return found == target_id or any(
         isinstance(one, str) and one.endswith(" None") and str(other).startswith(one.removesuffix("None"))
@@ -42,14 +42,15 @@ def _same_target(found: Any, target_id: str) -> bool:
 class FeatureCache:
     """Features on disk, in bf16 shards that are written once and read through a memory map.
 
-    A shard `features-NNNNN.safetensors` contains the rows that its `.json` names (by a hash of their token ids, so that
-    order and epochs do not matter) and counts only once that `.json`, written last with the shard's checksum, exists: a
-    killed run loses at most one shard, and a damaged one is computed again. `cache[input_ids]` is `[S, n * H]`.
+    A shard `features-NNNNN.safetensors` contains the rows that its `.json` names by a hash of their token ids, so that order
+    and epochs do not matter. The `.json` is written last and contains the shard's checksum. A shard without it does not count.
+    An interrupted run therefore loses at most one shard, and a damaged shard is computed again. `cache[input_ids]` is
+    `[S, n * H]`.
 
     Args:
-        directory (`str` or `Path`): folder of the cache, made if missing.
-        adapter ([`TargetAdapter`]): the target whose features these are.
-        target_id (`str`): what identifies that target (name and revision); a cache of another one is refused.
+        directory (`str` or `Path`): folder of the cache, created if missing.
+        adapter ([`TargetAdapter`]): the target that computes the features.
+        target_id (`str`): name and revision of the target. A cache of another target is rejected.
 
     Raises:
         ValueError: if the folder contains features of another target or other feature layers.
@@ -70,7 +71,7 @@ class FeatureCache:
             found = read_json(meta)
             if not _same_target(found.get("target"), target_id) or {**found, "target": target_id} != self._identity:
                 raise ValueError(
-                    f"{self.directory} caches features of {found}, not of {self._identity}. Use another folder, or "
+                    f"{self.directory} contains features of {found}, not of {self._identity}. Use another folder, or "
                     "delete this one."
                 )
         else:
@@ -78,7 +79,7 @@ class FeatureCache:
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads the indices again, for what other processes wrote."""
+        """Reads the indices again, to find what other processes wrote."""
         self._places: dict[str, tuple[str, int, int]] = {}
         self._open: dict[str, Any] = {}
         for index in sorted(self.directory.glob("features-*.json")):
@@ -99,7 +100,7 @@ class FeatureCache:
         return self._open[shard][start : start + length]
 
     def __getstate__(self):
-        # Memory maps do not travel into data-loader workers.
+        # Memory maps cannot be pickled for data-loader workers.
         return {**self.__dict__, "_open": {}, "adapter": None}
 
     def fill(
@@ -110,22 +111,22 @@ class FeatureCache:
         world_size: int = 1,
         barrier: Callable[[], None] | None = None,
     ) -> None:
-        """Computes what is missing of `rows` (token ids, each `[S]`); says beforehand what it will cost.
+        """Computes the missing features of `rows` (token ids, each `[S]`). First prints a forecast of time and disk space.
 
         Args:
-            rows: the same on all processes.
-            tokens_per_batch (`int`): tokens in one forward of the target.
-            rank (`int`), world_size (`int`): this process computes every `world_size`-th of the missing rows.
-            barrier (*optional*): waits for the other processes, which call it as often.
+            rows: the same rows on all processes.
+            tokens_per_batch (`int`): tokens in one forward pass of the target.
+            rank (`int`), world_size (`int`): this process computes every `world_size`-th missing row.
+            barrier (*optional*): waits for the other processes, which must call it equally often.
 
         Raises:
-            ValueError: if the disk is too small for the features, or another training is writing into the folder.
-            OSError: if it fills up meanwhile; what was written counts.
+            ValueError: if the disk is too small for the features, or another training is writing to the folder.
+            OSError: if the disk fills up. Finished shards are kept.
         """
         wait = barrier or (lambda: None)
         if rank == 0:
             self.drop_damaged()
-        wait()  # for what the first process drops, so that all divide the same rows
+        wait()  # until the first process has dropped damaged shards, so that all divide the same rows
         self.refresh()
         missing = list({_key(row): row for row in rows if row not in self}.values())
         wait()  # until all have read, before one writes
@@ -148,9 +149,9 @@ class FeatureCache:
             )
         mine = missing[rank::world_size]
         with self._alone(rank):
-            wait()  # none writes where the first process was refused
+            wait()  # no process writes if the first one was rejected
             self._write(mine, tokens_per_batch, rank, world_size)
-            wait()  # and it holds the folder until all have written
+            wait()  # the folder stays locked until all have written
 
     def _write(self, rows: list[torch.Tensor], tokens_per_batch: int, rank: int, world_size: int) -> None:
         with tqdm(total=sum(map(len, rows)), unit="tok", desc="features", disable=rank > 0) as progress:
@@ -159,7 +160,7 @@ class FeatureCache:
 
     @contextlib.contextmanager
     def _alone(self, rank: int) -> Iterator[None]:
-        """Holds the folder for this training, by its first process: two would give one number to two shards."""
+        """Locks the folder in the first process, because two trainings could use the same shard number."""
         if rank:
             yield
             return
@@ -167,14 +168,14 @@ class FeatureCache:
             lock = FileLock(f"{self.directory}.lock", timeout=0).acquire()
         except Timeout as error:
             raise ValueError(
-                f"another training is writing features into {self.directory}: wait for it, or give another folder "
+                f"another training is writing features to {self.directory}: wait for it, or give another folder "
                 "(cache_features)."
             ) from error
         with lock:
             yield
 
     def _measure(self, rows: list[torch.Tensor], tokens_per_batch: int) -> float:
-        """The target's tokens per second on one batch of rows of the usual length, after one to warm up."""
+        """The target's tokens per second on one batch of rows of typical length, after a warm-up batch."""
         usual = sorted(rows, key=len)[len(rows) // 2]
         ids = usual[: min(len(usual), tokens_per_batch)][None].to(self.adapter.device)
         ids = ids.expand(max(1, min(len(rows), tokens_per_batch // ids.shape[1])), -1)
@@ -185,7 +186,7 @@ class FeatureCache:
         return ids.numel() / max(seconds, 1e-9)
 
     def drop_damaged(self) -> list[str]:
-        """Forgets shards whose file is missing or does not have its checksum, and says so; returns their names."""
+        """Drops shards whose file is missing or has a wrong checksum, prints this, and returns their names."""
         damaged = []
         for index in sorted(self.directory.glob("features-*.json")):
             weights = index.with_suffix(".safetensors")
@@ -209,7 +210,7 @@ class FeatureCache:
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         device = self.adapter.device
         while order:
-            # the longest row left sets the width of its batch
+            # the longest remaining row sets the width of its batch
             width = len(rows[order[-1]])
             count = max(1, tokens_per_batch // width)
             batch, order = order[-count:], order[:-count]
@@ -231,7 +232,7 @@ class FeatureCache:
         """Stores `features` `[T, n * H]`, row i of `rows` from `starts[i]` on, as one new shard.
 
         Raises:
-            OSError: if it cannot be written; nothing of it is left.
+            OSError: if it cannot be written. Nothing remains of it.
         """
         # the first free number of this process
         number = rank
@@ -257,7 +258,7 @@ class FeatureCache:
 
 
 def _index_of(rows: list[list], sha256: str) -> dict:
-    """What a shard's index holds: its rows, its checksum, and one of both."""
+    """The content of a shard's index: its rows, its checksum, and a checksum of both."""
     both = hashlib.sha256(json.dumps([rows, sha256]).encode()).hexdigest()
     return {"rows": rows, "sha256": sha256, "index_sha256": both, "written": time.time()}
 

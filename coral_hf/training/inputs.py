@@ -1,4 +1,4 @@
-"""What a trainer is given by name, or in the place of something else."""
+"""Resolves a trainer's arguments: loads models given by name, and rejects objects of the wrong kind."""
 
 import os
 from dataclasses import fields
@@ -13,16 +13,16 @@ from .arguments import CoralTrainingArguments
 
 
 def resolve_models(model: Any, target_model: Any, processing_class: Any) -> tuple[CoralDraftModel, Any, Any]:
-    """Drafter, target and tokenizer, each loaded where it was given by its path or Hub id.
+    """Returns drafter, target and tokenizer, and loads those given by path or Hub id.
 
-    The tokenizer of a target that was given by name is loaded with it.
+    If the target is given by name, its tokenizer is loaded too.
 
     Raises:
-        ValueError: if one is missing or something else, or drafter and target are swapped.
+        ValueError: if one is missing or of the wrong kind, or drafter and target are swapped.
     """
     if is_drafter(target_model) and not is_drafter(model):
         raise ValueError(
-            f"model and target_model are swapped: target_model is a CORAL drafter, and model a {type(model).__name__}. Pass "
+            f"model and target_model are swapped: target_model is a CORAL drafter, and model is a {type(model).__name__}. Pass "
             "model=drafter, target_model=target."
         )
     drafter, target = resolve_drafter(model), resolve_target(target_model, "target_model")
@@ -34,7 +34,7 @@ def resolve_models(model: Any, target_model: Any, processing_class: Any) -> tupl
 
 
 def resolve_drafter(model: Any) -> CoralDraftModel:
-    """A drafter, loaded where it was given by its path or Hub id; `ValueError` for any other model."""
+    """Returns a drafter, loaded if given by path or Hub id; `ValueError` for any other model."""
     if is_name(model):
         return CoralDraftModel.from_pretrained(model)
     if is_drafter(model):
@@ -47,7 +47,7 @@ def resolve_drafter(model: Any) -> CoralDraftModel:
 
 
 def resolve_arguments(args: Any, stage: str) -> CoralTrainingArguments:
-    """Training arguments; of plain `TrainingArguments` what differs from their defaults.
+    """Returns training arguments. From plain `TrainingArguments`, non-default values are used.
 
     Raises:
         ValueError: for arguments of another trainer.
@@ -59,7 +59,7 @@ def resolve_arguments(args: Any, stage: str) -> CoralTrainingArguments:
     if type(args) is not TrainingArguments:
         raise ValueError(
             f"args is of type {type(args).__name__}: pass CoralTrainingArguments(output_dir=...), which has the fields of "
-            "TrainingArguments and those of a drafter's training."
+            "TrainingArguments and the settings of drafter training."
         )
     defaults = TrainingArguments(output_dir=args.output_dir)
     given = {entry.name: getattr(args, entry.name) for entry in fields(TrainingArguments) if entry.init}
@@ -68,12 +68,12 @@ def resolve_arguments(args: Any, stage: str) -> CoralTrainingArguments:
 
 
 def is_name(given: Any) -> bool:
-    """Whether this is a path or Hub id."""
+    """Whether a value is a path or Hub id."""
     return isinstance(given, str | os.PathLike)
 
 
 def is_drafter(model: Any) -> bool:
-    """Whether a loaded model is a CORAL drafter, its own code or that of a folder."""
+    """Whether a loaded model is a CORAL drafter, with this package's code or a folder's."""
     return getattr(getattr(model, "config", None), "model_type", None) == CoralDraftConfig.model_type
 
 

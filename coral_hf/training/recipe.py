@@ -1,7 +1,7 @@
-"""Which settings a training takes where none are given: by the target's width, the size of the data and the device.
+"""Default settings of a training, chosen by the target's width, the size of the data and the device.
 
-The tables below are those of docs/training.md, which `docs/build_recipe.py` writes from them. Everything that states a
-setting (`CoralTrainer`, `coral-hf train`, `--estimate`, the recipes) asks `choose_recipe` and `drafter_settings`.
+`docs/build_recipe.py` writes the tables of docs/training.md from those below. Everything that states a setting
+(`CoralTrainer`, `coral-hf train`, `--estimate`, the recipes) uses `choose_recipe` and `drafter_settings`.
 """
 
 import math
@@ -11,8 +11,8 @@ from typing import Any
 from .losses.chunked_pass import default_chunk_size
 
 
-# Learning rates: target width, rate at 8 conversations per step, rate at 64, source. Between two rows and between the two
-# columns: interpolated in logarithms. Beyond the ends: the nearest.
+# Learning rates: target width, rate at 8 conversations per step, rate at 64, source. Rates between rows and columns are
+# interpolated logarithmically. Outside the table, the nearest rate applies.
 LEARNING_RATES = (
     (
         576,
@@ -23,40 +23,40 @@ LEARNING_RATES = (
     (4096, 3e-5, 5e-5, "EAGLE and HASS 3e-5, EAGLE-3 5e-5, on 7B and 8B targets"),
 )
 FEW, MANY = 8, 64
-# Share of the rate for a drafter that is trained further (ours: 5e-4 and 2e-4 to 4e-4 after 1e-3 and 2e-3)
+# Share of the rate for continued training of a drafter (shipped drafter: 5e-4 and 2e-4 to 4e-4 after 1e-3 and 2e-3)
 CONTINUED_SHARE = 0.25
 # The router's rate at a width of 576 (ours), lowered as 1 / width: no other has been measured. A low-rank head takes it too.
 HEAD_RATE = 1e-3
 
-# Response tokens below which a step takes this many conversations (ours: 8 at 0.2 million tokens, 64 at 22 million)
+# Conversations per step, for data of fewer response tokens than this (measured: 8 at 0.2 million tokens, 64 at 22 million)
 BATCHES = ((1_000_000, 8), (5_000_000, 16), (20_000_000, 32), (None, 64))
-CPU_BATCH = 16  # at most: ours took 8 to 16 there
-# Widths up to which an accelerator takes this many conversations at the same time (memory, see `--estimate`)
+CPU_BATCH = 16  # most conversations per step on a CPU (measured with 8 to 16)
+# Conversations that an accelerator processes at the same time, up to this width (limited by memory, see `--estimate`)
 MICRO_BATCHES = ((1024, 16), (2048, 8), (3072, 4), (None, 2))
 CPU_MICRO_BATCH = 8
-# Response tokens below which the data is read this many times, for targets narrower than WIDE and for others: HASS reads 68k
-# conversations 40 times, speculators advise 2 to 3 epochs of 500k; a small drafter learns few conversations by heart
+# Epochs for data of fewer response tokens than this, for targets narrower than WIDE and for others. HASS reads 68k
+# conversations 40 times; speculators recommends 2 to 3 epochs of 500k. A small drafter overfits few conversations.
 EPOCHS = ((5_000_000, 3.0, 10.0), (50_000_000, 2.0, 10.0), (500_000_000, 1.0, 3.0), (None, 1.0, 2.0))
 WIDE = 2048
 
-WARMUP = 0.03  # of all steps (ours: 30 of 1,684 and 448, 10 to 20 of 250)
+WARMUP = 0.03  # share of all steps (shipped drafter: 30 of 1,684 and 448, 10 to 20 of 250)
 WEIGHT_DECAY = 0.05  # the shipped drafter's
 FEATURE_NOISE = 0.1  # the shipped drafter's first and last stages
 NEW_SCHEDULE = "1:0.5,3:0.5"  # the shipped drafter's first two stages together
 CONTINUED_SCHEDULE = "3"  # its later stages
 CSRA_WEIGHT = 0.05
 
-# One id of this many is in the shortlist (the shipped drafter: 8,192 of 49,152; FR-Spec keeps 8k to 32k of 128k)
+# The shortlist contains one of this many ids (shipped drafter: 8,192 of 49,152; FR-Spec: 8k to 32k of 128k)
 SHORTLIST_SHARE, SHORTLIST_UNIT = 6, 1024
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a training, under their names in [`CoralTrainingArguments`].
+    """Settings of a training, with their names in [`CoralTrainingArguments`].
 
     Args:
         learning_rate (`float`), per_device_train_batch_size (`int`), gradient_accumulation_steps (`int`)
-        warmup_steps (`float`): below 1 a share of all steps.
+        warmup_steps (`float`): a share of all steps if below 1.
         num_train_epochs (`float`), weight_decay (`float`), feature_noise (`float`)
         rollout_schedule (`str`), csra_weight (`float`), loss_chunk_size (`int`)
     """
@@ -95,8 +95,8 @@ def choose_recipe(
     """Chooses the settings of a training that were not given.
 
     Args:
-        hidden_size (`int`), vocab_size (`int`): of the target.
-        response_tokens (`int`, *optional*): in one pass over the data; None (a stream) counts as many.
+        hidden_size (`int`), vocab_size (`int`): the target's sizes.
+        response_tokens (`int`, *optional*): response tokens in one pass over the data. None (a stream) counts as a large number.
         device_type (`str`): `"cpu"`, `"cuda"`, ...
         num_processes (`int`): which share a step's conversations.
         rows_per_conversation (`float`): below 1 where conversations are packed into rows, which batches then count.
@@ -141,7 +141,7 @@ def _learning_rate(hidden_size: int, batch: int) -> float:
 
 
 def _place(value: float, start: float, end: float) -> float:
-    """Where `value` lies between two others, in logarithms, within [0, 1]."""
+    """The position of `value` between two others on a logarithmic scale, within [0, 1]."""
     return min(1.0, max(0.0, math.log(value / start) / math.log(end / start)))
 
 
@@ -154,16 +154,16 @@ def _below(table: tuple, value: int | None, inclusive: bool = False) -> tuple:
 
 
 def settle_arguments(args: Any, drafter: Any, adapter: Any, conversations: Any, rows: Any) -> dict[str, Any]:
-    """Settles a trainer's arguments; the first process prints what was chosen.
+    """Completes a trainer's arguments. The first process prints the chosen settings.
 
     Args:
         args ([`CoralTrainingArguments`]): changed in place.
         drafter ([`CoralDraftModel`]), adapter ([`TargetAdapter`])
         conversations ([`ConversationDataset`], *optional*): None for a stream.
-        rows: what batches are made of, packed conversations or the same.
+        rows: the rows of batches: packed conversations, or the same as `conversations`.
 
     Returns:
-        `dict`: what was chosen, by its name in `args`.
+        `dict`: the chosen settings, by their names in `args`.
     """
     tokens = None if conversations is None else conversations.num_response_tokens
     continued = bool(drafter.config._name_or_path)
@@ -191,15 +191,15 @@ def _shown(value: Any) -> str:
 
 
 def drafter_settings(target_config: Any) -> dict[str, Any]:
-    """Settings of [`CoralDraftConfig`] for a new drafter: the shipped one's shape, over four features.
+    """Settings of [`CoralDraftConfig`] for a new drafter: the shape of the shipped drafter, with four features.
 
     Args:
         target_config (`PreTrainedConfig`)
 
     Returns:
-        `dict`: shape and feature layers: the inputs of a layer at a tenth of the target's depth, at its half, of the fourth
-        from the end and of the last, all of which serving engines capture. Of a target of two layers or fewer, its last
-        hidden state alone.
+        `dict`: shape and feature layers. The features are the inputs of four layers, which serving engines can capture: at
+        a tenth and at half of the target's depth, the fourth from the end and the last. For a target of at most two layers,
+        only the last hidden state is used.
     """
     depth = getattr(target_config.get_text_config(), "num_hidden_layers", None) or 0
     layers = sorted({max(1, depth // 10), depth // 2, depth - 4, depth - 1})
@@ -208,7 +208,7 @@ def drafter_settings(target_config: Any) -> dict[str, Any]:
 
 
 def shortlist_size(vocab_size: int) -> int:
-    """Ids of a new drafter's shortlist, in thousands; 0 (none) where the vocabulary is small."""
+    """Size of a new drafter's shortlist, a multiple of a thousand; 0 (none) for a small vocabulary."""
     return vocab_size // SHORTLIST_SHARE // SHORTLIST_UNIT * SHORTLIST_UNIT
 
 

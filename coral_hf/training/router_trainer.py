@@ -1,4 +1,4 @@
-"""CoralRouterTrainer: the second stage, a drafter's LM-head router on top of a frozen drafter."""
+"""CoralRouterTrainer: the second stage, which trains the LM-head router of a frozen drafter."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from .losses.router import router_loss, target_group_mass
 from .token_clusters import start_from_centroids
 
 
-RECALL_AT = (1, 2, 4, 8)  # active groups that recall and uncovered mass are reported for, besides the configured
+RECALL_AT = (1, 2, 4, 8)  # numbers of active groups to report, besides the configured one
 
 
 class CoralRouterTrainer(HeadTrainer):
     """Trains `drafter.router` towards the target's probability mass per group (CORAL section 3.2).
 
-    The drafter itself stays frozen. Its outputs of all K rollout steps take part, because drafting uses them all. Logs
-    `recall_n` (the target's argmax is in the router's n best groups) and `uncovered_n` (target mass outside of them).
+    The drafter itself stays frozen. Its outputs of all K rollout steps are used, as in drafting. Logs `recall_n` (how often
+    the target's argmax is in the router's n best groups) and `uncovered_n` (the target's mass outside of them).
 
     Args:
-        as for [`CoralTrainer`].
+        the same as for [`CoralTrainer`].
 
     Raises:
         ValueError: if the drafter has no router, or `args.stage` is not `"router"`.
@@ -30,7 +30,7 @@ class CoralRouterTrainer(HeadTrainer):
     remedy = "drafter.add_router(num_groups) (--router-groups)"
 
     def start_router(self) -> None:
-        """Finds the groups of a new clustered router and its starting weights; leaves any other router as it is."""
+        """Computes groups and initial weights of a new clustered router. Other routers stay unchanged."""
         if self.model.router.token_order is not None:
             counts = self.train_dataset.response_counts(self.adapter.vocab_size)
             start_from_centroids(self.model.router, self.adapter, counts)
@@ -38,7 +38,7 @@ class CoralRouterTrainer(HeadTrainer):
     def _head_terms(self, model, inputs, num_steps):
         outputs, targets, trained = self.rollout(model, inputs, num_steps, _group_logits)
         router = self.model.router
-        # Every step predicts the same rows: one pass of the target's head serves them all.
+        # Every step predicts the same rows, so one pass of the target's head is enough.
         mass, best = target_group_mass(
             targets[trained], self.adapter.logits, router.group_mass, chunk_size=self._chunk_size
         )

@@ -1,4 +1,4 @@
-"""Clusters of the LM head's rows for a router: which ids share a group, and weights to start from."""
+"""Clusters the LM head's rows for a router: the ids of each group, and the router's initial weights."""
 
 from itertools import pairwise
 from typing import Any
@@ -8,15 +8,15 @@ import torch
 from ..drafter.draft_head import LMHeadRouter
 
 
-FREQUENCY_BANDS = (16, 4)  # ids among the V/16 and V/4 most frequent are clustered among themselves
+FREQUENCY_BANDS = (16, 4)  # the V/16 and V/4 most frequent ids are clustered separately
 POWER_STEPS = 8
 
 
 def cluster_tokens(weight: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
-    """An order of the vocabulary in which `size` consecutive places hold similar rows of about equal frequency (ours).
+    """An order of the vocabulary in which every `size` consecutive ids have similar rows and about equal frequency.
 
-    Within each band of frequency the rows are halved along their principal direction until `size` are left, so that all
-    groups but the last are full.
+    Within each frequency band, the rows are repeatedly halved along their principal direction until `size` are left. All
+    groups except the last are full. The method is ours.
 
     Args:
         weight (`torch.Tensor` of shape `[V, H]`): the target's LM head.
@@ -24,7 +24,7 @@ def cluster_tokens(weight: torch.Tensor, counts: torch.Tensor, size: int) -> tor
         size (`int`): ids per group.
 
     Returns:
-        `torch.LongTensor` of shape `[V]`, a permutation.
+        `torch.LongTensor` of shape `[V]`: a permutation.
     """
     vocab_size = len(weight)
     weight = weight.float()
@@ -50,13 +50,13 @@ def _halve(weight: torch.Tensor, ids: torch.Tensor, size: int, generator: torch.
 
 @torch.no_grad()
 def start_from_centroids(router: LMHeadRouter, adapter: Any, counts: torch.Tensor) -> None:
-    """Clusters the target's head for a router and lets its MLP start as the groups' mean rows (ours).
+    """Clusters the target's head for a router and initialises its MLP with the groups' mean rows. The method is ours.
 
-    silu(x) - silu(-x) = x: half of the units with their mirror images compute a linear map, here the best one of that
-    rank on the groups' mean rows; the bias is the log of a group's share of the responses.
+    Because silu(x) - silu(-x) = x, half of the units and their mirror images compute a linear map. Here, it is the best
+    approximation of the groups' mean rows of that rank. The bias is the log of a group's share of the responses.
 
     Args:
-        router ([`LMHeadRouter`]): a clustered one; changed in place.
+        router ([`LMHeadRouter`]): a clustered router, changed in place.
         adapter ([`TargetAdapter`])
         counts (`torch.Tensor` of shape `[V]`): how often each id occurs in responses.
     """
@@ -64,7 +64,7 @@ def start_from_centroids(router: LMHeadRouter, adapter: Any, counts: torch.Tenso
     counts = counts.cpu()
     order: Any = router.token_order
     order.copy_(cluster_tokens(weight, counts, router.group_size))
-    scale = adapter.transform_logits(torch.ones(())).item()  # soft-capping leaves small logits as they are
+    scale = adapter.transform_logits(torch.ones(())).item()  # soft-capping does not change small logits
     device = order.device
     sizes = router.group_mass(torch.ones(router.vocab_size, device=device)).cpu()
     means = router.in_order(weight.T.contiguous().to(device)).sum(-1).T.cpu() / sizes[:, None] * scale  # [G, H]

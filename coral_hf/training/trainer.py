@@ -43,22 +43,24 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
     CSRA (CORAL section 3).
 
     Args:
-        model ([`CoralDraftModel`] or `str`): the drafter, or its path or Hub id; one in float16 or bfloat16 is cast to float32, in which it is trained and
-            saved (a finished one: `drafter.to(torch.bfloat16).save_pretrained(folder)`).
-        target_model (`PreTrainedModel` or `str`): the frozen target, never saved, never trained; or its path or Hub id, to
-            load it, and its tokenizer, in the checkpoint's dtype.
-        args ([`CoralTrainingArguments`]): or plain `TrainingArguments`, whose non-default values are used.
-        train_dataset, eval_dataset: [`ConversationDataset`], what [`read_rows`] reads (a path, a Hub id, a DataFrame), a
-            `datasets.Dataset`, or a list of training rows (see [`encode_row`]); `eval_dataset` also a `dict` of those. Rows without a length (`RowStream`, `datasets.IterableDataset`) are streamed in training,
-            which needs `max_steps`, and read whole for evaluation.
-        processing_class (*optional*): the target's tokenizer; its vocabulary hash must be the drafter's.
+        model ([`CoralDraftModel`] or `str`): the drafter, or its path or Hub id. A drafter in float16 or bfloat16 is cast to
+            float32, and trained and saved in float32. To save it in bfloat16 afterwards, use
+            `drafter.to(torch.bfloat16).save_pretrained(folder)`.
+        target_model (`PreTrainedModel` or `str`): the frozen target, which is never saved or trained; or its path or Hub id,
+            to load it and its tokenizer in the checkpoint's dtype.
+        args ([`CoralTrainingArguments`]): the arguments. From plain `TrainingArguments`, non-default values are used.
+        train_dataset, eval_dataset: a [`ConversationDataset`], anything that [`read_rows`] reads (a path, a Hub id, a
+            DataFrame), a `datasets.Dataset`, or a list of training rows (see [`encode_row`]). `eval_dataset` may also be a
+            `dict` of these. Rows without a length (`RowStream`, `datasets.IterableDataset`) are streamed in training, which
+            needs `max_steps`, and read completely for evaluation.
+        processing_class (*optional*): the target's tokenizer. Its vocabulary hash must equal the drafter's.
         peft_config (`PeftConfig`, *optional*): adapts the drafter to this (fine-tuned) target with adapters instead of
-            training it; `save_model` and `push_to_hub` write the merged drafter, and the adapters beside it.
+            training it. `save_model` and `push_to_hub` write the merged drafter, and the adapters next to it.
         **kwargs: as for [`~transformers.Trainer`], except for functions that would not be called (`compute_metrics`, ...).
 
     Raises:
-        ValueError: if drafter and target or tokenizer do not belong together, no response token is left, one process
-            would train on several GPUs, or `args.stage` is another trainer's.
+        ValueError: if drafter, target and tokenizer do not belong together, no response token is left, one process would
+            train on several GPUs, or `args.stage` belongs to another trainer.
     """
 
     model_accepts_loss_kwargs = True
@@ -93,11 +95,11 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         check_devices(args)
         if model.config.draft_vocab_size is not None:
             raise ValueError(
-                f"This drafter has an LM head of its own (draft_vocab_size={model.config.draft_vocab_size}), which the "
-                "trainer does not train; train a drafter that uses the target's head."
+                f"This drafter has its own LM head (draft_vocab_size={model.config.draft_vocab_size}), which the trainer does "
+                "not train. Train a drafter that uses the target's head."
             )
         self.target_model = target_model.requires_grad_(False).eval()
-        # The losses need the last layer's feature whether or not the drafter reads it: it always comes last.
+        # The losses need the last layer's feature even if the drafter does not read it. It always comes last.
         layers = model.config.target_feature_layers
         self.adapter = TargetAdapter(target_model, layers if layers[-1] == -1 else [*layers, -1])
         self.adapter.output_hidden_states = hidden_states_to_ask(self.adapter.target, self.adapter.feature_layers)
@@ -106,7 +108,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         train_in_float32(model, say=args.process_index == 0)
         train_stage(model, self.stage, say=args.process_index == 0)
         if peft_config is not None:
-            set_seed(args.seed)  # `Trainer` seeds after the adapters are drawn
+            set_seed(args.seed)  # `Trainer` sets the seed after the adapters are drawn
             model = add_adapters(model, peft_config, self.adapter)
         if args.packing:
             check_packing(self.adapter)
@@ -132,7 +134,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        # `Trainer` reads this off the model's forward; the loss here is scaled by num_items_in_batch in compute_loss.
+        # `Trainer` infers this from the model's forward. Here, compute_loss scales the loss by num_items_in_batch.
         self.model_accepts_loss_kwargs = True
         place_target(self.adapter, self.accelerator, args.shard_target)
         self.adapter.check_identity()
@@ -148,7 +150,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         if args.cache_features is not None:
             self._fill_cache(args.cache_features, [conversations, *eval_sets.values()])
         if train_dataset is not None:
-            first_item(train_dataset)  # of a stream: its head is read
+            first_item(train_dataset)  # for a stream, this reads its first item
             model.config.chat_template_kwargs = template_kwargs(train_dataset, args)
         if processing_class is not None and train_dataset is not None and self.is_world_process_zero():
             sample = preview(first_item(train_dataset), processing_class)
@@ -160,7 +162,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
 
     @property
     def tokens_seen(self) -> int:
-        """Response tokens trained on, of all processes."""
+        """Response tokens trained on, over all processes."""
         return self._tokens.seen
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -174,7 +176,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         wait = self.accelerator.wait_for_everyone
         cache.fill(rows, rank=self.args.process_index, world_size=self.args.world_size, barrier=wait)
         wait()
-        cache.refresh()  # what the other processes wrote
+        cache.refresh()  # find what the other processes wrote
         self.data_collator.feature_cache = cache
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -182,7 +184,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             self._signature_columns = ["input_ids", "response_mask", "lengths"]
 
     def end_training(self) -> None:
-        """Lets the processes of a run leave together; the last call of a script for several, which trains no more."""
+        """Lets all processes of a run exit together. Call it last in a script for several processes."""
         end_processes(self)
 
     # One batch -------------------------------------------------------------------------------------------------
@@ -217,17 +219,17 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         dtype = next(model.parameters()).dtype
         read = features[:, :-1, : self._features_read].to(dtype)
         if model.training and self.args.feature_noise:
-            # From the device's default generator, whose state every checkpoint holds.
+            # From the device's default generator, whose state is in every checkpoint.
             noise = torch.rand_like(read) * 2 - 1
             size = read.square().mean(dim=-1, keepdim=True).sqrt()
             read = read + self.args.feature_noise * size * noise
-        with self.accelerator.autocast():  # as in a prepared drafter, for one that is evaluated before its training
+        with self.accelerator.autocast():  # as in a prepared drafter, for evaluation before training
             outputs = model(
                 inputs_embeds=embeds.to(dtype),
                 features=read,
                 num_steps=num_steps,
                 position_ids=None if positions is None else positions[:, :-1],
-                # row r joins x_r and x_{r+1}: where another conversation begins between them there is no row
+                # row r joins x_r and x_{r+1}, so there is no row where another conversation begins between them
                 document_ids=documents[:, 1:].masked_fill(documents[:, 1:] != documents[:, :-1], -1),
                 scorer=scorer,
             )
@@ -264,7 +266,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         result = self._compare(batch, comparisons(args), token_ids, logit_offsets)
         share = 1.0 if num_items_in_batch is None else trained.sum() / num_items_in_batch
         total, metrics = weighted_sum(batch, args, share)
-        # an argmax among sampled tokens is the target's far more often than one over all
+        # an argmax among sampled tokens equals the target's far more often than one over all tokens
         among = "" if token_ids is None else "_sampled"
         rates = conditional_acceptance(result.match, batch.places, outputs.valid, trained)
         metrics |= {f"acceptance_{step}{among}": rate for step, rate in enumerate(rates, start=1)}
@@ -280,7 +282,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         token_ids: torch.Tensor | None = None,
         logit_offsets: torch.Tensor | None = None,
     ) -> PassResult:
-        """Runs the pass over the vocabulary, over all of it or some tokens."""
+        """Runs the pass over the whole vocabulary or some tokens."""
         result = chunked_pass(
             batch.hidden,
             batch.goals,
@@ -296,7 +298,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
         return result
 
     def _finish_loss(self, loss: torch.Tensor, model: nn.Module, inputs: dict, num_items: Any) -> torch.Tensor:
-        """This process's part of a loss, such that the mean of all processes' gradients is the whole batch's."""
+        """This process's part of a loss, scaled so that the mean gradient over processes is that of the whole batch."""
         if self.args.average_tokens_across_devices and num_items is not None:
             loss = loss * self.accelerator.num_processes
         if model.training and self.is_deepspeed_enabled:  # whose backward updates the weights
@@ -310,7 +312,7 @@ class CoralTrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, Trainer):
             means = self._metrics.drain(self.accelerator)
             length = chain_length(means)
             logs = {**logs, **means} if length is None else {**logs, **means, "acceptance_length": length}
-            last = max(self.state.global_step - 1, 0)  # the step that was made, not the next
+            last = max(self.state.global_step - 1, 0)  # the last completed step, not the next one
             logs["rollout_steps"] = self.args.rollout_steps_at(last / max(self.state.max_steps, 1))
             logs["response_tokens"] = self.tokens_seen
         super().log(logs, *args, **kwargs)

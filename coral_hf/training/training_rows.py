@@ -1,4 +1,4 @@
-"""What a trainer is given as data -> the data set it trains on."""
+"""Converts a trainer's data argument to the data set that it trains on."""
 
 import json
 from typing import Any
@@ -18,11 +18,11 @@ from .arguments import CoralTrainingArguments
 def encode_dataset(
     rows: Any, tokenizer: Any, args: CoralTrainingArguments, target: Any = None
 ) -> ConversationDataset | None:
-    """Rows, or a data set of conversations, as a data set; the first process says what was cut, left out or of another target.
+    """Converts rows to a data set of conversations. The first process prints how many were cut, skipped or by another target.
 
     Args:
-        rows, tokenizer, args: of the trainer.
-        target (`PreTrainedModel`, *optional*): whose answers the rows should hold.
+        rows, tokenizer, args: the trainer's.
+        target (`PreTrainedModel`, *optional*): the target whose answers the rows should contain.
     """
     if rows is None or isinstance(rows, ConversationDataset):
         return rows
@@ -44,10 +44,10 @@ def encode_training_dataset(
     positions: int | None = None,
     target: Any = None,
 ) -> tuple[ConversationDataset | None, Any]:
-    """Training rows as conversations (None for a stream) and as what batches are made of, packed or streamed.
+    """Training rows as conversations (None for a stream), and as rows of batches, packed or streamed.
 
     Raises:
-        ValueError: on settings that a stream cannot serve.
+        ValueError: for settings that do not work with a stream.
     """
     if rows is not None and not has_length(rows):
         return None, _stream(rows, tokenizer, args, vocab_size, positions, target)
@@ -79,7 +79,7 @@ def _stream(
             raise ValueError(f"{name}={value!r} does not work on a stream ({reason}): leave out one of the two.")
     if args.max_steps <= 0:
         raise ValueError("A stream has no end: set max_steps (--max_steps).")
-    # Otherwise the first process would read for all and cut its batches, which differ in width, into pieces.
+    # Otherwise the first process would read for all and split its batches, which differ in width.
     args.accelerator_config.dispatch_batches = False
     return StreamedConversations(
         rows,
@@ -96,11 +96,11 @@ def _stream(
 
 
 def template_kwargs(dataset: Any, args: CoralTrainingArguments) -> dict[str, Any] | None:
-    """The variables of the chat template that all rows read so far have; None where they are several, or not known."""
+    """The chat-template variables that all rows so far share; None if they differ or are unknown."""
     modes: set[str] = getattr(getattr(dataset, "dataset", dataset), "modes", set())
     if len(modes) > 1:
         if args.process_index == 0:
-            print(f"The rows are of {len(modes)} modes of the chat template: {', '.join(sorted(modes))}.")
+            print(f"The rows use {len(modes)} modes of the chat template: {', '.join(sorted(modes))}.")
         return None
     return json.loads(next(iter(modes))) if modes else check_template_kwargs(args.chat_template_kwargs, "") or None
 
@@ -110,7 +110,7 @@ def _eos_ids(target: Any) -> frozenset[int]:
 
 
 def _origin(target: Any, args: CoralTrainingArguments) -> Origin | None:
-    """The target to compare rows with: the first process tells for all."""
+    """The target to compare rows with, as determined by the first process."""
     return None if target is None or args.process_index else Origin.of(target)
 
 

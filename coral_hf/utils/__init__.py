@@ -1,4 +1,4 @@
-"""What every room may use: JSON lines, the machine, releases of Transformers, the code's version, the user's cache.
+"""Utilities for all packages: JSON lines, the machine, releases of Transformers, the code's version, the user's cache.
 
-Knows nothing of targets, drafters or text.
+They do not depend on targets, drafters or text.
 """

@@ -1,4 +1,4 @@
-"""Which code is running: the release, and the commit of a checkout."""
+"""The version of the running code: the release, and the commit of a checkout."""
 
 import subprocess
 from pathlib import Path
@@ -8,12 +8,12 @@ __version__ = "0.1.0"
 
 
 def code_commit(root: Path | None = None) -> str | None:
-    """The checkout's commit, with `-dirty` where its code is another; None for an installed package."""
+    """The checkout's commit, with `-dirty` if its code was changed; None for an installed package."""
     root = root or Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
-    # the code alone: a record that was just rewritten changes no figure
+    # only the code, because a rewritten record does not change figures
     changed = _git(root, "status", "--porcelain", "--", "coral_hf", "examples/*.py", "benchmarks/*.py")
     return f"{commit}-dirty" if commit and changed else commit
 

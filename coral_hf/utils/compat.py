@@ -1,4 +1,4 @@
-"""What differs between the Transformers releases that the package runs on (5.17 to 5.x), found by inspection."""
+"""Differences between the supported Transformers releases (5.17 to 5.x), found by inspection."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 
-try:  # 5.24 keeps of all hidden states those that `output_hidden_states` lists; older releases keep all
+try:  # 5.24 keeps the hidden states that `output_hidden_states` lists; older releases keep all
     from transformers.utils.output_capturing import selected_hidden_states as _selection
 except ImportError:
     _selection = None
@@ -22,37 +22,37 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(GenerateDecod
 
 
 def cache_kwarg(cache: Any) -> dict[str, Any]:
-    """`cache` as the keyword argument under which a target's forward or `generate` takes it."""
+    """`cache` as the keyword argument of a target's forward or `generate`."""
     return {CACHE_NAME: cache}
 
 
 def cache_of(outputs: Any) -> Any:
-    """The KV cache in the outputs of a forward or of `generate`, or in `generate`'s `model_kwargs`; None if none is there."""
+    """The KV cache in the outputs of a forward pass or of `generate`, or in `generate`'s `model_kwargs`; None if missing."""
     return outputs.get(CACHE_NAME)
 
 
 def compiles_by_itself(target: Any, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
-    """Whether plain `generate` would compile the target's forward for these arguments; it logs where it was asked to and would not."""
+    """Whether plain `generate` would compile the target's forward pass for these arguments. It logs if it was asked to but cannot."""
     criteria = getattr(target, "_valid_auto_compile_criteria", None)
     return criteria is not None and bool(criteria(model_kwargs, generation_config))
 
 
 def default_generation_settings() -> dict[str, Any]:
-    """What `generate` fills in where neither the call nor the target's generation config says anything."""
+    """The defaults of `generate` for settings that neither the call nor the target's generation config sets."""
     filled_in = getattr(GenerationConfig, "_get_default_generation_params", None)
     return GenerationConfig().to_dict() if filled_in is None else filled_in()
 
 
 def hidden_states_to_ask(target: Any, layers: Iterable[int]) -> list[int] | bool:
-    """What to pass as `output_hidden_states`, so that a forward keeps the states of these layers and, if possible, no others.
+    """The value for `output_hidden_states` with which a forward pass keeps the states of these layers and, if possible, no others.
 
     Args:
         target (`PreTrainedModel`): a causal LM, or its decoder.
         layers (`Iterable[int]`): indices into the tuple of all hidden states; they may be negative.
 
     Returns:
-        `list[int]` of indices from the front, or `True` (all states) where this Transformers release, or this target,
-        cannot select.
+        `list[int]` of indices from the front, or `True` (all states) if this Transformers release or this target cannot
+        select.
     """
     decoder = target.get_decoder() if hasattr(target, "get_decoder") else target
     recorded = (getattr(decoder, "_can_record_outputs", None) or {}).get("hidden_states")
@@ -61,8 +61,8 @@ def hidden_states_to_ask(target: Any, layers: Iterable[int]) -> list[int] | bool
     count = getattr(config, "num_hidden_layers", None)
     if _selection is None or not isinstance(layer_class, type) or count is None:
         return True
-    # States are counted as they are recorded. Another number of them than layers (shared layers, layers that run in a loop as
-    # Dory's, other blocks of the same class, no state of the embedding) would shift the indices.
+    # States are counted as they are recorded. The indices would shift if their number differed from that of the layers: for
+    # shared layers, layers in a loop (Dory), other blocks of the same class, or without a state of the embedding.
     found = sum(isinstance(module, layer_class) for module in decoder.modules())
     loops = any("loop" in name and isinstance(value, int) and value > 1 for name, value in vars(config).items())
     if loops or found != count or not getattr(recorded, "capture_initial_hidden_state", True):
@@ -71,32 +71,32 @@ def hidden_states_to_ask(target: Any, layers: Iterable[int]) -> list[int] | bool
 
 
 def checkpointing_argument() -> str:
-    """The training argument that computes activations again in the backward: 5.24 renamed it, and warns of the old name."""
-    from transformers import TrainingArguments  # with it comes all of accelerate
+    """The training argument that recomputes activations in the backward pass. 5.24 renamed it and warns about the old name."""
+    from transformers import TrainingArguments  # imports all of accelerate
 
     names = {field.name for field in fields(TrainingArguments)}
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Switches activation checkpointing on, by the method that is not deprecated."""
+    """Enables activation checkpointing with the method that is not deprecated."""
     getattr(model, f"{checkpointing_argument()}_enable")()
 
 
 def openai_server(model: Any, tokenizer: Any, name: str) -> Callable[..., Any]:
-    """Transformers' OpenAI-compatible server (`transformers serve`) of a model that is loaded already.
+    """Transformers' OpenAI-compatible server (`transformers serve`) for a loaded model.
 
     Args:
         model (`PreTrainedModel`): its `generate` answers the requests.
         tokenizer (`PreTrainedTokenizerBase`)
-        name (`str`): what requests name the model.
+        name (`str`): the model's name in requests.
 
     Returns:
-        `Callable`: takes `host`, `port` and other settings of the server, and serves until it is interrupted; with
-        `non_blocking=True` it returns the server object at once, whose `kill_server()` ends it.
+        `Callable`: takes `host`, `port` and other settings of the server, and serves until it is interrupted. With
+        `non_blocking=True`, it immediately returns the server object, whose `kill_server()` stops it.
 
     Raises:
-        ValueError: if this release of Transformers has no such server, or one of another form.
+        ValueError: if this Transformers release has no such server, or a different one.
     """
     missing = []
     try:
@@ -117,7 +117,7 @@ def openai_server(model: Any, tokenizer: Any, name: str) -> Callable[..., Any]:
         )
 
     class LoadedModel(manager):  # type: ignore[misc, valid-type]
-        """The server's manager of models, with one model, which it need not load."""
+        """The server's model manager for a single loaded model."""
 
         def _load_model(self, *_: Any, **__: Any) -> Any:
             return model
@@ -126,7 +126,7 @@ def openai_server(model: Any, tokenizer: Any, name: str) -> Callable[..., Any]:
             return tokenizer
 
     def run(**settings: Any) -> Any:
-        # the server imports its manager by name when it is made, and builds everything else around it
+        # the server imports its manager by name when it is created
         model_manager.ModelManager = LoadedModel
         try:
             return serve.Serve(force_model=name, **settings)

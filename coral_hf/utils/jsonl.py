@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 
-# longer lines are not rows: a small .gz can hold one that fills the memory
+# longer lines are not rows, and a small .gz can contain one that fills the memory
 LONGEST_LINE = 1 << 28
 
 
 def parse_json(text: str, where: str, remedy: str) -> Any:
-    """The value of a JSON text; `ValueError` with `where` and `remedy` for what is none, nested too deeply or too long."""
+    """The value of a JSON text. `ValueError` with `where` and `remedy` if it is invalid, nested too deeply or too long."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -57,7 +57,7 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
     """Yields (line number, line) of a text file, `.gz` or not, without its blank lines.
 
     Raises:
-        ValueError: for a line that is too long, or a file that is not what its name says.
+        ValueError: for a line that is too long, or a file whose content does not match its name.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
@@ -72,7 +72,7 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
                     yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path}, after line {number}: the file is cut off or not what its name says ({error}). Fetch it again, or "
+            f"{path}, after line {number}: the file is cut off, or its content does not match its name ({error}). Fetch it again, or "
             "save it as UTF-8."
         ) from error
 

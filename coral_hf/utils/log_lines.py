@@ -1,4 +1,4 @@
-"""Progress bars in a log file: whole lines, now and then, instead of carriage returns."""
+"""Progress bars in a log file: occasional whole lines instead of carriage returns."""
 
 import sys
 import threading
@@ -8,24 +8,24 @@ from contextlib import contextmanager
 from typing import Any
 
 
-SECONDS = 30.0  # between two states of a bar
+SECONDS = 30.0  # between two logged states of a bar
 
 
 class LineStream:
-    """A text stream that drops most states of progress bars, which end in a carriage return, and ends the rest in a newline.
+    """A text stream that drops most states of progress bars (which end in a carriage return), and ends the rest in a newline.
 
     Args:
-        stream: what is written to.
-        seconds (`float`): between two states that are kept; the last one always is.
+        stream: the underlying stream.
+        seconds (`float`): time between two kept states. The last state is always kept.
     """
 
     def __init__(self, stream: Any, seconds: float = SECONDS):
         self._stream, self._seconds = stream, seconds
         self._state, self._last = "", time.monotonic()
-        self._lock = threading.Lock()  # bars may be drawn by a thread of their own
+        self._lock = threading.Lock()  # bars may be drawn by another thread
 
     def write(self, text: str) -> int:
-        """Writes text; a state of a bar only if it is due."""
+        """Writes text, and states of a bar only if they are due."""
         with self._lock:
             return self._write(text)
 
@@ -36,7 +36,7 @@ class LineStream:
             self._show_due()
             self._state = ""
         head, newline, tail = rest.rpartition("\n")
-        if newline:  # the line that a bar leaves, or ordinary text
+        if newline:  # the final line of a bar, or ordinary text
             self._stream.write(f"{self._state}{head}\n")
             self._state = ""
         self._state += tail
@@ -49,11 +49,11 @@ class LineStream:
             self._last = now
 
     def flush(self) -> None:
-        """Passes on everything that does not belong to a bar: text without an end of line stays until it has one, or until the stream is left."""
+        """Writes everything that does not belong to a bar. Text without a newline is kept until it has one, or until the end."""
         self._stream.flush()
 
     def finish(self) -> None:
-        """Writes what has no end of line."""
+        """Writes text without a newline."""
         if self._state.strip():
             self._stream.write(f"{self._state}\n")
         self._state = ""
@@ -65,7 +65,7 @@ class LineStream:
 
 @contextmanager
 def log_lines() -> Iterator[None]:
-    """While it lasts, standard error contains whole lines, unless it is a terminal."""
+    """Context in which standard error receives whole lines, unless it is a terminal."""
     before = sys.stderr
     if before.isatty():
         yield

@@ -1,4 +1,4 @@
-"""What the package needs, said where an import fails for want of it."""
+"""Errors for imports that fail because a required version is missing."""
 
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -8,7 +8,7 @@ OLDEST_TRANSFORMERS = "5.17"
 
 
 def explained(error: ImportError) -> ImportError:
-    """An error that names the Transformers release that is needed, where the one that is installed is older."""
+    """An error that names the required Transformers release, if the installed one is older."""
     try:
         found = version("transformers")
     except PackageNotFoundError:

@@ -13,7 +13,7 @@ from typing import Any
 from .jsonl import LONGEST_LINE, parse_json, read_lines
 
 
-# What a file is read as, by the end of its name.
+# The format of a file, by the end of its name.
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TABLE_SUFFIXES = (".csv", ".tsv")
 TEXT_SUFFIXES = (".txt",)
@@ -21,7 +21,7 @@ SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, *TEXT_SUFFIXES, ".parquet")
 KINDS = ".jsonl, .json, .csv, .tsv, .txt (each also as .gz) or .parquet"
 
 _LONGEST_ARRAY = 1 << 31
-_ENCODING = "utf-8-sig"  # Windows puts a mark in front
+_ENCODING = "utf-8-sig"  # Windows writes a byte-order mark
 _SEPARATORS = (",", "\t", ";")
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Error)
 
@@ -30,10 +30,11 @@ def read_rows_of_file(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
     """Yields (place, row) of a file of JSON lines, a JSON array, a table with a header, or text with one prompt per line.
 
     Args:
-        path (`str` or `os.PathLike`): its name says which; other names are taken for JSON where they begin like it.
+        path (`str` or `os.PathLike`): the file. Its name determines the format. Other names are read as JSON if the file
+            begins like JSON.
 
     Raises:
-        ValueError: if the file is missing, or is not what its name says.
+        ValueError: if the file is missing, or its content does not match its name.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,11 +54,11 @@ def read_rows_of_file(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
         else:
             raise ValueError(
                 f"{path} cannot be read as data ({suffix or 'no suffix'}); give a {KINDS} file, such as text with a "
-                "prompt a line under the name prompts.txt."
+                "prompt per line, named prompts.txt."
             )
     except _DAMAGED as error:
         raise ValueError(
-            f"{path}: the file is cut off or not what its name says ({error}). Fetch it again, or save it as UTF-8."
+            f"{path}: the file is cut off, or its content does not match its name ({error}). Fetch it again, or save it as UTF-8."
         ) from error
 
 
@@ -75,7 +76,7 @@ def _open(path: Path) -> io.TextIOBase:
 
 
 def _beginning(path: Path) -> str:
-    """The first character that is not blank; nothing of a file that cannot be read, whose error names the line later."""
+    """The first non-blank character. Empty for an unreadable file, whose error names the line later."""
     with contextlib.suppress(*_DAMAGED), _open(path) as file:
         return file.read(4096).lstrip()[:1]
     return ""
@@ -110,7 +111,9 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(
             f"{path}: an array of more than {_LONGEST_ARRAY:,} characters; write one row per line (.jsonl)."
         )
-    rows = parse_json(text, str(path), "The array is cut off or damaged: write it again, or one row a line (.jsonl).")
+    rows = parse_json(
+        text, str(path), "The array is cut off or damaged: write it again, or one row per line (.jsonl)."
+    )
     for number, row in enumerate(rows):
         where = f"{path}, row {number}"
         yield where, _checked(row, where, "Fix or remove that row.")
@@ -138,7 +141,7 @@ def _table(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             if len(cells) != len(names):
                 raise ValueError(
-                    f"{where} has {len(cells)} cells, and the header names {len(names)} columns ({', '.join(names)}). Quote texts "
+                    f"{where} has {len(cells)} cells, but the header names {len(names)} columns ({', '.join(names)}). Quote texts "
                     f'that contain "{separator}", or fix the line.'
                 )
             yield where, {name: cell or None for name, cell in zip(names, cells, strict=True)}

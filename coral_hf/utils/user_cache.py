@@ -1,4 +1,4 @@
-"""Where the package keeps what it can make again: converted targets and measured costs."""
+"""The package's cache for files that it can create again: converted targets and measured costs."""
 
 import os
 from pathlib import Path

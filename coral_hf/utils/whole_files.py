@@ -1,4 +1,4 @@
-"""Files that are written beside their place and renamed, so that a reader finds the old one or the new one, whole."""
+"""Writes files under a temporary name and renames them, so that readers see either the old or the new file completely."""
 
 import json
 import os
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def write_whole(path: str | Path, text: str, shared: bool = False) -> None:
-    """Writes a text file, or leaves the one that is there.
+    """Writes a text file completely, or leaves the existing one unchanged.
 
     Args:
-        path (`str` or `Path`): in a folder that exists.
+        path (`str` or `Path`): a path in an existing folder.
         text (`str`)
-        shared (`bool`): several processes may write the file at once; each then writes a part of its own.
+        shared (`bool`): several processes may write the file at the same time, each to its own temporary file.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part" if shared else f"{path.name}.part")
@@ -25,7 +25,7 @@ def write_whole(path: str | Path, text: str, shared: bool = False) -> None:
 
 
 def write_json(path: str | Path, value: Any, shared: bool = False) -> None:
-    """Writes a JSON file as [`write_whole`] does, indented."""
+    """Writes an indented JSON file with [`write_whole`]."""
     write_whole(path, json.dumps(value, indent=2) + "\n", shared)
 
 

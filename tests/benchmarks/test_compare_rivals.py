@@ -1,4 +1,4 @@
-"""`benchmarks/compare_rivals.py`: the folder that a rival reads, how its answers are counted, and what is refused."""
+"""`benchmarks/compare_rivals.py`: the folder that a rival reads, the counting of its answers, and the refusals."""
 
 import importlib.metadata
 import json
@@ -30,7 +30,7 @@ def target():
 
 
 def fake_economize(seen):
-    """Decodes one token after the other, as a drafter that is always wrong would."""
+    """Decodes one token at a time, as with a drafter that is always wrong."""
 
     def load(target, folder):
         seen["config"], seen["tensors"] = read(Path(folder))

@@ -1,4 +1,4 @@
-"""A step asks of a device what the committed table says: no change adds an operation or a wait unnoticed."""
+"""The operations of a step equal the committed table, so that no change adds an operation or a wait unnoticed."""
 
 import json
 import runpy
@@ -27,7 +27,7 @@ def found():
 
 @pytest.mark.parametrize("method", RECORD["methods"])
 def test_counts_are_the_committed_table(method, found):
-    """Other releases of torch and Transformers spell an operation otherwise; waits are ours to leave out on any."""
+    """Operations differ between releases of torch and Transformers; waits are checked with all."""
     expected, now = RECORD["methods"][method], found[method]
     renew = f"{now['outside']} a step, not {expected['outside']}: fewer, or a cost that is wanted? Then run {SCRIPT}"
     versions = RECORD["environment"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -40,7 +40,7 @@ def test_counts_are_the_committed_table(method, found):
 
 
 def test_a_plain_step_asks_no_more_than_plain_generates(monkeypatch):
-    """Where no draft pays: as many kernels, one wait, no draft; a few operations more, which are views."""
+    """If no draft pays: the same number of kernels, one wait, no draft, and a few more operations, which are views."""
 
     class FirstAlone(Pace):
         """Drafts once, so that the counter knows where the prefill ends."""

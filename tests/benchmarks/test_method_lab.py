@@ -1,4 +1,4 @@
-"""The method lab at toy size: a world from the repository's text, every kind of recipe, runs that resume."""
+"""The method lab at tiny size: a target from the repository's text, every kind of recipe, runs that resume."""
 
 import json
 
@@ -31,7 +31,7 @@ def toy(folder) -> list[str]:
 
 @pytest.fixture
 def common(tmp_path) -> list[str]:
-    """Options of a lab with text of its own, so that its world takes a second."""
+    """Options of a lab with its own short text, so that its target takes a second."""
     text = tmp_path / "text.jsonl"
     words = ("the cat sat on the mat and", "a dog ran to the old house", "we eat bread with butter")
     rows = [{"text": f"{words[i % 3]} {i}. {words[(i + 1) % 3]} {i * i}. {words[i % 2]}."} for i in range(400)]
@@ -66,7 +66,7 @@ def test_the_lab_resumes(common, tmp_path, monkeypatch, capsys):
     assert "| csra_0.3 | 1 |" in capsys.readouterr().out
     with refused(capsys, "has runs with"):
         run(monkeypatch, "method_lab.py", *common, "--learning_rate", "1e-2")
-    with refused(capsys, "contains a world of"):
+    with refused(capsys, "contains a world with"):
         run(monkeypatch, "method_lab.py", *common, "--num_layers", "4")
     with refused(capsys, "the lab has eagle"):
         run(monkeypatch, "method_lab.py", *common, "--recipes", "eagle9")
@@ -133,7 +133,7 @@ def test_intervals_are_students():
 
 
 def test_muon_steps_are_orthogonal():
-    """Every singular value of a first step is about the rate, whatever the gradient's are."""
+    """Every singular value of a first step is about the learning rate, for any gradient."""
     from lab.optimizers import MuonWithAdamW
 
     torch.manual_seed(0)

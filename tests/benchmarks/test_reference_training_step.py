@@ -1,4 +1,4 @@
-"""The step that the training benchmark compares with computes the trainer's losses and gradients, the slow way."""
+"""The reference step of the training benchmark computes the trainer's losses and gradients, more slowly."""
 
 import runpy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Budgets of nodes that rows share or not: two rows by hand."""
+"""Budgets of nodes, shared between rows or not: two rows by hand."""
 
 import runpy
 
@@ -17,7 +17,7 @@ def test_kept_by_hand():
 
 
 def test_a_sure_row_takes_the_nodes_of_a_doubtful_one():
-    """Half of all tokens accept whatever is drafted, the others nothing: pooled, all nodes go where they are accepted."""
+    """Half of all tokens accept any draft, the others none: a shared budget puts all nodes where they are accepted."""
     chances = torch.tensor([[1.0] * 8, [0.0] * 8])
     row = SCRIPT["compare"](chances, chances > 0, rows=2, nodes=5, batches=4000)
     assert row["tokens_equal"] == pytest.approx(1 + 0.5 * 4, rel=0.05)

@@ -1,4 +1,4 @@
-"""`coral-hf cache`: lists and clears what is ours, and nothing else."""
+"""`coral-hf cache`: lists and clears this package's files only."""
 
 import json
 

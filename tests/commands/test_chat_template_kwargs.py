@@ -1,4 +1,4 @@
-"""Variables of the chat template: given once or per row, in every verb that renders, and recorded wherever they matter."""
+"""Variables of the chat template: given once or per row, in every verb that renders, and recorded."""
 
 import json
 
@@ -70,8 +70,7 @@ def test_the_mode_of_a_training_is_in_checkpoint_drafter_and_card(thinking, caps
         assert main(arguments) == 2, "another measurement"
         assert main([*arguments, "--overwrite", "true"]) == 0
         assert (
-            f"off was trained with the chat template's variables {OFF}, and this run has {{}}"
-            in capsys.readouterr().err
+            f"off was trained with the chat-template variables {OFF}, but this run has {{}}" in capsys.readouterr().err
         )
         assert json.loads((thinking / "off" / "training" / name).read_text())["chat_template_kwargs"] == {}
     assert main(["card", "off"]) == 0
@@ -119,7 +118,7 @@ def test_a_rows_own_mode_goes_before_the_runs(thinking, capsys):
     assert main([*arguments, "--slots", "2"]) == 2
     assert "'a' is answered on file with chat_template_kwargs {'enable_thinking': False}" in capsys.readouterr().err
     # two modes are none, one is recorded, from ids as well
-    assert train("both") == 0 and "The rows are of 2 modes" in capsys.readouterr().out
+    assert train("both") == 0 and "The rows use 2 modes" in capsys.readouterr().out
     assert CoralDraftConfig.from_pretrained("both").chat_template_kwargs is None
     for source in ("rows.jsonl", "shards"):
         rows = [row for row in lines(thinking / "rows.jsonl") if row["id"] == "a"]

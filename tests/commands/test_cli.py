@@ -39,7 +39,7 @@ def test_usage(capsys):
             "='abc' must be an",
         ),
         (["verify", "--data", "missing.jsonl"], "missing.jsonl"),
-        (["verify", "--data", "."], "is a folder; give"),
+        (["verify", "--data", "."], "is a folder without rows"),
         (["demo", "--json", "nowhere/out.json"], "its folder does not exist"),
         (["demo", "--json", "."], "--json . is a folder; give the path of a file"),
         (["tune", "--data", "x", "--output", __file__], "is a file; give a folder, new or existing"),

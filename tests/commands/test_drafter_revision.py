@@ -1,4 +1,4 @@
-"""`--drafter_revision`: which drafter of a Hub repository a verb loads, and what is refused."""
+"""`--drafter_revision`: the revision of a Hub drafter that a verb loads, and the refusals."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from coral_hf.drafter.weight_files import file_sha256
 
 @pytest.fixture
 def digests(hub, tmp_path, monkeypatch):
-    """`org/drafter` with other weights on its branches `main` and `v2`, a target and prompts beside: the weights' hashes."""
+    """`org/drafter` with other weights on its branches `main` and `v2`, a target and prompts; returns the weights' hashes."""
     monkeypatch.chdir(tmp_path)
     target = make_target(dtype=torch.float32)
     target.save_pretrained("target")
@@ -80,14 +80,14 @@ def test_the_commit_is_known(hub, digests):
     ("arguments", "message"),
     [
         (["verify", *MEASURE, "--drafter", "main"], "--drafter_revision v3: --drafter main is a folder, which has no"),
-        (["verify", *MEASURE], "--drafter_revision v3 is for a drafter of the Hub, and 'demo' is always the same"),
+        (["verify", *MEASURE], "--drafter_revision v3 is for a drafter on the Hub, but 'demo' has only one version"),
         (["verify", *MEASURE, "--drafter", "org/drafter"], "under that id at --drafter_revision v3"),
         (["benchmark", *MEASURE, "--drafter", "org/drafter", "main"], "at --drafter_revision v3"),
         (
             ["train", "--data", "x", "--output_dir", "o"],
             "--drafter_revision v3 requires --drafter",
         ),
-        (["demo"], "demo runs the shipped pair alone"),
+        (["demo"], "demo only runs the shipped pair"),
     ],
 )
 def test_what_has_no_such_revision_is_refused(arguments, message, digests, capsys):

@@ -1,4 +1,4 @@
-"""`coral-hf make` end to end on a tiny target: its stages, what it says, and that a second call does nothing twice."""
+"""`coral-hf make` end to end on a tiny target: its stages, its output, and that a second call repeats nothing."""
 
 import json
 import os
@@ -45,7 +45,13 @@ def test_from_prompts_to_a_card(make, folder, capsys, monkeypatch):
     assert main([*make, "--tokens", "150", "--yes"]) == 0
     told = capsys.readouterr().out.strip().splitlines()
     assert told[0].startswith("Read 24 rows") and told[1].startswith("Plan: answers 0:")
-    assert [line.partition(":")[0] for line in told[-5:]] == ["Drafter", "Here", "Verified", "Use", "Publish"]
+    assert [line.partition(":")[0] for line in told[-5:]] == [
+        "Drafter",
+        "On this machine",
+        "Verified",
+        "Use",
+        "Publish",
+    ]
     assert "all equal to plain generate" in told[-3] and "coral-hf push made/drafter org/name" in told[-1]
     found = stages_of(folder)
     assert list(found) == STAGES and found["verification"]["answers"] > 0 and found["training"]["steps"] > 0
@@ -73,7 +79,7 @@ def test_from_prompts_to_a_card(make, folder, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_budget_is_spent_and_kept(make, folder, monkeypatch):
-    """Half a minute: what is not needed for answers and measuring goes into the training."""
+    """In half a minute, all time that answers and measuring do not need is spent on training."""
     started = time.monotonic()
     assert main([*make, "--hours", f"{30 / 3600}", "--yes"]) == 0
     found = stages_of(folder)
@@ -81,7 +87,7 @@ def test_a_budget_is_spent_and_kept(make, folder, monkeypatch):
 
 
 def test_without_data_the_target_writes_its_prompts(make, folder, capsys, monkeypatch):
-    """As many as its answers need, the first held out; here by a writer that replaces a random target's babble."""
+    """As many as its answers need, the first held out; a function replaces the random target's text here."""
 
     def write(target, tokenizer, count, output, **kwargs):
         rows = [{"id": f"self-{number}", "turns": [f"w{number} w{number + 1}"]} for number in range(count)]
@@ -93,7 +99,7 @@ def test_without_data_the_target_writes_its_prompts(make, folder, capsys, monkey
     monkeypatch.setattr(stages, "HELD_OUT_PROMPTS", 4)
     command = [word for word in make if word not in ("--data", "many.jsonl")]
     assert main(command) == 2
-    assert "nothing says how many: give --hours or --tokens" in capsys.readouterr().err
+    assert "Set their amount with --hours or --tokens" in capsys.readouterr().err
     assert main([*command, "--tokens", "300", "--yes"]) == 0
     answers = (folder / "made" / "answers" / "responses.jsonl").read_text().splitlines()
     held_out = (folder / "made" / "prompts" / "held_out.jsonl").read_text()
@@ -129,7 +135,7 @@ def die(*_args, **_kwargs) -> None:
 
 
 def kill_in(stage: str, monkeypatch) -> None:
-    """Kills this process in the middle of a stage; in the short ones, when all is done but not yet noted."""
+    """Kills this process in the middle of a stage; in short stages, when all is done but not yet recorded."""
     if stage == "plan":
         monkeypatch.setattr(stages, "measure_training", die)
     elif stage == "answers":
@@ -163,7 +169,7 @@ def kill_in(stage: str, monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_make_resumes(stage, make, folder, monkeypatch):
-    """Finished stages are kept as they are; what the killed one wrote is used, and no answer is made twice."""
+    """Finished stages are kept unchanged; the killed stage's files are used, and no answer is repeated."""
     command = [*make, "--tokens", "150", "--yes"]
     with monkeypatch.context() as patch:
         kill_in(stage, patch)
@@ -183,7 +189,7 @@ def test_a_killed_make_resumes(stage, make, folder, monkeypatch):
     assert main(command) == 0
     found = stages_of(folder)
     assert sorted(found) == sorted(STAGES)
-    # The plan is made again until training is over: it decides what is left to do.
+    # Until training ends, every start plans the remaining work again.
     assert all(found[name] == value for name, value in kept.items() if name != "plan")
     ids = [json.loads(line)["id"] for line in answers.read_text().splitlines()]
     assert answers.read_text().startswith(before) and len(ids) == len(set(ids))
@@ -234,7 +240,9 @@ def test_another_make_in_the_folder_is_refused(tmp_path):
     MakeState(tmp_path, {"target": "a", "data": ["x"]}).finish("prompts", train=3)
     again = MakeState(tmp_path, {"target": "a", "data": ["x"]})
     assert again.of("prompts") == {"train": 3} and again.of("answers") is None
-    with pytest.raises(ValueError, match=r"contains a make with target='a', here 'b': give the same to resume it"):
+    with pytest.raises(
+        ValueError, match=r"contains a make with target='a', but this call has 'b'. Use the same value to resume it"
+    ):
         MakeState(tmp_path, {"target": "b", "data": ["x"]})
 
 
@@ -285,7 +293,7 @@ def test_prompts_alike_are_benchmarked_where_time_is_left(folder, monkeypatch, l
 
 @pytest.mark.slow
 def test_a_target_with_recurrent_layers(make, folder, monkeypatch):
-    """Two hundred steps, on a target whose text can be learnt in as many: more is accepted than of a random drafter."""
+    """After two hundred steps on a target with learnable text, more is accepted than from a random drafter."""
     target = make_hybrid("qwen3_5_text", torch.float32, "sdpa")
     with torch.no_grad():
         for name, parameter in target.named_parameters():

@@ -1,4 +1,4 @@
-"""What newcomers do: each mistake is one line with the remedy, or it simply works."""
+"""Beginners' mistakes: each gives one line with the remedy, or it simply works."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_prompts_given_to_train(rows, capsys):
     ],
 )
 def test_slips_of_the_pen_in_train(words, remedy, rows, capsys, monkeypatch):
-    monkeypatch.setattr("coral_hf.commands.loading.load_target", None)  # told before anything is loaded
+    monkeypatch.setattr("coral_hf.commands.loading.load_target", None)  # reported before anything is loaded
     assert remedy in refused(capsys, *TRAIN, *words)
 
 
@@ -88,9 +88,7 @@ def test_dtypes_by_their_other_names(name, dtype):
 
 def test_last_without_a_checkpoint(rows, capsys):
     assert main([*TRAIN, "--resume-from-checkpoint", "last"]) == 0
-    assert (
-        "out contains no checkpoint to resume from: the training starts from the beginning." in capsys.readouterr().out
-    )
+    assert "out contains no checkpoint to resume from: training starts from the beginning." in capsys.readouterr().out
 
 
 def test_a_drafter_of_ours_to_convert(rows, capsys):
@@ -119,7 +117,7 @@ def test_some_of_the_prompts_again(rows, capsys):
     (rows / "some.jsonl").write_text("".join(first[:2]))
     capsys.readouterr()
     assert main([*command, "--prompts", "some.jsonl"]) == 0
-    assert "2 answers to these prompts were on file already, 0 are new." in capsys.readouterr().out
+    assert "2 answers to these prompts were on file already; 0 are new." in capsys.readouterr().out
 
 
 def test_names_where_transformers_users_pass_names(rows):
@@ -176,7 +174,7 @@ def test_control_c_in_a_training_says_how_to_resume(rows, capsys, monkeypatch):
 
 
 def test_what_transformers_says_has_an_answer():
-    """Messages of Transformers' own, which no line of ours can replace."""
+    """Messages of Transformers that our messages cannot replace."""
     page = (ROOT / "docs" / "faq.md").read_text()
     for asked in ("AutoModelForCausalLM", "pipeline(", "trust_remote_code", "draft_depth=3", "chat_template"):
         assert asked in page

@@ -1,4 +1,4 @@
-"""What an earlier run left where a verb writes: replaced by the same measurement, or when the user says so."""
+"""Files of an earlier run in a verb's output: replaced by the same measurement, or at the user's request."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_a_record_of_something_else_stays(folder, monkeypatch, capsys, verb):
     capsys.readouterr()
     assert main([*arguments, "--max_new_tokens", "4"]) == 2
     error = capsys.readouterr().err
-    assert "a record of another max_new_tokens (3, here 4), which this run would replace: give another" in error
+    assert "a record with another max_new_tokens (3, here 4), which this run would replace: give another" in error
     assert path.read_bytes() == before
 
 

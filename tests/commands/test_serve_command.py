@@ -54,7 +54,7 @@ def test_the_verb_serves_what_it_is_given(folder, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def served():
-    """A tiny target with its drafter behind Transformers' server, and a client."""
+    """Transformers' server with a tiny target and its drafter, and a client."""
     openai = pytest.importorskip("openai", reason="needs openai (pip install 'coral-hf[serve]')")
     for module in ("fastapi", "uvicorn"):
         pytest.importorskip(module, reason=f"needs {module} (pip install 'coral-hf[serve]')")

@@ -1,4 +1,4 @@
-"""`--target_revision`, `--trust_remote_code` and `--device_map`: what is loaded, what is recorded, what is refused."""
+"""`--target_revision`, `--trust_remote_code` and `--device_map`: loading, the record, and the refusals."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from coral_hf.training.run.run_folder import PROGRESS_FILE
 
 
 def save_pair(folder: Path, seed: int = 0) -> None:
-    """A tiny target with its tokenizer in `folder/target`, its drafter and prompts beside it."""
+    """A tiny target with its tokenizer in `folder/target`; its drafter and prompts in `folder`."""
     target = make_target(dtype=torch.float32, seed=seed)
     target.save_pretrained(folder / "target")
     make_tokenizer().save_pretrained(folder / "target")
@@ -76,7 +76,7 @@ def test_the_demo_target_takes_none_of_them(verb, folder, capsys):
         error = capsys.readouterr().err.strip()
         value = "True" if options[1] == "true" else options[1]
         assert f"{options[0].replace('-', '_').replace('__', '--')} {value} is for a target in a folder" in error
-        assert "name another with --target, or leave" in error and "\n" not in error
+        assert "name another target with --target, or leave" in error and "\n" not in error
     assert not (folder / "out").exists() and not (folder / "out.jsonl").exists()
 
 
@@ -92,10 +92,10 @@ def test_the_demo_target_takes_none_of_them(verb, folder, capsys):
         ([*VERIFY, "--target", "target", "--device_map", "{}"], 'each module needs a device, for example 0 or "cpu"'),
         ([*VERIFY, "--target", "target", "--device_map", '{"model": '], "is not a JSON object"),
         ([*VERIFY, "--target", "target", "--device_map", '{"model": [0]}'], 'each module needs a device, for example 0 or "cpu"'),
-        (["train", "--data", "x", "--output_dir", "out", "--device_map", "auto"], "splits a larger one over several"),
-        (["demo", "--target_revision", "v2"], "demo runs the shipped pair alone"),
-        (["demo", "--device-map=auto"], "demo runs the shipped pair alone"),
-        (["convert", "--to", "vllm", "drafter", "out", "--target", "t", "--target_revision", "v2"], "export needs none"),
+        (["train", "--data", "x", "--output_dir", "out", "--device_map", "auto"], "splits a larger target over several"),
+        (["demo", "--target_revision", "v2"], "demo only runs the shipped pair"),
+        (["demo", "--device-map=auto"], "demo only runs the shipped pair"),
+        (["convert", "--to", "vllm", "drafter", "out", "--target", "t", "--target_revision", "v2"], "this export loads none"),
         (
             [*REGENERATE, "--endpoint", "http://localhost:1/v1", "--endpoint_model", "m", "--target_revision", "v2"],
             "--target_revision v2 is for --target, but --endpoint http://localhost:1/v1 answers",
@@ -191,7 +191,7 @@ def test_what_is_continued_notices_another_revision(revisions, capsys):
     assert main([*train, "--max_steps", "1", "--target_revision", "v2"]) == 0
     capsys.readouterr()
     assert main([*train, "--max_steps", "2", "--overwrite", "true"]) == 2
-    assert f"caches features of {{'target': 'org/target {revisions['v2']}'" in capsys.readouterr().err
+    assert f"contains features of {{'target': 'org/target {revisions['v2']}'" in capsys.readouterr().err
     resumed = [*TRAIN_ON, "--max_steps", "2", "--resume_from_checkpoint", "last"]
     assert main(resumed) == 2
     assert f"Resume with the earlier target (--target_revision {revisions['v2']})" in capsys.readouterr().err
@@ -207,7 +207,7 @@ def test_what_is_continued_notices_another_revision(revisions, capsys):
 
 
 def test_what_says_no_revision_is_continued(revisions):
-    """Checkpoints, feature caches and response files of before, or of a target that lay in a folder then."""
+    """Checkpoints, feature caches and response files of earlier versions, or of a target that was in a folder then."""
     rows_to_train_on(Path())
     train = [*TRAIN_ON, "--cache_features", "features"]
     assert main([*train, "--max_steps", "1", "--target_revision", "v2"]) == 0

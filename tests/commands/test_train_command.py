@@ -18,7 +18,7 @@ def test_settings_and_evaluation_data_of_a_new_drafter(folder, capsys, monkeypat
     assert main([*arguments, "--eval_rows", "3"]) == 2  # asked for explicitly, unlike the default
     assert "there are 3 rows" in capsys.readouterr().err
     assert main([*arguments, "--max_steps", "1", "--report_to", "none"]) == 0
-    assert "Held out for evaluation: 0 of 3 rows" in capsys.readouterr().out
+    assert "Holding out 0 of 3 rows (0 conversations) for evaluation" in capsys.readouterr().out
     arguments += ["--eval_data", "dev.jsonl", "--max_steps", "1", "--report_to", "none", "--shape", "eagle3"]
     for wrong, message in (
         ('{"widht": 3}', "Unknown setting(s) ['widht']"),
@@ -121,7 +121,7 @@ def test_streamed_packed_and_compared_with_evaluation_prompts(folder, capsys, mo
     for streaming, conversations in (("true", None), ("false", 5)):
         assert main([*arguments, "--streaming", streaming, "--overwrite", "true"]) == 0
         output = capsys.readouterr().out
-        assert "warning: 2 of 5 training conversations hold a prompt of prompts.jsonl (2 exactly" in output
+        assert "warning: 2 of 5 training conversations contain a prompt of prompts.jsonl (2 exactly" in output
         record = json.loads((folder / "out" / "training" / "training.json").read_text())
         assert record["conversations"] == conversations and record["arguments"]["packing"] is True
 

@@ -1,4 +1,4 @@
-"""EAGLE-1/2, HASS and EAGLE-3 checkpoints in: the published forward's logits from every layout."""
+"""Loaded EAGLE-1/2, HASS and EAGLE-3 checkpoints give the published forward's logits, from every layout."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def target():
 
 
 def drafted_logits(drafter, target, ids, steps=3):
-    """What `reference_logits` returns, from the drafter's own draft steps and head, and the features used."""
+    """The equivalent of `reference_logits` from the drafter's own draft steps and head, and the features used."""
     adapter = TargetAdapter(target, drafter.config.target_feature_layers)
     head = DraftSettings(draft_depth=steps).draft_head_of(drafter, adapter)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_eagle1_extras(target, tmp_path):
 
 
 def test_half_precision_stays(target, tmp_path):
-    """Weights come in bit for bit, in the checkpoint's dtype."""
+    """Weights are loaded bit for bit, in the checkpoint's dtype."""
     tensors = {name: tensor.half() for name, tensor in eagle1_tensors().items()}
     drafter = CoralDraftModel.from_eagle(write(tmp_path / "eagle", LLAMA, tensors, "bin"), target)
     assert drafter.dtype == torch.float16
@@ -180,7 +180,7 @@ def test_eagle3_features_and_norms(keys, features, layers, flags, target, tmp_pa
     ],
 )
 def test_eagle3_norms_before_fc(keys, norm, prefix, target, tmp_path):
-    """Where vLLM and SGLang read them: `eagle_config` counts for more than the top level."""
+    """As in vLLM and SGLang, `eagle_config` takes precedence over the top level."""
     tensors = eagle3_tensors(prefix, norm=norm)
     config = {**LLAMA, "architectures": ["LlamaForCausalLMEagle3"], "norm_output": True, **keys}
     drafter = CoralDraftModel.from_eagle(write(tmp_path / "eagle3", config, tensors), target)
@@ -212,7 +212,7 @@ def test_a_setting_may_say_what_a_config_leaves_out(target, tmp_path):
 @pytest.mark.parametrize("norm", [None, "norm_before_fc", "fc_norm"])
 @pytest.mark.parametrize("name", ["Eagle3Speculator", "Eagle3DraftModel", "NameOfNextYear", None])
 def test_speculators(name, norm, target, tmp_path):
-    """The nested config, whose residual is normed unless it says otherwise; what the class is called changes nothing."""
+    """The nested config, whose residual is normed by default; the name of the class changes nothing."""
     tensors = eagle3_tensors("layers.0", draft_ids=DRAFT_IDS, norm=norm)
     config = {
         "architectures": name and [name],
@@ -228,7 +228,7 @@ def test_speculators(name, norm, target, tmp_path):
 
 @pytest.mark.parametrize("name", ["EagleOfNextYear", "Eagle3DraftModel"])
 def test_tensors_say_what_a_checkpoint_is(name, target, tmp_path):
-    """Whatever name stands in `architectures`, also one of the other shape."""
+    """The name in `architectures` does not matter, even if it is that of the other shape."""
     tensors = eagle3_tensors("layers.0", draft_ids=DRAFT_IDS)
     config = {**LLAMA, "architectures": [name], "draft_vocab_size": len(DRAFT_IDS)}
     assert_same_logits(
@@ -263,7 +263,7 @@ def test_a_window_that_is_ignored_is_named(settings, named, target, tmp_path, ca
 
 
 def test_own_head_over_the_whole_vocabulary(target, tmp_path):
-    """A head of its own stays; an exact copy of the target's, in another dtype too, is dropped."""
+    """The drafter's own head is kept; an exact copy of the target's, also in another dtype, is dropped."""
     tensors = eagle3_tensors() | {"lm_head.weight": noise(VOCAB, HIDDEN, seed=50)}
     drafter = CoralDraftModel.from_eagle(write(tmp_path / "own", LLAMA, tensors), target)
     assert drafter.config.draft_vocab_size == VOCAB
@@ -274,7 +274,7 @@ def test_own_head_over_the_whole_vocabulary(target, tmp_path):
 
 
 def test_overrides_and_own_folder(target, tmp_path):
-    """Settings override the checkpoint's, and the drafter with its own head saves and loads as any other."""
+    """Settings override the checkpoint's, and a drafter with its own head saves and loads like any other."""
     path = write(tmp_path / "eagle3", {**LLAMA, "draft_vocab_size": 10}, eagle3_tensors(draft_ids=DRAFT_IDS))
     drafter = CoralDraftModel.from_eagle(path, target, target_feature_layers=[1, 2, 3], draft_depth=3)
     assert drafter.config.target_feature_layers == [1, 2, 3] and drafter.config.draft_depth == 3

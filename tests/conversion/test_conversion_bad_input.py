@@ -299,7 +299,7 @@ def test_shards_and_index_differ(target, tmp_path):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_bytes_flipped_in_a_pickle(zipped, tmp_path):
-    """Whatever torch's reader makes of it, the error is one and names the file; some flips only change values."""
+    """Whatever torch's reader does, there is one error, which names the file; some flips only change values."""
     path, rng = tmp_path / "pytorch_model.bin", random.Random(0)
     state = {"fc.weight": torch.arange(6.0).view(2, 3), "norm.weight": torch.ones(3, dtype=torch.bfloat16)}
     torch.save(state, path, _use_new_zipfile_serialization=zipped)

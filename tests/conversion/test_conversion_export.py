@@ -55,7 +55,7 @@ def test_round_trip_generates_the_same(name, engine, target, tmp_path):
 
 @pytest.mark.parametrize(("name", "engine"), PAIRS)
 def test_config_loads_in_transformers(name, engine, target, tmp_path):
-    """All engines read the config through Transformers: old and new keys must not contradict each other there."""
+    """All engines read the config through Transformers: old and new keys must not contradict each other."""
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
     drafter = make(name, target)
     for parameters in (drafter.config.rope_parameters, rope):
@@ -106,7 +106,7 @@ def test_layer_ids(target, tmp_path):
 
 
 def test_shortlist_and_router(target, tmp_path):
-    """SGLang takes the shortlist as its token map and gives it back; elsewhere a line says that it is left out."""
+    """SGLang stores the shortlist as its token map, and it can be read back; for others a line says it is left out."""
     drafter = make("eagle", target)
     drafter.add_shortlist(torch.arange(128).flip(0), 20)
     export = export_drafter(drafter, "sglang", tmp_path / "sglang")
@@ -166,7 +166,7 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_the_shipped_drafter_is_served_with_the_file_it_was_trained_for(tmp_path, capsys, monkeypatch):
-    """Whose weights are not those of the Hub's model of that name; a target that is named counts for more."""
+    """Its weights are not those of the Hub's model of that name; a named target takes precedence."""
     monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     assert main(["convert", "--to", "vllm", "demo", "out"]) == 0
@@ -197,8 +197,8 @@ def test_cost_aware_sizes_are_left_out_with_a_note_and_named_anew(tmp_path, caps
     depth = chain_depth(drafter.config)
     assert (
         depth < 8
-        and f"By the drafter's calibration a chain of {depth} is fastest" in lines[0]
-        and "depth 8" in lines[0]
+        and f"According to the drafter's calibration, a chain of {depth} is fastest" in lines[0]
+        and "up to 8 levels" in lines[0]
     )
     assert len(lines) == 2 and f'"num_speculative_tokens": {depth}' in lines[-1]
     assert config["coral_config"]["draft_depth"] == depth
@@ -207,7 +207,7 @@ def test_cost_aware_sizes_are_left_out_with_a_note_and_named_anew(tmp_path, caps
         "draft_depth=8, draft_top_k=2, draft_total_tokens=12. Name smaller ones with --draft_depth, --dr" in lines[0]
     )
     lines, _ = converted("eagle", "upper-eagle")
-    assert lines[0] == "Left out: cost-aware sizes; EAGLE's code drafts a tree of its own."
+    assert lines[0] == "Left out: cost-aware sizes; EAGLE's code chooses its own tree."
     lines, config = converted("vllm", "chain", "--draft-depth", "2")
     assert len(lines) == 1 and '"num_speculative_tokens": 2' in lines[0]
     chosen = {"draft_depth": 2, "draft_top_k": 1, "draft_total_tokens": 3, "draft_cost_aware": False}
@@ -226,11 +226,11 @@ def test_cost_aware_sizes_are_left_out_with_a_note_and_named_anew(tmp_path, caps
             ["--draft-depth", "2", "--draft-total-tokens", "99"],
             "draft_total_tokens=99 is more than draft_depth=2",
         ),
-        ("sglang", ["--draft-top-k", "1", "--draft-total-tokens", "4"], "choose --draft_depth instead"),
+        ("sglang", ["--draft-top-k", "1", "--draft-total-tokens", "4"], "Choose --draft_depth instead"),
         ("vllm", ["--draft-top-k", "2"], "--draft_top_k 2: vLLM drafts a chain of --draft_depth tokens"),
         ("speculators", ["--draft-total-tokens", "3"], "--draft_total_tokens 3: vLLM drafts a chain"),
-        ("vllm", ["--dtype", "float99"], "--dtype float99 is for a target that is loaded, and this export loads none"),
-        ("eagle", ["--draft-depth", "3"], "--draft_depth 3: EAGLE's own code drafts a tree of its own"),
+        ("vllm", ["--dtype", "float99"], "--dtype float99 is for loading a target, and this export loads none"),
+        ("eagle", ["--draft-depth", "3"], "--draft_depth 3: EAGLE's code chooses its own tree"),
     ):
         assert main(["convert", "--to", engine, "drafter", "bad", *wrong]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "bad").exists()
@@ -262,7 +262,7 @@ def shipped():
 def test_normed_last_state_beside_others_is_refused(engine, reason, target, tmp_path):
     """No engine captures it: each error says what that engine reads instead."""
     drafter = make_drafter(target, shape="eagle3", target_feature_layers=[2, 4, -1])
-    expected = rf"\[2, 4, -1\]: the normed last state \(-1\) cannot be captured beside others: .*{reason}"
+    expected = rf"\[2, 4, -1\]: the normed last state \(-1\) cannot be captured next to others: .*{reason}"
     with pytest.raises(ValueError, match=expected):
         export_drafter(drafter, engine, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -276,7 +276,7 @@ def test_shipped_drafter_has_no_form_in_eagles_code(shipped, tmp_path):
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "speculators"])
 def test_shipped_round_trip(engine, shipped, tmp_path):
-    """Bit for bit; the shortlist, for which these forms have no place, is left out with a note."""
+    """Bit for bit; the shortlist, which these formats cannot store, is left out with a note."""
     names = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size")
     settings = {name: getattr(shipped.config, name) for name in names}
     with torch.device("meta"):
@@ -325,7 +325,7 @@ def test_real_model_generates_the_same(tmp_path):
 
 
 def test_noise_is_no_copy(target, tmp_path):
-    """A head that is close to the target's, but not it, survives the round trip."""
+    """A head that is close to the target's, but not equal, survives the round trip."""
     drafter = make("eagle3, head of its own", target)
     settings = {**DRAFTERS["eagle3, head of its own"][0], "draft_vocab_size": 128, "target_name_or_path": "org/target"}
     full = randomize(make_drafter(target, dtype=torch.float32, **settings), scale=0.1)

@@ -1,4 +1,4 @@
-"""What no engine can hold, changes of an exported folder that its schema catches, and exports that fail half-way."""
+"""Drafters that no engine supports, changes of an exported folder that its schema finds, and failed exports."""
 
 import copy
 
@@ -42,7 +42,7 @@ def test_what_an_engine_lacks_is_refused(name, engine, target, tmp_path):
             "eagle",
             "norm_before_fc=True, .* use --to vllm, sglang or speculators",
         ),
-        ({**DEFAULT_THREE, "fc_norm": True}, "eagle", "fc_norm=True, its fc reads the features as they are"),
+        ({**DEFAULT_THREE, "fc_norm": True}, "eagle", "fc_norm=True, its fc reads features without a norm"),
         ({"shape": "eagle", "hidden_act": "gelu"}, "vllm", "gelu"),
         ({"shape": "eagle3", "attention_bias": True}, "vllm", "attention_bias"),
         ({"shape": "eagle", "target_embedding_scale": 8.0}, "sglang", "scales its embeddings"),
@@ -65,7 +65,7 @@ def test_eagle3_head_needs_the_target(target, tmp_path):
 
 
 def test_folder_of_another_target(target, tmp_path):
-    """What an exported folder says of its target is checked when it comes back."""
+    """An exported folder's statements about its target are checked when it is loaded again."""
     export_drafter(make("eagle", target), "vllm", tmp_path / "out")
     with pytest.raises(ValueError, match="num_hidden_layers=8"):
         CoralDraftModel.from_eagle(tmp_path / "out", make_target(dtype=torch.float32))
@@ -125,7 +125,7 @@ def test_nothing_half_written(target, tmp_path, monkeypatch):
     ("family", "message"), [("gemma3_text", "by 5.65"), ("granite", "by 3"), ("qwen3", None), ("llama", None)]
 )
 def test_scaled_embeddings(family, message, tmp_path):
-    """A drafter records its target's scale; for one that does not, the target says it, or the target's type."""
+    """A drafter records its target's scale; otherwise it is taken from the target, or from the target's type."""
     drafter = make_drafter(make_target(family, dtype=torch.float32), shape="eagle")
     old = copy.deepcopy(drafter)
     old.config.target_embedding_scale = None

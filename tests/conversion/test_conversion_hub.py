@@ -1,4 +1,4 @@
-"""EAGLE checkpoints fetched from a Hub: one form of the weights, nothing of subfolders, the revision asked for."""
+"""EAGLE checkpoints fetched from a Hub: one format of the weights, no subfolders, the requested revision."""
 
 import io
 import json
@@ -26,13 +26,13 @@ def pickled(tensors) -> bytes:
 
 
 def fetched(server, repo: str) -> set[str]:
-    """Paths of the files that were downloaded, not only asked about."""
+    """Paths of the files that were downloaded, not only queried."""
     gets = [line.split()[1] for line in server.requests if line.startswith("GET ") and "/resolve/" in line]
     return {path.split("/resolve/")[1].split("/", 1)[1] for path in gets if path.startswith(f"/{repo}/")}
 
 
 def files(form: str) -> dict[str, bytes]:
-    """A repository with its weights as `form` says, beside what is not to be fetched."""
+    """A repository with its weights in the given form, and files that must not be fetched."""
     tensors = eagle1_tensors()
     names = sorted(tensors)
     parts = {

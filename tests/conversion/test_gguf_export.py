@@ -1,4 +1,4 @@
-"""`convert --to gguf`: every tensor as llama.cpp names and orders it, the keys that it reads, and what it has no form for.
+"""`convert --to gguf`: tensors named and ordered as in llama.cpp, the keys that it reads, and unsupported drafters.
 
 The reference at the end is llama.cpp's forward on the file's own tensors, with RoPE over adjacent pairs of rows.
 """
@@ -45,7 +45,7 @@ def target():
 
 
 def write_target(path, **changes):
-    """The metadata of a target's GGUF file: all that the export reads of it."""
+    """The metadata of a target's GGUF file that the export reads."""
     sizes = {"embedding_length": 32, "block_count": 8, "vocab": 128, **changes}
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_embedding_length(sizes["embedding_length"])
@@ -248,8 +248,8 @@ def test_command_line(target, target_file, tmp_path, capsys, monkeypatch):
         (convert, "name the target's GGUF file (--target model.gguf)"),
         ([*convert, "--target", "demo"], "demo is not a file"),
         ([*named, "--draft-top-k", "2"], "--draft_top_k 2: llama.cpp drafts a chain of --draft_depth tokens"),
-        ([*named, "--dtype", "float32"], "--dtype float32 is for a target that is loaded"),
-        ([*named, "--target-revision", "v1"], "are for a target that is loaded, and this export needs none"),
+        ([*named, "--dtype", "float32"], "--dtype float32 is for loading a target"),
+        ([*named, "--target-revision", "v1"], "are for loading a target, and this export loads none"),
     ):
         assert main(wrong) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "bad").exists()
@@ -281,7 +281,7 @@ def rotate_adjacent(rows, base, factors):
 
 
 def decode(w, fields, embeds, states):
-    """The layer's output before the norm `[S, H]`, from embeddings and features or states of its own `[S, H]`."""
+    """The layer's output before the norm `[S, H]`, from embeddings and features or its own states `[S, H]`."""
     epsilon, size = fields["eagle3.attention.layer_norm_rms_epsilon"], fields["eagle3.attention.key_length"]
     heads, shared = fields["eagle3.attention.head_count"], fields["eagle3.attention.head_count_kv"]
     normed = rms_norm(states, w["blk.0.attn_norm_2.weight"], epsilon)
@@ -309,7 +309,7 @@ def decode(w, fields, embeds, states):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpps_forward_of_the_file_drafts_the_same(kind, target, target_file, tmp_path):
-    """Three steps of a chain: the logits that llama.cpp would draft from are the drafter's, by the file's tensors alone."""
+    """Three steps of a chain: the file's tensors alone give the drafter's logits, as llama.cpp would compute them."""
     drafter = make(target, **KINDS[kind])
     export_gguf(drafter, tmp_path / "out", target_file)
     fields, tensors = read(tmp_path / "out")

@@ -22,7 +22,7 @@ CHATML = (
 
 
 def word_tokenizer(chat_template: str | None = CHATML, **kwargs) -> PreTrainedTokenizerFast:
-    """One token a word; a line break is a token, two in a row are one (as in BPE vocabularies)."""
+    """One token per word; a line break is a token, two in a row are one (as in BPE vocabularies)."""
     core = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+|[^\s]+"), behavior="removed", invert=True)
     kwargs = {"bos_token": "<s>", "eos_token": "<end>", "unk_token": "<unk>", **kwargs}
@@ -89,7 +89,7 @@ def test_a_template_without_an_end_token():
 
 @pytest.mark.parametrize("tail", ["<end>\n", "<end>", "<end><s>", "<end>\n<end>\n"])
 def test_the_targets_eos_ends_a_response_where_its_tokenizers_is_another(tail):
-    """As Gemma's `<end_of_turn>` and a line break, with `<eos>` as the tokenizer's."""
+    """Like Gemma's `<end_of_turn>` and a line break, with `<eos>` as the tokenizer's EOS."""
     template = CHATML.replace("<end>\n", tail)
     tokenizer = word_tokenizer(template, eos_token="<s>", pad_token="<end>")
     row = {"turns": ["hi", "you"], "responses": ["good day", "ok"]}
@@ -98,7 +98,7 @@ def test_the_targets_eos_ends_a_response_where_its_tokenizers_is_another(tail):
     dataset = ConversationDataset([row], tokenizer, eos_ids={IDS["<end>"]})
     assert dataset.num_response_tokens == 5
     ids, mask = encode_row({"turns": ["hi"], "responses": ["good <end> day"]}, tokenizer, eos_ids={IDS["<end>"]})
-    assert trained(ids, mask) == ["good", "<end>", "day", "<end>"], "the first behind the content"
+    assert trained(ids, mask) == ["good", "<end>", "day", "<end>"], "the first after the content"
 
 
 def test_an_eos_that_the_template_does_not_write_changes_nothing():
@@ -107,7 +107,7 @@ def test_an_eos_that_the_template_does_not_write_changes_nothing():
 
 
 def test_the_prompts_own_end_token_is_not_the_responses():
-    """An empty response after a prompt that ends with EOS leaves nothing to train on, and says so."""
+    """An empty response after a prompt that ends with EOS leaves nothing to train on, which is reported."""
     template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
     shortened = "{% for m in messages if m.content %}{{ m.content }}<end>{% endfor %}"
     ids, mask = encode_row({"turns": ["hi"], "responses": ["ok"]}, word_tokenizer(template))
@@ -199,11 +199,11 @@ def test_messages_and_system_texts_render_as_turns_do():
     assert (ids, mask) == encode_row(turns, tokenizer)
     assert (ids, mask) == encode_row({"messages": messages[1:], "system": "good"}, tokenizer)
     assert trained(ids, mask) == ["ok", "<end>", "day", "<end>"]
-    assert words(ids[:6]) == ["<start>", "<unk>", "\n", "good", "<end>", "\n"], "system is no word of this vocabulary"
+    assert words(ids[:6]) == ["<start>", "<unk>", "\n", "good", "<end>", "\n"], "system is not in this vocabulary"
 
 
 def test_a_cut_response_does_not_end():
-    """The template closes it, but the target did not: nothing may be learnt from that end."""
+    """The template closes it, but the target did not: that end must not be trained on."""
     row = {"turns": ["hi", "you"], "responses": ["good day", "ok"], "finish_reasons": ["length", "stop"]}
     ids, mask = encode_row(row, word_tokenizer())
     assert trained(ids, mask) == ["good", "day", "ok", "<end>"]
@@ -284,13 +284,16 @@ ANSWERED = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": 
     ("row", "message"),
     [
         ({"messages": [{"role": "user"}]}, "here: message 0 must be an object with the strings role and content"),
-        ({"messages": [{"role": "user", "content": None}]}, "here: message 0 must .*tool_calls can stand for"),
+        ({"messages": [{"role": "user", "content": None}]}, "here: message 0 must .*tool_calls instead of content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "here: message 0 .* type 'image_url'"),
         ({"messages": ANSWERED, "tools": "{"}, "here: tools is not JSON"),
         ({"messages": ANSWERED, "tools": 3}, "here: tools must be a list of tools; got '3'"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "here contains a prompt without an answer"),
         ({"messages": []}, 'here: "messages" must be a non-empty list of objects'),
-        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "here has a system text beside a system"),
+        (
+            {"messages": [{"role": "system", "content": "a"}], "system": "b"},
+            "here has both a system text and a system",
+        ),
         ({"turns": ["hi"], "responses": ["ok"], "system": 3}, "here: system must be a string; got 3"),
         ({"turns": ["hi"], "responses": ["ok"], "finish_reasons": ["stop"] * 2}, "here: 2 finish_reasons but 1 resp"),
         ({"text": ["hi"]}, 'here: "text" must be a text, got .*An example'),
@@ -305,6 +308,6 @@ def test_a_template_that_refuses_a_role_says_so():
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     row = {"turns": ["hi"], "responses": ["ok"], "system": "good"}
     with pytest.raises(
-        ValueError, match=r"here: the target's chat template refuses the roles system, user .*no system"
+        ValueError, match=r"here: the target's chat template rejects the roles system, user .*no system"
     ):
         encode_row(row, word_tokenizer(template), where="here")

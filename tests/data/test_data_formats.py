@@ -1,4 +1,4 @@
-"""Every format that people have is read as its owner means it, or refused in one line that shows an example."""
+"""Every common format is read as intended, or refused in one line that shows an example."""
 
 import json
 import re
@@ -25,7 +25,7 @@ named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.file)
 
 
 def trained(row: dict) -> list:
-    """What is trained of a row: ids where it contains them, else texts."""
+    """The trained part of a row: its ids if it contains them, otherwise its texts."""
     tokenizer = make_tokenizer("{% for m in messages %}<1>{{ m.content }}<2>{% endfor %}")
     ids, mask = encode_row(row, tokenizer, eos_ids={2})
     runs = [[]]
@@ -114,7 +114,7 @@ def test_columns_are_named_on_the_command_line(tmp_path, capsys, monkeypatch):
 
 
 def test_ids_are_made_of_what_is_asked(tmp_path, capsys):
-    """So that answers to one prompt, in whatever format and order, belong together; repetitions are answered once."""
+    """Answers to one prompt belong together in any format and order; repeated prompts are answered once."""
     first, second = {"prompt": "hi"}, {"turns": ["hi"], "responses": ["ok"]}
     other, kind = {"question": "ho"}, {"prompt": "hi", "system": "be kind"}
     rows = list(iter_prompts([first, other, second, kind]))
@@ -155,7 +155,7 @@ def test_objects_in_python():
         (3, "data of type int .* give a path, a Hub id, a list"),
         ({"prompt": "hi"}, "the data are one row, .*: give a list of rows"),
         ({"test": []}, "the given data set has no split 'train'; its splits are test"),
-        (["rows.jsonl", "hi you"], "'hi you' is neither a file, a folder nor a Hub id"),
+        (["rows.jsonl", "hi you"], "'hi you' is not a file, a folder or a Hub id"),
         ([3], "row 0 is '3', of type int"),
         ("missing.csv", r"missing\.csv does not exist; give the path of a \.jsonl, \.json, \.csv"),
     ],

@@ -60,11 +60,11 @@ def test_files_that_are_not_what_their_name_says_are_value_errors(tmp_path):
     with pytest.raises(ValueError, match=r"rows\.jsonl\.gz, after line \d+: the file is cut off"):
         read_rows(path)
     path.write_bytes(b"plain text")
-    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz, after line 0: .*not what its name says"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz, after line 0: .*does not match its name"):
         read_rows(path)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n\xff\xfe\n")
-    with pytest.raises(ValueError, match=r"rows\.jsonl, after line \d+: .*not what its name says"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, after line \d+: .*does not match its name"):
         read_rows(path)
 
 
@@ -129,7 +129,9 @@ def test_saved_data_sets_and_their_splits(tmp_path):
 def test_a_data_set_that_the_hub_cannot_give():
     pytest.importorskip("datasets")
     for name in ("org/absent", "org/absent@main:config"):
-        with pytest.raises(ValueError, match=f"{name} is not a file or folder here and could not be loaded .*offline"):
+        with pytest.raises(
+            ValueError, match=f"{name} is not a file or folder here, and could not be loaded .*offline"
+        ):
             read_rows(name)
 
 
@@ -186,7 +188,7 @@ def test_dataset_items_and_counts():
         {"prompt_ids": [5, 6], "response_ids": [7, 8, 8]},
         {"prompt_ids": [5] * 4, "response_ids": [9] * 4},  # cut to four prompt and two response tokens
         {"prompt_ids": [5] * 6, "response_ids": [9]},  # cut away
-        {"prompt_ids": [5], "response_ids": [9]},  # x_1 is no row's prediction
+        {"prompt_ids": [5], "response_ids": [9]},  # no row predicts x_1
     ]
     dataset = ConversationDataset(rows, max_length=6)
     assert len(dataset) == 2

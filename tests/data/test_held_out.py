@@ -69,6 +69,6 @@ def test_a_stream_holds_out_the_same_rows(tmp_path, monkeypatch):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     stream, held = hold_out(RowStream(path), 8)
     assert (list(stream), held) == hold_out(rows, 8)
-    monkeypatch.setattr(held_out, "STREAM_ROWS", 60)  # the second answers stand behind those that are chosen from
+    monkeypatch.setattr(held_out, "STREAM_ROWS", 60)  # the second answers come after the rows that are chosen from
     stream, held = hold_out(RowStream(path), 8)
     assert len(held) == 8 and not ids(stream) & ids(held) and len(list(stream)) == 104

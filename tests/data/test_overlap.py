@@ -64,7 +64,7 @@ def test_the_warning_counts_and_names(tmp_path, capsys):
     rows = [{"id": f"r{index}", "turns": [turn]} for index, (turn, _) in enumerate(CASES)]
     warn_of_overlap(rows, [str(path)])
     output = capsys.readouterr().out
-    assert output.startswith("warning: 5 of 9 training conversations hold a prompt of ") and "eval.jsonl" in output
+    assert output.startswith("warning: 5 of 9 training conversations contain a prompt of ") and "eval.jsonl" in output
     assert "(3 exactly, 2 by its beginning), such as 'r0'" in output
     warn_of_overlap(rows[3:4], [str(path)])
     assert capsys.readouterr().out == ""

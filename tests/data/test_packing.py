@@ -1,4 +1,4 @@
-"""Packed rows: who stands where, and that neither target nor drafter notices its neighbours."""
+"""Packed rows: the positions, and that a document's neighbours change neither the target nor the drafter."""
 
 import random
 
@@ -64,7 +64,7 @@ def per_token(trainer: CoralTrainer, items: list, num_steps: int) -> dict[tuple,
 
 @pytest.fixture
 def exact_softmax(monkeypatch):
-    """Eager attention takes its softmax in float32 whatever the model's dtype, and sums longer rows in another order."""
+    """Eager attention computes its softmax in float32 for any dtype, and sums longer rows in another order."""
     softmax = torch.nn.functional.softmax
 
     def in_its_own_dtype(input, dim=None, dtype=None, **options):

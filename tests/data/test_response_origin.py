@@ -1,4 +1,4 @@
-"""Whose answers rows hold, and what a training says of those that are not its target's."""
+"""The model whose answers rows contain, and the warning of a training about other models' answers."""
 
 from coral_hf.data.response_origin import Origin, WatchedRows
 
@@ -15,7 +15,7 @@ def said(capsys, *rows) -> list[str]:
 def test_answers_of_unknown_models_are_told_of_once_with_the_remedy(capsys):
     row = {"id": "a", "messages": []}
     (line,) = said(capsys, row, row, {"prompt": "hi", "completion": "ok"})
-    assert line.startswith("note: row 'a', and maybe others, does not say which model wrote its answer.")
+    assert line.startswith("note: row 'a', and possibly others, does not say which model wrote its answer.")
     assert "coral-hf regenerate --prompts FILE --output responses.jsonl" in line
     assert not said(capsys, {"prompt_ids": [1], "response_ids": [2]}, {"turns": [], "target": "endpoint's name"})
 

@@ -83,7 +83,7 @@ def test_what_is_left_out_is_told_before_the_end_of_a_pass(capsys):
     items = iter(stream(rows, max_length=8))
     next(items)
     told = capsys.readouterr().out
-    assert told.count("Left out, and so are others like it: row 'late': within max_length=8") == 1
+    assert told.count("Skipped, like any others of this kind: row 'late': within max_length=8") == 1
     assert "'later'" not in told and "pass" not in told
     items.close()
     assert "; 2 left out, without a response token within it" in capsys.readouterr().out
@@ -96,7 +96,7 @@ def test_a_training_that_ends_within_a_pass_says_what_was_left_out(tmp_path, cap
 
 
 def test_streams_that_cannot_be_trained_on():
-    with pytest.raises(ValueError, match="an iterator, which can be read once only"):
+    with pytest.raises(ValueError, match="an iterator, which can only be read once"):
         stream(iter(random_rows(2)))
     with pytest.raises(ValueError, match="No conversation has a response token"):
         next(iter(stream([])))
@@ -106,7 +106,7 @@ def test_streams_that_cannot_be_trained_on():
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_streamed_training_resumes_exactly(packing, tmp_path):
-    """Past the end of the first pass."""
+    """Beyond the end of the first pass."""
     path = write(tmp_path / "rows.jsonl", random_rows(18))
     arguments = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "stream_buffer_size": 8}
     arguments |= {"packing": packing, "max_length": 24, "gradient_accumulation_steps": 2}

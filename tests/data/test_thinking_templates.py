@@ -1,4 +1,4 @@
-"""Templates that leave out earlier thinking: each answer is trained as the target says it, after its own prompt."""
+"""Templates that leave out earlier thinking: each answer is trained as the target wrote it, after its own prompt."""
 
 import pytest
 from helpers.thinking_templates import TEMPLATES, thinking_tokenizer
@@ -28,7 +28,7 @@ MESSAGES = [
 
 
 def texts(tokenizer, row):
-    """Of each row that is trained on: its text, and what is trained of it."""
+    """For each row with training tokens: its text, and the part that is trained."""
     parts, unusable = encode_row_parts(row, tokenizer, "here", {tokenizer.convert_tokens_to_ids("}")})
     assert not unusable
     return [
@@ -124,7 +124,7 @@ def test_a_call_followed_by_an_answer_without_thinking():
 @pytest.mark.parametrize("family", ["qwen3", "glm45"])
 @pytest.mark.parametrize("kwargs", [{"enable_thinking": False}, '{"enable_thinking": false}'])
 def test_the_mode_of_a_row_is_its_column(family, kwargs):
-    """With thinking off the empty block is the prompt's, and is not trained."""
+    """With thinking off, the empty block belongs to the prompt and is not trained."""
     tokenizer, row = thinking_tokenizer(family), {"turns": ["one"], "responses": ["yes"]}
     ((_, thinking),) = texts(tokenizer, row)
     ((text, trained),) = texts(tokenizer, {**row, "chat_template_kwargs": kwargs})
@@ -151,5 +151,5 @@ def test_what_cannot_be_trained_is_counted_and_left_out():
     refusing = make_tokenizer(template + "{% for m in messages %}{{ m.content }}{% endfor %}")
     rows = [{"turns": ["a"], "responses": ["bcd"]}, {"turns": ["a"], "responses": ["b"], "system": "c"}]
     assert ConversationDataset(rows, refusing).unusable == 1
-    with pytest.raises(ValueError, match=r"nothing to train on \(row 0: the target's chat template refuses the roles"):
+    with pytest.raises(ValueError, match=r"nothing to train on \(row 0: the target's chat template rejects the roles"):
         ConversationDataset(rows[1:], refusing)

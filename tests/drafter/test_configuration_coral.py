@@ -1,4 +1,4 @@
-"""What a drafter's configuration takes from its target, refuses, and keeps through JSON."""
+"""A drafter's configuration: values from its target, refusals, and storage as JSON."""
 
 import json
 import re
@@ -169,7 +169,7 @@ def test_a_misspelt_key_in_config_json_is_refused(tmp_path):
 
 @pytest.mark.parametrize("value", ["Infinity", "null", "7", '"x"', "[1]", "{}", None])
 def test_a_config_json_without_settings_is_refused(value, tmp_path):
-    """Where there is none, too: Transformers would continue with the defaults, Llama-2-7B's sizes."""
+    """Also if there is no config: Transformers would continue with the defaults, Llama-2-7B's sizes."""
     if value is not None:
         (tmp_path / "config.json").write_text(value)
     with pytest.raises(ValueError, match=r"config\.json.*save_pretrained") as caught:
@@ -249,7 +249,7 @@ def test_vocab_hash_is_stable_and_sensitive():
 
 
 def test_an_embedding_scale_that_is_not_recorded_is_not_written(tmp_path):
-    """The config.json of drafters of before the setting stays as it is, that of later ones too."""
+    """The config.json of drafters from before the setting is unchanged, and so is that of later ones."""
     stored = json.loads((demo.drafter_path() / "config.json").read_text())
     older = {name: value for name, value in stored.items() if name != "target_embedding_scale"}
     assert "target_embedding_scale" not in CoralDraftConfig().to_dict() and older != stored
@@ -265,7 +265,7 @@ def test_an_embedding_scale_that_is_not_recorded_is_not_written(tmp_path):
 
 @pytest.mark.parametrize("setting", FC_NORMS)
 def test_a_norm_before_fc_is_written_where_it_is(setting, tmp_path):
-    """So that configs without one stay as they are, and releases of before the settings load them."""
+    """Configs without one are unchanged, and earlier releases load them."""
     assert set(FC_NORMS) == {"norm_before_fc", "fc_norm"} and not set(FC_NORMS) & set(
         CoralDraftConfig(**THREE).to_dict()
     )

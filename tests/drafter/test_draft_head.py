@@ -53,7 +53,7 @@ def ids_of(router, group: int) -> list[int]:
 
 @contextmanager
 def right_when_active(monkeypatch, continuation):
-    """Puts the true next token first wherever the head's own selection contains it: some drafts are accepted."""
+    """Puts the true next token first if the head's own selection contains it, so that some drafts are accepted."""
     original_logits, original_propose = DraftHead._active_logits, CoralCandidateGenerator.propose
     place = {}
 
@@ -78,7 +78,7 @@ def right_when_active(monkeypatch, continuation):
 
 
 def slow_active(adapter, hidden, router=None, shortlist=None, active=1, per_row=False, weights=None):
-    """Full logits with -inf wherever the head must not look, row by row."""
+    """Full logits, with -inf at the ids that the head must not consider, row by row."""
     logits = adapter.logits(hidden)[0].float()
     allowed = torch.zeros_like(logits, dtype=torch.bool)
     if shortlist is not None:

@@ -1,4 +1,4 @@
-"""What router, shortlist and draft head refuse: damaged ids, settings that contradict each other, quantised heads."""
+"""Refusals of router, shortlist and draft head: damaged ids, contradictory settings, quantised heads."""
 
 import re
 
@@ -14,7 +14,7 @@ from coral_hf.generation.settings import DraftSettings
 @pytest.mark.parametrize("bad", [5000, 128, -3, "twice"])
 @pytest.mark.parametrize("part", ["shortlist", "draft_head"])
 def test_damaged_ids_are_refused(part, bad, prompt, tmp_path):
-    """They load, as any numbers do, and would end in an IndexError, on a GPU in the device's own."""
+    """They load like any numbers, and would end in an IndexError, or in a device error on a GPU."""
     target = make_target(dtype=torch.float32)
     drafter = make_drafter(target, **({"draft_vocab_size": 20} if part == "draft_head" else {}))
     if part == "shortlist":
@@ -30,7 +30,7 @@ def test_damaged_ids_are_refused(part, bad, prompt, tmp_path):
 
 
 class Quantised(torch.Tensor):
-    """Says that it is float32, and contains codes, as torchao's tensors do."""
+    """Claims to be float32 but contains codes, like torchao's tensors."""
 
 
 class Int8Linear(nn.Linear):
@@ -47,7 +47,7 @@ class Int8Linear(nn.Linear):
 
 @pytest.mark.parametrize("kind", ["int8", "subclass", "float8"])
 def test_rows_of_a_quantised_head_are_not_drafted_from(kind, prompt):
-    """Codes would be scored as if they were weights; the whole head, through its module, is right."""
+    """Codes would be used as if they were weights; the whole head, through its module, is right."""
     target = make_target("qwen2", dtype=torch.float32)
     drafter = make_drafter(target)
     drafter.add_router(8, 2)
@@ -90,7 +90,9 @@ def test_bad_settings_without_a_router(settings, message, prompt):
 def test_a_head_of_the_drafters_own_is_no_choice_of_the_targets_rows(head):
     target = make_target()
     drafter = make_drafter(target, draft_vocab_size=20)
-    with pytest.raises(ValueError, match=rf"draft_head='{head}' .* own \(draft_vocab_size=20\): leave draft_head out"):
+    with pytest.raises(
+        ValueError, match=rf"draft_head='{head}' .* own head \(draft_vocab_size=20\): leave draft_head out"
+    ):
         DraftSettings(draft_head=head).draft_head_of(drafter, TargetAdapter(target))
     DraftSettings(draft_head="full").draft_head_of(drafter, TargetAdapter(target))
 
@@ -131,7 +133,7 @@ def test_settings_of_a_router_that_is_not_used_are_refused(setting):
     target = make_target()
     drafter, adapter = make_drafter(target), TargetAdapter(target)
     (name, value), *_ = setting.items()
-    message = re.escape(f"{name}={value!r} is about router groups, but no router is used: leave it out")
+    message = re.escape(f"{name}={value!r} is a setting for router groups, but no router is used. Remove it")
     with pytest.raises(ValueError, match=message):
         DraftSettings(**setting).draft_head_of(drafter, adapter)
     drafter.add_router(8)
@@ -142,7 +144,7 @@ def test_settings_of_a_router_that_is_not_used_are_refused(setting):
 
 @pytest.mark.parametrize("part", ["shortlist", "router", "clustered"])
 def test_adapters_on_the_head(part, prompt):
-    """Rows alone would be scored without them; merged they count, also in a copy that was made before."""
+    """Selected rows would be scored without the adapters; once merged, they count, also in an earlier copy."""
     peft = pytest.importorskip("peft")
     target = make_target("qwen2")
     drafter = make_drafter(target)
@@ -194,7 +196,7 @@ def test_a_router_for_another_partition_is_refused(tmp_path):
     ],
 )
 def test_more_branches_than_tokens_are_refused(settings, fewest, prompt):
-    """Else a branch would be a slot without a token, whose id may lie past the vocabulary."""
+    """Otherwise a branch would be a slot without a token, whose id may be beyond the vocabulary."""
     target = make_target()
     settings = dict(settings)
     size = settings.pop("shortlist_size", None)

@@ -1,4 +1,4 @@
-"""Norms before `fc`: what a drafter over several features starts with, trains and drafts when they are normed."""
+"""Norms before `fc`: the first weights, training and drafting of a drafter over several normed features."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_norms_are_named_as_in_the_engines_and_start_as_ones(kind, target):
 @pytest.mark.parametrize("layers", [LAYERS, [3, 1]])
 @pytest.mark.parametrize("kind", KINDS)
 def test_fc_starts_as_the_last_feature_and_a_share_of_the_others(kind, layers, target):
-    """As without a norm, but of size one whatever the sizes of the layers are."""
+    """As without a norm, but with size one for any sizes of the layers."""
     drafter = make_drafter(target, target_feature_layers=layers, **{kind: True})
     features = TargetAdapter(target, layers).compute_features(torch.arange(3, 120)[None])
     seen = []
@@ -57,7 +57,7 @@ def test_fc_starts_as_the_last_feature_and_a_share_of_the_others(kind, layers, t
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_are_normed_before_fc(kind, exact_norms):
-    """In the order of the layers, and not changed by the size of all features, or of each."""
+    """In the order of the layers, and independent of the size of all features, or of each."""
     variant = "eagle3-norm-before-fc" if kind == "norm_before_fc" else "eagle3-fc-norms"
     drafter = build(variant)
     count = drafter.config.num_target_features
@@ -131,7 +131,7 @@ def test_generation_is_that_of_the_target(kind, tree, settings):
 
 
 def test_costs_are_measured_for_each(target):
-    """What was measured for drafters without a norm keeps its key."""
+    """Stored costs of drafters without a norm keep their key."""
     kinds = [{}, *({kind: True} for kind in KINDS)]
     drafters = [make_drafter(target, target_feature_layers=LAYERS, **settings) for settings in kinds]
     keys = [costs_key(target, drafter, DraftSettings())["drafter"] for drafter in drafters]

@@ -1,4 +1,4 @@
-"""The transposed product of a few rows: the same numbers, on the layers that are meant, and nothing left behind."""
+"""The transposed product of a few rows: the same numbers, on the intended layers only, and undone after the call."""
 
 import copy
 import gc
@@ -105,7 +105,7 @@ def test_leaves_other_dtypes_and_devices_alone():
 
 
 class Quantised(torch.Tensor):
-    """Says that it is float32, as torchao's tensors do."""
+    """Claims to be float32, like torchao's tensors."""
 
 
 def test_leaves_weights_alone_that_are_no_plain_tensors():
@@ -119,7 +119,7 @@ def test_leaves_weights_alone_that_are_no_plain_tensors():
 @pytest.mark.parametrize("how", ["torch.compile", "compile", "forward"])
 @pytest.mark.parametrize("part", ["model", "inner", "layer"])
 def test_leaves_what_is_compiled_alone(how, part):
-    """Also below a module that is not: a changed layer would be compiled again, or not be seen at all."""
+    """Also below an uncompiled module: a changed layer would be recompiled, or not be noticed at all."""
     inner = make_model()
     model = nn.Sequential(inner, nn.Linear(5, 5))
     found = {"model": model, "inner": inner, "layer": inner[0]}[part]

@@ -1,4 +1,4 @@
-"""The commit of a target that was loaded from the Hub in Python, by what the cache holds."""
+"""The commit of a target that was loaded from the Hub in Python, found in the cache."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_a_drafter_names_its_target(hub, commit, tmp_path, monkeypatch):
     assert 'from_pretrained("org/target"' in card.text and "not public" not in card.text
     eagle = CoralDraftModel.from_eagle(write(tmp_path / "eagle", LLAMA, eagle1_tensors()), target)
     assert eagle.config.target_revision == commit
-    assert not hub.requests  # the cache knows
+    assert not hub.requests  # answered from the cache
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert hub_commit(load().config) == commit
 
@@ -92,7 +92,7 @@ def test_a_revision_alone_in_the_cache(hub, commit, tmp_path):
 
 
 def test_of_several_commits_none_is_guessed(hub, commit, tmp_path):
-    """Not even that of `main`: the target may be of any."""
+    """Not even that of `main`, because the target may have any revision."""
     push(hub, tmp_path / "v2", make_target(dtype=torch.float32, seed=1), branch="v2")
     target, _ = load(revision="v2"), load()
     vars(target.config).pop("_commit_hash", None)  # of Transformers before 5.24
@@ -118,7 +118,7 @@ def test_a_training_notices_another_commit(hub, commit, tmp_path):
     trainer = make_trainer(tmp_path / "out", target, again, **settings)
     assert trainer.target_revision == commit
     target.config._commit_hash = "0" * 40
-    with pytest.raises(ValueError, match="caches features of"):
+    with pytest.raises(ValueError, match="contains features of"):
         make_trainer(tmp_path / "out", target, CoralDraftModel.from_target(target), **settings)
     del settings["cache_features"]
     trainer = make_trainer(
@@ -129,7 +129,7 @@ def test_a_training_notices_another_commit(hub, commit, tmp_path):
 
 
 def test_a_cache_goes_on_where_the_commit_is_not_known(tmp_path):
-    """By its name and weights, whichever of both runs did not know it."""
+    """By its name and weights, if either run did not know the commit."""
     adapter = TargetAdapter(make_target())
     for known, unknown in (("org/target abc", "org/target None"), ("org/target of a wheel", "org/target None")):
         for first, second in ((known, unknown), (unknown, known)):
@@ -137,9 +137,9 @@ def test_a_cache_goes_on_where_the_commit_is_not_known(tmp_path):
             FeatureCache(folder, adapter, first)
             FeatureCache(folder, adapter, second)
             for other in ("org/target2 None", "org/other abc"):
-                with pytest.raises(ValueError, match="caches features of"):
+                with pytest.raises(ValueError, match="contains features of"):
                     FeatureCache(folder, adapter, other)
-            with pytest.raises(ValueError, match="caches features of"):
+            with pytest.raises(ValueError, match="contains features of"):
                 FeatureCache(folder, TargetAdapter(make_target(seed=1)), second)
 
 

@@ -1,4 +1,4 @@
-"""What a drafter starts with, that it comes back from disk bit for bit, and the cache it drafts with."""
+"""A drafter's first weights, saving and loading bit for bit, and the cache it drafts with."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def test_from_target_starts_finite(family, shape):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])
 def test_the_final_norm_does_what_the_targets_does(family):
-    """Gemma stores weight - 1: the copy must act the same, not look the same."""
+    """Gemma stores weight - 1: the copy must behave the same, with other numbers."""
     target = randomize(make_target(family, dtype=torch.float32))
     drafter = make_drafter(target, "eagle3")
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
@@ -111,7 +111,7 @@ def test_rope_survives_a_cast():
 
 
 def test_round_trip_with_remote_code(tmp_path):
-    """The saved folder loads where coral_hf cannot be imported, and drafts where it can."""
+    """The saved folder loads if coral_hf cannot be imported, and drafts if it can."""
     code = f"""
     import sys
     import torch

@@ -25,7 +25,7 @@ COPIES = {"pickle": lambda model: pickle.loads(pickle.dumps(model)), "torch.save
 
 
 def uses():
-    """What a target is used for, each of which asks it for hidden states."""
+    """Uses of a target, each of which requests hidden states."""
     ids = prompt_of(9)
     return {
         "from_target": lambda target: CoralDraftModel.from_target(target),

@@ -1,4 +1,4 @@
-"""The rollout against written-out and slow references, and against what generation computes token by token."""
+"""The rollout against written-out and slow references, and against generation token by token."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from coral_hf.drafter.draft_layer import DraftKeyValues, shift_rows
 
 @pytest.mark.parametrize("variant", ["eagle", "eagle3"])
 def test_the_example_of_the_method_by_hand(variant, exact_norms, monkeypatch):
-    """Ids x0..x3: rows 0..2; what row 2 reads and sees in steps 1, 2 and 3 (method.md, 'Multi-step training')."""
+    """Ids x0..x3: rows 0..2; the inputs and keys of row 2 in steps 1, 2 and 3 (method.md, 'Multi-step training')."""
     drafter = build(variant)
     embeds, features = random_inputs(drafter, 1, 3)
     layer, attention = drafter.layer, drafter.layer.self_attn
@@ -86,7 +86,7 @@ def test_rollout_equals_the_slow_reference(variant, num_steps, packed, exact_nor
 
 
 def test_padding_and_neighbours_do_not_leak(exact_norms):
-    """A document's outputs are those it has on its own, whatever lies before and behind it."""
+    """A document has the outputs that it would have alone, whatever comes before and after it."""
     drafter = build("eagle3")
     embeds, features = random_inputs(drafter, 1, 12)
     documents = torch.tensor([[0] * 5 + [1] * 5 + [-1] * 2])
@@ -133,7 +133,7 @@ def test_rollout_equals_generation_token_by_token(variant, exact_norms):
 
 @torch.no_grad()
 def test_a_prompt_and_a_single_row_are_drafted_without_a_mask(exact_norms, monkeypatch):
-    """One for a long prompt would be as large as the target; what is computed is what a mask gives."""
+    """A mask for a long prompt would be as large as the target; the results equal those with a mask."""
     drafter = build("eagle3")
     embeds, features = random_inputs(drafter, 1, 9)
     masks, attention = [], torch.nn.functional.scaled_dot_product_attention

@@ -1,4 +1,4 @@
-"""The adapter's three views of a target: what the target itself computes, for every family."""
+"""The adapter's three views of a target equal the target's own results, for every family."""
 
 import copy
 
@@ -79,7 +79,7 @@ def test_embedding_scale_is_what_embed_multiplies_by(family_target):
 
 @pytest.mark.parametrize("kind", SCALED)
 def test_embedding_scale_without_weights(kind):
-    """Families that nothing here names, on the meta device as a conversion asks for it."""
+    """Families that the code does not name, on the meta device as in a conversion."""
     if kind not in CONFIG_MAPPING:
         pytest.skip(f"this Transformers has no {kind}")
     config = CONFIG_MAPPING[kind](num_hidden_layers=2)
@@ -187,7 +187,7 @@ def test_check_identity_catches_a_scale_the_adapter_does_not_know(family, attrib
 
 
 def test_a_target_with_logits_of_another_kind_gets_no_drafter(target):
-    """One whose head does more than its module, and one whose logits are fewer than its vocabulary."""
+    """A target whose head does more than its module, and one with fewer logits than its vocabulary."""
     for harm, message in (
         (lambda x: x + 1, "differs by 1 from"),
         (lambda x: x[..., :100], r"\[1, 2, 128\], not .*100\]"),

@@ -1,4 +1,4 @@
-"""Weights that the package writes can be read by anyone who may read the config beside them."""
+"""Weights that the package writes can be read by anyone who may read their config."""
 
 import os
 from functools import partial

@@ -1,4 +1,4 @@
-"""vLLM's own classes load what is exported for it and draft with it as the drafter does: skipped unless vLLM is installed.
+"""vLLM's own classes load the exported drafter and draft the same tokens: skipped unless vLLM is installed.
 
 Its wheel needs no GPU for this: `CUDA_VISIBLE_DEVICES= python -m pytest tests/engines/test_engine_loaders*.py` in an environment
 with vLLM; SGLang and speculators have files of their own. Only attention over the paged cache is replaced. Versions and
@@ -40,7 +40,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def process_group():
-    """vLLM's layers ask for a tensor-parallel group, and for a platform."""
+    """vLLM's layers need a tensor-parallel group and a platform."""
     import vllm.platforms
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -89,7 +89,7 @@ def load(folder, served_folder, dtype, method=None):
 
 
 def make_ready(model):
-    """What vLLM's loader does behind loading: kernels of the CPU for each layer. Attention takes no paged cache."""
+    """What vLLM's loader does after loading: CPU kernels for each layer. Attention uses no paged cache."""
     for module in model.modules():
         if hasattr(module, "quant_method"):
             module.quant_method.process_weights_after_loading(module)
@@ -150,9 +150,9 @@ def draft_once(drafter, target, engine, tmp_path, tolerance=1e-5):
 
 @torch.no_grad()
 def test_vllm_reads_the_last_layer_before_its_norm(target, process_group, tmp_path):
-    """Ids name residual streams before layers, that of the number of layers the one before the final norm.
+    """Ids name residual streams before layers. The number of layers names the one before the final norm.
 
-    So there is no id for the normed last state, CORAL's -1, beside others.
+    So the normed last state, CORAL's -1, cannot be combined with others.
     """
     target.save_pretrained(tmp_path)
     model, _ = load(tmp_path, tmp_path, "float32")

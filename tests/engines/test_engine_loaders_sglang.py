@@ -1,4 +1,4 @@
-"""SGLang's own classes load what is exported for it and draft with it as the drafter does: skipped unless it is installed.
+"""SGLang's own classes load the exported drafter and draft the same tokens: skipped unless SGLang is installed.
 
 In an environment with SGLang and without vLLM: `CUDA_VISIBLE_DEVICES= python -m pytest tests/engines/test_engine_loaders*.py`.
 On a CPU `sgl_kernel` (GPU kernels) and torchvision are imported on the way to the models but not called here: stubs stand
@@ -39,7 +39,7 @@ NAMES = [name for name, (_, engines) in DRAFTERS.items() if "sglang" in engines]
 
 
 class Stubs:
-    """Finds and loads, for each missing package, modules that hold whatever is asked of them."""
+    """Finds and loads, for each missing package, modules with any requested attribute."""
 
     def __init__(self, *packages):
         self.packages = packages
@@ -152,7 +152,7 @@ def draft_once(drafter, target, tmp_path, tolerance=1e-5):
 
 @torch.no_grad()
 def test_sglang_reads_inputs_of_layers(target, tmp_path):
-    """Ids name layers whose output is read, as the input of the next: the last layer's output is not to be had.
+    """Ids name layers whose output is read as the input of the next, so the last layer's output is not available.
 
     So there is no id for the last state, normed or not.
     """

@@ -1,4 +1,4 @@
-"""speculators' own classes load what is exported for it and draft as the drafter does: skipped unless it is installed.
+"""speculators' own classes load the exported drafter and draft the same tokens: skipped unless it is installed.
 
 `CUDA_VISIBLE_DEVICES= python -m pytest tests/engines/test_engine_loaders*.py`. Versions and results of the last run:
 `benchmarks/records/engine_loaders.json`.
@@ -24,7 +24,7 @@ def target():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_speculators_loads_and_drafts(name, target, tmp_path):
-    """Its config and every weight, the target's embedding and head around them, and one step of its own forward."""
+    """Its config and every weight, the target's embedding and head, and one step of its own forward."""
     load_and_draft(make(name, target), target, tmp_path)
 
 
@@ -45,7 +45,7 @@ def load_and_draft(drafter, target, tmp_path, tolerance=1e-5):
     state = model.state_dict()
     for key, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(state[key], tensor), key
-    # NaN marks what is to be the target's, but 0.9.0 loses the mark where transformers builds a model on the meta device
+    # NaN marks the target's weights, but 0.9.0 loses the mark if transformers builds the model on the meta device
     model.embed_tokens.weight.fill_(torch.nan)
     if drafter.draft_head is None:
         model.lm_head.weight.fill_(torch.nan)

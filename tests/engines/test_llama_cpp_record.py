@@ -1,4 +1,4 @@
-"""What docs/serving.md says of the llama.cpp server is what the committed record of the last run contains."""
+"""The figures of the llama.cpp server in docs/serving.md are those of the committed record."""
 
 import json
 from pathlib import Path
@@ -32,4 +32,4 @@ def test_the_page_says_what_was_measured():
     assert f"{quantised['equal_to_plain']} of {RECORD['prompts']} texts equal llama.cpp's own without one" in page
     seconds = plain["cpu_seconds"], plain["generate_cpu_seconds"], quantised["cpu_seconds"]
     assert "take llama.cpp {:.0f} s of CPU time, Transformers in float32 {:.0f} s".format(*seconds[:2]) in page
-    assert f"With the drafter llama.cpp takes {seconds[2]:.0f} s" in page
+    assert f"With the drafter, llama.cpp takes {seconds[2]:.0f} s" in page

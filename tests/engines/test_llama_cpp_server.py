@@ -44,7 +44,7 @@ def real():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The demo target as it is published, and in float32 as Transformers computes it."""
+    """The demo target as published, and in float32 as Transformers computes it."""
     return {
         "float32": write_dequantised(QUANTISED, tmp_path_factory.mktemp("target") / "float32.gguf"),
         "Q4_1": QUANTISED,
@@ -53,7 +53,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drafters(real):
-    """Two that llama.cpp has a form for. The first drafts usefully, though its layer was trained for four features."""
+    """Two drafters that llama.cpp supports. The first drafts usefully, although it was trained for four features."""
     target, tokenizer, _ = real
     shipped = demo.load_drafter(torch.float32)
     layers = shipped.config.target_feature_layers[1:]
@@ -85,7 +85,7 @@ def record():
 
 
 def our_chain(target, drafter, prompts):
-    """What our chain drafts and accepts over the same answers, and the CPU time that it takes."""
+    """Drafted and accepted tokens of our chain over the same answers, and its CPU time."""
     before, counts = time.process_time(), {"steps": 0, "drafted": 0, "accepted": 0}
     for ids in prompts:
         new_ids(target, ids, assistant_model=drafter)
@@ -113,7 +113,7 @@ def ask(command, prompts, log):
 
 
 def parting(target, prompts, expected, found):
-    """How many answers are equal, and where the others part, with the gap between the float32 target's logits there."""
+    """The number of equal answers, and where the others diverge, with the gap between the float32 target's logits."""
     explained = [explain(target, *row) for row in zip(prompts, expected, found, strict=True)]
     return explained.count(None), [row for row in explained if row is not None]
 
@@ -122,7 +122,7 @@ def parting(target, prompts, expected, found):
     ("weights", "names"), [("float32", DRAFTERS), ("Q4_1", DRAFTERS[:1])], ids=["float32", "quantised"]
 )
 def test_served_as_plain_and_with_our_drafts(weights, names, real, files, drafters, plain, record, tmp_path):
-    """Quantised, llama.cpp rounds activations to 8 bits, so that its texts are others, and others again where it drafts."""
+    """With quantised weights, llama.cpp rounds activations to 8 bits. Its texts differ, and again when it drafts."""
     target, tokenizer, prompts = real
     exact, (expected, seconds) = weights == "float32", plain
     answers, _, used = ask(f"llama-server -m {files[weights]}", prompts, tmp_path / "plain.log")

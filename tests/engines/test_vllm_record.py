@@ -1,4 +1,4 @@
-"""What README and docs/serving.md say of the vLLM server is what the committed record of the last run holds."""
+"""The figures of the vLLM server in README and docs/serving.md are those of the committed record."""
 
 import json
 from pathlib import Path

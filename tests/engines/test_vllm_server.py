@@ -40,7 +40,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def real():
     target, tokenizer = demo.load_target(torch.float32)
-    target.generation_config.eos_token_id = None  # every answer is as long: vLLM counts accepted tokens behind an end
+    target.generation_config.eos_token_id = None  # vLLM counts accepted tokens after an end
     return target, tokenizer, [encode_context(tokenizer, [prompt]) for prompt in PROMPTS]
 
 
@@ -67,7 +67,7 @@ def record():
 
 
 def our_chain(target, drafter, prompts):
-    """Verify steps and accepted tokens of our chain, the last step of an answer counted whole, as vLLM does."""
+    """Verification steps and accepted tokens of our chain. The last step of an answer counts fully, as in vLLM."""
     chain = {"draft_top_k": 1, "draft_depth": DEPTH, "draft_total_tokens": None, "draft_cost_aware": False}
     for name, value in chain.items():
         setattr(drafter.config, name, value)

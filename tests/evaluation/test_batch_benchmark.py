@@ -1,4 +1,4 @@
-"""Whole batches beside plain `generate`'s: the record, prompts brought to a length, and what is refused."""
+"""Whole batches compared with plain `generate`: the record, prompts brought to one length, and the refusals."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_record(pair, tmp_path):
     rows = {(row["method"], row["batch_size"], row["context"]): row for row in record["runs"]}
     assert len(rows) == len(record["runs"]) == 3 * 3 * 3
     for (method, size, context), row in rows.items():
-        # five prompts: the fifth makes no pair, and seven rows take two of them again
+        # of five prompts the fifth has no partner, and seven rows use two of them twice
         assert (row["n_batches"], row["n_rows"]) == {1: (5, 5), 2: (2, 4), 7: (1, 7)}[size]
         assert row["identical"] == row["n_rows"] and row["tokens_per_second"] > 0
         assert row["new_tokens"] == rows["plain", size, context]["new_tokens"] <= 6 * row["n_rows"]
@@ -85,7 +85,7 @@ def test_decoding_is_timed_apart_from_the_prefill():
         ({"contexts": [-4]}, "context=-4 must be at least 1"),
         ({"batch_sizes": [2, 2]}, "give each value once"),
         ({"repeats": 0}, "repeats=0 must be at least 1"),
-        ({"contexts": [4090]}, "more than the 512 positions"),
+        ({"contexts": [4090]}, "exceed the 512 positions"),
     ],
 )
 def test_bad_sizes(pair, tmp_path, settings, message):

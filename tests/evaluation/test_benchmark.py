@@ -1,4 +1,4 @@
-"""`benchmark`: what the record says, what an interrupted run leaves, and what is refused before anything is written."""
+"""`benchmark`: the record, what an interrupted run leaves, and the refusals before anything is written."""
 
 import json
 from functools import partial
@@ -29,7 +29,7 @@ def pair():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Two drafters, an assistant and prompts beside a tiny target, which is the working directory."""
+    """Two drafters, an assistant and prompts in the folder of a tiny target, which is the working directory."""
     target = make_target(dtype=torch.float32)
     for name in ("target", "assistant"):
         target.save_pretrained(tmp_path / name)
@@ -74,7 +74,7 @@ def test_temperatures(pair, tmp_path):
 
 
 def test_methods_that_compile(pair, tmp_path, monkeypatch, capsys):
-    """Compiling is not in their times; one store serves all lengths, so that nothing is compiled twice."""
+    """Their times exclude compilation. One store is used for all lengths, so that nothing is compiled twice."""
     target, tokenizer, drafter = pair
     monkeypatch.setattr(compiling, "CompileConfig", partial(CompileConfig, backend="eager"))
     monkeypatch.setattr(plan, "_check_backend", lambda *_: None)
@@ -93,7 +93,7 @@ def test_methods_that_compile(pair, tmp_path, monkeypatch, capsys):
         assert seconds > 0.2 and rows[name]["new_tokens"] / rows[name]["tokens_per_second"] < seconds
     assert rows["plain_compiled"]["acceptance_length"] == 1.0
     print_table(record)
-    assert "s of compiling, not in its times" in capsys.readouterr().out
+    assert "s of compiling, not included in its times" in capsys.readouterr().out
 
 
 def test_divergences_are_counted_where_they_begin():
@@ -139,7 +139,7 @@ def test_the_fastest_of_several_repeats_counts(pair, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_run_leaves_a_valid_partial_record(pair, tmp_path, monkeypatch, failure):
-    """Cut off in the middle of the third prompt: the two before it are there, and nothing of it."""
+    """Interrupted during the third prompt: the record has the two before it, and nothing of the third."""
     target, tokenizer, drafter = pair
     place = {"calls": 0}
 
@@ -261,7 +261,7 @@ def test_plots_leave_out_what_there_is_nothing_of(tmp_path):
 
 
 def test_an_assistants_settings_are_its_own_again():
-    """Two methods share one assistant: what one sets must not reach the other."""
+    """Two methods share one assistant: the settings of one must not affect the other."""
     target, assistant = make_target(), make_target(seed=1)
     before = assistant.generation_config
     seen = []
@@ -278,7 +278,7 @@ def test_an_assistants_settings_are_its_own_again():
 
 
 def test_plots_say_what_was_measured_and_hide_no_counts():
-    """The title names target and machine, "all" is left out beside a single benchmark, and few steps are drawn hollow."""
+    """The title names target and machine, a single benchmark has no "all", and few steps are drawn hollow."""
     from matplotlib.figure import Figure
 
     row = {"method": "coral", "temperature": 0.0, "n_turns": 2, "speedup": 1.5, "speedup_quartiles": [1.4, 1.6]}

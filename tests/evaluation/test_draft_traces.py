@@ -27,7 +27,7 @@ STAIRS = DraftCosts(tuple(10.0 + 6.0 * (n > 1) + 5.0 * ((n - 1) // 4) for n in r
 
 @contextmanager
 def textual_oracle(answers: list[torch.Tensor]):
-    """An oracle whose drafts at a place of a text are always the same, as a real drafter's are."""
+    """An oracle that always drafts the same at a place of a text, like a real drafter."""
     original_logits, original_propose = DraftHead._active_logits, CoralCandidateGenerator.propose
     place = {}
 
@@ -53,7 +53,7 @@ def textual_oracle(answers: list[torch.Tensor]):
 
 @pytest.fixture(scope="module")
 def traced():
-    """A target, a drafter that is right now and then, the traces of its drafts, and the answers."""
+    """A target, a drafter that is sometimes right, the traces of its drafts, and the answers."""
     target, tokenizer = make_target(), make_tokenizer()
     drafter = make_drafter(target)
     prompts = [encode_context(tokenizer, prompt.turns) for prompt in PROMPTS]
@@ -189,7 +189,7 @@ def test_tune_command(folder, capsys):
 
 
 def test_tune_says_where_no_size_pays(folder, capsys, monkeypatch):
-    """On a target whose forward costs by the token nothing can be gained; on one of a flat cost, something."""
+    """If a forward's cost grows with every token, drafting gains nothing; if it is constant, drafting helps."""
     for target_ms, told in ([[1.0, 1e3, 1e6], True], [[1e3] * 3, False]):
         costs = DraftCosts(tuple(target_ms), first_level_ms=0.1, level_ms=0.1)
         monkeypatch.setattr("coral_hf.evaluation.tune.measure_costs", lambda *args, costs=costs: costs)
@@ -197,14 +197,16 @@ def test_tune_says_where_no_size_pays(folder, capsys, monkeypatch):
         assert main([*TUNE, "--data", "prompts.jsonl", "--limit", "2", *sizes]) == 0
         output = capsys.readouterr().out
         assert "best by prediction" in output
-        assert ("warning: none is predicted to be faster than plain generate here" in output) == told
+        assert (
+            "warning: no draft size is predicted to be faster than plain generate on this machine" in output
+        ) == told
 
 
 def test_tune_refuses(folder, capsys):
     (folder / "empty.jsonl").write_text("")
     for arguments, message in (
         (["--data", "empty.jsonl"], "contains no prompts"),
-        (["--data", "prompts.jsonl", "--drafter", "org/name", "--save", "true"], "is none"),
+        (["--data", "prompts.jsonl", "--drafter", "org/name", "--save", "true"], "is not a folder"),
         (
             ["--data", "prompts.jsonl", "--drafter", "demo", "--save", "true"],
             "--save would change the shipped drafter",

@@ -42,7 +42,7 @@ def test_acceptance_length_is_pooled(tmp_path):
 
 
 def test_acceptance_per_depth_of_mixed_depths(tmp_path):
-    """Only steps that drafted to a depth and accepted all before it count there, whatever the others did."""
+    """At a depth, only steps count that drafted to it and accepted all tokens before it."""
     generator = random.Random(0)
     calls = []
     for _ in range(4):

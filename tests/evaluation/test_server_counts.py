@@ -24,7 +24,7 @@ DEPTH = 3
 
 @pytest.fixture
 def pair(monkeypatch):
-    """A target, and a drafter that is right but at every fourth place of the text."""
+    """A target, and a drafter that is right except at every fourth place of the text."""
     target = make_target()
     drafter = make_drafter(target, draft_depth=DEPTH, draft_top_k=1)
     answer = target.generate(PROMPT, max_new_tokens=60, do_sample=False)[0]
@@ -55,7 +55,7 @@ def ordinary(target, drafter, length):
 
 
 def counted_slowly(target, drafter, length):
-    """The last step is whole at the greatest length that takes as many steps."""
+    """The last step is complete at the greatest length with the same number of steps."""
     steps, _ = ordinary(target, drafter, length)
     longest = max(n for n in range(length, length + DEPTH + 1) if ordinary(target, drafter, n)[0] == steps)
     return ordinary(target, drafter, longest)

@@ -1,4 +1,4 @@
-"""`verify`: equal answers pass, the first unequal token is shown, and what cannot be checked is refused."""
+"""`verify`: equal answers pass, the first unequal token is shown, and calls that cannot be checked are refused."""
 
 import json
 
@@ -30,7 +30,7 @@ def pair():
 
 @pytest.fixture
 def wrong_choice(monkeypatch):
-    """The drafted side takes a wrong token at the fifth place: what a broken verifier would do."""
+    """The drafted side takes a wrong token at the fifth place, as a broken verifier would."""
     begin, processed = TokenChoice.__init__, TokenChoice._processed
 
     def begin_apart(self, *args, **kwargs):
@@ -96,7 +96,7 @@ def test_first_difference_is_shown(pair, wrong_choice, tmp_path):
 
 
 def test_later_turns_follow_on_plain_answers(pair, wrong_choice, monkeypatch):
-    """As in a benchmark: what a second turn is asked after does not depend on the method, which may be wrong."""
+    """As in a benchmark, the text before a second turn does not depend on the method, which may be wrong."""
     target, tokenizer, drafter = pair
     asked = []
 
@@ -115,7 +115,7 @@ def test_later_turns_follow_on_plain_answers(pair, wrong_choice, monkeypatch):
 
 
 def test_system_texts_and_chat_messages_are_measured_as_regenerate_answers_them(pair, tmp_path, monkeypatch):
-    """By benchmark, verify and tune alike: what a drafter is trained on is what it is measured on."""
+    """Benchmark, verify and tune all measure a drafter on prompts rendered as in training."""
     target, tokenizer, drafter = pair
     chat = [("system", "be kind"), ("user", "hello"), ("assistant", "not to be said"), ("user", "and?")]
     rows = [
@@ -153,7 +153,7 @@ def test_system_texts_and_chat_messages_are_measured_as_regenerate_answers_them(
         lambda: verify(target, without, methods, prompts, 6),
         lambda: run_benchmark(target, without, methods, prompts, tmp_path / "none", 6),
     ):
-        with pytest.raises(ValueError, match="the target's chat template refuses the roles system, user"):
+        with pytest.raises(ValueError, match="the target's chat template rejects the roles system, user"):
             measuring()
     assert not (tmp_path / "none").exists()
 
@@ -181,7 +181,7 @@ def test_refusals(pair):
         verify(target, tokenizer, [Method("coral", drafter)], PROMPTS, 4, [-1.0])
     with pytest.raises(ValueError, match="finite"):
         verify(target, tokenizer, [Method("coral", drafter)], PROMPTS, 4, [float("nan")])
-    with pytest.raises(ValueError, match="nothing to measure"):
+    with pytest.raises(ValueError, match="no prompts to measure"):
         verify(target, tokenizer, [Method("coral", drafter)], [], 4)
     named = make_drafter(target, target_vocab_hash="0" * 64)
     with pytest.raises(ValueError, match=r"vocabulary hash .* is not the drafter's"):
@@ -216,4 +216,4 @@ def test_command(tmp_path, capsys, monkeypatch, request):
     printed = capsys.readouterr().out
     assert "first difference: method coral, greedy, prompt p0, new token 4" in printed
     last = printed.strip().splitlines()[-1]
-    assert last == "warning: 8 of 8 answers differ from plain generate's in float32, where they must not."
+    assert last == "warning: 8 of 8 answers differ from plain generate's in float32, which must not happen."

@@ -1,4 +1,4 @@
-"""The examples around published drafters, run as they stand with tiny models in the place of the embedded ones."""
+"""The examples for published drafters, run unchanged with tiny models in place of the real ones."""
 
 import io
 import json
@@ -102,7 +102,7 @@ def test_ablate_training(tiny_demo, tmp_path, monkeypatch, capsys):
     with refused(capsys, "csra_wait"):
         run(monkeypatch, "ablate_training.py", *common, "--variants", "odd:preset=coral,csra_wait=1")
     stands = (output / "ablation.json").read_text()
-    with pytest.raises(SystemExit, match=r"contains runs with training_arguments .*, and these are with .*0\.05"):
+    with pytest.raises(SystemExit, match=r"contains runs with training_arguments .*, but this run has .*0\.05"):
         run(
             monkeypatch,
             "ablate_training.py",
@@ -223,7 +223,7 @@ def test_compare_heads(tiny_demo, tmp_path, monkeypatch, capsys):
 
 
 def test_refit_features(tiny_demo, tmp_path, monkeypatch, capsys):
-    """Layers from which the old ones can be told give the old drafter; the calibration and what else it has is kept."""
+    """If the old layers are among the new ones, the drafter stays the old one, with calibration and settings."""
     target = demo.load_target()[0]
     old = make_drafter(target, shape="eagle3", target_feature_layers=[1, -1], draft_depth=4).bfloat16()
     old.save_pretrained(tmp_path / "old")
@@ -243,7 +243,7 @@ def test_refit_features(tiny_demo, tmp_path, monkeypatch, capsys):
     )
     for arguments, message in (
         (["--output", str(output), "--layers", "0", "1"], "exists; name another folder"),
-        (["--output", str(tmp_path / "x"), "--layers", "1"], "name two layers at least"),
+        (["--output", str(tmp_path / "x"), "--layers", "1"], "name at least two layers"),
         (["--output", str(tmp_path / "x"), "--layers", "1", "99"], "99"),
         (["--output", str(tmp_path / "x"), "--layers", "0", "1", "--rows", "7"], "give 8 at least"),
         (
@@ -258,7 +258,7 @@ def test_refit_features(tiny_demo, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_large_vocabulary(prompt_file, tmp_path, monkeypatch, capsys):
-    """With a target that lies where the fetched one would: every stage, and nothing is done twice."""
+    """With a target in the place of the fetched one: every stage runs, and nothing is repeated."""
     folder = tmp_path / "gemma"
     config = LlamaConfig(**{**COMMON, "vocab_size": 20_000})  # more than the script's shortlist
     LlamaForCausalLM(config).save_pretrained(folder / "target")
@@ -309,7 +309,7 @@ def test_predict_speedup_from_numbers(monkeypatch, capsys):
 
 
 def test_predict_from_bandwidth(tmp_path, monkeypatch, capsys):
-    """The committed record is the command's, and says of every row what it is."""
+    """The committed record is that of the command, and describes every row."""
     path = tmp_path / "record.json"
     run(monkeypatch, "predict_from_bandwidth.py", "--json", str(path))
     assert all(line.startswith("predicted, not measured") for line in capsys.readouterr().out.splitlines())

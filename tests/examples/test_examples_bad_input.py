@@ -1,4 +1,4 @@
-"""What a user gives the examples by mistake ends in one line and status 2, before the work."""
+"""Users' mistakes in the examples end with one line and status 2, before the work."""
 
 import pytest
 from helpers.scripts import BENCHMARKS, refused, run
@@ -39,7 +39,7 @@ def test_users_errors_are_one_line(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_where_nothing_can_be_written_is_told_first(name, option, others, tmp_path, monkeypatch, capsys):
-    """Before anything is loaded: none of the files named beside it exists."""
+    """Before anything is loaded: none of the other files exists."""
     if name == "finetune_for_my_model.py":
         pytest.importorskip("peft")
     (tmp_path / "file").touch()

@@ -1,4 +1,4 @@
-"""Every script says what it is for, without loading a model."""
+"""Every script describes its purpose without loading a model."""
 
 import runpy
 import sys

@@ -60,7 +60,7 @@ def test_lanes_are_plain_generate_and_show_what_was_drafted(pair):
 def test_turns_alternate_and_clocks_stand_still_meanwhile():
     turns = race.Turns(2)
     first = race.Lane(turns, 0)
-    first.put(torch.tensor([[1, 2]]))  # the prompt is no token
+    first.put(torch.tensor([[1, 2]]))  # the prompt does not count as a token
     assert first.tokens == []
     turns.pass_on = lambda lane: time.sleep(0.3)  # another's turn
     first._turn_began = -1e9

@@ -1,4 +1,4 @@
-"""The fuzz scripts silence Transformers; the tests after theirs find it as it was."""
+"""The fuzz scripts silence Transformers; the previous verbosity is restored for later tests."""
 
 import pytest
 from transformers.utils import logging

@@ -148,7 +148,7 @@ def pair_of(family: str, attention: str, shape: str, head: str):
 
 
 def call(case: Batch, drafter=None):
-    """Generates, with the drafter if there is one; returns what it does and what a streamer was given."""
+    """Generates, with the drafter if there is one; returns the outcome and the input of a streamer."""
     target, own = pair_of(case.family, case.attention, case.shape, case.head)
     config = GenerationConfig(**{"pad_token_id": 0, **case.generation})
     kwargs: dict = {}
@@ -180,7 +180,7 @@ def call(case: Batch, drafter=None):
 
 
 def difference(case: Batch, drafted, plain) -> str | None:
-    """What of a drafted outcome is not the plain one's; None if nothing. Scores count up to the end of a row."""
+    """The part of a drafted outcome that differs from the plain one, or None. Scores count up to the end of a row."""
     ours, theirs = (getattr(output[0], "sequences", output[0]) for output in (drafted, plain))
     if not torch.equal(ours, theirs):
         return f"tokens {ours.tolist()} instead of {theirs.tolist()}"
@@ -206,7 +206,7 @@ def difference(case: Batch, drafted, plain) -> str | None:
 
 
 def run_case(case: Batch) -> dict[str, int]:
-    """What was accepted; raises [`Fault`] where a drafted outcome is not the plain one."""
+    """The accepted tokens; raises [`Fault`] if a drafted outcome differs from the plain one."""
     counts = {"random_accepted": 0, "oracle_accepted": 0, "oracle_steps": 0, "plain_steps": 0}
     plain = call(case)
     for kind in ("random", "oracle"):
@@ -226,7 +226,7 @@ def run_case(case: Batch) -> dict[str, int]:
 
 
 def run(seed: int, start: int, count: int, verbose: bool = False) -> dict:
-    """Runs cases of a seed and returns what was counted, see [`run_cases`]."""
+    """Runs cases of a seed and returns their counts, see [`run_cases`]."""
     return run_drawn(Path(__file__).name, draw, run_case, ("plain_steps",), seed, start, count, verbose)
 
 

@@ -1,4 +1,4 @@
-"""What `fuzz_inputs.py` does to bytes, JSON and files, and the values that it puts in their place."""
+"""The corruptions of bytes, JSON and files in `fuzz_inputs.py`, and the values that it inserts."""
 
 import copy
 import gzip

@@ -1,4 +1,4 @@
-"""What the fuzz scripts share: the cases of a seed one after the other, their counts, and the command line."""
+"""Shared by the fuzz scripts: the cases of a seed one after the other, their counts, and the command line."""
 
 import argparse
 import json
@@ -13,11 +13,11 @@ from transformers import logging
 
 
 class Fault(Exception):
-    """What is wrong with a case; the error behind it, if there is one, is its cause."""
+    """What is wrong with a case; the error that revealed it, if any, is its cause."""
 
 
 def quiet() -> None:
-    """One thread, as the suite has, and nothing printed but faults."""
+    """One thread, as in the suite; only faults are printed."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
@@ -33,7 +33,7 @@ def run_cases(
     count: int,
     verbose: bool,
 ) -> dict:
-    """Runs cases and returns what was counted; every fault is printed with the command that shows it alone.
+    """Runs cases and returns their counts; every fault is printed with the command that reproduces it.
 
     Args:
         script (`str`): name of the script, for that command.

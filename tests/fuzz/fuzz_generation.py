@@ -56,7 +56,7 @@ tokenizer_of = cached(make_tokenizer)
 
 
 class _CountingProcessor(LogitsProcessor):
-    """Favours another token at every call: right only if it is called once a token, in order."""
+    """Favours another token at every call: only right if it is called once per token, in order."""
 
     def __init__(self):
         self.calls = 0
@@ -69,7 +69,7 @@ class _CountingProcessor(LogitsProcessor):
 
 
 class _CountingCriterion(StoppingCriteria):
-    """Ends the text at its own count of calls, a multiple of the last token."""
+    """Ends the text by its own count of calls and the last token."""
 
     def __init__(self):
         self.calls = 0
@@ -81,7 +81,7 @@ class _CountingCriterion(StoppingCriteria):
 
 @dataclass
 class Outcome:
-    """What one call returned and left behind."""
+    """The outputs and side effects of one call."""
 
     sequences: torch.Tensor
     parts: dict[str, list[torch.Tensor]]
@@ -153,7 +153,7 @@ def call(case: Case, ids, mask, cache, drafter=None) -> Outcome:
 
 
 def difference(drafted: Outcome, plain: Outcome, stock: bool) -> str | None:
-    """What of a drafted outcome is not the plain one's; None if nothing."""
+    """The part of a drafted outcome that differs from the plain one; None if they are equal."""
     if not torch.equal(drafted.sequences, plain.sequences):
         return f"tokens {drafted.sequences.tolist()} instead of {plain.sequences.tolist()}"
     if drafted.streamed != plain.streamed:
@@ -174,7 +174,7 @@ def difference(drafted: Outcome, plain: Outcome, stock: bool) -> str | None:
 
 
 def run_case(case: Case) -> dict[str, int]:
-    """What was accepted; raises [`Fault`] where a drafted outcome is not the plain one."""
+    """The accepted tokens; raises [`Fault`] if a drafted outcome differs from the plain one."""
     counts = {"random_accepted": 0, "random_steps": 0, "oracle_accepted": 0, "oracle_steps": 0}
     drafter = drafter_of(case.family, case.attention, case.shape, case.head)
     ids, mask = _inputs(case)
@@ -206,7 +206,7 @@ def run_case(case: Case) -> dict[str, int]:
 
 
 def _fails_alike(case: Case, inputs: tuple, plain: Exception) -> dict[str, int]:
-    """Processors of Transformers can leave plain decoding no token to draw: then drafts must fail as it does."""
+    """Processors of Transformers can leave plain decoding no token to draw: then drafting must fail equally."""
     try:
         call(case, *inputs)
     except type(plain) as error:
@@ -216,7 +216,7 @@ def _fails_alike(case: Case, inputs: tuple, plain: Exception) -> dict[str, int]:
 
 
 def run(seed: int, start: int, count: int, verbose: bool = False) -> dict:
-    """Runs cases of a seed and returns what was counted, see [`run_cases`]."""
+    """Runs cases of a seed and returns their counts, see [`run_cases`]."""
     return run_drawn(Path(__file__).name, draw, run_case, ("refused", "failed_alike"), seed, start, count, verbose)
 
 

@@ -48,14 +48,14 @@ LIMIT = 30  # seconds; a case takes milliseconds
 
 
 class Hang(BaseException):
-    """Raised by the alarm; no handler of the package takes it."""
+    """Raised by the alarm; no handler of the package catches it."""
 
 
 # What is read ----------------------------------------------------------------------------------------------------
 
 
 class Inputs:
-    """Sound inputs of every kind in one folder, from which each case copies its own."""
+    """Valid inputs of every kind in one folder, from which each case makes its copy."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -180,7 +180,7 @@ FILES = {
 
 
 def _command(*arguments: str) -> None:
-    """The command line in this process: status 0, or one line and status 2, which is raised as `ValueError`."""
+    """The command line in this process: status 0, or one line with status 2, which is raised as `ValueError`."""
     error = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
         try:
@@ -294,7 +294,7 @@ def _on_alarm(*_):
 
 
 def run(seed: int, start: int, count: int, verbose: bool = False) -> dict:
-    """Runs cases of a seed and returns what was counted, see [`run_cases`]."""
+    """Runs cases of a seed and returns their counts, see [`run_cases`]."""
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         inputs = Inputs(Path(folder))

@@ -1,4 +1,4 @@
-"""A slice of `fuzz_inputs.py`, and what its thousand cases found, one by one."""
+"""A slice of `fuzz_inputs.py`, and the faults that its thousand cases found, one by one."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ def test_corrupted_inputs():
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, "9" * 5000, '{"a": 1', "\ufeff{}", "[1]"])
 def test_json_that_is_none(text, tmp_path):
-    """Nested past Python's stack, numbers past its limit: errors that are no `JSONDecodeError`."""
+    """Nested beyond Python's stack, numbers beyond its limit: the errors are not `JSONDecodeError`."""
     path = tmp_path / "record.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"record\.json"):
@@ -35,7 +35,7 @@ def test_damaged_gzip_and_a_line_that_fills_the_memory(tmp_path, monkeypatch):
     data = bytearray(gzip.compress(json.dumps({"turns": ["word"] * 500}).encode()))
     data[14:20] = b"\xff" * 6
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="cut off or not what its name says"):
+    with pytest.raises(ValueError, match="cut off, or its content does not match its name"):
         list(read_jsonl(path))
     monkeypatch.setattr(jsonl, "LONGEST_LINE", 1000)
     path.write_bytes(gzip.compress(b'{"id": "' + b"x" * 10**6 + b'"}'))
@@ -74,7 +74,7 @@ def test_damaged_weights(place, tmp_path):
 
 
 def test_a_config_of_other_sizes(tmp_path):
-    """The error names the tensors; what `from_pretrained` may be asked for, it still does."""
+    """The error names the tensors; the options of `from_pretrained` still work."""
     make_drafter(make_target(dtype=torch.float32)).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     settings = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""A slice of `long_runs.py`, interrupts, threads, and what the hook leaves to other users of Transformers."""
+"""A slice of `long_runs.py`, interrupts, threads, and unchanged behaviour for other users of Transformers."""
 
 import inspect
 import subprocess
@@ -89,7 +89,7 @@ def test_interrupted_training_leaves_whole_files(tmp_path):
 
 
 def test_two_threads_share_target_and_drafter(target):
-    """Each call has its own caches and statistics; `drafter.last_stats` is of the call that began last."""
+    """Each call has its own caches and statistics; `drafter.last_stats` belongs to the call that began last."""
     drafter = make_drafter(target)
     prompts = [prompt_of(5 + number, seed=number) for number in range(4)]
     expected = [target.generate(ids, generation_config=config_of({})) for ids in prompts]

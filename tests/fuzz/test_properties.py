@@ -71,7 +71,7 @@ def test_masks(tree, padding, length, window):
 
 @given(st.data(), st.integers(1, 4), st.integers(1, 5))
 def test_built_trees(data, top_k, depth):
-    """Kept are the best nodes by path score; every parent is kept, and stands before its children."""
+    """The best nodes by path score are kept; every parent is kept too, before its children."""
     builder = DraftTreeBuilder(torch.tensor([[0]]), top_k)
     table = {0: (0.0, None)}  # stored index -> score, parent
     frontier = [0]
@@ -99,7 +99,7 @@ def test_built_trees(data, top_k, depth):
 
 
 def slow_walk(tree, choices: list[int], most: int) -> tuple[list[int], list[int]]:
-    """Down from the root while some child contains the choice at its parent, at most `most` tokens."""
+    """Down from the root while a child equals the choice at its parent, at most `most` tokens."""
     path, chosen = [0], [choices[0]]
     while len(chosen) < most:
         found = [
@@ -133,7 +133,7 @@ def test_acceptance(tree, data):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 def test_hundreds_of_compactions(family):
-    """200 rounds of random trees and paths: the cache stays that of the text, recomputed from scratch."""
+    """200 rounds of random trees and paths: the cache equals that of the text, recomputed from scratch."""
     target = make_target(family)
     generator = torch.Generator().manual_seed(5)
 
@@ -169,7 +169,7 @@ ADAPTER = TargetAdapter(make_target().requires_grad_(False))
 
 @given(st.data(), st.integers(1, 130), st.integers(0, 30), st.booleans(), st.integers(1, 4), st.integers(0, 999))
 def test_group_partitions(data, num_groups, listed, per_row, rows, seed):
-    """Any partition of the head: what is drafted is the full head, masked to the active ids, and its softmax."""
+    """For any partition of the head, drafts come from the full head, masked to the active ids, and its softmax."""
     router = randomize(LMHeadRouter(32, 128, num_groups, 8).double(), seed).requires_grad_(False)
     num_groups, size = router.num_groups, group_size(128, num_groups)
     assert (num_groups - 1) * size < 128 <= num_groups * size  # no group is empty, and none is missing

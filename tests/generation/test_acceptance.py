@@ -9,7 +9,7 @@ from coral_hf.generation.draft_tree import DraftTree
 
 
 def by(choices, last=None):
-    """The choice after every node, and the token that ends a row."""
+    """The choices after every node, and the token that ends a row."""
     rows = choices if isinstance(choices[0], list) else [choices]
 
     def choose(live, nodes):
@@ -39,7 +39,7 @@ def test_walk_stops_inside_the_accepted_run():
 
 
 def test_rows_walk_down_trees_of_their_own():
-    """Alone, and in step: then each yields as many tokens as the first to be rejected; a row that has ended holds none up."""
+    """Rows alone, and in step: then all yield as many tokens as the shortest; a row that has ended delays none."""
     other = tree_of([7, 10, 11, 12, 13, 14], [-1, 0, 1, 2, 3, 4])  # a chain
     both = DraftTree(*(torch.cat(pair) for pair in zip(vars_of(TREE), vars_of(other), strict=True)))
     rows = [[11, 0, 13, 0, 14, 50], [10, 11, 12, 99, 0, 0]]

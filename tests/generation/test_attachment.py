@@ -1,4 +1,4 @@
-"""An attached drafter: calls of `generate` draft, whoever makes them, and what cannot be drafted runs as plain `generate`."""
+"""An attached drafter: all calls of `generate` draft, and calls that cannot draft run as plain `generate`."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ from coral_hf.generation.attachment import attachment_of
 
 @pytest.fixture
 def told():
-    """The lines that Transformers' logger was given."""
+    """The lines that Transformers' logger received."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -83,7 +83,7 @@ def test_an_assistant_of_the_call_wins(target, told):
     with coral_hf.attach(target, drafter):
         generate(target, do_sample=False, assistant_model=other)
     assert other.last_stats is not None and drafter.last_stats is None
-    assert len(told) == 1 and "assistant_model of its own" in told[0]
+    assert len(told) == 1 and "its own assistant_model" in told[0]
 
 
 def test_a_streamer_gets_its_prompt_once_where_a_call_is_not_drafted(target, told):
@@ -153,7 +153,7 @@ def test_bad_input(target):
         coral_hf.attach(target, drafter, draft_width=3)
     with pytest.raises(ValueError, match=r"name of a drafter: load it first"):
         coral_hf.attach(target, "org/drafter")
-    with pytest.raises(ValueError, match=r"attach drafts with a CORAL drafter, and was given LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"attach drafts with a CORAL drafter, but was given LlamaForCausalLM"):
         coral_hf.attach(target, target)
     with pytest.raises(ValueError, match=r"target is a Linear, not a model that generates"):
         coral_hf.attach(torch.nn.Linear(1, 1), drafter)

@@ -1,4 +1,4 @@
-"""Sampling in batches: the exact distribution of enumerated texts, and rows that know nothing of each other."""
+"""Sampling in batches: the exact distribution of enumerated texts, and rows that are independent of each other."""
 
 from itertools import product
 
@@ -39,7 +39,7 @@ def sampled(pair, size, seed=0):
 
 
 def chances(target, prompt) -> torch.Tensor:
-    """Of every text of `NEW` tokens, `[VOCAB ** NEW]`, by a forward over each."""
+    """The probability of every text of `NEW` tokens, `[VOCAB ** NEW]`, by a forward over each."""
     texts = torch.tensor(list(product(range(VOCAB), repeat=NEW)))
     with torch.no_grad():
         logits = target(torch.cat([prompt.expand(len(texts), -1), texts], dim=1)).logits[:, len(prompt) - 1 : -1]
@@ -68,7 +68,7 @@ def worst_text(pair, tokens) -> float:
 
 
 def worst_neighbours(tokens) -> float:
-    """The excess of the second tokens of two rows beside each other over those of rows that know nothing of each other."""
+    """The excess of the second tokens of two neighbouring rows over those of independent rows."""
     first, second = tokens[0::2, 1], tokens[1::2, 1]
     joint = (first * VOCAB + second).bincount(minlength=VOCAB**2).double()
     single = [x.bincount(minlength=VOCAB).double() / len(x) for x in (first, second)]
@@ -90,7 +90,7 @@ def test_a_rule_that_reads_the_logits_of_another_node_is_found(pair, monkeypatch
 
 
 def test_rows_that_share_their_random_numbers_are_found(pair, monkeypatch):
-    """Two rows beside each other, each token with the right chances."""
+    """Two neighbouring rows, each token with the right probability."""
 
     def shared(chances, num_samples):
         drawn = torch.rand((len(chances) + 1) // 2).repeat_interleave(2)[: len(chances), None]

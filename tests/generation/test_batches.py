@@ -1,4 +1,4 @@
-"""Batches with a drafter are plain `generate`'s, row for row: ragged prompts, rows that end by themselves, what they return."""
+"""Batches with a drafter equal plain `generate`'s, row by row: ragged prompts, early ends, and outputs."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_families(family):
 
 @trees
 def test_eager_attention(tree):
-    """Without padding: of a padded row it makes NaN in float64, with or without a drafter."""
+    """Without padding, because it gives NaN for a padded row in float64, with or without a drafter."""
     target = make_target("gemma3_text", attention="eager")
     compare_batch(target, make_drafter(target), [9, 9, 9], TREES[tree], max_new_tokens=20)
 
@@ -53,7 +53,7 @@ def test_rows_end_by_themselves(target, tree, settings):
 
 @trees
 def test_rows_that_have_ended_cost_nothing(target, tree, monkeypatch):
-    """They leave the forwards: the nodes that are verified are those of the rows that go on."""
+    """Finished rows leave the forwards: only nodes of the remaining rows are verified."""
     drafter, (ids, mask), sizes = make_drafter(target), padded(LENGTHS), []
     begin = KeyValueStore.begin
     monkeypatch.setattr(
@@ -73,14 +73,14 @@ def test_rows_that_have_ended_cost_nothing(target, tree, monkeypatch):
 @trees
 @pytest.mark.parametrize("eos", [None, [5, 17, 90]])
 def test_stop_strings(target, tree, eos):
-    """Without an EOS plain decoding pads no row: all go on until the last has met a string."""
+    """Without an EOS plain decoding pads no row: all rows continue until the last has met a string."""
     settings = {"stop_strings": list("aKeZ157dgQ"), "tokenizer": make_tokenizer(), "eos_token_id": eos}
     plain, _ = compare_batch(target, make_drafter(target), LENGTHS, TREES[tree], **settings)
     assert plain.shape[1] < 60
 
 
 class CountingProcessor(LogitsProcessor):
-    """Favours another token at every call: right only if it is called once a column, in order."""
+    """Favours another token at every call: only right if it is called once per column, in order."""
 
     calls = 0
 
@@ -132,7 +132,7 @@ def test_a_streamer_gets_the_columns(target, tree):
 
 @trees
 def test_returned_dict(target, tree):
-    """Of every row what plain decoding returns, up to its end; behind it zeros."""
+    """Each row equals plain decoding up to its end, followed by zeros."""
     drafter, (ids, mask) = make_drafter(target), padded(LENGTHS)
     wanted = ["return_dict_in_generate", "output_scores", "output_logits", "output_hidden_states"]
     settings = {**dict.fromkeys(wanted, True), "eos_token_id": list(range(3, 30)), "repetition_penalty": 1.2}
@@ -157,7 +157,7 @@ def test_returned_dict(target, tree):
 
 @trees
 def test_several_sequences_a_prompt(target, tree):
-    """Sampled with one token to draw from: what there is to compare where draws differ."""
+    """Sampled from one token only, so that outputs are comparable although draws differ."""
     ids, drafter = prompt_of(9), make_drafter(target)
     plain = target.generate(ids, generation_config=config_of({}, do_sample=True, top_k=1, num_return_sequences=3))
     with oracle(plain):
@@ -187,7 +187,7 @@ def test_draft_heads(target, tree, head):
 
 
 def test_time_is_up(target):
-    """Every row ends where it stands."""
+    """Every row ends at its current length."""
     ids, mask = padded(LENGTHS)
     config = config_of(TREES["chain"], max_time=0.0, eos_token_id=5)
     drafted = target.generate(ids, attention_mask=mask, generation_config=config, assistant_model=make_drafter(target))

@@ -53,7 +53,7 @@ def test_a_certain_child_never_displaces_its_parent():
 @pytest.mark.parametrize("calibrate", [None, lambda chances, _: chances.sqrt()])
 @pytest.mark.parametrize("seed", range(20))
 def test_what_is_kept_is_a_tree_whatever_the_drafter_says(seed, calibrate):
-    """NaN and infinities of an overflow, and log q above 0: every kept node hangs on its own parent."""
+    """NaN and infinities of an overflow, and log q above 0: every kept node has its own parent."""
     generator = torch.Generator().manual_seed(seed)
     odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-3, 0.0])
     builder, parents = DraftTreeBuilder(torch.tensor([[0]]), 3, calibrate), {}

@@ -54,13 +54,13 @@ def test_a_target_that_fills_no_cache_is_refused(tree):
     config = CONFIG_MAPPING["openai-gpt"](vocab_size=128, n_embd=32, n_layer=4, n_head=4, n_positions=512)
     target = AutoModelForCausalLM.from_config(config).eval()
     target.generation_config.use_cache = True
-    with pytest.raises(ValueError, match="After 9 tokens the KV cache of OpenAIGPTLMHeadModel contains 0"):
+    with pytest.raises(ValueError, match="After 9 tokens, the KV cache of OpenAIGPTLMHeadModel contains 0"):
         target.generate(prompt_of(9), generation_config=config_of(TREES[tree]), assistant_model=make_drafter(target))
 
 
 @pytest.mark.parametrize("tree", ["chain", "tree16"])
 def test_an_active_alora_is_refused(target, tree):
-    """It is applied from its invocation tokens on, which PEFT counts from the end of each forward."""
+    """It applies from its invocation tokens on, which PEFT counts from the end of each forward."""
     peft = pytest.importorskip("peft")
     drafter, ids = make_drafter(target), prompt_of(9)
     settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
@@ -100,7 +100,7 @@ def test_a_drafter_in_parts_is_refused(target):
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:Please use quant_min")
 def test_a_head_without_a_weight_is_refused():
-    """Of dynamic quantisation, whose layers below the head are no obstacle."""
+    """A head of dynamic quantisation; quantised layers below the head are accepted."""
     target = make_target("qwen2", dtype=torch.float32)
     drafter, ids = make_drafter(target), prompt_of(5)
     linear = {torch.nn.Linear}
@@ -142,7 +142,7 @@ def test_settings_of_other_assistants_are_refused(target, name, value, remedy, s
 
 
 def test_defaults_of_other_assistants_are_not_refused(target):
-    """Which `generate` fills in, and some generation configs carry."""
+    """Values that `generate` fills in, and that some generation configs contain."""
     drafter, filled_in = make_drafter(target), default_generation_settings()
     names = set(hook._WITHOUT_EFFECT) & set(filled_in)
     assert {"num_assistant_tokens", "assistant_confidence_threshold"} <= names
@@ -187,7 +187,7 @@ def test_the_stock_loop_refuses_a_prefilled_cache(target):
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
 def test_attention_without_tree_masks_is_refused(target, attention):
-    """FlashAttention's is replaced while trees are verified, but not where it caps the scores."""
+    """FlashAttention is replaced while trees are verified, unless it caps the scores."""
     target.config._attn_implementation = attention  # set on the config: the kernels need not be installed
     target.config.attn_logit_softcapping = 30.0
     assert_refused(target, make_drafter(target), TREES["tree16"], "sdpa.*draft_top_k=1")

@@ -1,4 +1,4 @@
-"""What users pass to `generate` beside a prompt works with a drafter as it does without one."""
+"""The arguments that users pass to `generate` besides a prompt work the same with a drafter."""
 
 import warnings
 
@@ -31,7 +31,7 @@ def test_a_chain_is_cut_at_its_total(target, stock):
 @drafts
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 def test_stop_strings_cut_inside_a_block(target, draft, do_sample):
-    """A stop string ends the text at its last token, wherever in a block of accepted tokens that falls."""
+    """A stop string ends the text at its last token, at any position in a block of accepted tokens."""
     drafter, tokenizer, ids = make_drafter(target), make_tokenizer(), prompt_of(9)
     set_seed(0)
     whole = target.generate(ids, generation_config=config_of({}, do_sample=do_sample))
@@ -57,7 +57,7 @@ def test_stop_strings_in_the_stock_loop_are_refused(target):
 
 @drafts
 def test_several_eos_ids_and_a_streamer(target, draft):
-    """Any of several ids ends the text, also inside a block, and the streamer gets what plain decoding gives it."""
+    """Any of several ids ends the text, also inside a block, and the streamer gets the same as in plain decoding."""
     drafter, ids = make_drafter(target), prompt_of(9)
     whole = target.generate(ids, generation_config=config_of({}))[0].tolist()
     for stop in range(12, 20):
@@ -87,7 +87,7 @@ def test_min_new_tokens_and_bad_words(target, draft):
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_returned_dict_has_plain_layout(draft, do_sample, dtype):
-    """Scores, logits and hidden states: as many, of the same shapes and dtypes and values, up to a stop in a block."""
+    """Scores, logits and hidden states: the same number, shapes, dtypes and values, up to a stop in a block."""
     target = make_target(dtype=dtype)
     drafter, ids = make_drafter(target), prompt_of(9)
     wanted = ["return_dict_in_generate", "output_scores", "output_logits", "output_hidden_states"]
@@ -105,7 +105,7 @@ def test_returned_dict_has_plain_layout(draft, do_sample, dtype):
 
 
 class _Questions(TorchDispatchMode):
-    """Counts what would make a GPU's host wait: `int`, `bool` and `item` of a tensor, `nonzero`, and lists but the first."""
+    """Counts the calls for which a host waits for its GPU: `int`, `bool`, `item`, `nonzero`, and lists but the first."""
 
     count = 0
 
@@ -154,7 +154,7 @@ def test_accepting_asks_the_device_once(target, draft, eos, monkeypatch):
 
 @drafts
 def test_criteria_of_the_caller_see_no_token_behind_the_end(target, draft):
-    """They are asked once a token, as plain decoding asks them: some show it, or count."""
+    """They are called once per token, as in plain decoding, because some show the token or count calls."""
 
     class Seen(StoppingCriteria):
         def __init__(self):
@@ -190,7 +190,7 @@ def test_pipeline(target):
 
 
 def test_pipeline_after_special_ids_have_changed(target):
-    """It then takes target and drafter for models of two tokenizers."""
+    """It would then assume that target and drafter have different tokenizers."""
     drafter, tokenizer = make_drafter(target), make_tokenizer()
     target.config.pad_token_id = target.config.eos_token_id
     options = {"model": target, "tokenizer": tokenizer}
@@ -203,7 +203,7 @@ def test_pipeline_after_special_ids_have_changed(target):
 
 @drafts
 def test_peft_target(target, draft):
-    """Through the wrapper's `generate`, with adapters that change the text, and without a warning of ours."""
+    """Through the wrapper's `generate`, with adapters that change the text, and without a warning."""
     peft = pytest.importorskip("peft")
     drafter, ids = make_drafter(target), prompt_of(9)
     bare = target.generate(ids, generation_config=config_of({}))

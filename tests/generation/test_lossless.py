@@ -1,4 +1,4 @@
-"""Output with a drafter is plain `generate`'s, token for token: families, attentions, trees, processors, sampling."""
+"""Output with a drafter equals plain `generate`'s: families, attentions, trees, processors, sampling."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_greedy_settings(target, tree, settings):
     ids=lambda settings: ",".join(settings),
 )
 def test_sampling_draws_the_same_tokens(target, tree, settings):
-    """Same seed, same tokens: the walk spends random numbers exactly as plain sampling does."""
+    """Same seed, same tokens: the walk uses random numbers exactly like plain sampling."""
     drafter = make_drafter(target)
     _, stats = compare(target, drafter, prompt_of(9), TREES[tree], do_sample=True, **settings)
     assert stats.n_accepted / stats.steps >= 1.5
@@ -136,7 +136,7 @@ def test_continuing_a_conversation(target, tree):
 
 
 def test_returned_dict(target):
-    """Scores, logits and hidden states are those of plain decoding, one entry a token."""
+    """Scores, logits and hidden states equal those of plain decoding, with one entry per token."""
     drafter, ids = make_drafter(target), prompt_of(9)
     wanted = ["return_dict_in_generate", "output_scores", "output_logits", "output_hidden_states"]
     settings = {**dict.fromkeys(wanted, True), "repetition_penalty": 1.2, "max_new_tokens": 20}
@@ -173,7 +173,7 @@ def test_streamer(target, tree):
 
 
 def test_other_assistants_are_untouched(target):
-    """An ordinary assistant and prompt lookup still take Transformers' own way."""
+    """An ordinary assistant and prompt lookup still use Transformers' own code."""
     torch.manual_seed(5)
     small = AutoModelForCausalLM.from_config(
         LlamaConfig(vocab_size=128, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -198,7 +198,7 @@ def test_coral_generate(target):
 
 
 def test_coral_generate_keeps_an_argument_that_is_none(target, our_deprecations):
-    """`eos_token_id=None` is no end, not the target's own."""
+    """`eos_token_id=None` means no end token; the target's own is not used."""
     ids = prompt_of(9)
     target.generation_config.eos_token_id = int(target.generate(ids, max_new_tokens=3, do_sample=False)[0, -1])
     kwargs = {"input_ids": ids, "max_new_tokens": 12, "do_sample": False}
@@ -222,7 +222,7 @@ def test_float32_and_bfloat16_run():
 
 @pytest.mark.parametrize("tree", ["chain", "tree8", "tree16"])
 def test_a_drafter_whose_numbers_overflow(target, tree, monkeypatch):
-    """Rows of NaN among right and wrong drafts, as of a float16 overflow: the same text."""
+    """Rows of NaN among right and wrong drafts, as after a float16 overflow: the same text."""
     drafter, ids = make_drafter(target), prompt_of(9)
     plain = target.generate(ids, generation_config=config_of({}))
     generator = torch.Generator().manual_seed(0)

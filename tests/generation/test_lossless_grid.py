@@ -44,7 +44,7 @@ def run(target, ids, assistant=None, tree=None, **settings):
 
 
 def assert_same(drafted, plain, cell: str) -> None:
-    """Tokens and the whole KV cache: a wrong mask, position or row shows there before it turns a token."""
+    """Tokens and the whole KV cache: a wrong mask, position or row shows there before it changes a token."""
     assert torch.equal(drafted.sequences, plain.sequences), cell
     for ours, theirs in zip(cache_of(drafted).layers, cache_of(plain).layers, strict=True):
         for name in ("keys", "values"):

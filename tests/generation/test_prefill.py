@@ -1,4 +1,4 @@
-"""Prompts with a cache, with padding and in chunks: what the target has read, the drafter has read too."""
+"""Prompts with a cache, with padding and in chunks: the drafter has read the same tokens as the target."""
 
 import weakref
 
@@ -18,7 +18,7 @@ from coral_hf.utils.compat import cache_kwarg, cache_of
 @drafts
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 def test_prefilled_cache(draft, family):
-    """A cache of the prompt's first part, in a layout the config did not choose: windows hold all the same."""
+    """A cache of the prompt's first part, in another layout than the config's: windows apply nevertheless."""
     target = make_target(family)
     drafter, ids = make_drafter(target), prompt_of(30)
 
@@ -35,7 +35,7 @@ def test_prefilled_cache(draft, family):
 @drafts
 @pytest.mark.parametrize("new", [1, 3, 12])
 def test_a_padded_conversation_continued_with_its_new_tokens(target, draft, new):
-    """The mask covers what is in the cache, the ids do not: of the padding there the drafter sees nothing."""
+    """The mask covers the cache, but the ids do not: the drafter never sees the padding there."""
     drafter, mask = make_drafter(target), (torch.arange(15) >= 6).long()[None]
     padded = torch.cat([torch.zeros(1, 6, dtype=torch.long), prompt_of(9)], dim=1)
 
@@ -51,7 +51,7 @@ def test_a_padded_conversation_continued_with_its_new_tokens(target, draft, new)
 
 @drafts
 def test_the_cache_of_a_padded_call_goes_into_the_next(target, draft):
-    """It is as long as plain's, padding included, and holds the same keys."""
+    """It is as long as that of plain `generate`, padding included, and contains the same keys."""
     drafter, padded = make_drafter(target), torch.cat([torch.zeros(1, 5, dtype=torch.long), prompt_of(9)], dim=1)
     settings = {"attention_mask": (torch.arange(14) >= 5).long()[None], "return_dict_in_generate": True}
     plain, drafted = both(target, drafter, draft, padded, **settings)
@@ -71,7 +71,7 @@ def test_left_padding_and_own_positions(target, draft):
 @drafts
 @every_family
 def test_prefill_in_chunks(draft, family):
-    """Also with padding and behind a prefilled cache; the states are plain's, those of the last chunk."""
+    """Also with padding and after a prefilled cache; the states are the last chunk's, as in plain `generate`."""
     target = make_target(family)
     drafter, ids = make_drafter(target, target_feature_layers=[1, -1]), prompt_of(25)
     lengths = []
@@ -99,7 +99,7 @@ def test_prefill_in_chunks(draft, family):
 
 
 def test_prefill_in_chunks_is_the_drafter_s_too(target):
-    """The features of all chunks: it drafts what it drafts after a prefill in one piece."""
+    """It reads the features of all chunks: drafts equal those after a prefill in one piece."""
     drafter, stats = make_drafter(target, target_feature_layers=[1, -1]), []
     for size in (None, 4):
         target.generate(
@@ -118,7 +118,7 @@ def test_bad_chunks_are_refused(target, size):
 
 @drafts
 def test_states_of_a_prompt_are_not_kept(target, draft):
-    """Of all layers the drafter reads few: the others are gone before the first draft is verified."""
+    """The drafter reads few layers: the states of the others are freed before the first draft is verified."""
     drafter, kept, alive = make_drafter(target, target_feature_layers=[1, 2]), [], []
     before = target.register_forward_pre_hook(lambda *_: alive.append([state() is not None for state in kept]))
     after = target.register_forward_hook(
@@ -132,7 +132,7 @@ def test_states_of_a_prompt_are_not_kept(target, draft):
 @drafts
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 def test_a_mask_without_padding_is_dropped(draft, family):
-    """Some releases of Transformers hand one over: it would grow with every step. With padding it stays."""
+    """Some releases of Transformers pass a mask, which would grow with every step. With padding it is kept."""
     target = make_target(family)
     drafter, ids, outputs = make_drafter(target), prompt_of(20), []
     for mask in (None, torch.ones_like(ids), (torch.arange(20) >= 3).long()[None]):

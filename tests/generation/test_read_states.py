@@ -1,4 +1,4 @@
-"""Of all hidden states a forward of the target keeps those that the drafter reads."""
+"""A forward of the target keeps only the hidden states that the drafter reads."""
 
 import copy
 

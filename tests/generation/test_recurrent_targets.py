@@ -58,7 +58,7 @@ def test_chains(family, settings):
 @sizes
 @every_state
 def test_one_forward_of_the_target_a_step(family, size):
-    """Which is plain text's, whatever is drafted."""
+    """It equals that of plain `generate`, whatever is drafted."""
     target, ids = make_hybrid(family), prompt_of(20)
     drafter = make_drafter(target)
     plain = target.generate(ids, generation_config=config_of({}, max_new_tokens=24))
@@ -95,7 +95,7 @@ def test_attention_implementations(family, attention):
 @sizes
 @some
 def test_continued_conversations(family, size):
-    """In a cache that was returned, and in one that a user filled; it is then what plain `generate` would have left."""
+    """In a returned cache and in one that a user filled. Afterwards it equals that of plain `generate`."""
     target = make_hybrid(family)
     drafter, ids, cache, plain_cache = make_drafter(target), prompt_of(9), None, None
     for turn in range(3):

@@ -1,4 +1,4 @@
-"""Every refusal of a call is met, and what its message tells a user to do is done: it works, and no circle leads back."""
+"""Triggers every refusal of a call and follows its message: the advice works and never leads back to a refusal."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where RoPE changes its frequencies within a text, drafts do not reach across: plain single steps turn at the same place."""
+"""If RoPE changes its frequencies within a text, no draft crosses that place, as in plain single steps."""
 
 import pytest
 import torch

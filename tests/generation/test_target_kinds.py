@@ -1,4 +1,4 @@
-"""Targets beyond plain text decoders: images, chunked and convolutional layers; and what is refused, untouched."""
+"""Targets beyond plain text decoders: images, chunked and convolutional layers; and refusals that change nothing."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_an_image_is_not_split_into_chunks():
 @phi3_restarts
 @pytest.mark.parametrize("length", [20, 33, 40])
 def test_prompts_that_phi3_reads_without_its_cache(length):
-    """Behind the reach of its short RoPE factors it drops the cache it is given, filled or not, and begins a new one."""
+    """Beyond the range of its short RoPE factors, it drops a given cache, filled or not, and starts a new one."""
     target = build("phi3", {"original_max_position_embeddings": 32}, "sdpa")
     drafter, ids = make_drafter(target), prompt_of(length)
     for size in (CHAIN, TREES["tree16"], STOCK):
@@ -92,7 +92,7 @@ def test_chains_only(family, attention):
 
 @pytest.mark.parametrize("family", list(POSITIONLESS))
 def test_targets_that_take_no_tree(family):
-    """Their chains are plain generate's; of trees GPT-Neo's text would be wrong in silence, MPT's and BLOOM's too."""
+    """Their chains equal plain generate; trees would silently give GPT-Neo, MPT and BLOOM a wrong text."""
     target = build_positionless(family)
     drafter, ids = make_drafter(target), prompt_of(20)
     plain, stats = compare(target, drafter, ids, CHAIN, use_cache=True)
@@ -141,7 +141,7 @@ def cross_attending():
 
 @pytest.mark.parametrize("size", [CHAIN, STOCK, TREES["tree16"]], ids=["chain", "stock", "tree"])
 def test_images_behind_cross_attention_are_refused(cross_attending, size):
-    """Given, or in the cache; the text of a prompt without one is plain generate's."""
+    """Given, or in the cache; the text of a prompt without an image equals plain generate's."""
     target, ids, image = cross_attending
     drafter = make_drafter(target)
     _, stats = compare(target, drafter, ids, size)
@@ -166,7 +166,7 @@ def test_encoders_behind_cross_attention_are_refused(size):
 
 @pytest.mark.parametrize("tree", [CHAIN, TREES["tree16"]], ids=["chain", "tree16"])
 def test_a_target_spread_by_device_map(tree, tmp_path):
-    """Accelerate's hooks bring offloaded layers back for every forward; the drafter is whole."""
+    """Accelerate's hooks load offloaded layers for every forward; the drafter is not offloaded."""
     whole = make_target()
     whole.save_pretrained(tmp_path)
     places = {f"model.layers.{index}": "disk" if index % 2 else "cpu" for index in range(4)}

@@ -97,7 +97,7 @@ def test_tables_are_copied_to_a_device_once():
 
 
 def test_calibration_finds_the_acceptance_behind_the_data():
-    """An overconfident drafter: accepted with p squared. Without data the drafted probability stands."""
+    """An overconfident drafter: accepted with p squared. Without data the drafted probability is used."""
     generator = torch.Generator().manual_seed(0)
     drafted = torch.rand(20_000, generator=generator)
     accepted = torch.rand(20_000, generator=generator) < drafted**2
@@ -107,7 +107,7 @@ def test_calibration_finds_the_acceptance_behind_the_data():
     torch.testing.assert_close(fitted(points, 2), points, atol=1e-3, rtol=0)
     for row in fitted.rows:
         assert row == sorted(row) and row[0] >= 0 and row[-1] <= 1
-    CoralDraftConfig(draft_calibration=fitted.rows)  # what is fitted is a valid setting
+    CoralDraftConfig(draft_calibration=fitted.rows)  # the fitted rows are a valid setting
 
 
 def test_a_calibrated_tree_is_a_tree():
@@ -144,7 +144,7 @@ def drafter_of(rows, layers=32, **settings):
 
 def test_a_chain_is_as_deep_as_its_tokens_pay():
     knots = len(CALIBRATION_KNOTS)
-    assert chain_depth(drafter_of([[1.0] * knots])) == 8, "what is always accepted pays to the end"
+    assert chain_depth(drafter_of([[1.0] * knots])) == 8, "a chain that is always accepted pays at full depth"
     assert chain_depth(drafter_of([[0.0] * knots])) == 1
     assert chain_depth(drafter_of([[1.0] * knots] * 3 + [[0.0] * knots])) == 3
     # the dearer a draft step is beside the target, the shorter the chain

@@ -1,4 +1,4 @@
-"""Files as people have them, written by hand: each format in two variants, with what their owner means by them."""
+"""Handwritten files in the formats that people use: each format in two variants, with its intended meaning."""
 
 import gzip
 import json
@@ -9,13 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """A file, and what it means.
+    """A file and its meaning.
 
     Args:
         file (`str`): its name; a folder's ends with a slash and contains a file for each row.
         content: its text, or rows: written one JSON object a line, as an array (.json) or a table (.parquet).
-        prompts (`list`): (turns, system text) of each row; None where there is no text to answer.
-        answers (`list`): what is trained of each row; None where there is nothing to train on.
+        prompts (`list`): (turns, system text) of each row; None if there is no text to answer.
+        answers (`list`): the trained text of each row; None if there is nothing to train on.
         columns (`dict`): names for the reader.
         ids (`list`): ids that the rows come with.
     """
@@ -223,7 +223,7 @@ CASES = [
     ),
 ]
 
-# What no owner of them could mean, and a piece of what is said.
+# Files that nobody could mean, and a piece of the message.
 BROKEN = [
     Case("unknown.jsonl", [{"foo": 1, "bar": "hi you"}], None),
     Case("headless.csv", "hi you,hello\nand now,we go\n", None),

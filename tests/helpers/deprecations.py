@@ -1,4 +1,4 @@
-"""Deprecations in Transformers' log that are ours: the `filterwarnings` of pyproject.toml see Python's warnings only."""
+"""Finds deprecations in Transformers' log that we cause: `filterwarnings` in pyproject.toml only sees warnings."""
 
 import logging
 import sys
@@ -18,7 +18,7 @@ _PASSING_ON = (
 
 
 class OurDeprecations(logging.Handler):
-    """Collects the deprecations that a call of the package or of a test causes; other libraries' calls are theirs."""
+    """Collects the deprecations that the package or a test causes, and ignores those of other libraries."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -31,7 +31,7 @@ class OurDeprecations(logging.Handler):
 
 
 def _our_call() -> str | None:
-    """`file:line` of the call into the file that is logging, if that line is ours."""
+    """`file:line` of the call into the logging file, if that line is in this repository."""
     frame = sys._getframe()
     while frame is not None and frame.f_code.co_filename.endswith(_LOGGING):
         frame = frame.f_back

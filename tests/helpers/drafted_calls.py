@@ -1,4 +1,4 @@
-"""One call of `generate` without and with a drafter whose drafts are mostly right."""
+"""One call of `generate` without a drafter, and with one whose drafts are mostly right."""
 
 import pytest
 import torch

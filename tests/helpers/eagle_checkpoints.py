@@ -58,7 +58,7 @@ def eagle1_tensors(fc_bias: bool = False, biases: bool = False) -> dict[str, tor
 def eagle3_tensors(
     prefix: str = "midlayer", features: int = 3, draft_ids: torch.Tensor | None = None, norm: str | None = None
 ) -> dict:
-    """With `draft_ids`, the checkpoint has a head of its own over these ids; `norm` is `norm_before_fc` or `fc_norm`."""
+    """With `draft_ids`, the checkpoint has its own head over these ids; `norm` is `norm_before_fc` or `fc_norm`."""
     tensors = {
         **layer_tensors(prefix, 2 * HIDDEN),
         f"{prefix}.input_layernorm.weight": 1 + noise(HIDDEN, seed=40),

@@ -1,4 +1,4 @@
-"""Drafters of every kind that engines hold or refuse, what an exported folder holds, and a step to compare."""
+"""Drafters of every kind that engines accept or refuse, the contents of exported folders, and a step to compare."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ PAIRS = [(name, engine) for name, (_, engines) in DRAFTERS.items() for engine in
 
 
 def eight_layer_target():
-    """So that EAGLE-3's default features 2, 4, 5 are three."""
+    """Deep enough for EAGLE-3's default features 2, 4, 5 to be three different ones."""
     torch.manual_seed(0)
     target = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**{**COMMON, "num_hidden_layers": 8}))
     target.generation_config.eos_token_id = None
@@ -64,7 +64,7 @@ def shipped_pair():
 
 
 class CausalAttention(torch.nn.Module):
-    """Stands in for an engine's attention over its paged cache: one sequence's rotated `[S, heads * d]`, causally."""
+    """Replaces an engine's attention over its paged cache: one sequence's rotated `[S, heads * d]`, causally."""
 
     def __init__(self, head_dim: int):
         super().__init__()
@@ -78,7 +78,7 @@ class CausalAttention(torch.nn.Module):
 
 @torch.no_grad()
 def one_step(drafter, target):
-    """Ids `[S]`, target features `[S, n * H]` and what the LM head is to read of them `[S, H]`, in one drafting step."""
+    """Ids `[S]`, target features `[S, n * H]` and the expected input of the LM head `[S, H]`, for one drafting step."""
     ids = torch.tensor([[5, 9, 3, 77, 31, 8, 100, 64]])
     features = TargetAdapter(target, drafter.config.target_feature_layers).compute_features(ids)[:, :-1]
     expected = drafter(target.get_input_embeddings()(ids[:, 1:]), features).hidden_states[0]
@@ -86,7 +86,7 @@ def one_step(drafter, target):
 
 
 def assert_same_step(drafter, found, fed_back, expected, tolerance=1e-5):
-    """What an engine's head reads, and what it feeds back: the normed state, or the one that the norm makes it of."""
+    """The input of an engine's head, and the state that it feeds back: after the norm or before it."""
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     with torch.no_grad():
         again = fed_back if drafter.config.norm_output else drafter.norm(fed_back)
@@ -94,7 +94,7 @@ def assert_same_step(drafter, found, fed_back, expected, tolerance=1e-5):
 
 
 def assert_same_norms(model, drafter, tensors):
-    """An engine's model has the norms before `fc` that the drafter has, with the weights of the folder."""
+    """An engine's model has the drafter's norms before `fc`, with the weights of the folder."""
     names = ("input_norm.", "fc_norm.")
     found = {name: value for name, value in model.named_parameters() if name.startswith(names)}
     expected = {name for name in drafter.state_dict() if name.startswith(names)}

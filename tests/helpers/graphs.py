@@ -11,7 +11,7 @@ from coral_hf.generation.compiled.graphed_generator import GraphedGenerator
 
 
 def traced() -> CompileConfig:
-    """Traced as one graph, and run as it was traced: what a CPU does in seconds."""
+    """Traced as one graph and run uncompiled, which takes a CPU seconds."""
     return CompileConfig(backend="eager", fullgraph=True)
 
 
@@ -22,7 +22,7 @@ def graphed(tree: dict, **settings):
 
 @contextmanager
 def graph_oracle(continuation: torch.Tensor, probability: float = 0.7, seed: int = 0):
-    """While active, the first branch of a drafted tree is right for as long as `probability` has it.
+    """While active, each level of a drafted tree's first branch is right with `probability`.
 
     Args:
         continuation (`torch.LongTensor` of shape `[B, L]`): the whole sequences that plain decoding produces.
@@ -55,7 +55,7 @@ def graph_oracle(continuation: torch.Tensor, probability: float = 0.7, seed: int
 
 
 def compare_graphed(target, drafter, ids, tree, probability=0.7, **settings):
-    """Plain output and that of a compiled call, with random and with mostly right drafts; returns it and the statistics."""
+    """Compares plain output with compiled calls, with random and mostly right drafts; returns it and the statistics."""
     extra = {key: settings.pop(key) for key in ("attention_mask", "tokenizer") if key in settings}
     set_seed(0)
     own = {key: value for key, value in settings.items() if key != "compile_config"}

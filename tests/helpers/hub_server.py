@@ -33,7 +33,7 @@ class HubServer(ThreadingHTTPServer):
         self.cuts = 0
 
     def commit(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
-        """Puts files into a repository, which is made if there is none; returns the commit."""
+        """Puts files into a repository, which is created if missing; returns the commit."""
         state = self.repos.setdefault(repo, {"private": False, "branches": {}, "commits": {}})
         parent = state["commits"].get(state["branches"].get(branch), {})
         tree = {**parent, **files}
@@ -98,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _commit_of(self, repo: str, revision: str) -> str | None:
-        """The commit of a branch, or None after the answer that there is none."""
+        """The commit of a branch, or None after answering that the branch does not exist."""
         state = self.server.repos.get(repo)
         hidden = state is not None and state["private"] and self.headers.get("Authorization") != f"Bearer {TOKEN}"
         if state is None or hidden:

@@ -1,4 +1,4 @@
-"""llama.cpp's server in an interpreter of its own, greedy answers from it, and what it counts."""
+"""llama.cpp's server in its own interpreter, its greedy answers, and its counts."""
 
 import json
 import os
@@ -40,14 +40,14 @@ class LlamaServer:
             return json.load(answer)
 
     def cpu_seconds(self) -> float:
-        """What the process has used of a core so far."""
+        """The CPU time that the process has used so far."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
 def serving(python: str, command: str, log: Path):
-    """A [`LlamaServer`] of a printed `llama-server` command; ended by its process id whatever happens."""
+    """A [`LlamaServer`] from a printed `llama-server` command. It is always ended, by its process id."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     with log.open("w") as errors:
         process = subprocess.Popen(

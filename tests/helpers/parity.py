@@ -42,7 +42,7 @@ def config_of(tree: dict, **settings) -> GenerationConfig:
 
 
 class Recorder(BaseStreamer):
-    """A streamer that keeps what it is given, put by put, and counts its ends."""
+    """A streamer that keeps every `put` and counts the calls of `end`."""
 
     def __init__(self):
         self.puts, self.ended = [], 0
@@ -79,7 +79,7 @@ def compare(target, drafter, ids, tree, probability=0.7, **settings):
 
 
 def assert_refused(target, drafter, size: dict, message: str, ids=None, cache=None, mask=None, **settings) -> None:
-    """A `ValueError` before any forward of target and drafter, which are left as they were."""
+    """A `ValueError` before any forward of target and drafter, which are unchanged."""
     calls = []
     modules = (target, target.get_decoder(), drafter.layer)
     handles = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in modules]

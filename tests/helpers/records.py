@@ -18,7 +18,7 @@ ENVIRONMENT = {
 
 
 def make_record(digest: str | None, **changes) -> dict:
-    """What `coral-hf benchmark` writes."""
+    """A record like that of `coral-hf benchmark`."""
 
     def row(method, benchmark, tau, speedup):
         return {

@@ -1,4 +1,4 @@
-"""Tiny targets that mix attention with recurrent layers, as this year's models do."""
+"""Tiny targets that mix attention with recurrent layers, like recent models."""
 
 import torch
 from helpers.tiny_models import COMMON, randomize
@@ -65,7 +65,7 @@ STATES = {**HYBRIDS, **CONVOLUTIONS}
 
 
 def make_hybrid(family: str, dtype: torch.dtype = torch.float64, attention: str = "eager", **settings):
-    """A tiny random target of a family of `STATES`; the test is skipped where Transformers does not have it."""
+    """A tiny random target of a family of `STATES`; the test is skipped if Transformers lacks the family."""
     needs(family)
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](**{**COMMON, "tie_word_embeddings": False, **STATES[family], **settings})

@@ -23,7 +23,7 @@ def run(monkeypatch, name: str, *arguments: str) -> None:
 
 @contextmanager
 def refused(capsys, message: str):
-    """A user's error ends a script in one line that contains `message`, and in status 2."""
+    """A user's error ends a script with one line that contains `message`, and with status 2."""
     with pytest.raises(SystemExit) as stop:
         yield
     error = capsys.readouterr().err.strip().splitlines()[-1]

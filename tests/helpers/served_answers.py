@@ -1,4 +1,4 @@
-"""What servers of real engines are asked, and how their greedy answers are compared with plain `generate`'s."""
+"""Questions for servers of real engines, and the comparison of their greedy answers with plain `generate`'s."""
 
 import torch
 
@@ -27,7 +27,7 @@ def new_ids(target, ids, **settings):
 
 
 def explain(target, ids, expected, found):
-    """Where two answers part and how close the target's logits of the two tokens are; None if they are equal."""
+    """Where two answers diverge, and the gap between the target's logits of the two tokens; None if they are equal."""
     place = next((i for i, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1]), None)
     if place is None:
         return None

@@ -132,5 +132,5 @@ TEMPLATES = {
 
 
 def thinking_tokenizer(family: str):
-    """A tokenizer of one token a character with the template of a family."""
+    """A tokenizer with one token per character and the template of a family."""
     return make_tokenizer(TEMPLATES[family])

@@ -1,4 +1,4 @@
-"""Tiny random targets of every family, their drafters, and a tokenizer of one token a character."""
+"""Tiny random targets of every family, their drafters, and a tokenizer with one token per character."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ TEMPLATE = (
 
 
 def make_tokenizer(chat_template=TEMPLATE):
-    """One token a character, ids 14 and up; what a tiny model emits below that decodes to nothing."""
+    """One token per character, from id 14 on; lower ids decode to nothing."""
     vocab = {f"<{index}>": index for index in range(14)} | {chr(32 + index): 14 + index for index in range(95)}
     vocab |= {chr(0xC0 + index): 109 + index for index in range(19)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))

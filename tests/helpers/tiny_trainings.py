@@ -1,4 +1,4 @@
-"""Tiny trainings that take seconds: rows, arguments, drafters and trainers, and what is compared of them."""
+"""Tiny trainings that take seconds: rows, arguments, drafters, trainers, and comparisons."""
 
 import random
 
@@ -91,5 +91,5 @@ def logged(trainer, name: str) -> list[float]:
 
 
 def measured(metrics: dict[str, float]) -> dict[str, float]:
-    """What an evaluation found, without how long it took."""
+    """The results of an evaluation, without its times."""
     return {name: value for name, value in metrics.items() if not name.endswith(("_runtime", "_per_second"))}

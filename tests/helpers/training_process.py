@@ -15,7 +15,7 @@ from helpers.tiny_models import make_target
 
 
 def allow_fsdp_on_cpu() -> None:
-    """Accelerate takes up FSDP on accelerators only; its own code runs as well on CPU ranks once they look like those."""
+    """Accelerate uses FSDP on accelerators only. Its code also runs on CPU ranks that look like accelerators."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 

@@ -1,4 +1,4 @@
-"""Tiny targets beyond plain text decoders, shared by the tests of what takes trees, chains or no drafts at all."""
+"""Tiny targets other than plain text decoders, shared by the tests of trees, chains and refusals."""
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def finish(target):
 
 
 def image_target(kind: str, attention: str):
-    """A model, a prompt whose first tokens (127) are an image, and what `generate` takes for it."""
+    """A model, a prompt whose first tokens (127) are an image, and the arguments of `generate` for it."""
     patches = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
     start = [5, 125, 127, 127, 127, 127, 126]
     if kind == "gemma3":

@@ -1,4 +1,4 @@
-"""A vLLM server on loopback, in an interpreter of its own, and what its metrics count."""
+"""A vLLM server on loopback, in its own interpreter, and the counts in its metrics."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def module_command(python: str, command: str) -> list[str]:
 
 @contextmanager
 def serving(python: str, command: str, log):
-    """The address of a server of `command`, once it answers; ended by its process id whatever happens."""
+    """Starts a server with `command` and yields its address once it answers. It is always ended, by its process id."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

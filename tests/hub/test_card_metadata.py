@@ -1,4 +1,4 @@
-"""Which figures stand in a card's metadata, and what they are called there."""
+"""The figures in a card's metadata, and their names there."""
 
 from helpers.records import add_record, make_record
 from huggingface_hub import ModelCard
@@ -7,7 +7,7 @@ from coral_hf.hub.model_card import render_card
 
 
 def test_metadata_is_of_the_drafter(folder):
-    """Whatever was measured beside it, and in whichever order."""
+    """Regardless of other measurements and their order."""
     runs = [row for row in make_record(None)["runs"] if row["method"] != "plain"]
     runs.sort(key=lambda row: row["method"], reverse=True)
     methods = {"lookup": {"prompt_lookup_num_tokens": 3}, "coral": {"draft_top_k": 1}}
@@ -22,7 +22,7 @@ def test_metadata_is_of_the_drafter(folder):
 
 
 def test_sampled_figures_say_so(folder):
-    """In the metadata too; where greedy ones were measured, in whichever order, those stand there."""
+    """In the metadata too; if greedy ones were measured, in any order, those are in the metadata."""
     greedy = [row for row in make_record(None)["runs"] if row["method"] == "coral"]
     sampled = [{**row, "temperature": 0.7, "acceptance_length": 2.0} for row in greedy]
     add_record(folder, runs=sampled)

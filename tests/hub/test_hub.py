@@ -105,7 +105,7 @@ def test_wrong_token_and_absent_repository(hub, drafter):
 
 
 def test_connection_cut_during_upload(hub, drafter):
-    """One cut is overcome; a dead line leaves the repository as it was, and the next push goes through."""
+    """One lost connection is retried; a dead one leaves the repository unchanged, and the next push succeeds."""
     hub.cuts = 1
     drafter.push_to_hub("org/drafter", token=TOKEN)
     assert hub.cuts == 0
@@ -274,7 +274,7 @@ def test_the_record_travels(hub, drafter, tmp_path):
 
 
 def test_no_path_of_this_machine_is_published(hub, tmp_path):
-    """Neither in the config nor in records, also those that an earlier version wrote with whole paths."""
+    """Neither in the config nor in records, not even in those that an earlier version wrote with whole paths."""
     secret = tmp_path / "secret" / "llama-internal"
     make_target(dtype=torch.float32).save_pretrained(secret)
     target = AutoModelForCausalLM.from_pretrained(secret)

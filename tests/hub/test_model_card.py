@@ -33,7 +33,7 @@ def test_committed_card_is_the_output_of_the_command(name):
 
 
 def test_the_shipped_drafter_published_is_the_repositorys():
-    """Not the package's own copy; and its text cites no file that a push leaves out without saying where it lies."""
+    """Not the package's own copy. If its text names a file that is not pushed, it says where the file is."""
     folder = MODEL_CARDS / "smollm2-135m-instruct-coral"
     here, there = render_card(folder), render_card(folder, repo_id="org/copy")
     assert "demo.load_drafter(" in here and "org/copy" not in here
@@ -154,7 +154,7 @@ def test_ablation(folder):
     text = training_story(read_records(folder))
     assert "| `hass` | 1.322 | 0.017 | 1.310, 1.334 |" in text and "200,082 response tokens for 138 steps" in text
     path.write_text(json.dumps(record | {"runs": [{**record["runs"][0], "eval_acceptance_length": "high"}]}))
-    with pytest.raises(ValueError, match=r"ablation\.json is not as coral_hf writes it"):
+    with pytest.raises(ValueError, match=r"ablation\.json is not in coral_hf.s format"):
         render_card(folder)
 
 
@@ -207,7 +207,7 @@ def test_unmeasured(folder):
 
 
 def test_what_is_cut_off_or_damaged_can_be_left_out(folder):
-    """As a training does at its end: the card is made, and says what is not in it."""
+    """As at the end of a training: the card is written, and says what is missing."""
     add_record(folder, partial=True)
     for name in ("benchmark_b.json", "check_a.json", "ablation.json", "training-1.json"):
         (folder / "training" / name).write_text("{")
@@ -226,7 +226,7 @@ def test_no_path_of_a_machine(folder, tmp_path):
 
 
 def test_what_may_be_a_folder_is_no_link(folder):
-    """`models/my-llama` on another machine looks like a Hub id, but has no revision there."""
+    """`models/my-llama` on another machine looks like a Hub id, but has no revision."""
     assert "https://huggingface.co/org/target" in render_card(folder, unmeasured=True)
     drafter = CoralDraftModel.from_pretrained(folder)
     drafter.config.target_name_or_path, drafter.config.target_revision = "models/my-llama", None

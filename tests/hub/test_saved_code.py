@@ -1,4 +1,4 @@
-"""Every saved folder loads wherever it is put; `coral-hf push` says what it sends; an old Transformers is named."""
+"""Every saved folder loads from any place; `coral-hf push` lists what it sends; an old Transformers is reported."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_a_saved_folder_loads_without_the_package(how, tmp_path):
     done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=environment(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["True", str(sum(p.numel() for p in drafter.parameters()))]
-    assert (tmp_path / "again" / "modeling_coral.py").exists()  # and what is saved there loads as well
+    assert (tmp_path / "again" / "modeling_coral.py").exists()  # and a drafter saved from there loads as well
     assert CoralDraftModel.from_pretrained(tmp_path / "again").config.auto_map
 
 

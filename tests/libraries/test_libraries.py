@@ -1,4 +1,4 @@
-"""Libraries that call `generate` themselves, unmodified, with an attached drafter: drafted, and the result without one.
+"""Unmodified libraries that call `generate`, with an attached drafter: they draft, and the results are the same.
 
 They are installed by `scripts/library_environment.sh`; a test is skipped where its library is missing. CI has lm-eval.
 """
@@ -48,7 +48,7 @@ class Accepted:
 
 
 def chats(tokenizer):
-    """The questions as the target's chat template has them."""
+    """The questions in the target's chat template."""
     return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
@@ -120,7 +120,7 @@ def test_pipeline_in_batches(pair):
 
 
 def test_grpo(pair, tmp_path):
-    """Two steps of TRL's trainer, whose target moves under the drafter."""
+    """Two steps of TRL's trainer, which changes the drafter's target."""
     trl = pytest.importorskip("trl", reason="needs trl: scripts/library_environment.sh")
     from datasets import Dataset
 

@@ -1,4 +1,4 @@
-"""Regeneration by a server, over real HTTP against a small one on the loopback address."""
+"""Regeneration by a server, over real HTTP with a small server on the loopback address."""
 
 import json
 
@@ -33,7 +33,7 @@ def read(path):
 
 
 def answers(path):
-    """What stands on file, by id and turn, each once."""
+    """The answers in the file, by id and turn, each once."""
     found = {}
     for row in read(path):
         first = row.get("first_turn", row.get("turn", 0))
@@ -128,7 +128,7 @@ def test_the_mode_is_sent_and_kept(server, tmp_path):
     }
     assert ask(server, prompts, output, template_kwargs=off)["n_responses"] == 0
     with pytest.raises(
-        ValueError, match=r"'p0' is answered on file with chat_template_kwargs .*, this run has \{\}; give"
+        ValueError, match=r"'p0' is answered on file with chat_template_kwargs .*, but this run has \{\}; give"
     ):
         ask(server, prompts, output)
 
@@ -182,7 +182,7 @@ def test_more_turns_of_conversations_on_file(server, tmp_path):
     asked = len(server.requests)
     assert ask(server, PROMPTS, output)["n_responses"] == 0 and len(server.requests) == asked
     for changed in ({"turns": ["q8", "other", "again"]}, {"system": "be brief"}):
-        with pytest.raises(ValueError, match=r"prompt 'p8' has another text than the one .* on file: give"):
+        with pytest.raises(ValueError, match=r"prompt 'p8' differs from the one .* on file: give"):
             ask(server, [{**PROMPTS[8], **changed}], output)
     with pytest.raises(ValueError, match="here: first_turn must be a number from 0 to its 3 responses; got 7"):
         encode_row({**row, "first_turn": 7}, make_tokenizer(), "here")
@@ -207,10 +207,10 @@ def test_an_unreachable_endpoint_is_a_clear_error(tmp_path):
 
 def test_what_cannot_be_mended_by_asking_again(server, tmp_path):
     server.faults = [401]
-    with pytest.raises(ValueError, match=r"refused a request for model 'big-model' .HTTP 401: .*fault 401"):
+    with pytest.raises(ValueError, match=r"rejected a request for model 'big-model' .HTTP 401: .*fault 401"):
         ask(server, PROMPTS, tmp_path / "out.jsonl", concurrency=1)
     server.faults = ["garbage"]
-    with pytest.raises(ValueError, match="answered no chat completion"):
+    with pytest.raises(ValueError, match="did not return a chat completion"):
         ask(server, PROMPTS, tmp_path / "out.jsonl", concurrency=1)
     server.token_ids = False
     with pytest.raises(ValueError, match="returned no token ids"):
@@ -267,4 +267,4 @@ def test_the_named_target_checks_what_the_command_gets(server, tmp_path, capsys,
     assert main([*arguments, "--target", "target"]) == 2
     assert "and the row has none" in capsys.readouterr().err and len(server.requests) < 12
     assert main(arguments) == 0
-    assert "note: there is no tokenizer under the name 'big-model' here" in capsys.readouterr().out
+    assert "note: no tokenizer was found under the name 'big-model'" in capsys.readouterr().out

@@ -77,7 +77,7 @@ def test_each_turn_holds_the_answers_before_it(target, tmp_path):
     regenerate(target, tokenizer, prompts, output, max_new_tokens=8, slots=4, progress=False)
     turns = {row["id"]: row["turns"] for row in prompts}
     answers = {}
-    for row in read(output):  # file order: a turn stands after those before it
+    for row in read(output):  # file order: a turn comes after the earlier ones
         before = answers.setdefault(row["id"], [])
         assert row["turn"] == len(before)
         messages = []
@@ -196,10 +196,10 @@ def test_sampler_follows_the_softmax():
         ({"slots": 0}, "slots must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"max_turns": 0}, "max_turns must be at least 1"),
-        ({"max_new_tokens": 512}, "go past the 512 positions"),
+        ({"max_new_tokens": 512}, "exceed the 512 positions"),
         ({"temperature": -0.5}, r"temperature must be 0 .* got -0\.5"),
         ({"temperature": float("nan")}, r"positive and finite, got nan"),
-        ({"max_prompt_tokens": 600}, "go past the 512 positions"),
+        ({"max_prompt_tokens": 600}, "exceed the 512 positions"),
     ],
 )
 def test_settings_out_of_range(target, tmp_path, settings, message):
@@ -236,7 +236,7 @@ def test_prompts_that_cannot_be_answered(target, tmp_path):
 
 
 def test_buffers_grow_with_the_longest_row(target, tmp_path):
-    """Past the buffer's first size in the middle of an answer."""
+    """Beyond the buffer's first size in the middle of an answer."""
     prompts = [{"id": "long", "turns": ["x" * (BLOCK - 10)]}, {"id": "short", "turns": ["y"]}]
     regenerate(target, make_tokenizer(), prompts, tmp_path / "out", max_new_tokens=20, slots=2, progress=False)
     for row in read(tmp_path / "out"):
@@ -274,7 +274,7 @@ def test_a_changed_prompt_does_not_go_on_from_the_old_answer(target, tmp_path):
     prompt, output = {"id": "a", "turns": ["hello", "and"]}, tmp_path / "out.jsonl"
     regenerate(target, make_tokenizer(), [prompt], output, max_turns=1, **arguments)
     for changed in ({"turns": ["hullo", "and"]}, {"system": "be kind"}):
-        with pytest.raises(ValueError, match="prompt 'a' has another text than the one whose turn 0 is answered"):
+        with pytest.raises(ValueError, match="prompt 'a' differs from the one whose turn 0 is answered"):
             regenerate(target, make_tokenizer(), [{**prompt, **changed}], output, **arguments)
     assert regenerate(target, make_tokenizer(), [prompt], output, **arguments)["n_responses"] == 1
 

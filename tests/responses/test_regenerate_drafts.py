@@ -1,4 +1,4 @@
-"""Slots that draft: the answers of slots that do not, whatever begins, moves and ends between two drafts."""
+"""Slots that draft give the same answers as slots that do not, with any starts, moves and ends between drafts."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def answers_of(path) -> dict:
 
 
 def texts_of(path) -> torch.Tensor:
-    """All that was said, `[n, L]`, for an oracle; behind a text stands no token."""
+    """All texts, `[n, L]`, for an oracle; no token follows a text."""
     texts = [torch.tensor(row["prompt_ids"] + row["response_ids"]) for row in iter_responses(path)]
     return torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-1)
 
@@ -70,19 +70,21 @@ def test_several_features_and_a_router(tmp_path, monkeypatch):
 
 
 class CheapForFew:
-    """Costs of a machine that four rows keep busy."""
+    """Costs of a machine that four rows use fully."""
 
     def at(self, rows, context):
         return CHEAP if rows < 4 else DEAR
 
 
 def test_the_last_slots_draft(tmp_path, monkeypatch, caplog):
-    """For all of them it does not pay: a line says so, and when few are left their texts are read again."""
+    """Drafting for all does not pay: a line reports it, and when few are left, their texts are read again."""
     target = make_target()
     caplog.set_level(logging.WARNING)
     stats = both(target, make_drafter(target), make_prompts(9), tmp_path, CheapForFew(), monkeypatch, slots=6)
     (line,) = [record.getMessage() for record in caplog.records if "slots" in record.getMessage()]
-    assert line.startswith("6 slots do not draft before few are left: a forward over two tokens a slot takes 2.00")
+    assert line.startswith(
+        "6 slots do not draft until few are left. On this machine, a forward pass over two tokens per slot takes 2.00"
+    )
     assert stats["acceptance_length"] > 1.2
 
 
@@ -94,7 +96,7 @@ def test_where_it_never_pays_no_drafter_runs(tmp_path, monkeypatch):
 
 
 def test_samples_are_seeded(tmp_path, monkeypatch):
-    """Other draws than without drafts, of the same distribution: each token is drawn from the target's own logits."""
+    """Samples differ from those without drafts, but have the same distribution: that of the target's own logits."""
     target = make_target()
     monkeypatch.setattr(slot_drafts, "draft_costs", lambda *_: CHEAP)
     found = []
@@ -107,7 +109,7 @@ def test_samples_are_seeded(tmp_path, monkeypatch):
 
 
 def test_drafts_are_those_of_a_sequence_by_itself():
-    """Slots that begin, move and end: every tree is the one that the drafter proposes after reading the text alone."""
+    """Slots that begin, move and end: every tree equals the one that the drafter proposes after reading only that text."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 12, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}

@@ -1,4 +1,4 @@
-"""Files of prompts, responses and shards that are not what they should be: errors that name the line."""
+"""Malformed files of prompts, responses and shards: errors that name the line."""
 
 import gzip
 import json
@@ -42,7 +42,7 @@ def test_system_messages_of_prompts_stand_in_front(tmp_path):
     with pytest.raises(ValueError, match="line 1: a system message comes after others"):
         list(iter_prompts(path))
     path.write_text(json.dumps({"messages": chat, "system": "other"}))
-    with pytest.raises(ValueError, match="line 1 has a system text beside a system message"):
+    with pytest.raises(ValueError, match="line 1 has both a system text and a system message"):
         list(iter_prompts(path))
 
 
@@ -70,7 +70,7 @@ def test_a_malformed_row_leaves_no_shard(tmp_path):
     pytest.importorskip("pyarrow.parquet")
     with pytest.raises(ValueError, match='row 1: "prompt_ids"'):
         write_shards([{"id": "a", "prompt_ids": [1], "response_ids": [1]}, {"id": "b"}], tmp_path / "shards")
-    with pytest.raises(ValueError, match="these are no rows to write"):
+    with pytest.raises(ValueError, match="the list contains no rows to write"):
         write_shards([], tmp_path / "shards")
     with pytest.raises(ValueError, match="rows_per_shard must be at least 1, got 0"):
         write_shards([], tmp_path / "shards", rows_per_shard=0)

@@ -1,4 +1,4 @@
-"""Prompts that the target writes itself: what is kept, what is dropped, and that a killed run resumes."""
+"""Prompts that the target writes itself: which are kept and which dropped, and that a killed run resumes."""
 
 import json
 
@@ -19,7 +19,7 @@ SAID = [SUN, "hi", SUN.upper(), "z" * 40, "How to bake bread at home?", "x y " *
 
 
 class Scripted:
-    """Says one text after the other, each ended, whatever the logits."""
+    """Emits one text after the other, each with an end, regardless of the logits."""
 
     def __init__(self, texts, tokenizer):
         self.ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], 2]]
@@ -50,7 +50,7 @@ def test_what_is_kept_and_what_is_dropped(script, tmp_path, capsys):
     assert "Self-made prompts: 2 of 2 kept; dropped: " in told and "Their languages: English 100%" in told
     for reason in ("2 empty", "1 duplicate", "1 degenerate", "1 in an evaluation file", "2 cut"):
         assert reason in told
-    script([SUN, OWL])  # a later run knows what is on file
+    script([SUN, OWL])  # a later run reads the file
     longer = write_self_prompts(target, make_tokenizer(TEMPLATE), 3, path, **how)
     assert longer[:2] == rows and longer[2]["turns"] == [OWL]
     assert write_self_prompts(target, make_tokenizer(TEMPLATE), 2, path, **how) == rows, "nothing is written twice"
@@ -65,7 +65,7 @@ def test_a_seed_gives_the_same_prompts(tmp_path):
     tokenizer.bos_token = "<1>"
     files = [tmp_path / name for name in "abc"]
     for path, seed in zip(files, (0, 0, 1), strict=True):
-        # a random model's prompts hold special tokens, which are no prompts: most are dropped
+        # most prompts of a random model contain special tokens and are dropped
         write_self_prompts(target, tokenizer, 2, path, slots=4, seed=seed, max_tokens=10, progress=False)
     texts = [[json.loads(line)["turns"] for line in path.read_text().splitlines()] for path in files]
     assert texts[0] == texts[1] != texts[2]

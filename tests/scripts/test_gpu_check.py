@@ -1,4 +1,4 @@
-"""`scripts/gpu_check.sh` at small size on a CPU: every part writes what it is to write, and is not done twice."""
+"""`scripts/gpu_check.sh` at small size on a CPU: every part writes its files, and is not repeated."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_all_parts_at_small_size_and_nothing_twice(tmp_path):
         ]
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     again = run()
-    assert again.returncode == 0 and "all 6 cells are there" in again.stdout and "tests: there" in again.stdout
+    assert again.returncode == 0 and "all 6 cells are measured" in again.stdout and "tests: exists" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == files
 
 

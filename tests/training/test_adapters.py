@@ -28,7 +28,7 @@ def adapted_trainer(folder, target, drafter, config=None, **settings) -> CoralTr
 
 
 def peft_target(seed: int = 0):
-    """A target under LoRA adapters that do something."""
+    """A target with LoRA adapters that have an effect."""
     base = make_target(dtype=torch.float32)
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -111,7 +111,7 @@ def test_a_target_under_peft_is_the_merged_target(tmp_path):
 def test_a_cache_tells_adapters_of_one_base_apart(tmp_path):
     FeatureCache(tmp_path, TargetAdapter(peft_target()), "name")
     FeatureCache(tmp_path, TargetAdapter(peft_target()), "name")
-    with pytest.raises(ValueError, match="caches features of"):
+    with pytest.raises(ValueError, match="contains features of"):
         FeatureCache(tmp_path, TargetAdapter(peft_target(seed=1)), "name")
 
 

@@ -1,4 +1,4 @@
-"""What a training is not resumed from, and what a full disk leaves: a `ValueError` or `OSError` that names it."""
+"""Checkpoints that a training does not resume from, and a full disk: a `ValueError` or `OSError` that names the file."""
 
 import json
 import shutil
@@ -133,7 +133,7 @@ def test_a_failure_that_is_no_write_is_not_taken_for_a_full_disk(tmp_path, monke
 
 
 def test_the_first_checkpoint_of_a_trial_finds_no_folder(tmp_path):
-    """Hyperparameter search writes each trial into a folder of its own."""
+    """Hyperparameter search writes each trial into its own folder."""
     trainer = make_trainer(tmp_path, make_target(dtype=torch.float32), **{**EVERY_DRAW, "max_steps": 2})
     trainer.train()
     trainer.hp_search_backend = HPSearchBackend.OPTUNA

@@ -1,4 +1,4 @@
-"""Faults: killed trainings go on bit for bit, half-written checkpoints count for nothing, wrong ones are refused."""
+"""Faults: killed trainings resume bit for bit, half-written checkpoints are ignored, wrong ones are refused."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def kill(process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """Weights of the whole training, made in this process."""
+    """Weights of the whole training, run in this process."""
     target = make_target(dtype=torch.float32)
     trainer = make_trainer(tmp_path_factory.mktemp("whole"), target, rows=random_rows(16), **EVERY_DRAW)
     trainer.train()
@@ -187,7 +187,7 @@ def test_the_order_of_rows_depends_on_seed_and_epoch(tmp_path):
 
 
 class OutOfMemory(CoralTrainer):
-    """Has room for two rows."""
+    """A disk with room for two rows."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if len(inputs["input_ids"]) > 2:
@@ -197,7 +197,7 @@ class OutOfMemory(CoralTrainer):
 
 @pytest.mark.parametrize("found", [True, False])
 def test_a_batch_size_that_was_found_is_written_down(found, tmp_path):
-    """And can be gone on with, whether it is searched again or given."""
+    """Training can also resume from it, whether it is found or given."""
     target = make_target(dtype=torch.float32)
     settings = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 4, "save_total_limit": None}
 
@@ -218,7 +218,7 @@ def test_a_batch_size_that_was_found_is_written_down(found, tmp_path):
 
 
 def test_a_checkpoint_between_two_updates_counts_no_batch_twice(tmp_path, uninterrupted):
-    """As `enable_jit_checkpoint` writes one, when the next batch is read already."""
+    """As `enable_jit_checkpoint` writes one, after the next batch has been read."""
 
     class SaveBetween(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

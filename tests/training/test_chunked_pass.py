@@ -1,4 +1,4 @@
-"""The pass over the vocabulary and the terms that it serves, against plain formulas and values computed by hand."""
+"""The pass over the vocabulary and the terms that use it, against plain formulas and values computed by hand."""
 
 import math
 from types import SimpleNamespace
@@ -56,7 +56,7 @@ def test_classification_equals_the_full_logits_formula(family, top_k, subset, ch
 @pytest.mark.parametrize("subset", [False, True])
 @pytest.mark.parametrize("top_k", [1, 5])
 def test_steps_together_equal_each_step_alone(top_k, subset):
-    """K steps over the same rows, each with its own valid ones; what stands in the others reaches nothing."""
+    """K steps over the same rows, each with its own valid rows; the values of the others have no effect."""
     adapter = TargetAdapter(make_target("gemma3_text").requires_grad_(False))
     hidden = rows(21, seed=1).view(3, 7, -1).clone()
     valid = torch.ones(3, 7, dtype=torch.bool)
@@ -140,7 +140,7 @@ def test_classification_of_bfloat16_is_computed_in_float32():
 
 
 def test_offsets_let_sampled_tokens_stand_for_others():
-    """Two of four tokens with equal logits, one of them standing for three: the loss's gradient is the full one's."""
+    """Of four tokens with equal logits two are sampled, and one represents three: the gradient equals the full loss's."""
     target, ours = torch.tensor([[2.0, 0.5]], dtype=torch.float64), torch.tensor([[0.3, 0.9]], dtype=torch.float64)
 
     def full(x):  # token 0, and three tokens that share a logit

@@ -53,7 +53,7 @@ def distributions(adapter, features, hidden, columns=slice(None)):
 @pytest.mark.parametrize("subset", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])  # plain, soft-capped
 def test_each_equals_its_plain_formula(family, subset, chunk_size, first):
-    """Value and gradient, wherever it comes in the pass: the last one's gradient takes the place of q."""
+    """Value and gradient at any place in the pass: the gradient of the last one is stored in place of q."""
     adapter = TargetAdapter(make_target(family).requires_grad_(False))
     hidden, features = rows(14, seed=1).view(2, 7, -1).requires_grad_(), rows(7, seed=2)
     valid = torch.ones(2, 7, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What a training will cost: measured without a trace, and on paper against figures made by hand or by training."""
+"""The cost of a training: measured without side effects, and calculated, against figures by hand or by training."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_the_longest_rows_are_measured_however_rows_are_sampled(strategy, tmp_pa
 
 
 def test_peak_memory_without_linux(tmp_path, monkeypatch):
-    """Where there is no /proc, the peak is what `getrusage` says of the process."""
+    """Without /proc, the peak is that of `getrusage`."""
     monkeypatch.setattr(estimate, "Path", lambda name: tmp_path / "absent" / name.lstrip("/"))
     estimate.reset_peak(torch.device("cpu"))
     assert estimate.peak_memory(torch.device("cpu")) > 2**20

@@ -1,4 +1,4 @@
-"""The feature cache: training from it is training online, and a kill or another target does no harm."""
+"""The feature cache: training from it equals training online, and a kill or another target does no harm."""
 
 import copy
 import json
@@ -97,7 +97,7 @@ def test_a_cache_of_another_target_is_refused(tmp_path):
         (TargetAdapter(target), "another name"),
         (TargetAdapter(target, [0, -1]), "name"),
     ):
-        with pytest.raises(ValueError, match=r"caches features of .*Use another folder, or delete this one"):
+        with pytest.raises(ValueError, match=r"contains features of .*Use another folder, or delete this one"):
             FeatureCache(tmp_path, adapter, name)
     assert json.loads((tmp_path / "meta.json").read_text())["target"] == "name"
 
@@ -178,7 +178,7 @@ def test_two_trainings_do_not_write_into_one_cache(tmp_path):
     cache = FeatureCache(tmp_path / "cache", adapter, "name")
     with FileLock(tmp_path / "cache.lock"):
         cache.fill(rows)  # all there: nothing is written
-        with pytest.raises(ValueError, match=r"another training is writing features into .*cache: wait for it"):
+        with pytest.raises(ValueError, match=r"another training is writing features to .*cache: wait for it"):
             cache.fill([*rows, *more])
         assert not any(row in cache for row in more)
     cache.fill([*rows, *more])

@@ -1,4 +1,4 @@
-"""What a trainer is given by name, as plain TrainingArguments, or in each other's place."""
+"""Inputs of a trainer given by name, as plain TrainingArguments, or in the wrong place."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The list of terms, and what follows from it."""
+"""The list of terms, and everything derived from it."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The settings that nobody gave: what is chosen for a target, what overrides it, and that every page says the same."""
+"""Settings left out: the choice for a target, what overrides it, and that every page says the same."""
 
 import json
 import sys

@@ -29,7 +29,7 @@ def test_a_training_moves_the_drafter_alone(family, tmp_path):
 
 @families
 def test_padding_changes_no_features(family):
-    """Rows of a batch are padded on the right, which no layer of a text sees."""
+    """Rows of a batch are padded on the right, which no layer sees."""
     target = make_hybrid(family)
     adapter = TargetAdapter(target, [1, 2, -1])
     texts = [torch.tensor([row["prompt_ids"] + row["response_ids"]]) for row in random_rows(3)]

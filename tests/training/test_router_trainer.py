@@ -1,4 +1,4 @@
-"""The router stage: what it moves, what it measures, and that plain formulas agree."""
+"""The router stage: the weights it changes, its measurements, and agreement with plain formulas."""
 
 import pytest
 import torch
@@ -165,7 +165,7 @@ def test_each_stage_is_of_one_trainer(tmp_path):
 
 
 def test_the_stages_may_follow_each_other(tmp_path, caplog):
-    """On one object, there and back: each trains its part and leaves the other as it is."""
+    """On one object, in both orders: each stage trains its part and does not change the other."""
     target = make_target(dtype=torch.float32)
     drafter = make_drafter(target)
     drafter.add_router(8)

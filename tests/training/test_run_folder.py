@@ -1,4 +1,4 @@
-"""A folder that contains a run: refused, resumed or replaced, and `last` is a checkpoint of the run that wrote last."""
+"""A folder that contains a run: refused, resumed or replaced; `last` is a checkpoint of the latest run."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def names(folder):
 
 
 def without_ids(folder):
-    """What an older version left."""
+    """The files of an older version."""
     (folder / RUN_FILE).unlink(missing_ok=True)
     for path in folder.glob(f"checkpoint-*/{PROGRESS_FILE}"):
         progress = json.loads(path.read_text())
@@ -87,14 +87,14 @@ def test_what_is_overwritten_goes_with_all_its_checkpoints(tmp_path, target):
 
 def test_last_without_a_checkpoint_is_the_beginning(tmp_path, target, capsys):
     assert train(tmp_path / "new", target, "last", max_steps=2).state.global_step == 2
-    told = "contains no checkpoint to resume from: the training starts from the beginning"
+    told = "contains no checkpoint to resume from: training starts from the beginning"
     assert capsys.readouterr().out.count(told) == 1
     assert train(tmp_path / "new", target, "last", max_steps=3).state.global_step == 3
     assert told not in capsys.readouterr().out
 
 
 def test_last_is_never_a_checkpoint_of_another_run(tmp_path, target):
-    """Also where an older version, or a copy, put two runs into one folder."""
+    """Also if an older version, or a copy, put two runs into one folder."""
     train(tmp_path / "a", target, max_steps=6)
     train(tmp_path / "b", target, max_steps=2)
     shutil.copytree(tmp_path / "a" / "checkpoint-6", tmp_path / "b" / "checkpoint-6")

@@ -1,4 +1,4 @@
-"""Simulated chains: counted by hand, and what `generate` reaches."""
+"""Simulated chains, against counts by hand and against `generate`."""
 
 import pytest
 import torch

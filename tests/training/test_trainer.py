@@ -1,4 +1,4 @@
-"""Tiny trainings: what moves, what must not, and that every way of running one gives the same drafter."""
+"""Tiny trainings: which weights change, and that every way of running one gives the same drafter."""
 
 import pytest
 import torch
@@ -159,7 +159,7 @@ def test_the_loss_is_the_sum_written_out(tmp_path):
 
 
 def test_the_logged_loss_is_what_is_optimised(tmp_path):
-    """The top-K term, whose gradient comes with the classification loss's, too."""
+    """Also for the top-K term, whose gradient is computed with that of the classification loss."""
     results = []
     for weight in (0.0, 50.0):
         target = make_target()
@@ -217,7 +217,7 @@ def test_shortlist_of_the_loss(tmp_path):
     sampled = token_ids[3:]
     assert token_ids[:3].tolist() == [8, 9, 100] and not {8, 9, 100} & set(sampled.tolist())
     assert len(sampled) == len(set(sampled.tolist())) and 20 < len(sampled) <= 50
-    # each sampled token stands for its share of the 125 others
+    # each sampled token represents its share of the 125 others
     assert offsets[:3].tolist() == [0, 0, 0]
     torch.testing.assert_close(offsets[3:].exp().sum().item(), 125.0, rtol=1e-5, atol=0)
     trainer.train()
@@ -292,7 +292,7 @@ def test_only_the_loss_tells_which_batch_was_wrong(tmp_path):
 
 
 def test_deepspeed_meets_no_loss_that_is_not_finite(tmp_path, monkeypatch):
-    """Its backward updates the weights, so that a check of gradients comes too late."""
+    """Its backward updates the weights, so that a check of gradients would be too late."""
     trainer = make_trainer(tmp_path, make_target("llama"))
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
     trainer.model.train()
@@ -305,7 +305,7 @@ def test_deepspeed_meets_no_loss_that_is_not_finite(tmp_path, monkeypatch):
 
 
 class MaskSelections(TorchDispatchMode):
-    """Counts what waits for a device: selections by a mask, whose size it must say."""
+    """Counts operations that wait for a device: selections by a mask, whose size is unknown."""
 
     def __init__(self):
         super().__init__()
@@ -332,7 +332,7 @@ def test_deeper_rollouts_select_no_more_rows_by_masks(tmp_path):
 @pytest.mark.skipif(compat._selection is None, reason="this Transformers release keeps all states")
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_target_keeps_the_states_that_are_read(tmp_path, target, cached):
-    """By the drafter, and the last one by the losses; also of the forwards that fill a feature cache."""
+    """The drafter frees them, and the losses free the last one; also in forwards that fill a feature cache."""
     drafter, seen = quick_drafter(target, target_feature_layers=[1, 2]), []
     target.get_decoder().register_forward_hook(lambda *args: seen.append(args[-1].hidden_states))
     folder = str(tmp_path / "features") if cached else None

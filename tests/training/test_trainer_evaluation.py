@@ -1,4 +1,4 @@
-"""What an evaluation of a training measures: of which rows, of which set, and how."""
+"""Evaluations during training: the rows, the sets and the measures."""
 
 from typing import ClassVar
 

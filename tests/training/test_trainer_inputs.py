@@ -1,4 +1,4 @@
-"""What a training is given: arguments and their presets, drafters, tokenizers and rows, and what of it is refused."""
+"""The inputs of a training: arguments and their presets, drafters, tokenizers and rows, and the refusals."""
 
 import dataclasses
 import inspect
@@ -43,16 +43,16 @@ from coral_hf.utils.compat import checkpointing_argument
         ({"loss_chunk_size": 0}, "loss_chunk_size=0 must be at least 1"),
         ({"regression_loss_weight": -1.0}, "regression_loss_weight=-1.0 must not be negative"),
         ({"topk_loss_weight": -1.0}, "topk_loss_weight=-1.0 must not be negative"),
-        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.1 would do nothing: .*whole distribution"),
-        ({"neftune_noise_alpha": 5.0}, r"neftune_noise_alpha=5.0 would do nothing: .*feature_noise"),
-        ({"bf16_full_eval": True}, r"bf16_full_eval=True would do nothing: .*bf16=True"),
+        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.1 would have no effect: .*whole distribution"),
+        ({"neftune_noise_alpha": 5.0}, r"neftune_noise_alpha=5.0 would have no effect: .*feature_noise"),
+        ({"bf16_full_eval": True}, r"bf16_full_eval=True would have no effect: .*bf16=True"),
         ({"include_num_input_tokens_seen": "all"}, r"include_num_input_tokens_seen='all' .*response_tokens"),
         ({"include_num_input_tokens_seen": True}, r"include_num_input_tokens_seen='all' .*response_tokens"),
         (
             {"include_for_metrics": ["loss"]},
-            r"include_for_metrics=\['loss'\] would do nothing: .*trainer.evaluate\(\)",
+            r"include_for_metrics=\['loss'\] would have no effect: .*trainer.evaluate\(\)",
         ),
-        ({"eval_accumulation_steps": 2}, "eval_accumulation_steps=2 would do nothing"),
+        ({"eval_accumulation_steps": 2}, "eval_accumulation_steps=2 would have no effect"),
         ({f"{checkpointing_argument()}_kwargs": {"use_reentrant": True}}, "Leave use_reentrant out"),
     ],
 )
@@ -67,9 +67,9 @@ def test_functions_that_would_not_be_called_are_refused(tmp_path):
     for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
         with pytest.raises(ValueError, match=f"{name} would not be called: "):
             CoralTrainer(model=quick_drafter(target), **given, **{name: len})
-    with pytest.raises(ValueError, match="model_init would not be called: give the drafter itself"):
+    with pytest.raises(ValueError, match="model_init would not be called: pass the drafter as model"):
         CoralTrainer(model=None, model_init=lambda: quick_drafter(target), **given)
-    with pytest.raises(NotImplementedError, match=r"evaluate\(rows\) measures it"):
+    with pytest.raises(NotImplementedError, match=r"Use evaluate\(rows\) to measure it"):
         CoralTrainer(model=quick_drafter(target), **given).predict(random_rows(4))
 
 
@@ -156,7 +156,7 @@ def test_a_half_precision_drafter_is_adapted_in_float32(tmp_path):
 
 def test_a_drafter_with_a_head_of_its_own_is_refused(tmp_path):
     target = make_target(dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"draft_vocab_size=64.*train a drafter that uses the target"):
+    with pytest.raises(ValueError, match=r"draft_vocab_size=64.*Train a drafter that uses the target"):
         make_trainer(tmp_path, target, quick_drafter(target, draft_vocab_size=64))
 
 
@@ -231,7 +231,7 @@ def test_what_was_left_out_is_said_once(tmp_path, capsys, monkeypatch):
     [
         (["a text", "another"], "row 0 contains a prompt without an answer"),
         ({"a": ["a text"]}, "row 0 contains a prompt without an answer"),
-        ([3], "row 0 is '3', of type int, where a row is an object or a string"),
+        ([3], "row 0 is '3', of type int, but a row is an object or a string"),
     ],
 )
 def test_rows_that_are_no_objects_are_refused(rows, message, tmp_path):
@@ -251,7 +251,7 @@ def test_chunks_of_the_loss_by_device(tmp_path):
 
 
 def test_the_recipe_is_what_was_given(tmp_path):
-    """Not what a default was turned into, by other arguments or by the machine."""
+    """It does not record a default that other arguments or the machine changed."""
     where = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
     assert recipe(CoralTrainingArguments(**where)) == {"preset": "recipe"}
     given = {"preset": "hass", "learning_rate": 1e-3, "rollout_schedule": "3", "lr_scheduler_type": "constant"}
@@ -268,7 +268,7 @@ def test_the_recipe_is_what_was_given(tmp_path):
 
 def test_conversations_past_the_targets_positions_are_refused(tmp_path):
     target, long = make_target(dtype=torch.float32), {"prompt_ids": [5] * 300, "response_ids": [7] * 213}
-    message = r"A conversation has 513 tokens, but the target has 512 positions .*max_length=512"
+    message = r"A conversation has 513 tokens, but the target has only 512 positions .*max_length=512"
     for given in ({"rows": [long]}, {"eval_dataset": [long]}, {"rows": RowStreamOf([long]), "max_steps": 1}):
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, target, **given).train()

@@ -1,4 +1,4 @@
-"""What a training shows: means over unequal batches, chain length per entry, the curve, and report_to."""
+"""The log of a training: means over unequal batches, chain length per entry, the curve, and report_to."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_chain_length_by_hand():
 
 
 class Reporter(TrainerCallback):
-    """What `report_to`'s integrations are: a callback that is handed every entry."""
+    """A callback that receives every entry, like the integrations of `report_to`."""
 
     def __init__(self):
         self.entries = []

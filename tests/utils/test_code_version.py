@@ -1,4 +1,4 @@
-"""What a record says of the code that made it."""
+"""The code version in a record."""
 
 import shutil
 import subprocess

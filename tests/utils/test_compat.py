@@ -1,4 +1,4 @@
-"""One name for the KV cache in every supported Transformers, and no deprecation of ours goes unseen."""
+"""One name for the KV cache in every supported Transformers, and all deprecations that we cause are noticed."""
 
 import inspect
 
@@ -51,7 +51,7 @@ class Renamed(torch.nn.Module):
 
 
 def test_our_deprecations_are_errors(our_deprecations):
-    """Of forwards, of functions and in Transformers' log; another library's call is not ours."""
+    """Deprecations of forwards, of functions and in Transformers' log; those of other libraries are ignored."""
     with pytest.raises(FutureWarning, match="`old` is deprecated"):
         Renamed()(old=1)
     with pytest.raises(FutureWarning, match="`old` is deprecated"):

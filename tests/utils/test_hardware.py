@@ -1,4 +1,4 @@
-"""What is said of a machine, where torch's build and the machine differ."""
+"""The description of a machine, if torch's build does not match the machine."""
 
 import torch
 

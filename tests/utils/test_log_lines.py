@@ -1,4 +1,4 @@
-"""Progress bars in a log file are lines, now and then."""
+"""Progress bars in a log file become occasional lines."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""What `coral-hf train` does with the drafter that it saved: measure which draft size pays, and save that too."""
+"""The last stage of `coral-hf train`: measures which draft size pays, and saves it with the drafter."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from ...drafter.modeling_coral import CoralDraftModel
 
 
 PROMPTS = 8
-# Longer prompts take a CPU minutes to read; they are left out while there are others.
+# A CPU takes minutes to read longer prompts, so shorter ones are preferred.
 LONG_PROMPT = 1024
 MAX_NEW_TOKENS = 64
 
@@ -17,10 +17,10 @@ MAX_NEW_TOKENS = 64
 def tune_trained(trainer: Any) -> None:
     """Tunes the drafter in a trainer's output folder on held-out conversations, and saves the best size in its config.
 
-    A training of several processes, or one without held-out conversations, says what to run instead.
+    After a training with several processes or without held-out conversations, prints the command to run instead.
 
     Args:
-        trainer ([`CoralTrainer`]): after `save_model`.
+        trainer ([`CoralTrainer`]): a trainer after `save_model`.
     """
     if not trainer.is_world_process_zero():
         return
@@ -36,19 +36,19 @@ def tune_trained(trainer: Any) -> None:
         )
         return
     tokenizer = with_template_kwargs(trainer.processing_class, trainer.args.chat_template_kwargs)
-    print(f"Measuring which draft size pays here, on {len(prompts)} held-out conversations.", flush=True)
+    print(f"Measuring which draft size pays on this machine, on {len(prompts)} held-out conversations.", flush=True)
     tune_folder(folder, trainer.target_model, tokenizer, prompts)
 
 
 def tune_folder(folder: Path, target: Any, tokenizer: Any, prompts: list[Prompt]) -> dict[str, Any]:
-    """Measures which draft size pays, and saves it in a drafter's config and the record beside its weights.
+    """Measures which draft size pays. Saves it in a drafter's config, and the record next to its weights.
 
     Args:
-        folder (`Path`): of the drafter.
+        folder (`Path`): folder of the drafter.
         target (`PreTrainedModel`), tokenizer, prompts (`list[Prompt]`)
 
     Returns:
-        `dict`: the settings that were saved.
+        `dict`: the saved settings.
     """
     from ...evaluation.tune import chosen_settings, save_settings, slower_than_plain, tune, write_record
     from ...generation.settings import DraftSettings
@@ -70,13 +70,13 @@ def tune_folder(folder: Path, target: Any, tokenizer: Any, prompts: list[Prompt]
 
 
 def held_out_prompts(dataset: Any, text_config: Any) -> list[Prompt]:
-    """The first prompts of encoded conversations, as ids.
+    """The first prompts of encoded conversations, as token ids.
 
     Args:
         dataset ([`ConversationDataset`], *optional*), text_config (`PreTrainedConfig`): the target's.
 
     Returns:
-        `list[Prompt]`: at most eight, each with room for an answer within the target's positions.
+        `list[Prompt]`: at most eight, each short enough for an answer within the target's positions.
     """
     if dataset is None or isinstance(dataset, dict):
         return []

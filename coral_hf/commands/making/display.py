@@ -13,9 +13,9 @@ SECONDS = 1.0  # between two updates of the time left
 
 
 class Display:
-    """A bar over the time of a make, with the stage, the time left, tokens per second and the acceptance so far.
+    """A progress bar over the time of a make, with the stage, the time left, tokens per second and acceptance so far.
 
-    It moves every second, however long a stage says nothing. In a log file each stage begins with a line of its own.
+    It moves every second, even if a stage reports nothing. In a log file, each stage begins on a new line.
 
     Args:
         seconds (`float`): expected time of all stages.
@@ -31,7 +31,7 @@ class Display:
         self._clock.start()
 
     def show(self, stage: str, **figures: str) -> None:
-        """Moves the bar to the time passed, and names the stage."""
+        """Moves the bar to the elapsed time and shows the stage."""
         begun = stage.partition(",")[0]
         if begun != self._stage.partition(",")[0] and not sys.stderr.isatty():
             tqdm.write(f"make: {begun}", file=sys.stderr)
@@ -57,11 +57,11 @@ class Display:
 
 
 class ShowTraining(TrainerCallback):
-    """Shows what a training logs, and ends it when its time is over.
+    """Shows a training's log, and ends the training when its time is over.
 
     Args:
         display ([`Display`])
-        seconds (`float`, *optional*): of the training; None lets it take its steps.
+        seconds (`float`, *optional*): time limit of the training; None: no limit.
     """
 
     def __init__(self, display: Display, seconds: float | None):
@@ -80,7 +80,7 @@ class ShowTraining(TrainerCallback):
         if logs and logs.get("response_tokens"):
             figures["tokens/s"] = f"{logs['response_tokens'] / max(passed, 1e-9):,.0f}"
         if logs and logs.get("acceptance_length"):
-            figures["tokens accepted a step"] = f"{logs['acceptance_length']:.2f}"
+            figures["tokens per step"] = f"{logs['acceptance_length']:.2f}"
         self.display.show(f"training, step {state.global_step} of {state.max_steps}", **figures)
 
 

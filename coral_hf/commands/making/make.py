@@ -52,7 +52,7 @@ class MakeCommand(RenderingOptions, DataOptions):
                 raise ValueError(f"--{name} {value} must be above 0.")
         if not self.data and self.hours is None and self.tokens is None:
             raise ValueError(
-                "Without --data the target writes its prompts itself, and nothing says how many: give --hours or --tokens."
+                "Without --data, the target writes its own prompts. Set their amount with --hours or --tokens."
             )
         require("rich")
         check_output_folder(self.output)
@@ -99,7 +99,7 @@ class MakeCommand(RenderingOptions, DataOptions):
         return f"finished stages are kept in {self.output}, and the same command resumes"
 
     def _report(self, state) -> None:
-        """The five lines that a user needs."""
+        """The summary in five lines."""
         drafter = Path(self.output) / "drafter"
         check, speeds = state.of("verification"), state.of("benchmark")
         own, chain = speeds["coral"], speeds["chain_of_5"]
@@ -110,7 +110,7 @@ class MakeCommand(RenderingOptions, DataOptions):
         )
         print(
             f"Drafter: {drafter} (trained on {state.of('answers')['response_tokens']:,} response tokens, {state.of('training')['steps']:,} steps)\n"
-            f"Here: {own['speedup']:.2f}x plain generate, {own['acceptance_length']:.2f} tokens per forward of the target (a chain of 5: "
+            f"On this machine: {own['speedup']:.2f}x plain generate, {own['acceptance_length']:.2f} tokens per forward pass of the target (a chain of 5: "
             f"{chain['speedup']:.2f}x, {chain['acceptance_length']:.2f})\n"
             f"Verified: {check['answers']} answers in float32, {equal}\n"
             f'Use: import coral_hf; target.generate(**inputs, assistant_model=AutoModel.from_pretrained("{drafter}"))\n'

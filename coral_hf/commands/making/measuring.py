@@ -1,4 +1,4 @@
-"""What `coral-hf make` finds out about the drafter that it trained, and writes beside its weights."""
+"""The stages of `coral-hf make` that measure the trained drafter and write records next to its weights."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ CHECKED_ANSWERS, MEASURED_ANSWERS = 4, 3
 
 
 class Measuring:
-    """The stages after the training; see [`Making`]."""
+    """The stages after training. See [`Making`]."""
 
     state: MakeState
     display: Display
@@ -35,11 +35,11 @@ class Measuring:
     drafter: Path
 
     def held_out_prompts(self, count: int, alike: bool = False) -> list[Prompt]:
-        """Prompts that nothing was trained on, the shortest first.
+        """Held-out prompts, the shortest first.
 
         Args:
-            count (`int`)
-            alike (`bool`): and those after them that are at most twice as long as the last.
+            count (`int`): number of prompts.
+            alike (`bool`): also return the following prompts that are at most twice as long as the last.
         """
         with quiet():
             prompts = read_prompts(str(self.held_out))
@@ -51,7 +51,7 @@ class Measuring:
         return [prompt for prompt in prompts if lengths[id(prompt)] <= longest]
 
     def measure(self, stage: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Runs a stage unless it is finished, and notes its time."""
+        """Runs a stage unless it is finished, and records its time."""
         if (found := self.state.of(stage)) is not None:
             return found
         self.display.show(stage)
@@ -61,11 +61,11 @@ class Measuring:
         return self.state.finish(stage, **found, seconds=time.monotonic() - begun)
 
     def tune(self, count: int) -> dict[str, Any]:
-        """The draft size that pays here, saved in the drafter's config."""
+        """Finds the draft size that pays on this machine and saves it in the drafter's config."""
         return {"sizes": tune_folder(self.drafter, self.target, self.tokenizer, self.held_out_prompts(count))}
 
     def verify(self, count: int) -> dict[str, Any]:
-        """Whether answers are those of plain `generate`, in float32."""
+        """Compares answers with plain `generate`'s in float32."""
         from ...evaluation.methods import parse_methods
         from ...evaluation.verify import verify
 
@@ -89,11 +89,11 @@ class Measuring:
         return {"different": sum(len(check.different) for check in checks), "answers": sum(c.n_turns for c in checks)}
 
     def benchmark(self, count: int, left: float | None) -> dict[str, Any]:
-        """Speed beside plain `generate`, by the drafter's own settings and as a chain of 5.
+        """Compares the speed with plain `generate`, with the drafter's own settings and as a chain of 5.
 
         Args:
-            count (`int`): prompts, at least.
-            left (`float`, *optional*): seconds of the budget, which more prompts may fill.
+            count (`int`): minimum number of prompts.
+            left (`float`, *optional*): seconds of the budget that more prompts may use.
         """
         from ...evaluation.benchmark import run_benchmark
         from ...evaluation.methods import parse_methods
@@ -123,12 +123,12 @@ class Measuring:
         }
 
     def card(self) -> dict[str, Any]:
-        """The model card from these records."""
+        """Writes the model card from these records."""
         return {"path": str(write_card(self.drafter))}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file of ours; a last line that a kill cut off is left out."""
+    """The rows of a JSONL file. A last line that an interruption cut off is skipped."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
@@ -137,7 +137,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def quiet() -> Any:
-    """What the stages print of their own is not the display's."""
+    """Hides what the stages print, so that it does not disturb the display."""
     return contextlib.redirect_stdout(io.StringIO())
 
 

@@ -1,4 +1,4 @@
-"""What a make will take, from what was measured on this machine before it starts."""
+"""The plan of a make: time, disk and memory, estimated from measurements on this machine before it starts."""
 
 import sys
 import time
@@ -10,14 +10,14 @@ import torch
 from .display import clock
 
 
-# of a budget: for tuning, checking and measuring at most, and of the rest for answers
+# shares: at most this part of a budget for tuning, checking and measuring, and this part of the rest for answers
 MEASURED_SHARE, ANSWERS_SHARE = 0.25, 0.4
-# plain tokens that one prompt costs in tuning, checking and measuring together, about: 64 tokens, a dozen times
+# cost of one prompt in tuning, checking and measuring, in plain tokens: about 64 tokens, a dozen times
 TOKENS_PER_PROMPT = 64 * 12
 MOST_PROMPTS, FEWEST_PROMPTS = 8, 2
-# of the time that is left for the benchmark, the last stage that takes long: how much of it may be filled
+# share of the remaining time that the benchmark, the last long stage, may use
 FILLED_SHARE = 0.85
-# Steps of training that are measured beside the first, which allocates
+# Measured training steps, after the first, which allocates memory
 MEASURED_STEPS = 2
 ASK_ABOVE = 3600.0
 
@@ -28,9 +28,9 @@ class Plan:
 
     Args:
         answers_seconds, training_seconds, measuring_seconds (`float`)
-        tokens (`int`): response tokens to be made.
-        prompts (`int`): on which the drafter is tuned, checked and measured.
-        disk, memory (`int`): bytes.
+        tokens (`int`): response tokens to generate.
+        prompts (`int`): number of prompts for tuning, checking and measuring.
+        disk, memory (`int`): in bytes.
     """
 
     answers_seconds: float
@@ -58,7 +58,7 @@ class Plan:
 
 
 def prompts_within(budget: float | None, token_seconds: float) -> int:
-    """On how many prompts the drafter is measured, so that it takes at most its share of a budget."""
+    """The number of prompts for measuring the drafter, so that it takes at most its share of a budget."""
     if budget is None:
         return MOST_PROMPTS
     fitting = int(MEASURED_SHARE * budget / (token_seconds * TOKENS_PER_PROMPT))
@@ -66,12 +66,12 @@ def prompts_within(budget: float | None, token_seconds: float) -> int:
 
 
 def prompts_to_fill(left: float | None, prompt_seconds: float, planned: int, most: int) -> int:
-    """On how many prompts the drafter is benchmarked: more than planned where the stages before took less than they might.
+    """The number of prompts of the benchmark: more than planned if the earlier stages took less time than they could.
 
     Args:
-        left (`float`, *optional*): seconds of the budget; None: no budget.
-        prompt_seconds (`float`): that a prompt takes, about.
-        planned (`int`), most (`int`): the fewest and the most.
+        left (`float`, *optional*): seconds left of the budget; None: no budget.
+        prompt_seconds (`float`): the estimated time of a prompt.
+        planned (`int`), most (`int`): the minimum and the maximum.
     """
     if left is None or prompt_seconds <= 0:
         return planned
@@ -80,7 +80,7 @@ def prompts_to_fill(left: float | None, prompt_seconds: float, planned: int, mos
 
 @torch.inference_mode()
 def seconds_per_token(target: Any, prompt_ids: list[int]) -> float:
-    """Of plain decoding, one token at a time, after a first call."""
+    """Speed of plain decoding, one token at a time, after a first call."""
     ids = torch.tensor([prompt_ids], device=target.device)
     count = 8
     for _ in range(2):
@@ -92,7 +92,7 @@ def seconds_per_token(target: Any, prompt_ids: list[int]) -> float:
 
 
 def confirmed(plan: Plan, yes: bool) -> bool:
-    """Whether a make may start: one of more than an hour is asked about on a terminal."""
+    """Whether a make may start. Asks on a terminal if it takes more than an hour."""
     if yes or plan.seconds <= ASK_ABOVE or not sys.stdin.isatty():
         return True
     return input("Start? [y/N] (--yes answers this) ").strip().lower() in ("y", "yes")

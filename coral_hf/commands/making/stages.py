@@ -1,4 +1,4 @@
-"""The stages of `coral-hf make`: each reads what the one before left in its folder, and notes what it found."""
+"""The stages of `coral-hf make`. Each reads the files of the stage before and records its own results."""
 
 import json
 import random
@@ -26,22 +26,22 @@ from .plan import ANSWERS_SHARE, Plan, prompts_within, seconds_per_token
 from .state import MakeState
 
 
-FIRST_ANSWERS, MORE_ANSWERS = 16, 64  # prompts that are answered between two looks at the clock
+FIRST_ANSWERS, MORE_ANSWERS = 16, 64  # prompts answered between two time checks
 SLOTS = 64
-LONGEST_ANSWER, SHORTEST_CUT = 512, 128  # tokens of an answer: at most, and where the budget is small
-SECONDS_PER_LENGTH = 7.0  # of a budget, for each token of the longest answer: all 512 from an hour on
+LONGEST_ANSWER, SHORTEST_CUT = 512, 128  # longest answers in tokens: normally, and with the smallest budget
+SECONDS_PER_LENGTH = 7.0  # seconds of budget per token of the longest answer: all 512 from an hour on
 HELD_OUT_PROMPTS = 16
-# Steps are measured at the deepest K and on the longest rows; over a whole schedule they are faster by about this
+# Steps are measured at the deepest K and on the longest rows. Over a whole schedule, they are faster by about this factor.
 FASTER = 1.2
 
 
 def longest_answer(budget: float | None) -> int:
-    """Tokens after which an answer is cut.
+    """The number of tokens at which answers are cut.
 
-    The slots of a chunk wait for its longest answer: where time is short, long ones would take most of it.
+    The slots of a chunk wait for its longest answer. With little time, long answers would take most of it.
 
     Args:
-        budget (`float`, *optional*): seconds of the whole make.
+        budget (`float`, *optional*): seconds for the whole make.
     """
     if budget is None:
         return LONGEST_ANSWER
@@ -49,13 +49,13 @@ def longest_answer(budget: float | None) -> int:
 
 
 class Making(Measuring):
-    """A make under way: its folder, its target and what it may take.
+    """A running make: its folder, its target and its limits.
 
     Args:
         folder (`Path`), state ([`MakeState`]), display ([`Display`])
         target (`PreTrainedModel`), tokenizer
-        seconds (`float`, *optional*): of the whole make; None: as long as the data and the recipe take.
-        tokens (`int`, *optional*): response tokens to be made at most.
+        seconds (`float`, *optional*): time for the whole make; None: as long as the data and the recipe need.
+        tokens (`int`, *optional*): most response tokens to generate.
         seed (`int`)
     """
 
@@ -77,21 +77,21 @@ class Making(Measuring):
             self.folder / "prompts" / "held_out.jsonl",
         )
         self.answers, self.drafter = self.folder / "answers" / "responses.jsonl", self.folder / "drafter"
-        self.self_made = False  # the target writes its prompts
+        self.self_made = False  # whether the target writes the prompts
         self.spent_before = state.seconds
         self.started = time.monotonic()
 
     @property
     def left(self) -> float | None:
-        """Seconds of the budget that are left; None without one."""
+        """Remaining seconds of the budget; None without a budget."""
         return None if self.seconds is None else self.seconds - self.spent_before - (time.monotonic() - self.started)
 
     # Prompts and answers -------------------------------------------------------------------------------------------
 
     def read_prompts(self, data: Any, reading: dict[str, Any]) -> None:
-        """Parts the prompts into those to train on, in an order of chance, and those to measure on.
+        """Splits the prompts, in random order, into those for training and those for measuring.
 
-        Without data the target writes them itself, as many as its answers need.
+        Without data, the target writes as many prompts as the answers need.
         """
         self.self_made = not data
         if self.state.of("prompts") is not None:
@@ -116,12 +116,12 @@ class Making(Measuring):
         self.state.finish("prompts", train=len(kept), held_out=len(held_out))
 
     def write_prompts(self, count: int) -> list[dict[str, Any]]:
-        """Lets the target write prompts until there are enough; the first are held out.
+        """Lets the target write prompts until there are enough. The first ones are held out.
 
         Returns:
-            `list[dict]`: those to train on.
+            `list[dict]`: the prompts for training.
         """
-        self.display.show(f"prompts, {count:,} of the target's own")
+        self.display.show(f"prompts, {count:,} written by the target")
         where = self.train_prompts.with_name("self.jsonl")
         with quiet():
             rows = write_self_prompts(
@@ -133,11 +133,11 @@ class Making(Measuring):
         return rows[HELD_OUT_PROMPTS:]
 
     def answer(self, seconds: float | None, most: int | None = None) -> None:
-        """Answers prompts until the time or the tokens are spent, or none is left.
+        """Answers prompts until the time, the tokens or the prompts are used up.
 
         Args:
-            seconds (`float`, *optional*): from now.
-            most (`int`, *optional*): prompts of this call; the stage is then not finished.
+            seconds (`float`, *optional*): time limit from now.
+            most (`int`, *optional*): number of prompts in this call. The stage is then not finished.
         """
         if self.state.of("answers") is not None:
             return
@@ -178,15 +178,15 @@ class Making(Measuring):
         return late or (self.tokens is not None and self.response_tokens() >= self.tokens)
 
     def response_tokens(self) -> int:
-        """Of the answers on file."""
+        """Number of response tokens in the answers on file."""
         return sum(len(row["response_ids"]) for row in read_lines(self.answers))
 
-    first_seconds = 0.0  # of the answers that the plan was made from
+    first_seconds = 0.0  # time for the answers that the plan is based on
 
     # Training ------------------------------------------------------------------------------------------------------
 
     def trainer(self, folder: str | Path, **settings: Any) -> CoralTrainer:
-        """A trainer of a new drafter on the answers so far."""
+        """A trainer for a new drafter on the answers so far."""
         rows, held_out = hold_out(read_rows(str(self.answers)))
         args = CoralTrainingArguments(
             str(folder),
@@ -217,7 +217,7 @@ class Making(Measuring):
         return trainer
 
     def plan(self) -> Plan:
-        """Answers the first prompts, runs two real steps of training on them, and computes the rest."""
+        """Answers the first prompts, runs two real training steps on them, and extrapolates."""
         begun = time.monotonic()
         self.answer(None, most=FIRST_ANSWERS)
         first, first_tokens = time.monotonic() - begun, max(1, self.response_tokens())
@@ -232,7 +232,7 @@ class Making(Measuring):
         total = len(read_lines(self.train_prompts))
         found = self.state.of("answers") or {}
         all_tokens = int(first_tokens * total / max(1, len({row["id"] for row in rows})))
-        if self.self_made:  # the target writes on
+        if self.self_made:  # the target can write more
             all_tokens = self.tokens or 10**12
         if self.seconds is None:
             tokens = min(all_tokens, self.tokens or all_tokens)
@@ -249,7 +249,7 @@ class Making(Measuring):
         return Plan(answers, training, measuring, tokens, n_prompts, disk, estimate.memory["peak"])
 
     def train(self, seconds: float | None) -> None:
-        """Trains until the steps of the recipe, or the time, are over; resumes from the last checkpoint."""
+        """Trains until the recipe's steps or the time are used up. Resumes from the last checkpoint."""
         if self.state.of("training") is not None:
             return
         begun = time.monotonic()

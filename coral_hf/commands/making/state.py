@@ -1,4 +1,4 @@
-"""What `coral-hf make` has done so far, in one file of its folder: a second call skips it."""
+"""The progress of `coral-hf make`, in one file of its folder, so that a second call skips finished stages."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ STATE_FILE = "make.json"
 
 
 class MakeState:
-    """The settings of a make, and what each finished stage found.
+    """The settings of a make and the results of its finished stages.
 
     Args:
-        folder (`str` or `Path`): the folder of all stages, new, empty or of an earlier call.
-        settings (`dict`): what decides the results; an earlier call must have had the same.
+        folder (`str` or `Path`): the folder of all stages: new, empty, or from an earlier call.
+        settings (`dict`): settings that determine the results. They must equal those of an earlier call.
 
     Raises:
-        ValueError: if the folder contains something else, or another make.
+        ValueError: if the folder contains other files, or a make with other settings.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]):
@@ -32,8 +32,8 @@ class MakeState:
             for name, value in json.loads(json.dumps(settings)).items():
                 if earlier.get(name) != value:
                     raise ValueError(
-                        f"{folder} contains a make with {name}={earlier.get(name)!r}, here {value!r}: give the same to resume it, "
-                        "or another --output."
+                        f"{folder} contains a make with {name}={earlier.get(name)!r}, but this call has {value!r}. Use the same value to "
+                        "resume it, or another --output."
                     )
             self.stages = record["stages"]
         elif self.folder.is_dir() and any(self.folder.iterdir()):
@@ -41,11 +41,11 @@ class MakeState:
         self.settings = settings
 
     def of(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage found; None if it is not finished."""
+        """The results of a stage; None if it is not finished."""
         return self.stages.get(stage)
 
     def begin(self) -> None:
-        """Claims the folder before the first stage writes into it, so that a killed first stage resumes too."""
+        """Claims the folder before the first stage writes to it, so that an interrupted first stage resumes too."""
         if not self.path.exists():
             self._write()
 
@@ -61,7 +61,7 @@ class MakeState:
 
     @property
     def seconds(self) -> float:
-        """Spent in the finished stages."""
+        """Seconds spent in the finished stages."""
         return sum(found.get("seconds", 0.0) for found in self.stages.values())
 
 

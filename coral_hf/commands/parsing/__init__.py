@@ -1,1 +1,1 @@
-"""From words on the command line to a verb's options: the parser, its help and its one-line errors."""
+"""Parses the command line into a verb's options, with help and one-line errors."""

@@ -1,6 +1,6 @@
-"""In which group of a verb's help an option is listed, and what else people call it."""
+"""The groups of options in a verb's help, and common other names of options."""
 
-# group: the options in it, in this order; others of ours follow in "run", Transformers' own in "training"
+# group: its options, in this order. Other coral_hf options follow in "run", and Transformers' in "training".
 GROUPS: dict[str, tuple[str, ...]] = {
     "target": ("target", "target_revision", "trust_remote_code", "dtype", "device", "device_map"),
     "data": (
@@ -101,7 +101,7 @@ RUN, TRAINING = "run", "training"
 TITLES = {TRAINING: "Transformers' TrainingArguments"}
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
-# what is typed for an option, by its name without dashes
+# common other names, without dashes, and the option that they mean
 KNOWN_AS = {
     "lr": "learning_rate",
     "batch": "per_device_train_batch_size",

@@ -1,4 +1,4 @@
-"""The parser of a verb: options in groups, help that can be read, and errors of one line."""
+"""The parser of a verb: grouped options, readable help and one-line errors."""
 
 import argparse
 import dataclasses
@@ -21,9 +21,9 @@ class VerbParser(HfArgumentParser):
     """Reads the options of a verb from its dataclasses.
 
     Args:
-        verb (`str`), types (`list[type]`): the verb and its dataclasses; the first is the verb's own, whose docstring is the
-            description and whose `POSITIONAL` names arguments without dashes.
-        help_all (`bool`): help lists Transformers' own training arguments too.
+        verb (`str`), types (`list[type]`): the verb and its dataclasses. The first one is the verb's own: its docstring is
+            the description, and its `POSITIONAL` names the positional arguments.
+        help_all (`bool`): also list Transformers' training arguments in the help.
     """
 
     def __init__(self, verb: str, types: list[type], help_all: bool = False):
@@ -38,7 +38,7 @@ class VerbParser(HfArgumentParser):
             if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
         ]
         if any(issubclass(kind, TrainingArguments) for kind in types):
-            required.append("output")  # theirs has a default, which ours refuses
+            required.append("output")  # Transformers' option has a default, which is not accepted here
         needed = " ".join([*map(str.upper, positional), *(f"{dashed(name)} {name.upper()}" for name in required)])
         super().__init__(
             types,
@@ -62,7 +62,7 @@ class VerbParser(HfArgumentParser):
             _make_readable(action)
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        """Every field in its group, the groups in their order."""
+        """Adds every field to its group, in the order of the groups."""
         hints = get_type_hints(dtype)
         fields = {entry.name: entry for entry in dataclasses.fields(dtype) if entry.init}
         order = {name: place for place, name in enumerate(GROUP_OF)}
@@ -90,13 +90,13 @@ class VerbParser(HfArgumentParser):
                 action.help = text
 
     def error(self, message: str) -> Any:
-        """One line, instead of the usage and the end of the process."""
+        """Raises a one-line error instead of printing the usage and exiting."""
         message = re.sub(r"(?:argument )?(--[\w-]+(?:/-{1,2}[\w-]+)*)", lambda m: dashed(m[1].split("/")[0]), message)
         message = message.replace("the following arguments are required:", "give")
         raise ValueError(f"{message.rstrip('.')}; `coral-hf {self.verb} --help` lists the options.")
 
     def refuse_unknown(self, unknown: list[str]) -> None:
-        """Raises `ValueError` for words that are no option of the verb, with the one that was probably meant."""
+        """Raises `ValueError` for unknown options of the verb, with the option that was probably meant."""
         if not unknown:
             return
         name = unknown[0].split("=")[0]
@@ -107,12 +107,12 @@ class VerbParser(HfArgumentParser):
         hint = (
             f"`coral-hf {self.verb} --help` lists the options." if meant is None else f"did you mean {dashed(meant)}?"
         )
-        hint = getattr(self.command, "REFUSED", {}).get(name, hint)  # what other verbs take
+        hint = getattr(self.command, "REFUSED", {}).get(name, hint)  # options of other verbs
         raise ValueError(f"unknown option or argument {unknown[0]!r}; {hint}")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One spelling of an option, and its default once."""
+    """Shows one spelling of an option, and its default once."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32, width=110)
@@ -141,7 +141,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def parser_of(verb: str, command: type, help_all: bool = False) -> VerbParser:
-    """The parser of a verb; `train` takes Transformers' training arguments too."""
+    """The parser of a verb. `train` also takes Transformers' training arguments."""
     types = [command]
     if verb == "train":
         from ...training.arguments import CoralTrainingArguments
@@ -151,10 +151,10 @@ def parser_of(verb: str, command: type, help_all: bool = False) -> VerbParser:
 
 
 def parse_verb(verb: str, command: type, arguments: list[str]) -> Callable[[], int]:
-    """A verb's options, checked -> its `run`, to be called.
+    """Parses and checks a verb's options. Returns its `run`.
 
     Raises:
-        ValueError: on options that are unknown, malformed or missing.
+        ValueError: for unknown, malformed or missing options.
         SystemExit: after `--help`.
     """
     words = underscores(arguments)
@@ -171,7 +171,7 @@ def parse_verb(verb: str, command: type, arguments: list[str]) -> Callable[[], i
 
 
 def _run(command: Any, *more: Any) -> int:
-    """Runs a verb; Ctrl-C says how to resume, where the verb knows."""
+    """Runs a verb. Ctrl-C prints how to resume, if the verb supports it."""
     try:
         return command.run(*more)
     except KeyboardInterrupt:
@@ -180,7 +180,7 @@ def _run(command: Any, *more: Any) -> int:
 
 
 def underscores(arguments: list[str]) -> list[str]:
-    """Options may be written with dashes or underscores."""
+    """Allows dashes and underscores in options."""
     return [
         "--"
         + argument[2:].split("=", 1)[0].replace("-", "_")
@@ -192,12 +192,12 @@ def underscores(arguments: list[str]) -> list[str]:
 
 
 def dashed(name: str) -> str:
-    """`draft_depth` or `--draft_depth` -> `--draft-depth`, as documents write it."""
+    """`draft_depth` or `--draft_depth` -> `--draft-depth`, the spelling in the documentation."""
     return f"--{name.lstrip('-').replace('_', '-')}"
 
 
 def _make_readable(action: argparse.Action) -> None:
-    """A short word for an option's value; the second spelling of a switch is not listed."""
+    """A short word for an option's value. The second spelling of a switch is not listed."""
     if action.option_strings and action.option_strings[0].startswith("--no_"):
         action.help = argparse.SUPPRESS
         return

@@ -1,4 +1,4 @@
-"""The commonest slips in naming a model, told by its config.json before anything is loaded."""
+"""Detects common mistakes in naming a model from its config.json, before anything is loaded."""
 
 import contextlib
 from typing import Any
@@ -9,7 +9,7 @@ from ...drafter.configuration_coral import CoralDraftConfig
 from ...utils.jsonl import read_json
 
 
-# what configs of EAGLE's drafters have, as EAGLE, vLLM, SGLang and speculators write them, and ordinary models have not
+# config keys of EAGLE drafters (in the formats of EAGLE, vLLM, SGLang and speculators) that ordinary models lack
 _EAGLE_KEYS = (
     "speculators_model_type",
     "eagle_config",
@@ -21,7 +21,7 @@ _EAGLE_KEYS = (
 
 
 def check_is_drafter(name: str, revision: str | None = None) -> None:
-    """Raises `ValueError` if the model that `--drafter` names is an ordinary one or another project's drafter.
+    """Raises `ValueError` if `--drafter` names an ordinary model or another project's drafter.
 
     Args:
         name (`str`): a folder or Hub id.
@@ -32,23 +32,23 @@ def check_is_drafter(name: str, revision: str | None = None) -> None:
     if kind == CoralDraftConfig.model_type:
         return
     listed = ", ".join(map(str, classes)) if isinstance(classes, list) else ""
-    # the first EAGLE checkpoints say LlamaForCausalLM, and have one layer
+    # the first EAGLE checkpoints have the class LlamaForCausalLM and one layer
     if "eagle" in listed.lower() or any(key in config for key in _EAGLE_KEYS) or config.get("num_hidden_layers") == 1:
         raise ValueError(
-            f"--drafter {name} is an EAGLE-family checkpoint ({listed or kind}), as EAGLE, vLLM, SGLang and speculators "
-            f"have them, not a CORAL drafter: make it one with `coral-hf convert --from eagle {name} FOLDER --target "
-            "TARGET`, and give that folder."
+            f"--drafter {name} is an EAGLE-family checkpoint ({listed or kind}) in the format of EAGLE, vLLM, SGLang or "
+            f"speculators, not a CORAL drafter. Convert it with `coral-hf convert --from eagle {name} FOLDER --target "
+            "TARGET`, and use that folder."
         )
     if kind is not None:
         raise ValueError(
             f"--drafter {name} is an ordinary model of type {kind!r}, not a CORAL drafter: give the folder of a drafter "
-            "that was trained for the target (`coral-hf train`), and a target with --target. An ordinary small model "
-            "that drafts is `coral-hf benchmark --assistant`."
+            "that was trained for the target (`coral-hf train`), and name the target with --target. To draft with an "
+            "ordinary small model, use `coral-hf benchmark --assistant`."
         )
 
 
 def check_is_target(name: str, role: str = "target", revision: str | None = None) -> None:
-    """Raises `ValueError` if the model that `--target` (or another `role`) names is a CORAL drafter.
+    """Raises `ValueError` if `--target` (or another `role`) names a CORAL drafter.
 
     Args:
         name (`str`), revision (`str`, *optional*): a folder or Hub id.
@@ -65,7 +65,7 @@ def check_is_target(name: str, role: str = "target", revision: str | None = None
 
 
 def _config(name: str, revision: str | None) -> dict[str, Any]:
-    """What `config.json` says; nothing where it is missing or damaged, which loading reports."""
+    """The content of `config.json`; empty if it is missing or damaged, which loading reports later."""
     path = cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     with contextlib.suppress(ValueError):
         return {} if path is None else read_json(path)

@@ -1,10 +1,10 @@
-"""Attention of a draft tree's nodes in plain products: prefix and tree apart, keys and values as they lie in the cache."""
+"""Attention of a draft tree's nodes as matrix products. Prefix and tree are separate, and heads are not repeated."""
 
 import torch
 from torch.nn import functional as F
 
 
-# PyTorch's own kernels that attend without a mask and also return the log-sum-exp of the scores, by device.
+# PyTorch kernels that attend without a mask and also return the log-sum-exp of the scores, by device.
 _KERNELS = {
     "cpu": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
     "cuda": torch.ops.aten._scaled_dot_product_flash_attention,
@@ -20,15 +20,16 @@ def softmax_attention(
     scaling: float,
     edge: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One softmax over prefix and tree; the queries of all heads of a group are rows of one product.
+    """One softmax over prefix and tree. The queries of all heads of a group are rows of one product.
 
     Args:
-        query (`torch.Tensor` of shape `[B, heads, N, d]`): of the nodes.
-        key, value (`torch.Tensor` of shape `[B, kv_heads, P + N, d]`): of what all nodes see, then of the nodes.
-        among (`torch.Tensor` of shape `[B, 1, N, N]` or `[1, 1, N, N]`): added to the nodes' scores of each other.
+        query (`torch.Tensor` of shape `[B, heads, N, d]`): queries of the nodes.
+        key, value (`torch.Tensor` of shape `[B, kv_heads, P + N, d]`): those of the prefix, which all nodes see, then of the
+            nodes.
+        among (`torch.Tensor` of shape `[B, 1, N, N]` or `[1, 1, N, N]`): added to the scores between nodes.
         scaling (`float`)
-        edge (`torch.Tensor` of shape `[1, 1, N, E]`, *optional*): added to the scores of the first E of the prefix, which lie
-            at the edge of a window.
+        edge (`torch.Tensor` of shape `[1, 1, N, E]`, *optional*): added to the scores of the first E prefix tokens, which
+            are at the edge of a window.
 
     Returns:
         `torch.Tensor` of shape `[B, N, heads, d]`.
@@ -49,7 +50,7 @@ def softmax_attention(
 def joined_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, among: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """The prefix by a kernel that knows no mask, the tree in small products, joined by their log-sum-exps.
+    """The prefix with a kernel without a mask and the tree with small products, joined by their log-sum-exps.
 
     Args and returns as [`softmax_attention`].
     """
@@ -72,7 +73,7 @@ def joined_attention(
 def masked_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """sdpa with a mask over all keys, without repeating heads: a CPU's kernel takes groups.
+    """sdpa with a mask over all keys, without repeating heads, because the CPU kernel supports groups.
 
     Args:
         query (`torch.Tensor` of shape `[B, heads, N, d]`), key, value (`torch.Tensor` of shape `[B, kv_heads, L, d]`)

@@ -1,4 +1,4 @@
-"""The attention of a target while it verifies drafts, and only then, registered with Transformers' `AttentionInterface`."""
+"""The target's attention during verification, registered with Transformers' `AttentionInterface`."""
 
 import threading
 from collections import Counter
@@ -16,12 +16,12 @@ from .grouped import HALF, joined_attention, masked_attention, softmax_attention
 
 
 _OTHER_SCORES = ("softcap", "s_aux", "position_bias")
-# From this many places on, a CPU is faster at products than at sdpa with a mask (measured in float32, one thread).
+# From this many places on, products are faster on a CPU than sdpa with a mask (measured in float32, one thread).
 _LONG = 1000
-# Of the thread that verifies: whether all nodes see all of the prefix, by layer.
+# For the verifying thread: whether all nodes see the whole prefix, by layer.
 _here = threading.local()
 _lock = threading.Lock()
-# By the implementation that is replaced: the threads that verify at this moment, and the function that it is otherwise.
+# For each replaced implementation: the threads that are verifying, and the original function.
 _users: Counter[str] = Counter()
 _own: dict[str, Callable] = {}
 
@@ -29,8 +29,8 @@ _own: dict[str, Callable] = {}
 def replaces_attention(target: PreTrainedModel) -> bool:
     """Whether [`verifying`] changes anything for this target.
 
-    Not for eager attention; not for FlashAttention with a soft-cap or sinks, which nothing here computes; not for what is
-    compiled.
+    It does not for eager attention, for FlashAttention with a soft-cap or sinks (not supported here), or for compiled
+    forwards.
     """
     config = target.config.get_text_config()
     name = str(config._attn_implementation)
@@ -44,12 +44,12 @@ def replaces_attention(target: PreTrainedModel) -> bool:
 
 @contextmanager
 def verifying(target: PreTrainedModel, whole: Sequence[bool]) -> Iterator[None]:
-    """Within it this thread's forwards attend as a draft tree needs it; other threads' attend as before.
+    """Context in which this thread's forward passes attend as a draft tree needs. Other threads are not affected.
 
     Args:
-        target (`PreTrainedModel`): for which [`replaces_attention`] holds; it is given masks of four dimensions that are added
-            to the scores.
-        whole (`Sequence[bool]`): of each layer, whether all nodes see all of the prefix that the layer contains.
+        target (`PreTrainedModel`): a target with [`replaces_attention`]. It must be called with additive masks of four
+            dimensions.
+        whole (`Sequence[bool]`): for each layer, whether all nodes see the whole prefix in the layer.
     """
     name = target.config.get_text_config()._attn_implementation
     with _lock:
@@ -72,7 +72,7 @@ def verifying(target: PreTrainedModel, whole: Sequence[bool]) -> Iterator[None]:
 def _replacement(own: Callable) -> Callable:
     @wraps(own)
     def attend(module, query, key, value, attention_mask, *args, **kwargs):
-        if torch.compiler.is_compiling():  # knows of no thread; its keys are places that a mask alone tells apart
+        if torch.compiler.is_compiling():  # independent of threads; only its mask tells which keys count
             if attention_mask is None or attention_mask.ndim != 4:
                 return own(module, query, key, value, attention_mask, *args, **kwargs)
             if query.device.type == "cpu" and _plain(args, kwargs):
@@ -84,7 +84,7 @@ def _replacement(own: Callable) -> Callable:
         if whole is None or attention_mask is None or attention_mask.ndim != 4:
             return own(module, query, key, value, attention_mask, *args, **kwargs)
         attended = None
-        # what changes the scores in another way is left to sdpa
+        # sdpa handles other changes of the scores
         if _plain(args, kwargs):
             layer, scaling = getattr(module, "layer_idx", None), kwargs.get("scaling")
             sees_all = layer is not None and layer < len(whole) and whole[layer]
@@ -105,14 +105,14 @@ def _plain(args: tuple, kwargs: dict) -> bool:
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float, sees_all: bool
 ) -> torch.Tensor | None:
-    """The fastest of the forms that are exact here, `[B, N, heads, d]`; None: sdpa with repeated heads."""
+    """The fastest form that is exact here, `[B, N, heads, d]`; None: use sdpa with repeated heads."""
     nodes = query.shape[2]
     if query.device.type == "cpu":
         # sums of half precision would be rounded at every step
         if sees_all and key.shape[2] >= _LONG and query.dtype not in HALF:
             return softmax_attention(query, key, value, mask[..., -nodes:], scaling)
         return masked_attention(query, key, value, mask, scaling)
-    # kernels without a mask exist for half precision only, and for one size of heads
+    # kernels without a mask only exist for half precision and equal head sizes
     if sees_all and query.dtype in HALF and key.shape[-1] == value.shape[-1] <= 256 and query.device.type == "cuda":
         return joined_attention(query, key, value, mask[..., -nodes:], scaling)
     return None

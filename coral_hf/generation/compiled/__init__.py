@@ -1,1 +1,1 @@
-"""Draft and verify as graphs of fixed shapes, for `torch.compile`: what `draft_compile` and a static cache ask for."""
+"""Drafting and verification as graphs of fixed shapes for `torch.compile`, used by `draft_compile` and static caches."""

@@ -1,4 +1,4 @@
-"""One draft as a function of fixed shapes: the newly accepted rows, all levels, and the tree, for `torch.compile`."""
+"""One draft as a function of fixed shapes for `torch.compile`: it reads the new rows, drafts all levels, builds the tree."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +12,15 @@ from ..draft_tree import DraftTreeBuilder, reached
 
 @dataclass(frozen=True)
 class DraftShape:
-    """What a graph's shapes depend on, besides those of its inputs.
+    """The sizes that determine a graph's shapes, apart from the shapes of its inputs.
 
     Args:
         depth (`int`): levels drafted below the root.
         top_k (`int`): branches per node, and nodes expanded per level.
         total (`int`): nodes of the tree, root included.
-        scratch (`int`): slots at the front of the drafter's cache that the levels write.
-        is_chain (`bool`): likeliest tokens alone are drafted.
-        aware (`bool`): what trees of each size promise is returned as well.
+        scratch (`int`): slots at the front of the drafter's cache, which drafting overwrites.
+        is_chain (`bool`): draft only the most likely token of each level.
+        aware (`bool`): also return the tokens expected from trees of each size.
     """
 
     depth: int
@@ -46,7 +46,7 @@ def draft(
     starts: torch.Tensor,
     counts: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """Reads the new true rows and drafts after the last of them. A row's slot is its position, after the scratch.
+    """Reads the new true rows and drafts from the last of them. A row's slot is `scratch` plus its position.
 
     Args:
         drafter ([`CoralDraftModel`]), adapter ([`TargetAdapter`]), head ([`DraftHead`])
@@ -54,15 +54,15 @@ def draft(
         shape ([`DraftShape`])
         keys, values (`torch.Tensor` of shape `[B, kv_heads, scratch + L, d]`): the drafter's cache, written in place.
         cosines, sines (`torch.Tensor` of shape `[L, d]`): RoPE of every position.
-        tokens (`torch.LongTensor` of shape `[B, W]`): of the new rows, each the token after its feature's; the last is the
-            root. Behind them stands anything.
+        tokens (`torch.LongTensor` of shape `[B, W]`): the new rows' tokens, each one position after its feature. The last
+            of `counts` tokens is the root. Later entries are ignored.
         features (`torch.Tensor` of shape `[B, W, F]`): the target's.
-        starts (`torch.LongTensor` of shape `[B]`): position of the first new row.
-        counts (`torch.LongTensor` of shape `[B]`): how many of the W are new rows, at least 1.
+        starts (`torch.LongTensor` of shape `[B]`): positions of the first new rows.
+        counts (`torch.LongTensor` of shape `[B]`): the number of new rows among the W, at least 1.
 
     Returns:
-        `tuple`: tokens, parents, depths and scores `[B, N]`, best node first, ancestors `[B, N, N]`; then, if the shape
-        is `aware`, the tokens that the best 1, 2, ... nodes promise, `[B, N]`.
+        `tuple`: tokens, parents, depths and scores `[B, N]`, best node first, and ancestors `[B, N, N]`. If the shape is
+        `aware`, also the number of tokens expected from the best 1, 2, ... nodes, `[B, N]`.
     """
     dtype, device, scratch = keys.dtype, keys.device, shape.scratch
     batch, width = tokens.shape
@@ -77,7 +77,7 @@ def draft(
                 held[torch.arange(batch, device=device)[:, None], :, slots] = new.transpose(1, 2)
 
     def run(inputs, feature, places, slots, mask):
-        """One pass of the drafter's layer over `[B, T]` rows at `places`; `mask` `[B, T, scratch + L]` is added to scores."""
+        """One pass of the drafter's layer over `[B, T]` rows at `places`; adds `mask` `[B, T, scratch + L]` to the scores."""
         rotary = cosines[places][:, None], sines[places][:, None]  # [B, 1, T, d]
         attention_input, residual = drafter.layer.inputs(inputs, feature, drafter.fc)
         query, key, value = drafter.layer.self_attn.project(attention_input, *rotary)
@@ -97,7 +97,7 @@ def draft(
     last = (counts - 1)[:, None]  # [B, 1]
     root = tokens.gather(1, last)
     hidden, feature = _nodes(hidden, last), _nodes(feature, last)
-    base = starts + counts  # [B]: true rows, and the position of the first level's
+    base = starts + counts  # [B]: the number of true rows, which is also the position of the first level
     behind = added(columns < base[:, None])[:, None]  # [B, 1, L]
 
     if shape.is_chain:
@@ -128,7 +128,7 @@ def draft(
     token, _, parent = add_level(hidden)
     feature = feature.expand(batch, top_k, -1)
     itself = added(torch.eye(top_k, dtype=torch.bool, device=device)).expand(batch, -1, -1)
-    seen = torch.zeros(batch, top_k, 0, dtype=dtype, device=device)  # of the scratch, what each expanded node sees
+    seen = torch.zeros(batch, top_k, 0, dtype=dtype, device=device)  # the scratch slots that each expanded node sees
     behind = behind.expand(-1, top_k, -1)
     for step in range(shape.depth - 1):
         seen = torch.cat([seen, itself], dim=-1)
@@ -143,18 +143,18 @@ def draft(
 
 
 def _nodes(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Of `[B, T, n]` the rows at `[B, W]`."""
+    """The rows of `[B, T, n]` at the indices `[B, W]`."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _ranked(builder: DraftTreeBuilder, shape: DraftShape) -> tuple[torch.Tensor, ...]:
-    """[`DraftTreeBuilder.build`] with the best node first, so that any number of nodes from the front is a tree.
+    """[`DraftTreeBuilder.build`] with the best node first, so that the first n nodes form a tree for every n.
 
-    Parents and depths follow from the place at which a node was stored (see [`DraftTreeBuilder`]): a graph's shapes never
-    change.
+    Parents and depths follow from the index at which a node was stored (see [`DraftTreeBuilder`]), because a graph's
+    shapes never change.
     """
     tokens, scores, ranks, expanded = builder.stored()
-    best = ranks.argsort(dim=1, descending=True, stable=True)[:, : shape.total]  # [B, N]; a parent before its children
+    best = ranks.argsort(dim=1, descending=True, stable=True)[:, : shape.total]  # [B, N]; parents precede children
     nodes = best.shape[1]
     order = torch.arange(nodes, device=best.device)
     place = torch.zeros_like(tokens).scatter(1, best, order.expand_as(best))  # stored index -> place in the ranking

@@ -1,4 +1,4 @@
-"""The candidate generator whose drafts are one graph each."""
+"""The candidate generator that computes each draft in one graph."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .plan import GraphPlan, padded_count
 
 
 class _StaticRows(DraftKeyValues):
-    """The drafter's cache at one address for good; rows that have ended stay in it."""
+    """The drafter's cache at a fixed address. Rows that have ended stay in it."""
 
     def keep_rows(self, order: list[int]) -> None:
         for held in (self.keys, self.values):
@@ -32,7 +32,7 @@ class _StaticRows(DraftKeyValues):
 
 @dataclass
 class _Graph:
-    """What is kept between calls: the drafter's cache, whose addresses the graph knows, and the graph."""
+    """State that is kept between calls: the graph, and the drafter's cache that the graph addresses."""
 
     cache: DraftKeyValues
     rotary: tuple[torch.Tensor, ...]
@@ -40,10 +40,10 @@ class _Graph:
 
 
 class GraphedGenerator(CoralCandidateGenerator):
-    """[`CoralCandidateGenerator`] for a plan of graphs: the prompt is read as ever, every draft after it is one graph.
+    """[`CoralCandidateGenerator`] for compiled calls. The prompt is read without a graph. Each later draft is one graph.
 
-    A draft is always as deep as the settings allow; where a text ends before its draft does, the criteria end it. The cost-aware
-    rule chooses the nodes of that draft.
+    A draft is always as deep as the settings allow. If the text ends earlier, the stopping criteria end it. The cost-aware
+    rule chooses among the nodes of that draft.
 
     Args:
         drafter, target, settings, max_length, num_padding, costs: as [`CoralCandidateGenerator`].
@@ -62,24 +62,24 @@ class GraphedGenerator(CoralCandidateGenerator):
         plan: GraphPlan,
     ):
         super().__init__(drafter, target, settings, max_length, num_padding, costs)
-        self._width = settings.max_levels + 1  # true rows that a step can bring
+        self._width = settings.max_levels + 1  # most true rows that a step can add
         aware = settings.draft_cost_aware
         scratch = (settings.max_levels - 1) * settings.draft_top_k
         self._shape = DraftShape(
             depth=settings.max_levels,
             top_k=settings.draft_top_k,
             total=settings.draft_total_tokens,
-            scratch=-(-scratch // 8) * 8,  # kernels want aligned masks
+            scratch=-(-scratch // 8) * 8,  # kernels need aligned masks
             is_chain=settings.is_chain and not aware,
             aware=aware,
         )
-        self._times: tuple[Any, list[float], torch.Tensor] | None = None  # of the costs at hand
+        self._times: tuple[Any, list[float], torch.Tensor] | None = None  # from the current costs
         batch = len(self.padding)
         where = str(self.adapter.device), str(self._device), self._dtype, target.dtype
         head = settings.draft_head, settings.draft_active_groups, settings.draft_groups_per_row, settings.draft_scoring
         key = ("draft", batch, plan.length, self._shape, head, where, str(plan.options))
         self._graph: _Graph = plan.take(drafter, key, target, lambda: self._made(batch, plan))
-        self._ends = [0] * batch  # true rows of each live row
+        self._ends = [0] * batch  # number of true rows of each live row
         self._began = False
 
     def _made(self, batch: int, plan: GraphPlan) -> _Graph:
@@ -100,9 +100,9 @@ class GraphedGenerator(CoralCandidateGenerator):
         counts: list[int] | None = None,
         found: Found | None = None,
     ) -> DraftTree:
-        """As [`CoralCandidateGenerator.propose`]: after the first call with features `[n, depth + 1, F]`, of any `counts`.
+        """As [`CoralCandidateGenerator.propose`]. After the first call, features are `[n, depth + 1, F]` with any `counts`.
 
-        Graphs of fixed shapes take no `found` nodes, and calls that compile look none up.
+        Graphs of fixed shapes accept no `found` nodes. Compiled calls do not use lookup.
         """
         live, longest = input_ids.shape
         lengths = [longest] * live if lengths is None else lengths
@@ -112,9 +112,9 @@ class GraphedGenerator(CoralCandidateGenerator):
             self._read_prompt(input_ids, features, lengths, counts)
             features, counts = nodes_of(features, [[count - 1] for count in counts]), [1] * live
         width = self._width
-        passes = -(-max(counts) // width)  # several after plain steps
+        passes = -(-max(counts) // width)  # more than one after plain steps
         for left in range(passes - 1, -1, -1):
-            # of each row the features of this pass; a row that has none yet reads its first one early
+            # each row's features for this pass; a row without any reads its first one early
             first = [max(count - (left + 1) * width, 0) for count in counts]
             ends = [max(start + 1, count - left * width) for start, count in zip(first, counts, strict=True)]
             part, read = features, [end - start for start, end in zip(first, ends, strict=True)]
@@ -137,7 +137,7 @@ class GraphedGenerator(CoralCandidateGenerator):
         return tree
 
     def _run(self, input_ids: torch.Tensor, features: torch.Tensor, starts: list[int], counts: list[int]) -> tuple:
-        """One graph over new features `[n, T, F]`, of each row the first of `counts`, whose tokens in the text begin at `starts`."""
+        """One graph over new features `[n, T, F]`: the first `counts` of each row, whose tokens begin at `starts` in the text."""
         live, longest = input_ids.shape
         cache = self._graph.cache
         extra, width = cache.keys.shape[0] - live, self._width
@@ -155,11 +155,11 @@ class GraphedGenerator(CoralCandidateGenerator):
         return self._graph.run(*models, self._shape, *held, tokens, features, numbers[1], numbers[2])
 
     def _size(self, promised: torch.Tensor, rows: int, context: int) -> tuple[int, DraftPromise]:
-        """The nodes that pay best, of a whole draft whose best 1, 2, ... nodes promise this many tokens, `[n, N]`."""
+        """The tree that pays best, given the tokens `[n, N]` expected from the best 1, 2, ... nodes of a whole draft."""
         rule: Any = self.levels.rule_at(rows, context)
         if self._times is None or self._times[0] is not rule.costs:
             levels, most = self._shape.depth, promised.shape[1]
-            # a tree is verified in the size that it is padded to
+            # verification takes the time of the padded size
             padded = [min(padded_count(size), most) for size in range(1, most + 1)]
             times = [rule.costs.step_ms(levels, size) for size in padded]
             self._times = rule.costs, times, torch.tensor(times, device=promised.device)
@@ -172,7 +172,7 @@ class GraphedGenerator(CoralCandidateGenerator):
     def _read_prompt(
         self, input_ids: torch.Tensor, features: torch.Tensor, lengths: list[int], counts: list[int]
     ) -> None:
-        """Of each row all features but the last, which the first draft reads, into the graph's cache."""
+        """Reads all features of each row but the last into the graph's cache. The first draft reads the last one."""
         self._began = True
         live = len(lengths)
         held, scratch = self._graph.cache, self._shape.scratch
@@ -181,7 +181,7 @@ class GraphedGenerator(CoralCandidateGenerator):
             with torch.inference_mode():
                 before = [length - 1 for length in lengths], [count - 1 for count in counts]
                 self._extend(input_ids, features[:, : max(counts) - 1], *before)
-            # the eager cache begins with the first column that is a token of any row, this one with each row's own
+            # the eager cache begins at the first column with a token in any row, this cache at each row's own first token
             cut = max(0, min(padding - start for padding, start in zip(self.padding, first, strict=True)))
             shift = [padding - start - cut for padding, start in zip(self.padding, first, strict=True)]
             slots = torch.arange(self.cache.length, device=self._device)
@@ -195,7 +195,7 @@ class GraphedGenerator(CoralCandidateGenerator):
     def features_of(
         self, hidden_states: tuple[torch.Tensor, ...], paths: list[list[int]] | None = None
     ) -> torch.Tensor:
-        """As [`CoralCandidateGenerator.features_of`]: `[B, depth + 1, F]` of paths, whatever their lengths."""
+        """As [`CoralCandidateGenerator.features_of`], with shape `[B, depth + 1, F]` for paths of any length."""
         if paths is not None:
             paths = [path + [0] * (self._width - len(path)) for path in paths]
         return super().features_of(hidden_states, paths)
@@ -219,7 +219,7 @@ class GraphedGenerator(CoralCandidateGenerator):
 
 
 def generator_of(plan: GraphPlan | None) -> Callable[..., CoralCandidateGenerator]:
-    """What drafts in a call: takes the arguments of [`CoralCandidateGenerator`]."""
+    """The candidate generator of a call, compiled or not. Arguments are those of [`CoralCandidateGenerator`]."""
     return CoralCandidateGenerator if plan is None else partial(GraphedGenerator, plan=plan)
 
 

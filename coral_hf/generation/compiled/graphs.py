@@ -1,4 +1,4 @@
-"""Functions compiled once for each set of shapes, and kept beside the model that they run."""
+"""Functions that are compiled once per set of shapes and cached on the model that they run."""
 
 import threading
 import types
@@ -9,25 +9,25 @@ from typing import Any
 import torch
 
 
-# In the model's `__dict__`, not among its modules: never saved, moved or trained with it.
+# In the model's `__dict__`, not among its modules, so that it is never saved, moved or trained with the model.
 _NAME = "_coral_graphs"
 _lock = threading.Lock()
 
 
 def compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    """`torch.compile` of a function, apart from all other compilations of the same code.
+    """`torch.compile` of a function, independent of all other compilations of the same code.
 
-    PyTorch counts recompilations, and limits them, by code object. Here each set of shapes is a function of its own, so that
-    any recompilation is a mistake, and none takes another's place.
+    PyTorch counts and limits recompilations per code object. Here each set of shapes gets its own code object. Any
+    recompilation is therefore a mistake, and compiled shapes do not evict each other.
 
     Args:
         function (`Callable`)
         options (`dict`): keyword arguments of `torch.compile`.
 
     Raises:
-        ValueError: when it is called, if the code cannot be compiled.
+        ValueError: on the first call, if the code cannot be compiled.
     """
-    from torch._dynamo.exc import TorchDynamoException  # takes a second, which only those who compile spend
+    from torch._dynamo.exc import TorchDynamoException  # this import takes a second, so only compiled calls make it
 
     own = types.FunctionType(
         function.__code__.replace(),
@@ -45,14 +45,14 @@ def compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[
         except TorchDynamoException as error:
             raise ValueError(
                 f"draft_compile=True, but PyTorch cannot compile the models' forward: {str(error).splitlines()[0]}. Set "
-                "draft_compile=False, or let it compile the target in parts with compile_config=CompileConfig(fullgraph=False)."
+                "draft_compile=False, or compile the target in parts with compile_config=CompileConfig(fullgraph=False)."
             ) from error
 
     return run
 
 
 class _Kept(dict):
-    """What was compiled for a model. Copies and pickles of the model begin with nothing."""
+    """The compiled functions of a model. Copies and pickles of the model start without any."""
 
     def __deepcopy__(self, memo: dict) -> "_Kept":
         return _Kept()
@@ -62,13 +62,13 @@ class _Kept(dict):
 
 
 def take(model: torch.nn.Module, key: Hashable, partner: torch.nn.Module, make: Callable[[], Any]) -> Any:
-    """What was kept of an earlier call, or a new one; nobody else has it until [`put_back`]: it owns buffers.
+    """Takes the graphs of an earlier call, or makes new ones. They own buffers, so that one call at a time has them.
 
     Args:
-        model (`nn.Module`): beside which it is kept.
-        key (`Hashable`): shapes, settings, and all else that the graphs depend on.
-        partner (`nn.Module`): the other model that they run: with another one they are of no use.
-        make (`Callable`): makes what is kept.
+        model (`nn.Module`): the model that they are cached on.
+        key (`Hashable`): shapes, settings and everything else that the graphs depend on.
+        partner (`nn.Module`): the other model that they run. Graphs of another partner are not reused.
+        make (`Callable`): makes new graphs.
     """
     with _lock:
         kept = model.__dict__.setdefault(_NAME, _Kept())
@@ -77,13 +77,13 @@ def take(model: torch.nn.Module, key: Hashable, partner: torch.nn.Module, make: 
 
 
 def put_back(model: torch.nn.Module, key: Hashable, partner: torch.nn.Module, graphs: Any) -> None:
-    """Keeps it for later calls with the same key."""
+    """Returns graphs to the cache, for later calls with the same key."""
     with _lock:
         model.__dict__.setdefault(_NAME, _Kept())[key] = weakref.ref(partner), graphs
 
 
 def forget(model: torch.nn.Module) -> None:
-    """Drops all that was compiled for a model, and its memory."""
+    """Frees everything that was compiled for a model."""
     with _lock:
         model.__dict__.pop(_NAME, None)
 

@@ -1,4 +1,4 @@
-"""Whether a call is compiled, with what options and in what shapes: decided, or refused, before any forward."""
+"""Decides, before any forward pass, whether a call is compiled, with which options and in which shapes."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -16,21 +16,21 @@ from .graphs import put_back, take
 
 logger = logging.get_logger(__name__)
 
-# The lengths that stores are made in: texts of about the same length share their graphs.
+# Lengths of stores. Texts of similar length share their graphs.
 _SHORTEST, _LONGEST_STEP = 256, 4096
-# The sizes that trees are padded to: each is compiled when a tree first needs it.
+# Sizes that trees are padded to. Each is compiled when a tree first needs it.
 NODE_COUNTS = (1, 8, 16, 32, 64)
-# What PyTorch records CUDA graphs in, and a CPU cannot.
+# Modes in which PyTorch records CUDA graphs, which a CPU cannot run.
 _CUDA_MODES = ("reduce-overhead",)
 
 
 @dataclass
 class GraphPlan:
-    """How one call of `generate` is compiled. A context manager: at its end graphs and buffers are left to later calls.
+    """How one call of `generate` is compiled. A context manager, which returns graphs and buffers for later calls.
 
     Args:
         options (`dict`): keyword arguments of `torch.compile`.
-        length (`int`): places of each row in the caches.
+        length (`int`): slots per row in the caches.
     """
 
     options: dict[str, Any]
@@ -47,20 +47,20 @@ class GraphPlan:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:  # else something of them may be half-made
+        if kind is None:  # after an error they may be incomplete
             for taken in self._taken:
                 put_back(*taken)
         self._taken.clear()
 
 
 def padded_count(nodes: int) -> int:
-    """The size that a tree is padded to: the next of `NODE_COUNTS`, above them the next multiple of the largest."""
+    """The size that a tree is padded to: the next of `NODE_COUNTS`, or the next multiple of the largest."""
     largest = NODE_COUNTS[-1]
     return next((count for count in NODE_COUNTS if count >= nodes), -(-nodes // largest) * largest)
 
 
 def length_of(tokens: int) -> int:
-    """The length of a store for this many tokens: a power of two, above 4,096 a multiple of that."""
+    """The length of a store for this many tokens: a power of two, or a multiple of 4,096 above that."""
     if tokens > _LONGEST_STEP:
         return -(-tokens // _LONGEST_STEP) * _LONGEST_STEP
     return max(_SHORTEST, 1 << (tokens - 1).bit_length())
@@ -73,14 +73,15 @@ def graph_plan(
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> GraphPlan | None:
-    """How a call is compiled; None: not at all.
+    """How a call is compiled; None if it is not.
 
-    `draft_compile=True` asks for it, and so does a static cache (`cache_implementation="static"`) where plain `generate` would
-    compile with it. A static cache in `model_kwargs` is then replaced by an empty dynamic one, which the prompt is read into.
+    A call is compiled if it sets `draft_compile=True`. It is also compiled if it uses a static cache
+    (`cache_implementation="static"`) and plain `generate` would compile with that. A static cache in `model_kwargs` is then
+    replaced by an empty dynamic one for the prefill.
 
     Raises:
-        ValueError: for `draft_compile=True` where the static store cannot hold the target or the call, and for options that
-            no graph of fixed shapes can be compiled with.
+        ValueError: if `draft_compile=True` and the static store does not support the target or the call, or if the options
+            do not allow graphs of fixed shapes.
     """
     cache, config = cache_of(model_kwargs), generation_config.compile_config
     static = type(cache) is StaticCache and not getattr(cache, "_is_user_defined", False)
@@ -88,7 +89,7 @@ def graph_plan(
     if not settings.draft_compile and (static or config is not None):
         by_itself = compiles_by_itself(target, model_kwargs, generation_config)
     if not (settings.draft_compile or static) or settings.draft_stock_loop:
-        return None  # the stock loop refuses a static cache
+        return None  # the stock loop rejects a static cache
     empty = DynamicCache(config=target.config.get_text_config()) if static else cache
     mask, longest = model_kwargs.get("attention_mask"), generation_config.max_length
     returned = bool(generation_config.return_dict_in_generate)
@@ -99,7 +100,7 @@ def graph_plan(
                 f"draft_compile=True verifies in a static key-value store, which cannot serve this call of "
                 f"{type(target).__name__}: {problem}. Set draft_compile=False."
             )
-        return None  # what a static cache cannot do is refused where caches are checked
+        return None  # `check_cache` rejects the static cache
     if static:
         model_kwargs.update(cache_kwarg(empty))
     if not (settings.draft_compile or by_itself) or settings.draft_lookup or settings.draft_head == "context":
@@ -115,7 +116,7 @@ def _options(target: PreTrainedModel, generation_config: GenerationConfig, asked
     device, config = target.device.type, generation_config.compile_config
     if asked and generation_config.disable_compile:
         raise ValueError(
-            "draft_compile=True, but disable_compile=True in the generation config: leave one of them out."
+            "draft_compile=True, but disable_compile=True in the generation config. Remove one of the two."
         )
     if asked and (quantizer := getattr(target, "hf_quantizer", None)) is not None and not quantizer.is_compileable:
         raise ValueError(
@@ -139,7 +140,7 @@ def _options(target: PreTrainedModel, generation_config: GenerationConfig, asked
                     f"compile_config.mode={options['mode']!r} records CUDA graphs, but the target is on {device!r}. Pass "
                     "CompileConfig(mode='default'), or no compile_config at all."
                 )
-            options["mode"] = None  # as PyTorch does it for plain `generate`, with a line in its log
+            options["mode"] = None  # as PyTorch does for plain `generate`, which it logs
     options["dynamic"] = False
     _check_backend(options["backend"], device)
     return {name: value for name, value in options.items() if value is not None}

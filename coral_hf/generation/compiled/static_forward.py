@@ -1,4 +1,4 @@
-"""The target's forward over trees of a few fixed sizes, each size one graph over one static store."""
+"""The target's forward pass over trees of a few fixed sizes. Each size has a graph; all share one static store."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,20 +23,20 @@ from .static_store import StaticStore
 
 @dataclass
 class _Graphs:
-    """What is kept between calls: the store, whose addresses the graphs know, and a graph for each number of nodes."""
+    """State that is kept between calls: a graph for each number of nodes, and the store that the graphs address."""
 
     store: StaticStore
     by_nodes: dict[int, Callable[..., Any]]
 
 
 class StaticForward(StoreForward):
-    """[`StoreForward`] compiled: the same forwards over the same texts, with shapes that never change.
+    """A compiled [`StoreForward`]: the same forward passes over the same texts, in shapes that never change.
 
     Args:
-        target (`PreTrainedModel`): one that `paths.target_obstacle` finds nothing in.
+        target (`PreTrainedModel`): a target without a `paths.target_obstacle`.
         capacity (`int`): rows, B.
         plan ([`GraphPlan`])
-        hidden_states (`list[int]` or `bool`): those that each forward keeps.
+        hidden_states (`list[int]` or `bool`): the layers whose hidden states each forward pass keeps; True: all.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class StaticForward(StoreForward):
     ):
         super().__init__(target, capacity, rolling=False)
         self.options, self.hidden_states = plan.options, hidden_states
-        leave_out_of_copies(target)  # before a graph knows the hooks: it is compiled again where they change
+        leave_out_of_copies(target)  # before compilation, because a change of hooks causes a recompilation
         asked = tuple(hidden_states) if isinstance(hidden_states, list) else hidden_states
         key = ("verify", capacity, plan.length, str(plan.options), asked, target.dtype, self.device)
         windows = layer_windows(target)
@@ -56,7 +56,7 @@ class StaticForward(StoreForward):
         self.store: StaticStore = self._graphs.store
 
     def run(self, tree: DraftTree, offsets: list[int] | None = None, most: int | None = None, **kwargs: Any) -> Any:
-        """As [`StoreForward.run`]: a namespace of `logits` `[n, N, V]` and `hidden_states`."""
+        """As [`StoreForward.run`]. Returns a namespace of `logits` `[n, N, V]` and `hidden_states`."""
         store, nodes, live = self.store, tree.num_nodes, tree.tokens.shape[0]
         count = padded_count(nodes)
         store.begin(count)
@@ -65,7 +65,7 @@ class StaticForward(StoreForward):
         ids = F.pad(tree.tokens.to(device), (0, extra, 0, ended))
         depths = F.pad(tree.depths.to(device), (0, extra, 0, ended))
         ancestors = F.pad(tree.ancestors.to(device), (0, extra, 0, extra, 0, ended))
-        # a node that means nothing sees itself: no NaN
+        # a padding node sees itself, which avoids NaN
         ancestors = ancestors | torch.eye(count, dtype=torch.bool, device=device)
         moved = [*(offsets or []), *[0] * (store.capacity - len(offsets or []))]
         shift = torch.tensor(moved, device=device)
@@ -96,7 +96,7 @@ def _forward(
     shift: torch.Tensor,
     last: torch.Tensor,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """One graph: masks, positions and the target's forward over `[B, N]` nodes."""
+    """The compiled function: masks, positions and the target's forward pass over `[B, N]` nodes."""
     tree = DraftTree(ids, depths, depths, depths, ancestors)
     positions = torch.minimum(starts[:, None] + depths, last) + shift[:, None]
     dtype = target.dtype

@@ -1,4 +1,4 @@
-"""The key-value store in buffers of one length, which compiled forwards write at places that a tensor says."""
+"""The key-value store in buffers of fixed length, which compiled forward passes write at indices given by a tensor."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from ..key_values.store import KeyValueStore, StoreLayer
 
 
 class _StaticLayer(StoreLayer):
-    """A layer whose forward reads and writes the same tensors at every step, whatever the lengths of the rows are."""
+    """A layer that reads and writes the same tensors at every step, for rows of any length."""
 
     is_compileable = True
 
     def _write(self, side: int, states: torch.Tensor) -> torch.Tensor:
-        """Writes `[B, heads, T, d]` at the store's places and returns the whole buffer, `[B, heads, length, d]`."""
+        """Writes `[B, heads, T, d]` at the store's `places` and returns the whole buffer, `[B, heads, length, d]`."""
         buffer, entry = self.entries[side]
         held = self.kind.buffers[buffer][entry]
         places: Any = self.store.places  # [B, T]
@@ -26,14 +26,14 @@ class _StaticLayer(StoreLayer):
 
 
 class StaticStore(KeyValueStore):
-    """A [`KeyValueStore`] that never grows: every layer has a tensor of its own, at one address for good.
+    """A [`KeyValueStore`] that never grows. Every layer has its own tensor at a fixed address.
 
-    All rows take part in every forward. Those that have ended are read and written like the others, after nothing.
+    All rows take part in every forward pass. A row that has ended is treated as a row without a prefix.
 
     Args:
-        windows (`list` of `int` or `None`): of each layer.
-        capacity (`int`): rows, B.
-        length (`int`): places of each row: the longest text and the nodes of a forward.
+        windows (`list` of `int` or `None`): the sliding window of each layer.
+        capacity (`int`): number of rows, B.
+        length (`int`): slots per row: enough for the longest text and the nodes of one forward pass.
     """
 
     layer_class = _StaticLayer
@@ -48,21 +48,21 @@ class StaticStore(KeyValueStore):
         for kind in self.kinds.values():
             for buffers in kind.buffers:
                 for buffer in buffers:
-                    buffer.zero_()  # a NaN of an earlier call would outlive its mask
+                    buffer.zero_()  # a NaN left by an earlier call would pass through the mask
         super().load(cache, rows, first, lengths)
 
     def _buffer(self, count: int, heads: int, dim: int, like: torch.Tensor) -> Any:
         made = [like.new_zeros(self.capacity, heads, self.length, dim) for _ in range(count)]
         for tensor in made:
-            # without it a CUDA graph would be given copies
+            # otherwise a CUDA graph would get copies
             torch._dynamo.mark_static_address(tensor)
         return made
 
     def _reserve(self, end: int, cleared: bool = True) -> None:
-        """Nothing grows."""
+        """Does nothing, because the store never grows."""
 
     def begin(self, count: int) -> None:
-        """Says where the next forward writes `count` tokens of each row: after its end, rows that have ended at the front."""
+        """Sets where the next forward pass writes `count` tokens per row: after a live row's end, or at 0 for an ended row."""
         lengths = [length if row < self.num_rows else 0 for row, length in enumerate(self.lengths)]
         device = self.layers[0].kind.buffers[0][0].device
         self.starts = torch.tensor(lengths, device=device)

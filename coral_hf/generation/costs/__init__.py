@@ -1,1 +1,1 @@
-"""What a step costs on this machine, and whether drafting pays for it: measured, kept in files, read between what was measured."""
+"""Costs of a step on this machine: measured, cached in files and interpolated. They decide whether drafting pays."""

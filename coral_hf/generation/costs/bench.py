@@ -1,4 +1,4 @@
-"""A target and a drafter in the middle of a batch, so that the parts of a step can be timed."""
+"""A target and a drafter in the middle of a generation, set up for timing the parts of a step."""
 
 from dataclasses import replace
 
@@ -17,21 +17,21 @@ from ..settings import DraftSettings
 from ..target_forward import TargetForward
 
 
-NEW_ROWS = 2  # true rows that the drafter catches up on before it drafts: about what a step accepts
+NEW_ROWS = 2  # true rows that the drafter reads before it drafts: about as many as a step accepts
 
 
 class Bench:
     """A prefilled target, and a drafter that has read the same text.
 
-    Only the first tokens are read: times depend on how many keys and values there are, not on what they say. A batch and a
-    long context repeat those of one short text.
+    Only the first `read` tokens are read, because times depend on the number of keys and values and not on their content.
+    A batch or a long context repeats the keys and values of one short text.
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
-        rows (`int`): B, more than one only for a target that the store can hold.
-        context (`int`): tokens of each row before the root, beyond `read` only for such a target.
-        read (`int`): how many of them are read at most.
-        levels (`int`): the deepest draft that is timed.
+        rows (`int`): batch size B. More than one needs a target that the store supports.
+        context (`int`): tokens of each row before the root. More than `read` also needs such a target.
+        read (`int`): the most tokens to read.
+        levels (`int`): levels of the deepest draft to time.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class Bench:
         self.settings = settings
         self.device = target.get_input_embeddings().weight.device
         vocab_size = target.config.get_text_config().vocab_size
-        # whatever the total: the levels that are timed are drafted
+        # regardless of the total, so that all timed levels are drafted
         total = max(settings.draft_total_tokens, 1 + levels)
         fixed = replace(settings, draft_cost_aware=False, draft_total_tokens=total)
-        # before any forward: it refuses what does not fit together
+        # before any forward pass, because it checks that the models fit together
         padding = [0] * rows
         self.generator = CoralCandidateGenerator(drafter, target, fixed, context + settings.draft_depth + 1, padding)
-        ids = (1 + torch.arange(context, device=self.device) * 7919 % (vocab_size - 1))[None]  # 0 pads
+        ids = (1 + torch.arange(context, device=self.device) * 7919 % (vocab_size - 1))[None]  # 0 is padding
         cache = DynamicCache(config=target.config)
         self.by_levels = any(map(is_linear, cache.layers))
         in_store = store_obstacle(target, cache, None, context + total) is None
@@ -70,15 +70,16 @@ class Bench:
             self.verifier.enter_store(padding)
         features = self.generator.features_of(outputs.hidden_states).expand(rows, -1, -1)
         self.ids = torch.cat([ids, ids[:, :1]], dim=1).expand(rows, -1)  # the root follows the context
-        # its rows before those that it reads are zeros
+        # the drafter's rows before those are zeros
         self.generator.cache.length = context - features.shape[1]
         self.generator.propose(self.ids, features, max_depth=0)
         self.features = features[:, -NEW_ROWS:]
 
     def star(self, size: int) -> DraftTree:
-        """Trees of a root and leaves: times depend on the number of nodes alone, but in recurrent layers.
+        """Trees that consist of a root and leaves, because times depend only on the number of nodes.
 
-        Those read level by level: one path is then as deep as drafts get, and the other nodes are leaves.
+        Recurrent layers are an exception: they read level by level. For them, one path is as deep as drafts get, and the
+        other nodes are leaves.
         """
         depth = min(self.settings.draft_depth, size - 1) if self.by_levels else min(1, size - 1)
         if self.by_levels and self.settings.is_chain:
@@ -90,21 +91,21 @@ class Bench:
         return DraftTree(self.ids[:, :size], parents, depths, depths.float(), ancestors_of(parents, max(depth, 1)))
 
     def verify(self, tree: DraftTree) -> None:
-        """What a step does with a tree, from its mask to the features of what it keeps; the cache is then as before."""
+        """Verifies a tree as a step does, from its mask to the features of the kept nodes. Restores the cache afterwards."""
         outputs = self.verifier.verify(tree)
         paths, _ = accept_greedy(tree, outputs.logits.float().argmax(dim=-1).to(tree.tokens.device))
         self.generator.features_of(outputs.hidden_states, paths)
-        # Nothing is kept: rows that a sliding window has dropped would not come back.
+        # Keeps no node, because rows dropped by a sliding window could not be restored.
         self.verifier.keep([[] for _ in paths], tree.num_nodes)
 
     def propose(self, levels: int) -> None:
-        """Reads the newest rows again and drafts this many levels."""
+        """Reads the newest rows again, then drafts this many levels."""
         self.generator.cache.length -= self.features.shape[1]
         self.generator.propose(self.ids, self.features, max_depth=levels)
 
 
 def _repeat(cache: Cache, rows: int, context: int) -> None:
-    """Makes of the keys and values of one text those of `rows` texts of `context` tokens."""
+    """Repeats the keys and values of one text for `rows` texts of `context` tokens."""
     for layer in cache.layers:
         width = context
         if layer.is_sliding:

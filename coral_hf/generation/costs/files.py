@@ -1,4 +1,4 @@
-"""The files in which measured costs are kept: one for each pair and machine, with a table for each batch size and context."""
+"""Files of measured costs: one per pair and machine, with a table for each batch size and context."""
 
 import hashlib
 import json
@@ -15,16 +15,16 @@ from ..tree_size import DraftCosts
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 5  # of these files; what another one contains is measured again
+FORMAT = 5  # version of these files; costs in other versions are measured again
 
 
 @dataclass(frozen=True)
 class KeptCosts:
-    """Measured costs, and what tells whether the machine is still as fast as it was.
+    """Measured costs, with a probe that tells whether the machine is still as fast as it was.
 
     Args:
         costs ([`DraftCosts`])
-        probe_ms (`float`): a forward of the target over one token, just after the measurement.
+        probe_ms (`float`): time of a target forward pass over one token, just after the measurement.
         measured_at (`float`): seconds since the epoch.
     """
 
@@ -34,24 +34,24 @@ class KeptCosts:
 
 
 def costs_folder() -> Path:
-    """Where measured costs are kept."""
+    """The folder of measured costs."""
     return cache_dir() / "draft_costs"
 
 
 def cost_files() -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every file of measured costs and what it holds; an empty dict where it cannot be read, or has another format."""
+    """Every file of measured costs and its content: an empty dict if it is unreadable or has another format."""
     for path in sorted(costs_folder().glob("*.json")):
         content = _content(path)
         yield path, content if content.get("format") == FORMAT else {}
 
 
 def file_name(key: dict[str, Any]) -> str:
-    """The name of the file that contains what was measured of this pair on this machine."""
+    """The name of the file with the costs of this pair on this machine."""
     return f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
 
 
 def read_costs(key: dict[str, Any], prefix: int, nodes: int, rows: int = 1) -> KeptCosts | None:
-    """What was kept for `rows` prefixes of that length and trees of up to `nodes`; None: nothing that can be used."""
+    """The kept costs for `rows` prefixes of that length and trees of up to `nodes`; None if there are none to use."""
     content = _content(costs_folder() / file_name(key))
     if content.get("format") != FORMAT or content.get("key") != key:
         return None
@@ -65,7 +65,7 @@ def read_costs(key: dict[str, Any], prefix: int, nodes: int, rows: int = 1) -> K
 
 
 def write_costs(key: dict[str, Any], prefix: int, kept: KeptCosts, rows: int = 1) -> None:
-    """Puts a table in the place of the one for as many rows and the same prefix; the others stay."""
+    """Writes a table. It replaces the one with the same rows and prefix; others stay."""
     path = costs_folder() / file_name(key)
     content = _content(path)
     same = content.get("format") == FORMAT and content.get("key") == key and isinstance(content.get("tables"), list)
@@ -75,12 +75,12 @@ def write_costs(key: dict[str, Any], prefix: int, kept: KeptCosts, rows: int = 1
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"format": FORMAT, "key": key, "tables": tables}, shared=True)
     except OSError as error:
-        # Only the next process pays for it: it measures again.
+        # The only consequence is that the next process measures again.
         logger.warning("Draft costs were measured but not kept in %s: %s", path, error)
 
 
 def _is_of(table: Any, prefix: int, rows: int) -> bool:
-    """Tables of before there were batches are those of a single row."""
+    """Tables without a number of rows were written before batches were supported: they have one row."""
     return isinstance(table, dict) and table.get("prefix") == prefix and table.get("rows", 1) == rows
 
 

@@ -1,7 +1,7 @@
-"""Measures what a step costs on this machine, once per target, drafter, device, dtype and threads, and keeps it.
+"""Measures the costs of a step once per target, drafter, device, dtype and number of threads, and keeps them.
 
-One table for each batch size and context that calls come near to (`tables.py`). A measurement takes 20 seconds at most, and
-says that it does. It is repeated where the machine has plainly changed its speed.
+There is one table for each batch size and context that calls come near to (`tables.py`). A measurement takes at most 20
+seconds and is announced in the log. It is repeated when the machine's speed has clearly changed.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm  # as its own bars: silent where they are
+from transformers.utils.logging import tqdm  # silent when Transformers' progress bars are
 
 from ...drafter.configuration_coral import FC_NORMS, LOW_RANK_SETTINGS
 from ...drafter.few_rows import few_row_linears
@@ -33,17 +33,17 @@ from .files import KeptCosts, costs_folder, file_name, read_costs, write_costs
 
 logger = logging.getLogger(__name__)
 
-PREFIX_LENGTH = 256  # tokens before the root, of an ordinary chat
-MOST_LEVELS = 4  # of a draft that is timed; each level after the first costs about the same
-LONGEST_SECONDS = 20.0  # of a measurement, which somebody waits for
-PLAIN_CHANGE = 2.0  # times faster or slower than when it was measured: then it is measured again
-CHECK_SECONDS, KEEP_SECONDS = 60.0, 600.0  # between two looks at the speed; a measurement is kept at least this long
-MOST_NODES = 128  # of all rows of a batch in a forward that is timed; more cost as many times as much
+PREFIX_LENGTH = 256  # tokens before the root in an ordinary chat
+MOST_LEVELS = 4  # levels of a timed draft; each level after the first costs about the same
+LONGEST_SECONDS = 20.0  # most time for a measurement, because the user waits for it
+PLAIN_CHANGE = 2.0  # measure again if the machine is this many times faster or slower
+CHECK_SECONDS, KEEP_SECONDS = 60.0, 600.0  # between two speed checks; shortest life of a measurement
+MOST_NODES = 128  # most nodes over all rows of a timed forward pass; costs of more are extrapolated in proportion
 _FEW_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60, 64)
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 12
-_measured: dict[str, KeptCosts] = {}  # of this process, by file name, rows and length of the prefix
+_measured: dict[str, KeptCosts] = {}  # this process's measurements, by file name, rows and prefix length
 _checked: dict[str, float] = {}  # when the speed was last compared
-_lock = threading.Lock()  # two measurements at once would time each other, and what they find is kept
+_lock = threading.Lock()  # two simultaneous measurements would disturb each other, and the results are kept
 
 
 def cost_table(
@@ -56,20 +56,20 @@ def cost_table(
     seconds: float = LONGEST_SECONDS,
     key: dict[str, Any] | None = None,
 ) -> DraftCosts | None:
-    """The costs of drafting and verifying with these settings: from the cache, or measured now (seconds).
+    """The costs of drafting and verifying with these settings: from the cache, or measured now, which takes seconds.
 
-    What was kept is measured again where the machine is plainly faster or slower than it was then.
+    Cached costs are measured again if the machine is clearly faster or slower than it was.
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
-        rows (`int`): of the batch.
-        context (`int`, *optional*): tokens before the root; None: those of an ordinary chat.
+        rows (`int`): batch size.
+        context (`int`, *optional*): tokens before the root; None: as in an ordinary chat.
         refresh (`bool`): measure again.
-        seconds (`float`): that a measurement may take; with 0 nothing is measured.
-        key (`dict`, *optional*): [`costs_key`] of them, where it is known.
+        seconds (`float`): the most time for a measurement; 0 measures nothing.
+        key (`dict`, *optional*): their [`costs_key`], if the caller has it.
 
     Returns:
-        [`DraftCosts`]; None if they are not known and may not be measured.
+        [`DraftCosts`]; None if they are unknown and may not be measured.
     """
     key = costs_key(target, drafter, settings) if key is None else key
     prefix = context or prefix_length(target, settings)
@@ -111,7 +111,7 @@ def _measure_now(
 
 
 def _speed_changed(target: PreTrainedModel, kept: KeptCosts) -> bool:
-    """Whether none of three forwards takes about as long as one did then; the first that does ends the search."""
+    """Whether all of three forward passes differ clearly from the kept time. Stops at the first that does not."""
     if 0 <= time.time() - kept.measured_at < KEEP_SECONDS:
         return False
     return all(not 1 / PLAIN_CHANGE < probe_ms(target) / kept.probe_ms < PLAIN_CHANGE for _ in range(3))
@@ -119,7 +119,7 @@ def _speed_changed(target: PreTrainedModel, kept: KeptCosts) -> bool:
 
 @torch.inference_mode()
 def probe_ms(target: PreTrainedModel) -> float:
-    """Milliseconds of a forward of the target over one token, without a prefix."""
+    """Milliseconds of a target forward pass over one token without a prefix."""
     device = target.get_input_embeddings().weight.device
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     before = synchronized_clock({device})
@@ -128,7 +128,7 @@ def probe_ms(target: PreTrainedModel) -> float:
 
 
 def costs_key(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings) -> dict[str, Any]:
-    """What is timed and on what machine, as plain JSON values: costs of equal keys and prefixes are the same."""
+    """Models, settings and machine as JSON values. Equal keys and prefixes have equal costs."""
     device = target.get_input_embeddings().weight.device
     parameter = next(drafter.parameters())
     architecture = target.config.to_json_string(use_diff=False)
@@ -152,7 +152,7 @@ def costs_key(target: PreTrainedModel, drafter: CoralDraftModel, settings: Draft
             "device": device_name(parameter.device),
             "beside_target": parameter.device == device,
             **{name: getattr(drafter.config, name, None) for name in (*sizes, *attention, *heads)},
-            # named where they are, so that what was measured for other drafters is found again
+            # only where set, so that the files of other drafters keep their names
             **{name: True for name in FC_NORMS if getattr(drafter.config, name, False)},
             **{name: size for name in LOW_RANK_SETTINGS if (size := getattr(drafter.config, name, None))},
         },
@@ -164,7 +164,7 @@ def costs_key(target: PreTrainedModel, drafter: CoralDraftModel, settings: Draft
 
 
 def _active_adapters(target: PreTrainedModel) -> str | None:
-    """Hash over the shapes of all active PEFT adapters that are computed beside their layers; None without any."""
+    """Hash over the shapes of all active, unmerged PEFT adapters; None if there are none."""
     shapes = [
         (name, part, list(weight.shape), str(weight.dtype))
         for name, module in target.named_modules()
@@ -183,19 +183,18 @@ def measure_costs(
     rows: int = 1,
     context: int | None = None,
 ) -> DraftCosts:
-    """Times the parts of a step in turns, so that a drift of the machine hits all alike; medians, made monotone.
+    """Times the parts of a step in turn, so that a drift in speed affects all alike. Returns monotone medians.
 
-    A slow machine measures less: after `most_seconds` only the parts without which there are no costs (one node, the
-    largest tree, a level, the deepest draft) still run, once each. A size that was not reached is charged what the next
-    larger one took.
+    A slow machine measures less. After `most_seconds`, only the indispensable parts still run, once each: one node, the
+    largest tree, one level and the deepest draft. A size that was not timed gets the time of the next larger one.
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
         seconds (`float`): stop after this long, but not before three rounds.
         most_seconds (`float`): stop after this long in any case.
-        rows (`int`): of the batch, in which every row has as many nodes; more than one only for a target that the store can
-            hold.
-        context (`int`, *optional*): tokens before the root; None: those of an ordinary chat.
+        rows (`int`): batch size. Every row has the same number of nodes. More than one needs a target that the store
+            supports.
+        context (`int`, *optional*): tokens before the root; None: as in an ordinary chat.
     """
     deadline = time.perf_counter() + most_seconds
     depth, total = _levels(settings), settings.draft_total_tokens
@@ -222,7 +221,7 @@ def measure_costs(
     for size in sizes:
         found[size] = found[min(other for other in found if other >= size)]
     if sizes[-1] < total:
-        # this many nodes keep a device busy: each further one costs what those before it cost
+        # this many nodes keep a device busy: each further node costs as much as those before it
         last, middle = sizes[-1], max(size for size in sizes if size <= sizes[-1] / 2)
         slope = max(0.0, found[last] - found[middle]) / (last - middle)
         found[total] = found[last] + slope * (total - last)
@@ -236,7 +235,7 @@ def _take_turns(
     seconds: float,
     deadline: float,
 ) -> dict[tuple[str, int], list[float]]:
-    """Milliseconds of every round of every part, after a warm-up; of the warm-up where nothing else was reached."""
+    """Milliseconds of every part in every round after a warm-up. Parts that ran only in the warm-up return that time."""
     times: dict[tuple[str, int], list[float]] = {}
     start = time.perf_counter()
     with tqdm(total=len(parts) * (1 + _MAX_ROUNDS), desc="draft costs", leave=False) as progress:
@@ -246,7 +245,7 @@ def _take_turns(
             for name, part in parts.items():
                 before = synchronized_clock(devices)
                 known = times.get(name)
-                # a part takes as long as it did, one that did not run yet at most as long as the longest
+                # a part is expected to take as long as before, and a part that has not run as long as the longest
                 expected = known[-1] if known else max((taken[-1] for taken in times.values()), default=0.0)
                 late = before + expected / 1e3 > deadline
                 if late and (known or name not in needed):
@@ -259,9 +258,9 @@ def _take_turns(
 
 
 def _ends_first(sizes: list[int]) -> list[int]:
-    """The smallest and the largest size, then those halfway between: what is left out late is between its neighbours."""
+    """The smallest and the largest size, then repeatedly those halfway between, so that missing sizes have neighbours."""
     order, gaps = [0, len(sizes) - 1], [(0, len(sizes) - 1)]
-    for left, right in gaps:  # grows while it is read
+    for left, right in gaps:  # the loop appends to it
         middle = (left + right) // 2
         if left < middle < right:
             order.append(middle)
@@ -270,17 +269,17 @@ def _ends_first(sizes: list[int]) -> list[int]:
 
 
 def measured_sizes(total: int) -> list[int]:
-    """Every size up to 8, then both sides of every multiple of four, where matmuls step, and the largest."""
+    """Every size up to 8, then both sides of every multiple of four, where the times of matmuls jump, and the largest."""
     return [size for size in range(1, total + 1) if size <= 8 or size % 4 <= 1 or size == total]
 
 
 def _levels(settings: DraftSettings) -> int:
-    """The deepest draft that is timed."""
+    """Levels of the deepest timed draft."""
     return min(settings.draft_depth, MOST_LEVELS)
 
 
 def prefix_length(target: PreTrainedModel, settings: DraftSettings) -> int:
-    """Tokens before the root in an ordinary chat: fewer where the target's positions end earlier."""
+    """Tokens before the root in an ordinary chat, or fewer if the target supports fewer positions."""
     draft = settings.draft_total_tokens + settings.draft_depth
     limit = getattr(target.config.get_text_config(), "max_position_embeddings", None) or PREFIX_LENGTH + draft
     return max(1 + NEW_ROWS, min(PREFIX_LENGTH, limit - draft))

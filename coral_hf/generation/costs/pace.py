@@ -1,4 +1,4 @@
-"""Whether a step drafts at all: where drafting loses time, plain steps are taken, and now and then it is tried again."""
+"""Decides whether a step drafts. If drafting loses time, plain steps follow, and drafting is tried again later."""
 
 from typing import Protocol
 
@@ -7,28 +7,28 @@ from ..tree_size import DraftCosts
 
 
 class AnyCosts(Protocol):
-    """What knows the costs of a step."""
+    """A source of step costs."""
 
     def at(self, rows: int, context: int) -> DraftCosts:
-        """Those of this many rows, the longest of which has this many tokens."""
+        """The costs of a step with this many rows, the longest of which has this many tokens."""
         ...
 
 
-# In plain steps' time: what drafting may lose before it pauses, at first and when it is tried again, and what it may save up.
+# In units of a plain step's time: the loss at which drafting first pauses, the same for later tries, and the most credit.
 FIRST_CREDIT, LATER_CREDIT, MOST_CREDIT = 1.0, 0.25, 2.0
-SHORTEST_PAUSE, LONGEST_PAUSE = 16, 128  # plain steps in a row; each pause is twice as long as the one before
-PRIOR = 2.0  # accepted tokens for which the promises are taken at their word
+SHORTEST_PAUSE, LONGEST_PAUSE = 16, 128  # plain steps; each pause is twice as long as the last
+PRIOR = 2.0  # weight of the promises themselves, in accepted tokens
 
 
 class Pace:
     """Decides before every step of a call whether it drafts.
 
-    Drafting has a credit of time. A step adds what it saves over the plain steps that would have given its tokens, or takes
-    what it loses. When the credit is used up, plain steps follow. So a call loses a bounded time to drafts, whatever the
-    drafter is worth: the first credit, and a small one for each look after a pause.
+    Drafting has a time credit. A step that saves time over plain steps adds to it, and a step that loses time takes from it.
+    When the credit is used up, plain steps follow. The time that a call can lose is therefore bounded for any drafter: by
+    the first credit, plus a small one for each try after a pause.
 
-    The tokens of a step are those that its rule promised, corrected by what the call's promises were worth so far: what was
-    accepted by chance in one step decides nothing.
+    The gain of a step is computed from the tokens that its rule promised, scaled by how well the promises of this call have
+    come true. The outcome of a single step has little weight.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Pace:
         """Whether the next step drafts.
 
         Args:
-            costs ([`DraftCosts`], *optional*): of the step; None: sizes are fixed, and every step drafts.
+            costs ([`DraftCosts`], *optional*): costs of the step; None: sizes are fixed and every step drafts.
         """
         if costs is None:
             return True
@@ -50,11 +50,11 @@ class Pace:
         return costs.can_pay
 
     def add(self, promise: DraftPromise | None, accepted: float) -> None:
-        """Takes account of a step that drafted.
+        """Records a step that drafted.
 
         Args:
-            promise ([`DraftPromise`], *optional*): of its tree; None: its size was fixed.
-            accepted (`float`): drafted tokens accepted in each row, on average.
+            promise ([`DraftPromise`], *optional*): the promise of its tree; None: its size was fixed.
+            accepted (`float`): accepted drafted tokens per row, on average.
         """
         if promise is None:
             return

@@ -1,4 +1,4 @@
-"""Costs at any batch size and context, between the few at which they were measured."""
+"""Costs at any batch size and context, interpolated between a few that were measured."""
 
 import time
 
@@ -11,18 +11,18 @@ from ..tree_size import DraftCosts
 from .measurement import LONGEST_SECONDS, cost_table, costs_key, prefix_length
 
 
-GROWTH = 4  # from one measured context to the next
-MOST_TOKENS = 8192  # in the cache of a measurement: longer contexts are extrapolated
-BLOCK = 128  # tokens of context for which one table serves
+GROWTH = 4  # ratio of neighbouring measured contexts
+MOST_TOKENS = 8192  # most tokens in the cache of a measurement; longer contexts are extrapolated
+BLOCK = 128  # tokens of context that share one table
 
 
 class MeasuredCosts:
-    """The costs of one call, looked up or measured when a step comes near to them.
+    """The costs of one call, looked up or measured when a step first needs them.
 
-    Batch sizes are measured at powers of two, contexts at an ordinary chat's and at every fourfold of it, each when a call
-    has come closer to it than to the one before. Between two measured ones times are taken to lie on a line: a forward's
-    attention grows with the context, and its products with the rows. Beyond the longest context that was measured the line
-    is continued. All measuring of a call takes [`LONGEST_SECONDS`] at most.
+    Batch sizes are measured at powers of two. Contexts are measured at that of an ordinary chat and at each further factor
+    of four. A size is measured when a call comes closer to it than to the one before. Times between measured sizes are
+    interpolated linearly, because attention grows with the context and matrix products grow with the rows. Longer contexts
+    are extrapolated. All measurements of a call take at most [`LONGEST_SECONDS`].
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
@@ -36,11 +36,11 @@ class MeasuredCosts:
         positions = getattr(target.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
         self.longest = min(positions - settings.draft_total_tokens - settings.draft_depth, MOST_TOKENS)
         self.seconds_left = LONGEST_SECONDS
-        self._tables: dict[tuple[int, int], DraftCosts | None] = {}  # by rows and context; None: not to be had
+        self._tables: dict[tuple[int, int], DraftCosts | None] = {}  # by rows and context; None: unavailable
         self._at: dict[tuple[int, int], DraftCosts] = {}
 
     def at(self, rows: int, context: int) -> DraftCosts:
-        """The costs of a step of this many rows, the longest of which has this many tokens."""
+        """The costs of a step with this many rows, the longest of which has this many tokens."""
         place = rows, context // BLOCK
         if place not in self._at:
             middle = place[1] * BLOCK + BLOCK // 2
@@ -57,7 +57,7 @@ class MeasuredCosts:
         return mixed(lower, found, (rows - upper // 2) / (upper - upper // 2))
 
     def _of_rows(self, rows: int, context: int, needed: bool) -> DraftCosts | None:
-        """At this many rows, between contexts; None if nothing is known of these rows."""
+        """The costs for this many rows, interpolated between contexts; None if nothing is known for these rows."""
         contexts = self._contexts(rows)
         nearest = min(contexts, key=lambda other: max(other, context) / min(other, context))
         known = {}
@@ -73,7 +73,7 @@ class MeasuredCosts:
         return mixed(known[first], known[second], (context - first) / (second - first))
 
     def _nearest(self, rows: int, context: int) -> DraftCosts:
-        """Where the time for measuring is over: of another batch size, by preference a larger one."""
+        """The costs of another batch size, preferably a larger one, for when the time for measuring is over."""
         sizes = {known for (known, _), table in self._tables.items() if table is not None}
         larger = [size for size in sizes if size > rows]
         found = self._of_rows(min(larger) if larger else max(sizes), context, needed=False)
@@ -81,7 +81,7 @@ class MeasuredCosts:
         return found
 
     def _contexts(self, rows: int) -> list[int]:
-        """At which costs of this many rows are measured, in ascending order."""
+        """The contexts at which costs for this many rows are measured, in ascending order."""
         contexts = [min(self.usual, max(MOST_TOKENS // rows, 8))]
         while (
             self.in_store and (following := contexts[-1] * GROWTH) * rows <= MOST_TOKENS and following <= self.longest
@@ -93,7 +93,7 @@ class MeasuredCosts:
         place = rows, context
         if self._tables.get(place) is None and (measure or place not in self._tables):
             began = time.monotonic()
-            # the first table of a call is measured in any case
+            # the first table of a call is always measured
             first = not any(self._tables.values())
             seconds = (LONGEST_SECONDS if first else max(self.seconds_left, 0.0)) if measure else 0.0
             self._tables[place] = cost_table(
@@ -104,7 +104,7 @@ class MeasuredCosts:
 
 
 def mixed(first: DraftCosts, second: DraftCosts, share: float) -> DraftCosts:
-    """`first` at 0, `second` at 1, what lies on the line through both elsewhere; beyond `second` never less than it."""
+    """Linear interpolation: `first` at 0 and `second` at 1. Beyond 1 the result is never less than `second`."""
 
     def between(one: float, other: float) -> float:
         value = one + share * (other - one)
@@ -118,7 +118,7 @@ def mixed(first: DraftCosts, second: DraftCosts, share: float) -> DraftCosts:
 
 
 def draft_costs(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings) -> MeasuredCosts:
-    """The costs of a call with these settings, none of them measured yet."""
+    """The costs of a call with these settings, not measured yet."""
     return MeasuredCosts(target, drafter, settings)
 
 

@@ -1,1 +1,1 @@
-"""Keys and values of the target: which cache contains them, what a draft tree does to it, and what a drafter has read of it."""
+"""The target's keys and values during verification: the choice of cache, tree masks, compaction, recurrent states."""

@@ -1,4 +1,4 @@
-"""What a tree does to the target's KV cache: masks before the verify forward, compaction after it."""
+"""Draft trees in the target's dynamic KV cache: masks before the verification pass, compaction after it."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -10,24 +10,24 @@ from ..draft_tree import DraftTree
 from .recurrent_layers import LINEAR_TYPES, crop, is_linear
 
 
-# Types of layers, as configs name them, that are given a tree's mask, or need none.
+# Layer types, as configs name them, that take a tree mask or need none.
 _TYPES_OF_TREES = {"full_attention", "sliding_attention", "moe", "mlp"} | LINEAR_TYPES
 
 
 def check_cache(
     cache: Cache, branches: bool, layer_types: Sequence[str] = (), own_layers: Collection[type] = ()
 ) -> None:
-    """Raises `ValueError` for a cache that cannot hold and drop drafts.
+    """Raises `ValueError` for a cache from which rejected drafts cannot be dropped, or that does not support trees.
 
-    What no draft can be dropped from is refused before what cannot branch: nobody is sent to chains that are refused next.
+    Caches that cannot drop drafts come first. Otherwise the remedy for trees, chains, could lead to the next refusal.
 
     Args:
         cache (`Cache`)
-        branches (`bool`): drafts are trees; a chain needs no more than a cache that can be cropped.
-        layer_types (`Sequence[str]`): the target's, some of which have no tree mask.
-        own_layers (`Collection[type]`): layers of the cache that the target has where nobody chooses another.
+        branches (`bool`): drafts are trees. A chain only needs a cache that can be cropped.
+        layer_types (`Sequence[str]`): layer types of the target.
+        own_layers (`Collection[type]`): cache layers of the target's default cache.
     """
-    # a layer without states belongs to a layer that reads another's keys, as Gemma 4's last ones do
+    # cache layers without states belong to layers that read another layer's keys, such as Gemma 4's last layers
     layers = [layer for layer in cache.layers if type(layer).__name__ != "DummyLayer"]
     for layer in layers:
         kind = type(layer).__name__
@@ -35,7 +35,7 @@ def check_cache(
             continue
         if is_linear(layer) or type(layer) in own_layers:
             raise ValueError(
-                f"In this Transformers release {kind}, which this target keeps its states in, cannot drop rejected drafts. "
+                f"In this Transformers release, {kind}, which contains this target's states, cannot drop rejected drafts. "
                 "Generate without assistant_model, or install a newer Transformers."
             )
         raise ValueError(
@@ -59,18 +59,18 @@ def check_cache(
 
 
 def _has_index(layer: Any) -> bool:
-    """A layer that keeps more of a token than key and value, to choose what is attended to (DeepSeek-V3.2, GLM-5)."""
+    """Whether a layer also keeps an index, which selects the keys to attend to (DeepSeek-V3.2, GLM-5)."""
     return "Indexed" in type(layer).__name__ or hasattr(layer, "indexer_keys")
 
 
 def _drops_drafts(layer: Any) -> bool:
-    """Whether the last tokens of a cache layer can be taken away, with everything that it keeps of them."""
+    """Whether the last tokens of a cache layer can be removed, with all of their states."""
     kind = type(layer)
     if is_linear(layer):
         return hasattr(layer, "activate_past_recording")
     if not isinstance(layer, DynamicLayer) or "Quantized" in kind.__name__:
         return False
-    # the crop of a plain layer knows nothing of an index
+    # a plain layer's `crop` does not crop an index
     return not _has_index(layer) or kind.crop is not DynamicLayer.crop
 
 
@@ -82,16 +82,16 @@ def tree_attention_mask(
     sliding_window: int | None = None,
     prefix_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What each tree node may attend to, in one layer of the target.
+    """The attention mask of each tree node in one layer of the target.
 
     Args:
         tree ([`DraftTree`]): N nodes, which follow the prefix in the cache.
-        prefix_length (`int`, or `torch.LongTensor` of shape `[B]`): tokens before the root, of all rows or of each.
-        key_length (`int`), key_offset (`int`): the layer's keys, `cache.layers[i].get_mask_sizes(N)`: the first is
-            that of token `key_offset`.
-        sliding_window (`int`, *optional*): window of the layer; distances count depth in the tree, not slots.
-        prefix_mask (`torch.BoolTensor` of shape `[1, prefix_length]`, *optional*): False at padding; not with lengths of
-            each row.
+        prefix_length (`int`, or `torch.LongTensor` of shape `[B]`): tokens before the root, for all rows or for each.
+        key_length (`int`), key_offset (`int`): number of the layer's keys and token of the first key, as returned by
+            `cache.layers[i].get_mask_sizes(N)`.
+        sliding_window (`int`, *optional*): window of the layer. Distances are counted in tree depth, not in slots.
+        prefix_mask (`torch.BoolTensor` of shape `[1, prefix_length]`, *optional*): False at padding. Only with an `int` for
+            `prefix_length`.
 
     Returns:
         `torch.BoolTensor` of shape `[B, 1, N, key_length]`, True where visible.
@@ -113,7 +113,7 @@ def tree_attention_mask(
 
 
 def _ragged_mask(tree: DraftTree, lengths: torch.Tensor, keys: int, offset: int, window: int | None) -> torch.Tensor:
-    """[`tree_attention_mask`] of rows whose trees come after lengths `[B]` of their own."""
+    """[`tree_attention_mask`] for rows of different lengths `[B]`."""
     nodes, device = tree.num_nodes, tree.tokens.device
     place = torch.arange(offset, offset + keys, device=device) - lengths.to(device)[:, None]  # [B, keys], 0: the root
     node = place.clamp(0, nodes - 1)
@@ -121,23 +121,23 @@ def _ragged_mask(tree: DraftTree, lengths: torch.Tensor, keys: int, offset: int,
     among = tree.ancestors.gather(2, node[:, None].expand(-1, nodes, -1)) & in_tree[:, None]  # [B, N, keys]
     visible = (place < 0)[:, None] | among
     if window is not None:
-        depth = torch.where(in_tree, tree.depths.gather(1, node), place)  # of each key, the root's being 0
+        depth = torch.where(in_tree, tree.depths.gather(1, node), place)  # depth of each key; the root's is 0
         visible = visible & (tree.depths[..., None] - depth[:, None] < window)
     return visible[:, None]
 
 
 def compact_cache(cache: Cache, path: Sequence[int], num_nodes: int) -> None:
-    """Keeps the accepted nodes' keys and values and drops the other drafts; recurrent states stay as they are.
+    """Keeps the accepted nodes' keys and values and drops the other drafts. Recurrent states stay unchanged.
 
     Args:
-        cache (`Cache`): dynamic, recording its past (`activate_past_recording`), with the N nodes as last rows.
+        cache (`Cache`): a dynamic cache that records its past (`activate_past_recording`) and ends with the N nodes.
         path (`Sequence[int]`): accepted nodes, root first, in cache order.
-        num_nodes (`int`): N.
+        num_nodes (`int`): number of nodes N.
     """
     kept = len(path)
-    # A path 0, 1, 2, ... (a chain, or the best branch) already lies at the front.
+    # A path 0, 1, 2, ... (a chain, or the best branch) is already at the front.
     if kept < num_nodes and list(path) != list(range(kept)):
-        rows: dict[torch.device, torch.Tensor] = {}  # one copy for all layers of a device
+        rows: dict[torch.device, torch.Tensor] = {}  # indices, copied once per device
         for layer in cache.layers:
             if not getattr(layer, "is_initialized", False) or layer.keys is None:
                 continue
@@ -147,15 +147,15 @@ def compact_cache(cache: Cache, path: Sequence[int], num_nodes: int) -> None:
                     rows[states.device] = torch.tensor(path, device=states.device)
                 accepted = states.index_select(-2, start + rows[states.device])
                 states[..., start : start + kept, :] = accepted
-    # Also when nothing is dropped: sliding layers shrink back to their window here. Not by `cache.crop`, which stumbles over
-    # layers that share another's keys in Transformers 5.17.
+    # Also if nothing is dropped, because sliding layers shrink back to their window here. `cache.crop` of Transformers 5.17
+    # fails for layers that share another layer's keys.
     for layer in cache.layers:
         if getattr(layer, "is_initialized", True):
             crop(layer, num_nodes - kept)
 
 
 def empty_layer(layer: DynamicLayer) -> None:
-    """Frees what a layer contains, so that it can be filled again."""
+    """Frees a layer's states, so that it can be filled again."""
     layer.keys = layer.values = None
     layer.is_initialized = False
     if layer.is_sliding:

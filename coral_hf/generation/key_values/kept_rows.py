@@ -1,4 +1,4 @@
-"""What a drafter has read of a conversation, kept beside the target's KV cache until its next turn."""
+"""The drafter's KV cache of a conversation, kept with the target's KV cache until the next turn."""
 
 import weakref
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from ...drafter.head_rows import tensor_state
 
 @dataclass
 class ReadRows:
-    """A drafter's rows of a text; without them it drafts the next turn as if that were the beginning.
+    """The drafter's KV cache for a conversation so far. Without it, the next turn would be drafted with no context.
 
     Args:
-        ids (`torch.LongTensor` of shape `[1, L]`): what the target's cache contains.
-        num_padding (`int`): left padding among them.
+        ids (`torch.LongTensor` of shape `[1, L]`): the tokens in the target's cache.
+        num_padding (`int`): number of padding tokens on their left.
         rows ([`DraftKeyValues`]): the drafter's KV cache.
-        features (`torch.Tensor` of shape `[1, n, F]`): the target's, of the last n of the ids, not in `rows` yet.
+        features (`torch.Tensor` of shape `[1, n, F]`): the target's features of the last n tokens, which `rows` lacks.
     """
 
     ids: torch.Tensor
@@ -28,7 +28,7 @@ class ReadRows:
     features: torch.Tensor
 
 
-# They go when the target's cache does. The drafter is held weakly too: it may be gone, or have other weights by then.
+# Entries disappear with the target's cache. The drafter is referenced weakly too, because it may be deleted earlier.
 _kept: weakref.WeakKeyDictionary[Cache, tuple[weakref.ref, list, ReadRows]] = weakref.WeakKeyDictionary()
 
 
@@ -37,14 +37,14 @@ def _weights(drafter: Any) -> list[tuple]:
 
 
 def keep_rows(cache: Cache, drafter: Any, read: ReadRows) -> None:
-    """Keeps them as long as the cache lives."""
+    """Keeps the rows for as long as the cache exists."""
     _kept[cache] = weakref.ref(drafter), _weights(drafter), read
 
 
 def take_rows(cache: Cache, drafter: Any, input_ids: torch.Tensor, known: int, num_padding: int) -> ReadRows | None:
-    """What the drafter has read of the first `known` of `input_ids` `[1, L]`, which the cache held; None if not just that.
+    """The drafter's rows of the first `known` tokens of `input_ids` `[1, L]`; None if the kept rows are of other tokens.
 
-    If the cache contains something else by now, rows of another text would make bad drafts, no other text.
+    If the caller has changed the cache since, drafts get worse, but the output stays correct.
     """
     owner, weights, read = _kept.pop(cache, (None, None, None))
     if owner is None or read is None or owner() is not drafter or weights != _weights(drafter):

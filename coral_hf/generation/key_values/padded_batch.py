@@ -1,4 +1,4 @@
-"""Batches for targets whose states no key-value store holds: padded on the left, filled again when all rows have ended."""
+"""Left-padded batches for targets that the key-value store does not support. A new batch begins when all rows have ended."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ logger = logging.get_logger(__name__)
 
 class PaddedBatch:
     """
-    What a [`SlotCache`] does for decoding without drafts, over Transformers' dynamic cache: rows that end leave, but none begins
-    before the last one has ended.
+    The interface of [`SlotCache`] for decoding without drafts, on Transformers' dynamic cache. Rows leave when they end, but new
+    rows begin only after the last one has ended.
 
     Args:
         target (`PreTrainedModel`):
@@ -28,19 +28,19 @@ class PaddedBatch:
             Rows of a batch.
     """
 
-    refill_at = 0  # live rows at which new ones may begin
+    refill_at = 0  # new rows may begin at this number of live rows
 
     def __init__(self, target: PreTrainedModel, slots: int):
         check_one_device(target)
         self.target, self.slots, self.device = target, slots, target.device
         self._cache: DynamicCache | None = None
         self._mask = torch.zeros(0)  # [rows of the cache, L]
-        self._rows: list[int] = []  # of each slot, its row of the cache
-        self._logits: torch.Tensor | None = None  # of the prefill, [rows, V]; None: once they are taken
-        self._tokens = torch.zeros(0)  # of each slot, [n]
+        self._rows: list[int] = []  # each slot's row of the cache
+        self._logits: torch.Tensor | None = None  # of the prefill, [rows, V]; None after the first step
+        self._tokens = torch.zeros(0)  # each slot's last token, [n]
 
     def share_prefix(self, ids: list[int]) -> None:
-        """Nothing: each prompt is read whole."""
+        """Does nothing: each prompt is read whole."""
 
     def prefill(self, slots: Sequence[int], prompts: Sequence[list[int]]) -> None:
         """
@@ -48,7 +48,7 @@ class PaddedBatch:
 
         Args:
             slots (`Sequence[int]`):
-                The first ones, in order.
+                The first slots, in order.
             prompts (`Sequence[list[int]]`):
                 Their ids, of any lengths.
         """
@@ -96,7 +96,7 @@ class PaddedBatch:
         return outputs.logits[:, -1]
 
     def append(self, tokens: torch.Tensor) -> None:
-        """Takes the tokens that were chosen from the logits of the last `step`, shape `(n,)`."""
+        """Appends the tokens of shape `(n,)` that were chosen from the logits of the last `step`."""
         self._tokens = tokens.to(self.device)
 
     def move(self, source: int, destination: int) -> None:
@@ -108,13 +108,13 @@ class PaddedBatch:
 
 def decoding_slots(target: PreTrainedModel, slots: int) -> SlotCache | PaddedBatch:
     """
-    Where texts are decoded together: in slots that are filled one by one, or, with recurrent layers, in batches.
+    Decodes several texts together: in slots that are filled one by one, or in padded batches for recurrent targets.
 
     Args:
         target (`PreTrainedModel`):
             A decoder-only causal LM.
         slots (`int`):
-            Texts at a time.
+            Texts decoded at the same time.
 
     Raises:
         ValueError: as [`SlotCache`].
@@ -123,8 +123,8 @@ def decoding_slots(target: PreTrainedModel, slots: int) -> SlotCache | PaddedBat
     if problem is None or target.config.is_encoder_decoder or not LINEAR_TYPES & set(layer_kinds(target)):
         return SlotCache(target, slots)
     logger.warning_once(
-        f"{type(target).__name__} is not batched continuously: {problem}. Its texts are decoded in padded batches of up to {slots}, and a "
-        "batch ends with its longest answer."
+        f"{type(target).__name__} does not support continuous batching: {problem}. Its texts are decoded in padded batches of up "
+        f"to {slots}. Each batch lasts as long as its longest answer."
     )
     return PaddedBatch(target, slots)
 

@@ -1,7 +1,7 @@
-"""Which cache a target's keys and values are in while drafts are verified: the one place that decides it.
+"""Decides which cache contains the target's keys and values during verification. No other module decides this.
 
-The store ([`KeyValueStore`]) serves batches, regeneration and single sequences. What it cannot hold stays in Transformers'
-dynamic cache, one sequence at a time. `docs/batches.md` lists both tables; a test compares them.
+The store ([`KeyValueStore`]) serves batches, regeneration and single sequences. Calls that it does not support stay in
+Transformers' dynamic cache, one sequence at a time. `docs/batches.md` lists both tables; a test compares them.
 """
 
 import inspect
@@ -19,9 +19,9 @@ LAYERS_IN_STORE = ("full_attention", "sliding_attention")
 
 
 def layer_kinds(target: PreTrainedModel) -> list[str]:
-    """The attention of each layer of the target."""
+    """The layer type of each layer of the target."""
     config = target.config.get_text_config()
-    # Without layer_types a window holds for all layers (Mistral).
+    # Without layer_types, a window applies to all layers (Mistral).
     default = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
     return list(getattr(config, "layer_types", None) or [default] * config.num_hidden_layers)
 
@@ -33,7 +33,7 @@ def layer_windows(target: PreTrainedModel) -> list[int | None]:
 
 
 def rope_limits(config: Any) -> list[tuple[int, bool]]:
-    """Lengths from which RoPE has other frequencies, and whether they stay the same then (longrope) or keep changing."""
+    """Lengths at which the RoPE frequencies change, and whether they are constant afterwards (longrope: True)."""
     rope = getattr(config, "rope_parameters", None) or {}
     limits = []
     for kind in [value for value in rope.values() if isinstance(value, dict)] or [rope]:
@@ -45,22 +45,22 @@ def rope_limits(config: Any) -> list[tuple[int, bool]]:
 
 
 def takes_tree_masks(target: PreTrainedModel) -> bool:
-    """Whether the target's attention, or what replaces it while drafts are verified, knows a mask of a tree's shape."""
+    """Whether the target's attention, or its replacement during verification, supports tree masks."""
     if target.config.get_text_config()._attn_implementation in ("sdpa", "eager"):
         return True
     return replaces_attention(target)
 
 
 def tree_obstacle(target: PreTrainedModel) -> str | None:
-    """Why a tree's positions do not reach this target's attention; None if they do."""
+    """Why this target's attention does not use the positions of a tree's nodes; None if it does."""
     config = target.config.get_text_config()
-    # the class's: what wraps an instance's forward (hooks, timers) need not show the signature
+    # the signature of the class, because wrappers of an instance's forward (hooks, timers) may hide it
     if "position_ids" not in inspect.signature(type(target).forward).parameters:
         return "takes no position_ids"
     if getattr(config, "alibi", False):
-        return "counts distances by place, not by position (alibi=True)"
+        return "computes distances from indices, not from positions (alibi=True)"
     if "local" in (getattr(config, "attention_layers", None) or ()):
-        return "keeps the windows of its local layers to itself (attention_layers)"
+        return "does not expose the windows of its local layers (attention_layers)"
     return None
 
 
@@ -82,12 +82,12 @@ def _other_layers(target: PreTrainedModel) -> str | None:
 
 def _shared_layers(target: PreTrainedModel) -> str | None:
     shared = getattr(target.config.get_text_config(), "num_kv_shared_layers", None)
-    return f"its last {shared} layers read the keys of earlier ones (num_kv_shared_layers)" if shared else None
+    return f"its last {shared} layers read the keys of earlier layers (num_kv_shared_layers)" if shared else None
 
 
 def _cross_attention(target: PreTrainedModel) -> str | None:
     layers = getattr(target.config.get_text_config(), "cross_attention_layers", None)
-    return f"its layers {layers} attend to something else than the text" if layers else None
+    return f"its layers {layers} attend to something other than the text" if layers else None
 
 
 def _several_positions(target: PreTrainedModel) -> str | None:
@@ -97,17 +97,17 @@ def _several_positions(target: PreTrainedModel) -> str | None:
 
 def _several_devices(target: PreTrainedModel) -> str | None:
     devices = {str(device) for device in (getattr(target, "hf_device_map", None) or {}).values()}
-    return f"it lies on several devices ({', '.join(sorted(devices))})" if len(devices) > 1 else None
+    return f"it is on several devices ({', '.join(sorted(devices))})" if len(devices) > 1 else None
 
 
-# What of a target the store cannot hold, as the docs list it -> what that is in this one.
+# Properties of targets that the store does not support, as the docs list them -> a function that finds them in a target.
 OF_TARGETS: dict[str, Callable[[PreTrainedModel], str | None]] = {
-    "an encoder of their own (encoder-decoders)": _encoder_decoder,
+    "their own encoder (encoder-decoders)": _encoder_decoder,
     "attention other than `sdpa`, `eager` and FlashAttention without soft-cap or sinks": _attention,
     "layers other than full and sliding attention (recurrent, convolutional, chunked)": _other_layers,
     "layers that read the keys of others (Gemma 4 and 3n)": _shared_layers,
-    "layers that attend to something else than the text (Llama 3.2 Vision)": _cross_attention,
-    "several positions a token (Qwen-VL)": _several_positions,
+    "layers that attend to something other than the text (Llama 3.2 Vision)": _cross_attention,
+    "several positions per token (Qwen-VL)": _several_positions,
     "positions that do not reach the attention (MPT, BLOOM, ALiBi, GPT-Neo's local layers)": tree_obstacle,
     "a `device_map` over several devices": _several_devices,
 }
@@ -117,7 +117,7 @@ def _given_cache(
     target: PreTrainedModel, cache: Cache, mask: torch.Tensor | None, max_length: int, returned: bool
 ) -> str | None:
     if getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0:
-        return "the call passes a KV cache of its own"
+        return "the call passes its own KV cache"
     return None
 
 
@@ -137,7 +137,7 @@ def _holes(
 ) -> str | None:
     if mask is None or (mask.ndim == 2 and not bool((mask[:, 1:] < mask[:, :-1]).any()) and bool(mask[:, -1].all())):
         return None
-    return "its attention mask is not left padding alone"
+    return "its attention mask has zeros that are not left padding"
 
 
 def _changing_rope(
@@ -151,11 +151,11 @@ def _returned_padding(
     target: PreTrainedModel, cache: Cache, mask: torch.Tensor | None, max_length: int, returned: bool
 ) -> str | None:
     if returned and mask is not None and mask.shape[0] == 1 and not bool(mask.all()):
-        return "its cache is returned, padding included, and the store keeps no padding"
+        return "its cache is returned with padding, but the store keeps no padding"
     return None
 
 
-# The same, of a call.
+# The same for properties of a call.
 OF_CALLS: dict[str, Callable[[PreTrainedModel, Cache, torch.Tensor | None, int, bool], str | None]] = {
     "a KV cache that the caller passes": _given_cache,
     "other caches (offloaded, quantised, static)": _other_cache,
@@ -166,7 +166,7 @@ OF_CALLS: dict[str, Callable[[PreTrainedModel, Cache, torch.Tensor | None, int, 
 
 
 def target_obstacle(target: PreTrainedModel) -> str | None:
-    """Why the store cannot hold this target's keys and values, whatever the call; None if it can."""
+    """Why the store does not support this target in any call; None if it does."""
     found = (obstacle(target) for obstacle in OF_TARGETS.values())
     return next((problem for problem in found if problem is not None), None)
 
@@ -174,14 +174,14 @@ def target_obstacle(target: PreTrainedModel) -> str | None:
 def store_obstacle(
     target: PreTrainedModel, cache: Cache, mask: torch.Tensor | None, max_length: int, returned: bool = False
 ) -> str | None:
-    """Why a call of `generate` stays in the dynamic cache, one sequence at a time; None if it goes into the store.
+    """Why a call of `generate` must stay in the dynamic cache, one sequence at a time; None if it can use the store.
 
     Args:
         target (`PreTrainedModel`)
         cache (`Cache`): as `generate` prepared it, before the prefill.
         mask (`torch.Tensor` of shape `[B, L]`, *optional*): the prompts' attention mask.
-        max_length (`int`): longest sequence that the call can reach.
-        returned (`bool`): the caller gets the cache back.
+        max_length (`int`): the longest sequence that the call can reach.
+        returned (`bool`): whether the caller gets the cache back.
     """
     if (problem := target_obstacle(target)) is not None:
         return problem

@@ -1,10 +1,10 @@
-"""States of recurrent layers (Mamba, gated delta nets, short convolutions) while drafts are verified.
+"""States of recurrent layers (Mamba, gated delta nets, short convolutions) during verification.
 
-A state is a sum over all tokens that were read: none can be taken out of it. And where a module reads several tokens after
-a state, its form of the recurrence is another than plain decoding's: Nemotron-H's and Zamba2's clamps the time steps, Jamba's
-begins without the state. So within a verify forward these modules, and only they, read one level of the draft tree after the
-other, as plain decoding does, each node after the state of its parent. The states of all nodes are kept until it is known
-which of them are accepted. Projections before and after the recurrence are products over all nodes at once.
+A state is a sum over all tokens read so far, so that no token can be removed from it. Moreover, many modules compute several
+tokens after a state differently from single steps: those of Nemotron-H and Zamba2 clamp the time steps, and Jamba's starts
+without the state. During verification, these modules therefore read the draft tree one level at a time, as plain decoding
+reads single tokens. Each node is read after the state of its parent. The states of all nodes are kept until acceptance is
+known. Projections before and after the recurrence are still computed for all nodes at once.
 """
 
 import threading
@@ -25,18 +25,18 @@ from .recurrent_layers import UPDATES, fit_convolutions, is_linear, is_recurrent
 from .tree_levels import TreeLevel, joined_levels, of_level, tree_levels
 
 
-_States = dict[tuple[str, int], torch.Tensor]  # of a layer, by attribute and index, each [places, ...]
-_here = threading.local()  # .steps: the RecurrentStates of the verify forward that this thread runs
+_States = dict[tuple[str, int], torch.Tensor]  # states of a layer by attribute and index, each [places, ...]
+_here = threading.local()  # .steps: the RecurrentStates of this thread's verification pass
 _lock = threading.Lock()
-_users: Counter[nn.Module] = Counter()  # verify forwards that a module takes part in at this moment
+_users: Counter[nn.Module] = Counter()  # running verification passes that use a module
 
 
 class RecurrentStates:
-    """The states of a cache's recurrent layers over one verify forward after the other, for any number of rows.
+    """The states of a cache's recurrent layers over a series of verification passes, for any number of rows.
 
     Args:
-        target (`PreTrainedModel`): one that [`recurrent_layers.check_recurrence`] lets pass.
-        cache (`Cache`): dynamic, after the prefill.
+        target (`PreTrainedModel`): a target that passes [`recurrent_layers.check_recurrence`].
+        cache (`Cache`): a dynamic cache after the prefill.
     """
 
     def __init__(self, target: PreTrainedModel, cache: Cache):
@@ -45,23 +45,23 @@ class RecurrentStates:
         self._modules = {index: modules[0] for index, modules in recurrent_modules(target).items()}
         self._recurrent = [index for index, layer in self.layers.items() if is_recurrent(layer)]
         for index, layer in self.layers.items():
-            if not getattr(layer, "is_sliding", False):  # a window beside the states records its past in any case
-                # without a record recurrent layers convolve as plain decoding does
+            if not getattr(layer, "is_sliding", False):  # a sliding window next to the states always records its past
+                # without a record, recurrent layers convolve as in plain decoding
                 layer.record_past = index not in self._recurrent
-        # of each kind of module the linear layer that it ends with, and those that read what it is given
+        # for each class of module: its last linear layer, and the linear layers that read its input
         self._last: dict[type[nn.Module], str | None] = {}
         self._first: dict[type[nn.Module], set[str]] = {}
-        # of the forward that runs or ran last
+        # of the current or last forward pass
         self._levels: list[TreeLevel] = []
-        self._count = 0  # nodes of each row
+        self._count = 0  # nodes per row
         self._before: dict[int, _States] = {}
         self._after: dict[int, list[_States]] = {}
 
     @contextmanager
     def stepping(self, tree: DraftTree) -> Iterator[None]:
-        """Surrounds a forward of the target over the nodes `[n, N]` of every row; [`keep`] follows it."""
+        """Context for a target forward pass over the nodes `[n, N]` of every row. Call [`keep`] afterwards."""
         self._levels, self._count = tree_levels(tree), tree.num_nodes
-        # A chain's convolutions record their inputs until the crop; a tree's have other inputs before them.
+        # For chains, convolutions record their inputs until the crop. In a tree, nodes have different inputs before them.
         stepped = self._recurrent if tree.is_chain else list(self.layers)
         self._before = {index: _states(self.layers[index]) for index in stepped}
         self._after = {}
@@ -85,12 +85,12 @@ class RecurrentStates:
                         module.__class__ = type(module).__mro__[1]
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
-        """Leaves the states as they are after the accepted nodes of the forward.
+        """Sets the states to those after the accepted nodes of the last forward pass.
 
         Args:
-            paths (`Sequence[Sequence[int]]`): of each row, root first; an empty one leaves the states as they were before.
+            paths (`Sequence[Sequence[int]]`): each row's accepted nodes, root first. An empty path restores the states before.
         """
-        # of each row: the level of the last accepted node, counted from 1, and its place there
+        # for each row: the level of the last accepted node, counted from 1, and its place in that level
         ends = []
         for row, path in enumerate(paths):
             level = len(path)
@@ -112,7 +112,7 @@ class RecurrentStates:
             _set_states(self.layers[index], states)
         self._before, self._after = {}, {}
 
-    # What runs within the target's forward ----------------------------------------------------------------------
+    # Within the target's forward pass ---------------------------------------------------------------------------
 
     def step(self, module: nn.Module, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The outputs `[n, N, ...]` of a recurrent module, level by level, each node after its parent's state."""
@@ -149,7 +149,7 @@ class RecurrentStates:
         return joined if last is None else getattr(module, last)(joined)
 
     def _project(self, module: nn.Module, kind: type[nn.Module], args: tuple, kwargs: dict) -> dict[str, torch.Tensor]:
-        """What a module's linear layers make of all nodes: those before it writes a state, and those that read its input."""
+        """Outputs of a module's linear layers for all nodes: of those before it writes a state, and those that read its input."""
         spies = _spies(module, {})
         stopping = _Stopping(self.cache)
 
@@ -179,12 +179,12 @@ def _set_states(layer: Any, states: _States) -> None:
         getattr(layer, name)[index] = state
 
 
-# What replaces parts of a module ----------------------------------------------------------------------------------
+# Replacements of parts of a module --------------------------------------------------------------------------------
 
 
 @remembered
 def _stepping(kind: Any) -> type[nn.Module]:
-    """The class that a module has while drafts are verified; for threads that verify none it is the module's own."""
+    """The class of a module during verification. For threads that verify nothing it behaves like the original class."""
 
     class Stepping(kind):
         @wraps(kind.forward)
@@ -192,7 +192,7 @@ def _stepping(kind: Any) -> type[nn.Module]:
             steps = getattr(_here, "steps", None)
             return kind.forward(self, *args, **kwargs) if steps is None else steps.step(self, kind, args, kwargs)
 
-        def __reduce_ex__(self, protocol: Any) -> Any:  # its copies and pickles are plain modules
+        def __reduce_ex__(self, protocol: Any) -> Any:  # copies and pickles are ordinary modules
             return object.__new__, (kind,), self.__dict__
 
     Stepping.__name__ = Stepping.__qualname__ = kind.__name__
@@ -200,7 +200,7 @@ def _stepping(kind: Any) -> type[nn.Module]:
 
 
 def _with_children(module: nn.Module, kind: type[nn.Module], children: dict[str, Any]) -> nn.Module:
-    """The module, with the same weights and other children in the place of some."""
+    """A view of the module with the same weights, in which some children are replaced."""
     other = object.__new__(kind)
     other.__dict__.update(module.__dict__)
     other.__dict__["_modules"] = {**module._modules, **children}
@@ -208,7 +208,7 @@ def _with_children(module: nn.Module, kind: type[nn.Module], children: dict[str,
 
 
 class _Child:
-    """In the place of a linear layer; everything but its call is the layer's."""
+    """Replaces a linear layer. Everything except its call is delegated to the layer."""
 
     def __init__(self, module: Any):
         self.module = module
@@ -218,7 +218,7 @@ class _Child:
 
 
 class _Spy(_Child):
-    """Keeps what the layer returned, and counts the calls."""
+    """Keeps the layer's outputs and counts its calls."""
 
     def __init__(self, module: Any):
         super().__init__(module)
@@ -233,7 +233,7 @@ class _Spy(_Child):
 
 
 class _Known:
-    """In the place of a linear layer whose outputs are known."""
+    """Replaces a linear layer whose outputs are already known."""
 
     def __init__(self, outputs: torch.Tensor, level: TreeLevel):
         self.outputs, self.level = outputs, level
@@ -243,7 +243,7 @@ class _Known:
 
 
 def _spies(module: nn.Module, known: dict[str, Any]) -> dict[str, _Spy]:
-    """For every linear layer, quantised or with an adapter or not, that is not known yet."""
+    """Replacements for all linear layers without known outputs, including quantised ones and those with adapters."""
     return {
         name: _Spy(child)
         for name, child in module.named_children()
@@ -256,11 +256,11 @@ def _identity(value: torch.Tensor) -> torch.Tensor:
 
 
 class _Stopped(Exception):
-    """A module is about to write a state."""
+    """Raised when a module is about to write a state."""
 
 
 class _Stopping:
-    """A cache that is read from, and stops what writes into it."""
+    """A cache that can be read and interrupts any module that writes to it."""
 
     def __init__(self, cache: Cache):
         self.cache = cache

@@ -1,4 +1,4 @@
-"""What of a target is recurrent: layers of its cache that keep states of fixed size, and the modules that write them."""
+"""Finds the recurrent parts of a target: cache layers with states of fixed size, and the modules that write them."""
 
 import inspect
 from collections.abc import Iterator
@@ -13,28 +13,28 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ...drafter.few_rows import is_compiled
 
 
-LINEAR_TYPES = {"conv", "hybrid", "hybrid_sliding", "linear_attention"}  # of layers with states, as configs name them
-UPDATES = {"update_conv_state", "update_recurrent_state"}  # methods of a cache by which a module writes its states
+LINEAR_TYPES = {"conv", "hybrid", "hybrid_sliding", "linear_attention"}  # layer types with states, from configs
+UPDATES = {"update_conv_state", "update_recurrent_state"}  # cache methods with which a module writes its states
 
 
 def is_linear(layer: Any) -> bool:
-    """A layer of a cache that keeps states of fixed size, alone or beside keys and values."""
+    """Whether a cache layer keeps states of fixed size, with or without keys and values."""
     return "LinearAttention" in type(layer).__name__
 
 
 def is_recurrent(layer: Any) -> bool:
-    """Whether a layer of a cache, after a forward, keeps a state that Transformers cannot crop.
+    """Whether a cache layer keeps a state after a forward pass that Transformers cannot crop.
 
-    Convolutions alone can be cropped: they keep the last inputs, and while they record their past those before them too.
+    Pure convolutions can be cropped. They keep their last inputs, and also earlier ones while they record their past.
     """
     return is_linear(layer) and any(state is not None for state in layer.recurrent_states.values())
 
 
 def crop(layer: Any, count: int) -> None:
-    """Takes the last `count` tokens from what a layer keeps of each token; recurrent states stay as they are."""
+    """Removes the last `count` tokens from a layer's states per token. Recurrent states stay unchanged."""
     if not is_linear(layer) or (layer.record_past and not is_recurrent(layer)):
         layer.crop(-count)
-    elif isinstance(layer, DynamicLayer):  # attention beside the recurrence, as Falcon-H1 has it
+    elif isinstance(layer, DynamicLayer):  # attention next to the recurrence, as in Falcon-H1
         kinds = (kind for kind in type(layer).__mro__ if issubclass(kind, DynamicLayer))
         attention: Any = next(kind for kind in kinds if "LinearAttention" not in kind.__name__)
         attention.crop(layer, -count)
@@ -43,7 +43,7 @@ def crop(layer: Any, count: int) -> None:
 
 
 def fit_convolutions(layer: Any) -> None:
-    """Leaves of a layer's last inputs as many as its kernel is wide, with zeros before a shorter text."""
+    """Trims a layer's last inputs to the width of its kernel, with zeros before a shorter text."""
     for index, inputs in layer.conv_states.items():
         if inputs is None:
             continue
@@ -65,7 +65,7 @@ def recurrent_modules(target: PreTrainedModel) -> dict[int, list[nn.Module]]:
 
 @remembered
 def _writes_states(kind: Any) -> bool:
-    """By the names in the code of its methods, those that decorators wrap included."""
+    """Decided by the names in the code of its methods, including methods wrapped by decorators."""
     own = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
     methods = [value for base in own for value in vars(base).values() if inspect.isfunction(value)]
     return any(UPDATES & set(_names(inspect.unwrap(method).__code__)) for method in methods)
@@ -84,7 +84,7 @@ def check_recurrence(target: PreTrainedModel, cache: Cache, branches: bool) -> N
     Args:
         target (`PreTrainedModel`)
         cache (`Cache`): as `generate` prepared it.
-        branches (`bool`): drafts are trees; a chain needs nothing of layers that can be cropped.
+        branches (`bool`): drafts are trees. For a chain, layers that can be cropped need no check.
     """
     name = type(target).__name__
     layers = [index for index, layer in enumerate(cache.layers) if is_linear(layer)]
@@ -97,7 +97,7 @@ def check_recurrence(target: PreTrainedModel, cache: Cache, branches: bool) -> N
     modules = recurrent_modules(target) if stateful or branches else {}
     attends = any(isinstance(layer, DynamicLayer) for layer in cache.layers)
     if stateful and not (modules and attends):
-        problem = "no attention layer, whose keys count the tokens" if modules else "states outside of its KV cache"
+        problem = "no attention layer" if modules else "states outside of its KV cache"
         raise ValueError(
             f"{name} has {problem}: rejected drafts cannot be dropped from it. Generate without assistant_model."
         )
@@ -105,8 +105,8 @@ def check_recurrence(target: PreTrainedModel, cache: Cache, branches: bool) -> N
         return
     if any(is_compiled(module) for module in target.modules()):
         raise ValueError(
-            f"{name} is compiled, and its recurrent layers read the levels of a draft one after the other. Generate with the "
-            "target that is not compiled, or without assistant_model."
+            f"{name} is compiled, and its recurrent layers read the levels of a draft one by one. Generate with the uncompiled "
+            "target, or without assistant_model."
         )
     for index in layers:
         writers = modules.get(index, [])
@@ -117,7 +117,7 @@ def check_recurrence(target: PreTrainedModel, cache: Cache, branches: bool) -> N
         remedy = "Generate without assistant_model" if stateful else "Set draft_top_k=1 to verify chains"
         raise ValueError(
             f"The states of layer {index} of {name} are written by {found}. One module must write them, on its own device and "
-            f"by its own code. {remedy}."
+            f"with its own code. {remedy}."
         )
 
 

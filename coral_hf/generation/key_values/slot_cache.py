@@ -13,17 +13,17 @@ from .paths import target_obstacle
 from .store_forward import StoreForward
 
 
-# what takes slots, their texts and the states `[n, L, H]` of each layer, of all tokens but the last
+# a function of slots, their texts, and each layer's states `[n, L, H]` of all tokens but the last
 States = Callable[[Sequence[int], Sequence[list[int]], tuple[torch.Tensor, ...]], None]
-# Prompts are prefilled together up to this many padded tokens: enough for a full matrix product, little enough memory.
+# Prompts are prefilled together up to this many padded tokens: enough for full matrix products, without much memory.
 _PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 class SlotCache:
     """
-    The target over a [`KeyValueStore`] whose rows are slots.
+    Runs the target on a [`KeyValueStore`] whose rows are slots.
 
-    Live slots are in front: `step(n)` decodes the slots 0 to n - 1. A slot knows its last token, whose keys and
+    Live slots come first: `step(n)` decodes the slots 0 to n - 1. A slot remembers its last token, whose keys and
     values are not in the store yet.
 
     Args:
@@ -33,7 +33,7 @@ class SlotCache:
             Rows of the store.
 
     Raises:
-        ValueError: if the store cannot hold the target (`paths.OF_TARGETS`).
+        ValueError: if the store does not support the target (`paths.OF_TARGETS`).
     """
 
     def __init__(self, target: PreTrainedModel, slots: int):
@@ -44,25 +44,25 @@ class SlotCache:
             )
         if (problem := target_obstacle(target)) is not None:
             raise ValueError(
-                f"the target cannot be batched continuously: {problem}. Answer the prompts with `generate` instead."
+                f"the target does not support continuous batching: {problem}. Answer the prompts with `generate` instead."
             )
         self.target, self.slots, self.device = target, slots, target.device
-        # A forward on an accelerator costs the same for one prompt as for many: there, prompts wait for each other.
+        # On an accelerator, a forward pass over many prompts costs as much as over one. There, prompts wait for each other.
         self.refill_at = slots - (1 if self.device.type == "cpu" else max(1, slots // 8))
-        # Slots start again: sliding layers keep every place.
+        # Slots are reused, so sliding layers keep every place.
         self.forward = StoreForward(target, slots, rolling=False)
         self.store = self.forward.store
         self.last_tokens = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.prefix: list[int] = []
-        self.prefix_states: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each layer, [1, heads, P, d]
+        self.prefix_states: list[tuple[torch.Tensor, torch.Tensor]] = []  # for each layer, [1, heads, P, d]
 
     def share_prefix(self, ids: list[int]) -> None:
         """
-        Runs ids with which most prompts begin (a chat template's system text) once instead of in every prefill.
+        Runs a prefix that most prompts share (a chat template's system text) once instead of in every prefill.
 
         Args:
             ids (`list[int]`):
-                The prefix; a prompt that begins otherwise, or is not longer, is prefilled whole.
+                The prefix. A prompt that does not begin with it, or is not longer, is prefilled whole.
         """
         self.prefix = []
         if ids:
@@ -78,8 +78,8 @@ class SlotCache:
         states: list[int] | bool = False,
     ) -> None:
         """
-        Fills slots with prompts, all but the last token of each: that one goes through the first step, so that no
-        prefill needs logits and right padding does no harm (what it leaves in the store is masked, then overwritten).
+        Fills slots with prompts, except for the last token of each. The first step reads that token, so that a prefill
+        needs no logits. Right padding is harmless: its entries in the store are masked and later overwritten.
 
         Args:
             slots (`Sequence[int]`):
@@ -87,9 +87,9 @@ class SlotCache:
             prompts (`Sequence[list[int]]`):
                 Their ids, of any lengths.
             take (`Callable`, *optional*):
-                Gets the hidden states of each forward; without a shared prefix only.
+                Receives the hidden states of each forward pass. Only without a shared prefix.
             states (`list[int]` or `bool`):
-                Those that are wanted.
+                The layers whose hidden states are needed; True: all.
         """
         for group, start in self._groups(prompts, len(self.prefix)):
             group_slots, group_prompts = [slots[i] for i in group], [prompts[i] for i in group]
@@ -100,13 +100,13 @@ class SlotCache:
                 take(group_slots, group_prompts, found)
 
     def read(self, slots: Sequence[int], texts: Sequence[list[int]], take: States, states: list[int] | bool) -> None:
-        """Runs texts again for their hidden states alone, and leaves the slots as they are; arguments of [`prefill`]."""
+        """Runs texts again only for their hidden states. Slots stay unchanged. Arguments are those of [`prefill`]."""
         for group, _ in self._groups(texts, 0):
             group_texts = [texts[i] for i in group]
             take([slots[i] for i in group], group_texts, self._run(group_texts, 0, states)[1])
 
     def _groups(self, prompts: Sequence[list[int]], start: int) -> Iterator[tuple[list[int], int]]:
-        """Which prompts are run together, longest first, and how many of their tokens are the shared prefix of `start`."""
+        """The groups of prompts to run together, longest first, with the length of their shared prefix."""
         begins = [bool(start) and len(prompt) > start + 1 and prompt[:start] == self.prefix for prompt in prompts]
         for shared in (True, False):
             order = [index for index in range(len(prompts)) if begins[index] == shared]
@@ -120,12 +120,12 @@ class SlotCache:
     def _run(
         self, prompts: list[list[int]], start: int, states: list[int] | bool = False
     ) -> tuple[DynamicCache, tuple[torch.Tensor, ...]]:
-        """The keys, values and states of prompts without their last tokens, of which `start` are the shared prefix."""
-        # at least one token, of a prompt of one: its slot is then empty
+        """Keys, values and states of prompts without their last tokens. The first `start` tokens are the shared prefix."""
+        # at least one token, even for a prompt of one token, whose slot stays empty
         end = max(2, *(len(prompt) for prompt in prompts)) - 1
         rows = [prompt[start:end] + [0] * (end - len(prompt)) for prompt in prompts]
         places = torch.arange(end, device=self.device)
-        # Without a mask `sdpa` takes its causal path, which a window within which all prompts fit does not change.
+        # Without a mask, `sdpa` takes its causal path. That is exact if all prompts fit into the window.
         mask = None
         windows = [window for window in self.forward.kinds.values() if window is not None]
         if (
@@ -139,7 +139,7 @@ class SlotCache:
                 for window in self.forward.kinds.values()
             }
             mask = self.forward.by_kind({window: m.expand(len(prompts), -1, -1, -1) for window, m in masks.items()})
-        cache = DynamicCache()  # not the config's: a window of right-padded rows would not be theirs
+        cache = DynamicCache()  # without the config, because windows would be wrong for right-padded rows
         if start:
             for index, held in enumerate(self.prefix_states):
                 cache.update(*(part.expand(len(prompts), -1, -1, -1) for part in held), index)
@@ -168,7 +168,7 @@ class SlotCache:
         return self.verify(self.roots(n)).logits[:, -1]  # [n, V]
 
     def roots(self, n: int) -> DraftTree:
-        """Trees of the last tokens of the first `n` slots alone."""
+        """Trees that consist of the last tokens of the first `n` slots."""
         return DraftTree.chain(self.last_tokens[:n, None])
 
     def verify(self, tree: DraftTree, most: int | None = None, **kwargs: Any) -> Any:
@@ -177,22 +177,22 @@ class SlotCache:
 
         Args:
             tree ([`DraftTree`]):
-                `(n, N)` nodes, of which the roots are the slots' last tokens.
+                `(n, N)` nodes. The roots are the slots' last tokens.
             most (`int`, *optional*):
-                No text gets longer.
+                The longest text.
             kwargs:
-                For the target's forward.
+                Passed to the target's forward.
         """
         self.store.num_rows = len(tree.tokens)
         return self.forward.run(tree, None, most, **kwargs)
 
     def keep(self, paths: Sequence[Sequence[int]], tokens: Sequence[int]) -> None:
-        """Keeps each slot's accepted nodes, root first, and takes the token after the last of them."""
+        """Keeps each slot's accepted nodes, root first, and appends the token after the last of them."""
         self.last_tokens[: len(tokens)] = torch.tensor(tokens, device=self.device)
         self.store.keep(paths)
 
     def append(self, tokens: torch.Tensor) -> None:
-        """Takes the tokens that were chosen from the logits of the last `step`, shape `(n,)`."""
+        """Appends the tokens of shape `(n,)` that were chosen from the logits of the last `step`."""
         self.last_tokens[: tokens.shape[0]] = tokens
         self.store.keep([[0]] * tokens.shape[0])
 

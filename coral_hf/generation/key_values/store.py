@@ -10,48 +10,48 @@ from ..draft_tree import DraftTree
 from .dynamic import empty_layer, tree_attention_mask
 
 
-# The store grows by this many places when the longest row asks for them: most texts never need their full length.
+# The store grows in steps of this many places, because most texts never reach their maximum length.
 BLOCK = 128
 
 
 class _Kind:
-    """The layers of one window: one buffer for all of them that share a shape, and the place that the buffers begin with."""
+    """The layers with one window: a buffer for each shape, and the first place in the buffers."""
 
     def __init__(self, window: int | None):
         self.window = window
         self.base = 0
         # each [entries, rows, heads, places, d]; an entry is a layer's keys or values
         self.buffers: list[Any] = []
-        # of each buffer, by entry: what the next forward writes and what it reads, where rows are as long as each other
+        # for each buffer, by entry: the views that the next forward pass writes and reads, if all rows have the same length
         self.written: list[tuple[torch.Tensor, ...]] = []
         self.held: list[tuple[torch.Tensor, ...]] = []
 
     def view(self, rows: int, start: int, end: int) -> None:
-        """Makes the views of all layers at once: places `start` to `end` are written, those before them are read as well."""
+        """Makes the views of all layers at once. Places `start` to `end` are written, and everything up to `end` is read."""
         live = [buffer[:, :rows] for buffer in self.buffers]
         self.written = [buffer[..., start - self.base : end - self.base, :].unbind(0) for buffer in live]
         self.held = [buffer[..., : end - self.base, :].unbind(0) for buffer in live]
 
 
 class StoreLayer(CacheLayerMixin):
-    """One layer's view of the store, which says where a forward writes."""
+    """One layer's view of the store. The store decides where a forward pass writes."""
 
     is_sliding = False
 
     def __init__(self, store: "KeyValueStore", kind: _Kind):
         super().__init__()
         self.store, self.kind = store, kind
-        self.entries: list[tuple[int, int]] = []  # (buffer, entry) of the keys, of the values
+        self.entries: list[tuple[int, int]] = []  # (buffer, entry) of the keys and of the values
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: [`KeyValueStore.load`] has filled the buffers before the first forward."""
+        """Does nothing: [`KeyValueStore.load`] fills the buffers before the first forward pass."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         return self._write(0, key_states), self._write(1, value_states)
 
     def _write(self, side: int, states: torch.Tensor) -> torch.Tensor:
-        """Writes `[n, heads, T, d]` after each row's end and returns all that the rows contain, `[n, heads, places, d]`."""
+        """Writes `[n, heads, T, d]` after each row's end. Returns the whole rows, `[n, heads, places, d]`."""
         store, base = self.store, self.kind.base
         buffer, entry = self.entries[side]
         if store.places is None:
@@ -72,16 +72,16 @@ class StoreLayer(CacheLayerMixin):
 
 
 class KeyValueStore(Cache):
-    """Keys and values of `capacity` rows of lengths of their own; the first `num_rows` of them are alive.
+    """Keys and values of `capacity` rows of different lengths. The first `num_rows` of them are live.
 
-    The token at place p of a row is its p-th, whatever padding stood before the text. A forward over T tokens of each row
-    writes them after the row's own end ([`begin`], the forward, [`keep`]): of a draft tree the accepted nodes then move to
-    the front, by one gather and one scatter for all rows and all layers of a shape.
+    Place p of a row contains its p-th token, not counting padding. A forward pass over T tokens per row writes them after each
+    row's end, in three calls: [`begin`], the forward pass, [`keep`]. `keep` moves the accepted nodes of a draft tree to the front,
+    with one gather and one scatter for all rows and all layers of a shape.
 
     Args:
         windows (`list` of `int` or `None`): the sliding window of each layer, None for full attention.
-        capacity (`int`): rows.
-        rolling (`bool`): rows only end, none begins later: sliding layers may forget what no window reaches.
+        capacity (`int`): number of rows.
+        rolling (`bool`): no new rows begin later, so that sliding layers may drop tokens that no window reaches.
     """
 
     layer_class = StoreLayer
@@ -91,19 +91,19 @@ class KeyValueStore(Cache):
         self.lengths = [0] * capacity
         self.num_rows = capacity
         self.kinds = {window: _Kind(window) for window in dict.fromkeys(windows)}
-        self.places: torch.Tensor | None = None  # [n, T] that the forward writes; None: the same slice of every row
+        self.places: torch.Tensor | None = None  # [n, T] places to write; None: the same slice of every row
         self.row_index: Any = None
-        self.end = 0  # places of the longest row, with what the forward writes
+        self.end = 0  # places of the longest row, including those to write
         super().__init__(layers=[self.layer_class(self, self.kinds[window]) for window in windows])
 
     # Filling ---------------------------------------------------------------------------------------------------
 
     def load(self, cache: Cache, rows: Sequence[int], first: Sequence[int], lengths: Sequence[int]) -> None:
-        """Moves prefilled prompts into rows; the cache is empty afterwards.
+        """Moves prefilled prompts into rows. The cache is empty afterwards.
 
         Args:
-            cache (`Cache`): dynamic, of a batch of `len(rows)`; sliding layers may have dropped what is out of reach.
-            rows (`Sequence[int]`): where each row of the batch goes.
+            cache (`Cache`): a dynamic cache of `len(rows)` rows. Sliding layers may have dropped tokens out of reach.
+            rows (`Sequence[int]`): the destination of each row of the batch.
             first (`Sequence[int]`): the column of each row's first token, after its padding.
             lengths (`Sequence[int]`): tokens of each row.
         """
@@ -113,7 +113,7 @@ class KeyValueStore(Cache):
         if self.rolling:
             for kind in self.kinds.values():
                 kind.base = 0 if kind.window is None else max(min(lengths) - kind.window + 1, 0)
-        # cleared layer by layer as it fills: cleared at once, all of it would take memory beside all of the cache
+        # cleared layer by layer while filling, because the whole store and the whole cache together would need twice the memory
         whole = not self.layers[0].entries and len(rows) == self.capacity
         self._make_buffers(cache.layers)
         self._reserve(max(lengths), cleared=not whole)
@@ -132,10 +132,10 @@ class KeyValueStore(Cache):
                 held[index, :, :width] = states.gather(2, places)
                 if whole:
                     held[:, :, width:] = 0
-            empty_layer(source)  # layer by layer: never two copies of all
+            empty_layer(source)  # layer by layer, so that there are never two copies of everything
 
     def _make_buffers(self, layers: Sequence[Any]) -> None:
-        """Empty buffers, one for all keys and values of a kind that share a shape, as they are in a dynamic cache."""
+        """Empty buffers for the keys and values of a dynamic cache: one for each shape of each kind of layer."""
         if self.layers[0].entries:
             return
         counts: dict[tuple, int] = {}  # entries of each shape, in the order of the buffers
@@ -155,7 +155,7 @@ class KeyValueStore(Cache):
         return like.new_zeros(count, self.capacity, heads, 0, dim)
 
     def _reserve(self, end: int, cleared: bool = True) -> None:
-        """Room for rows of `end` tokens, `cleared` unless the caller writes all of it."""
+        """Makes room for rows of `end` tokens: `cleared`, unless the caller writes all of it."""
         for kind in self.kinds.values():
             if not kind.buffers or kind.buffers[0].shape[3] >= end - kind.base:
                 continue
@@ -176,7 +176,7 @@ class KeyValueStore(Cache):
     # Stepping --------------------------------------------------------------------------------------------------
 
     def begin(self, count: int) -> None:
-        """Makes room for `count` tokens after the end of every live row, where the next forward writes them."""
+        """Makes room for `count` tokens after the end of every live row, for the next forward pass."""
         lengths = self.lengths[: self.num_rows]
         self.end = max(lengths) + count
         self._reserve(self.end)
@@ -191,7 +191,7 @@ class KeyValueStore(Cache):
             kind.view(self.num_rows, lengths[0], self.end)
 
     def masks(self, tree: DraftTree) -> dict[int | None, torch.Tensor]:
-        """What each node of each row may attend to, after [`begin`]: `[n, 1, N, places]` for every window."""
+        """The attention masks of all nodes after [`begin`]: `[n, 1, N, places]` for every window."""
         prefix: int | torch.Tensor = self.lengths[0] if self.places is None else self.places[:, 0]
         return {
             window: tree_attention_mask(tree, prefix, self.end - kind.base, kind.base, window)
@@ -199,7 +199,7 @@ class KeyValueStore(Cache):
         }
 
     def whole(self) -> list[bool]:
-        """Of each layer, after [`begin`], whether all nodes of each row see all that stands before them."""
+        """For each layer, after [`begin`]: whether all nodes of each row see the whole prefix."""
         if self.places is not None:
             return [False] * len(self.layers)
         sees = {
@@ -209,16 +209,16 @@ class KeyValueStore(Cache):
         return [sees[layer.kind.window] for layer in self.layers]
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
-        """Keeps of what the last forward wrote each row's accepted nodes, root first; the rest is overwritten later.
+        """Keeps each row's accepted nodes of the last forward pass, root first. The rest is overwritten later.
 
         Args:
-            paths (`Sequence[Sequence[int]]`): of each live row, in the order of the nodes.
+            paths (`Sequence[Sequence[int]]`): each live row's accepted nodes, in ascending order.
         """
         moves = [
             (row, self.lengths[row] + node, self.lengths[row] + place)
             for row, path in enumerate(paths)
             for place, node in enumerate(path)
-            if node != place  # a chain, or the best branch, already lies at the front
+            if node != place  # a chain, or the best branch, is already at the front
         ]
         if moves:
             self._move(moves)
@@ -233,7 +233,7 @@ class KeyValueStore(Cache):
                 buffer[:, rows, :, places - kind.base] = buffer[:, rows, :, sources - kind.base]
 
     def keep_rows(self, order: Sequence[int]) -> None:
-        """Keeps these live rows, in this order; a row that moves takes the place of one that is gone."""
+        """Keeps these live rows, in this order. A row that moves takes the place of a removed one."""
         for row, source in enumerate(order):
             if row != source:
                 self.move_row(source, row)
@@ -241,7 +241,7 @@ class KeyValueStore(Cache):
         self.end = max(self.lengths[: self.num_rows], default=0)
 
     def move_row(self, source: int, destination: int) -> None:
-        """Copies a row over another."""
+        """Copies one row to another."""
         length = self.lengths[destination] = self.lengths[source]
         for kind in self.kinds.values():
             for buffer in kind.buffers:
@@ -257,7 +257,7 @@ class KeyValueStore(Cache):
                 layer.kind.buffers[buffer][entry][:1, :, : length - base].clone() for buffer, entry in layer.entries
             ]
             destination.update(*states)
-            if base:  # it counts what it was given
+            if base:  # the layer counts only the tokens that it received
                 destination.cumulative_length = length
 
 

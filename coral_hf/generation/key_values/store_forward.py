@@ -14,11 +14,11 @@ from .store import KeyValueStore
 
 
 class StoreForward:
-    """Runs the target on a store of its own.
+    """Runs the target on its own store.
 
     Args:
-        target (`PreTrainedModel`): one that `paths.target_obstacle` finds nothing in.
-        capacity (`int`): rows.
+        target (`PreTrainedModel`): a target without a `paths.target_obstacle`.
+        capacity (`int`): number of rows.
         rolling (`bool`): see [`KeyValueStore`].
     """
 
@@ -31,13 +31,13 @@ class StoreForward:
         self.replaces_attention = replaces_attention(target)
 
     def run(self, tree: DraftTree, offsets: list[int] | None = None, most: int | None = None, **kwargs: Any) -> Any:
-        """One forward over the nodes `[n, N]` of every live row, after what the row contains.
+        """One forward pass over the nodes `[n, N]` of every live row, after the row's tokens.
 
         Args:
             tree ([`DraftTree`])
-            offsets (`list[int]`, *optional*): of each row, what to add to a place for its position.
-            most (`int`, *optional*): no text gets longer: nodes that lie deeper are never accepted, but take positions.
-            kwargs: for the target's forward.
+            offsets (`list[int]`, *optional*): for each row, the difference between position and place.
+            most (`int`, *optional*): the longest text. Deeper nodes are never accepted, but need valid positions.
+            kwargs: passed to the target's forward.
         """
         store = self.store
         store.begin(tree.num_nodes)
@@ -58,16 +58,16 @@ class StoreForward:
             )
 
     def by_kind(self, masks: dict[int | None, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Masks by window -> as the target takes them: one, or by the kind of layer if there are several."""
+        """Masks by window -> in the target's format: a single mask, or one per layer type if there are several."""
         found = {window: as_added(mask.to(self.device), self.target) for window, mask in masks.items()}
         kinds = {kind: found[window] for kind, window in self.kinds.items()}
         return kinds if len(kinds) > 1 else next(iter(kinds.values()))
 
 
 def as_added(mask: torch.Tensor, target: PreTrainedModel) -> torch.Tensor:
-    """A bool mask as the target's attention takes it: what is added to the scores.
+    """Converts a bool mask to the additive mask that the target's attention takes.
 
-    `eager` takes nothing else: a bool mask would be silently wrong. On a CPU sdpa makes this of it, in every layer.
+    `eager` only takes additive masks: a bool mask would be silently wrong. On a CPU, sdpa would convert it in every layer.
     """
     dtype = target.dtype
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,4 +1,4 @@
-"""The levels of draft trees, and what a module is given and returns, taken apart by level and joined again."""
+"""Levels of draft trees: splits a module's inputs by level and joins its outputs."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from ..draft_tree import DraftTree
 
 
 class TreeLevel:
-    """The nodes of all rows at one depth of their trees, in one batch.
+    """The nodes of all rows at one depth of their trees, as one batch.
 
     Args:
-        nodes (`list[tuple[int, int]]`): the row and the node of each place.
-        parents (`list[int]`, *optional*): the place of each one's parent in the level before; None: its own.
+        nodes (`list[tuple[int, int]]`): row and node of each place.
+        parents (`list[int]`, *optional*): the place of each node's parent in the level before; None: the same place.
     """
 
     def __init__(self, nodes: list[tuple[int, int]], parents: list[int] | None):
@@ -20,13 +20,13 @@ class TreeLevel:
         self.places = {node: place for place, node in enumerate(nodes)}
 
     def behind(self, states: torch.Tensor) -> torch.Tensor:
-        """A copy, to be written into, of the states `[places, ...]` that precede the nodes."""
+        """A writable copy of the states `[places, ...]` before the nodes."""
         if self.parents is None:
             return states.clone(memory_format=torch.contiguous_format)
         return states[torch.tensor(self.parents, device=states.device)]
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
-        """The nodes' values `[places, 1, ...]` of `[n, N, ...]`, or of `[1, N, ...]` for all rows."""
+        """The nodes' values `[places, 1, ...]` from `[n, N, ...]`, or from `[1, N, ...]` for all rows."""
         rows, nodes = zip(*self.nodes, strict=True)
         if len(set(nodes)) == 1 and rows == tuple(range(len(values))):
             return values[:, nodes[0] : nodes[0] + 1]
@@ -56,7 +56,7 @@ def tree_levels(tree: DraftTree) -> list[TreeLevel]:
 
 
 def of_level(value: Any, level: TreeLevel, count: int) -> Any:
-    """Arguments of a module over `count` nodes -> those of one level."""
+    """Selects one level from the arguments of a module over `count` nodes."""
     if isinstance(value, torch.Tensor):
         return level.of(value) if value.ndim > 1 and value.shape[1] == count else value
     if isinstance(value, dict):
@@ -67,7 +67,7 @@ def of_level(value: Any, level: TreeLevel, count: int) -> Any:
 
 
 def joined_levels(outputs: list[Any], levels: list[TreeLevel]) -> Any:
-    """Outputs `[places, 1, ...]` of all levels -> `[n, N, ...]`."""
+    """Joins the outputs `[places, 1, ...]` of all levels to `[n, N, ...]`."""
     if isinstance(outputs[0], tuple):
         return tuple(joined_levels(list(parts), levels) for parts in zip(*outputs, strict=True))
     rows = len(levels[0].nodes)

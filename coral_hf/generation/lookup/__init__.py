@@ -1,1 +1,1 @@
-"""What the text already says: continuations of earlier occurrences of its last tokens, as nodes of a draft tree."""
+"""Prompt lookup: continuations of earlier occurrences of the text's last tokens, as nodes of a draft tree."""

@@ -1,4 +1,4 @@
-"""A tree that is drafted along a path that is known before: both are one tree, each node once."""
+"""A drafted tree merged with a path that is known beforehand. Each node appears once."""
 
 from collections.abc import Callable
 
@@ -10,13 +10,13 @@ from ..draft_tree import DraftTree, DraftTreeBuilder
 class GraftedTreeBuilder(DraftTreeBuilder):
     """A [`DraftTreeBuilder`] whose tree may also take nodes of a path from the root.
 
-    A node of the path that the drafter proposes too (its twin) is stored once, with the larger of both chances; the path
-    continues below it. What the drafter expands is as without the path.
+    If the drafter also proposes a node of the path (its twin), the node is stored once with the larger of both chances, and
+    the path continues below it. The path does not change which nodes the drafter expands.
 
     Args:
         root, top_k, calibrate: as for [`DraftTreeBuilder`].
         path (`torch.LongTensor` of shape `[B, L]`): tokens, each the child of the one before.
-        path_chances (`torch.FloatTensor` of shape `[B, L]`): of acceptance, never rising; 0 for nodes of no worth.
+        path_chances (`torch.FloatTensor` of shape `[B, L]`): chances of acceptance, non-increasing; 0 for nodes to ignore.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class GraftedTreeBuilder(DraftTreeBuilder):
     ):
         super().__init__(root, top_k, calibrate)
         self._path, self._path_chances = path, path_chances
-        self._ranks: list[torch.Tensor] = []  # chances of the stored nodes but the root, at least their twins'
+        self._ranks: list[torch.Tensor] = []  # chances of the stored nodes except the root, at least their twins'
         self._twins = [torch.zeros_like(root[:, 0])]  # stored index of the path's node at each depth; -1: not drafted
 
     def add_level(self, tokens: torch.Tensor, log_probs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -47,7 +47,7 @@ class GraftedTreeBuilder(DraftTreeBuilder):
         return added
 
     def chances(self) -> torch.Tensor:
-        """Of the drafted nodes, then of those of the path; 0 for those that have a twin. `[B, M + L]`."""
+        """Ranks of the drafted nodes, then of the path's nodes, `[B, M + L]`. A path node with a twin has rank 0."""
         twins = self._twins_of_path()
         return torch.cat([*self._ranks, self._path_chances.masked_fill(twins >= 0, 0.0)], dim=1)
 
@@ -59,7 +59,7 @@ class GraftedTreeBuilder(DraftTreeBuilder):
     def build(self, total_tokens: int) -> DraftTree:
         drafted, length = sum(self._sizes), self._path.shape[1]
         twins = self._twins_of_path()
-        # of a node of the path the parent is the twin of the one before, if there is one
+        # the parent of a path node is the twin of the node before, if there is one
         before = torch.cat([torch.zeros_like(twins[:, :1]), twins[:, :-1]], dim=1)  # [B, L]; the root is its own twin
         places = torch.arange(drafted - 1, drafted - 1 + length, device=twins.device)
         self._grafts = torch.where(before >= 0, before, places)

@@ -1,4 +1,4 @@
-"""LookupNodes: what each row's text says next, with chances of acceptance that follow from how often it was right."""
+"""LookupNodes: continuations found in each row's text, with chances of acceptance learned from earlier matches."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,9 +12,9 @@ from .text_index import LONGEST, SHORTEST, Match, TextIndex
 # How often the token after a match of 2, 3, ... 16 tokens was the target's, made monotone: 166,000 matches in greedy answers of
 # SmolLM2-135M-Instruct to 2,000 training prompts (`benchmarks/fit_lookup.py`, `benchmarks/records/lookup/prior.json`).
 PRIOR = (0.55, 0.63, 0.68, 0.71, 0.76, 0.78, 0.81, 0.82, 0.84, 0.84, 0.87, 0.88, 0.88, 0.88, 0.97)
-PRIOR_WEIGHT = 4.0  # tokens of a row's own that count as much as it
-LEAST_CHANCE = 0.05  # of a node that is worth its place in a tree
-FEWEST_DRAFTS = 4  # before what they bring is known well enough to leave one out
+PRIOR_WEIGHT = 4.0  # weight of the prior, in tokens of the row itself
+LEAST_CHANCE = 0.05  # least chance of a node that is worth verifying
+FEWEST_DRAFTS = 4  # drafts needed before their gain is known well enough to skip one
 
 
 class LookupRecord:
@@ -38,7 +38,7 @@ class LookupRecord:
         return chances
 
     def settle(self, match: Match, tokens: list[int]) -> None:
-        """Takes account of the target's own `tokens` where a continuation was expected, whether it was drafted or not."""
+        """Compares an expected continuation with the target's own `tokens`, whether it was drafted or not."""
         for step, (expected, token) in enumerate(zip(match.tokens, tokens, strict=False)):
             place = min(match.length + step, LONGEST) - SHORTEST
             self._seen[place] += 1
@@ -49,12 +49,12 @@ class LookupRecord:
 
 @dataclass
 class Found:
-    """Continuations of a batch's rows, as nodes that follow each other from the root.
+    """Continuations of a batch's rows, as a path of nodes from the root.
 
     Args:
-        tokens (`list[list[int]]`): of each row, all of one length, filled up with 0.
-        chances (`list[list[float]]`): of acceptance, as many; 0 where nothing was found.
-        alone (`bool`): they are to be verified without a draft beside them.
+        tokens (`list[list[int]]`): tokens of each row, padded with 0 to one length.
+        chances (`list[list[float]]`): chances of acceptance in the same shape; 0 where nothing was found.
+        alone (`bool`): verify them without a draft.
     """
 
     tokens: list[list[int]]
@@ -62,11 +62,11 @@ class Found:
     alone: bool = False
 
     def mean_chances(self) -> list[float]:
-        """Of each depth, over the rows."""
+        """The chance at each depth, over the rows."""
         return [sum(column) / len(column) for column in zip(*self.chances, strict=True)]
 
     def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and chances, both `[B, L]`, which reach the device in one piece."""
+        """Tokens and chances, both `[B, L]`, moved to the device in one transfer."""
         # float32 is exact for ids below 2^24, and every device has it
         tokens, chances = torch.tensor([self.tokens, self.chances], dtype=torch.float32).to(device)
         return tokens.long(), chances
@@ -77,26 +77,26 @@ class LookupNodes:
 
     Args:
         prompts (`list[list[int]]`): the ids of each row, without padding.
-        most (`int`): nodes of a row at the same time, the root left out.
+        most (`int`): most nodes of a row per step, without the root.
     """
 
     def __init__(self, prompts: list[list[int]], most: int):
         self._most = most
         self._rows = [(TextIndex(prompt), LookupRecord()) for prompt in prompts]
         self._matches: list[Match | None] = [None] * len(prompts)
-        # of the steps that drafted: how many, tokens accepted in each row, and milliseconds
+        # over the steps that drafted: their number, tokens accepted per row, and milliseconds
         self._drafts, self._accepted, self._drafts_ms = 0, 0.0, 0.0
 
     def find(self, deepest: int, costs: DraftCosts | None = None, drafts: bool = True) -> Found | None:
         """Continuations of the live rows' texts; None if no row has one that is worth a node.
 
-        They are to be verified alone if they promise more tokens per millisecond than the call's drafts gave, or than a
-        plain step gives where none is drafted; without costs, if they promise as many tokens as the drafts gave.
+        They are verified alone if they promise more tokens per millisecond than the drafts of this call, or than a plain step
+        if the step does not draft. Without costs, they are verified alone if they promise as many tokens as the drafts.
 
         Args:
-            deepest (`int`): no row has room for more.
-            costs ([`DraftCosts`], *optional*): of the step.
-            drafts (`bool`): the step drafts unless they are verified alone.
+            deepest (`int`): the most nodes that any row has room for.
+            costs ([`DraftCosts`], *optional*): costs of the step.
+            drafts (`bool`): whether the step drafts if they are not verified alone.
         """
         self._matches = [index.match(min(deepest, self._most)) for index, _ in self._rows]
         tokens, chances = [], []
@@ -116,7 +116,7 @@ class LookupNodes:
         return Found([row[:count] for row in tokens], [row[:count] for row in chances], True) if count else found
 
     def _alone(self, chances: list[float], costs: DraftCosts | None, drafts: bool) -> int:
-        """How many of the nodes to verify without a draft; 0: draft."""
+        """The number of nodes to verify without a draft; 0: draft."""
         known = self._drafts >= FEWEST_DRAFTS
         if costs is None:
             return len(chances) if known and sum(chances) * self._drafts >= self._accepted else 0
@@ -130,7 +130,7 @@ class LookupNodes:
         return count if speeds[count] * self._drafts_ms > self._accepted + self._drafts else 0
 
     def extend(self, tokens: list[list[int]]) -> None:
-        """Adds the tokens that the live rows got since [`find`], and takes account of what it had found."""
+        """Adds the tokens that the live rows got since [`find`], and compares them with its continuations."""
         for (index, record), match, new in zip(self._rows, self._matches, tokens, strict=True):
             if match is not None:
                 record.settle(match, new)
@@ -138,13 +138,13 @@ class LookupNodes:
         self._matches = [None] * len(self._rows)
 
     def drafted(self, counts: list[int], step_ms: float = 0.0) -> None:
-        """Takes account of a step that drafted, its tokens of each row and what it took by the costs."""
+        """Records a step that drafted: its tokens per row, and its time according to the costs."""
         self._drafts += 1
         self._accepted += sum(counts) / len(counts) - 1
         self._drafts_ms += step_ms
 
     def keep_rows(self, order: list[int]) -> None:
-        """Continues with these live rows, in this order."""
+        """Keeps these live rows, in this order."""
         self._rows = [self._rows[row] for row in order]
         self._matches = [self._matches[row] for row in order]
 

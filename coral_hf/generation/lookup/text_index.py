@@ -1,20 +1,20 @@
-"""Where a text has been before: earlier occurrences of its last tokens, and what followed them. Lists of ids, no tensors."""
+"""An index of a text: earlier occurrences of its last tokens, and what followed them. Lists of ids, no tensors."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
-SHORTEST = 2  # tokens of a match: one alone recurs everywhere
-LONGEST = 16  # of a match that is told apart from longer ones
-PLACES = 16  # occurrences of the last tokens that are looked at, the latest first
+SHORTEST = 2  # shortest match in tokens; single tokens recur too often
+LONGEST = 16  # longest match in tokens; longer ones count as this long
+PLACES = 16  # most occurrences that are compared, latest first
 
 
 class Match(NamedTuple):
-    """What the text says next, if it repeats itself.
+    """The continuation of the text if it repeats itself.
 
     Args:
         tokens (`list[int]`): the continuation.
-        length (`int`): of the match that it follows, from [`SHORTEST`] to [`LONGEST`] tokens.
+        length (`int`): length of the match before it, from [`SHORTEST`] to [`LONGEST`] tokens.
     """
 
     tokens: list[int]
@@ -22,7 +22,7 @@ class Match(NamedTuple):
 
 
 class TextIndex:
-    """The ids of one text while it grows, and where each pair of them is.
+    """The ids of one growing text, with the positions of each pair of ids.
 
     Args:
         ids (`Iterable[int]`): the prompt, without padding.
@@ -30,21 +30,21 @@ class TextIndex:
 
     def __init__(self, ids: Iterable[int] = ()):
         self.ids: list[int] = []
-        self._places: dict[tuple[int, ...], list[int]] = {}  # a pair -> the places of what followed it
+        self._places: dict[tuple[int, ...], list[int]] = {}  # a pair -> the positions after it
         self.extend(ids)
 
     def extend(self, ids: Iterable[int]) -> None:
-        """More tokens at the end; each takes constant time."""
+        """Appends tokens, in constant time for each."""
         for token in ids:
             if len(self.ids) >= SHORTEST:
                 self._places.setdefault(tuple(self.ids[-SHORTEST:]), []).append(len(self.ids))
             self.ids.append(token)
 
     def match(self, count: int) -> Match | None:
-        """The continuation, `count` tokens long, of the longest match with the end of the text, the latest of several.
+        """The continuation, `count` tokens long, of the longest earlier match with the end of the text, or the latest of several.
 
-        At most [`PLACES`] occurrences are compared over at most [`LONGEST`] tokens, however long the text is. A continuation
-        that reaches the end of the text continues with itself: a loop is drafted as a loop.
+        At most [`PLACES`] occurrences are compared over at most [`LONGEST`] tokens, so that the time does not depend on the
+        length of the text. A continuation that reaches the end of the text continues with itself, so that loops are drafted.
         """
         ids, end = self.ids, len(self.ids)
         places = self._places.get(tuple(ids[-SHORTEST:])) if end >= SHORTEST else None

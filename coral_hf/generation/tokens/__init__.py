@@ -1,1 +1,1 @@
-"""The texts of a batch: choosing their tokens from the target's logits, writing them, ending rows."""
+"""The texts of a batch: choosing tokens from the target's logits, writing them, and ending rows."""

@@ -1,4 +1,4 @@
-"""The texts of a batch while they grow, in one buffer of ids, with rows that end and leave; and the states kept of them."""
+"""The growing texts of a batch in one buffer of ids, whose rows end and leave, and the hidden states kept for them."""
 
 import torch
 
@@ -7,23 +7,23 @@ _GROWTH = 128
 
 
 class TextRows:
-    """Prompts and what was generated after them; a row that has ended is padded.
+    """Prompts and the tokens generated after them. A row that has ended is padded.
 
-    Rows of the batch keep their index; `live` contains those that still grow, in the order of the key-value store's rows.
+    Rows keep their index in the batch. `live` contains those that still grow, in the order of the key-value store's rows.
 
     Args:
         input_ids (`torch.LongTensor` of shape `[B, L]`): the prompts, padded on the left.
-        padding (`list[int]`): of each prompt.
-        pad_token_id (`int`): what comes after the end of a row.
+        padding (`list[int]`): left padding of each prompt.
+        pad_token_id (`int`): the token after the end of a row.
     """
 
     def __init__(self, input_ids: torch.Tensor, padding: list[int], pad_token_id: int):
         self.batch, self.prompt_length = input_ids.shape
         self._ids, self._pad = input_ids, pad_token_id
         self.padding = list(padding)
-        self.lengths = [self.prompt_length] * self.batch  # padding included
+        self.lengths = [self.prompt_length] * self.batch  # including padding
         self.live = list(range(self.batch))
-        # tokens of each row of the batch that `take_new` has not returned yet, on the host
+        # for each row, tokens that `take_new` has not returned yet, on the host
         self._new: list[list[int]] = [[] for _ in self.live]
 
     @property
@@ -31,11 +31,11 @@ class TextRows:
         return [self.lengths[row] for row in self.live]
 
     def ids(self, length: int | None = None) -> torch.Tensor:
-        """All rows `[B, length]`, by default as long as the longest."""
+        """All rows `[B, length]`, by default as long as the longest row."""
         return self._ids[:, : max(self.lengths) if length is None else length]
 
     def live_ids(self) -> torch.Tensor:
-        """The live rows `[n, L]`, as long as the longest of them."""
+        """The live rows `[n, L]`, as long as the longest live row."""
         ids = self.ids(max(self.live_lengths))
         return ids if self.live == list(range(self.batch)) else ids[self.live]
 
@@ -44,7 +44,7 @@ class TextRows:
         return self._ids[row : row + 1, : self.lengths[row]]
 
     def append(self, rows: list[int], tokens: torch.Tensor, known: list[int]) -> None:
-        """One token `[m]` after each of these rows of the batch; `known` are the same ones on the host."""
+        """Appends one token `[m]` to each of these rows of the batch. `known` are the same tokens on the host."""
         lengths = [self.lengths[row] for row in rows]
         self._reserve(max(lengths) + 1)
         if len(rows) == self.batch == 1:
@@ -56,7 +56,7 @@ class TextRows:
             self._new[row].append(token)
 
     def extend(self, tokens: list[list[int]]) -> None:
-        """Several tokens after each live row."""
+        """Appends several tokens to each live row."""
         starts = self.live_lengths
         for row, new in zip(self.live, tokens, strict=True):
             self.lengths[row] += len(new)
@@ -80,9 +80,9 @@ class TextRows:
         return new
 
     def leave(self, ended: list[bool]) -> list[int]:
-        """Takes the live rows out that have ended; returns the indices of the others, in their new order.
+        """Removes the live rows that have ended. Returns the indices of the others, in their new order.
 
-        The last live row takes the place of one that is gone, so that little is moved.
+        The last live row takes the place of a removed one, so that few rows move.
         """
         order = list(range(len(self.live)))
         for index in reversed([index for index, end in enumerate(ended) if end]):
@@ -101,14 +101,14 @@ class TextRows:
 
 
 class KeptStates:
-    """Hidden states of every layer: of the prompts, then of one generated token after the other; zeros after a row's end."""
+    """Hidden states of every layer, for the prompts and then for each generated token. Zeros after a row's end."""
 
     def __init__(self, rows: TextRows):
         self.batch, self.prompt_length = rows.batch, rows.prompt_length
         self.steps: list[tuple[torch.Tensor, ...]] = []
 
     def add_prompt(self, hidden_states: tuple[torch.Tensor, ...]) -> None:
-        """Of every layer `[B, L, H]`."""
+        """Adds the prompts' states `[B, L, H]` of every layer."""
         self.steps.append(hidden_states)
 
     def add(
@@ -118,12 +118,12 @@ class KeptStates:
         hidden_states: tuple[torch.Tensor, ...],
         paths: list[list[int]],
     ) -> None:
-        """Of a verified tree what was accepted.
+        """Adds the states of a verified tree's accepted nodes.
 
         Args:
-            rows (`list[int]`): the live rows, by their place in the batch.
-            lengths (`list[int]`): tokens of each of them, the root included.
-            hidden_states (`tuple` of `torch.Tensor` of shape `[n, N, H]`): of every layer.
+            rows (`list[int]`): indices of the live rows in the batch.
+            lengths (`list[int]`): tokens of each live row, including the root.
+            hidden_states (`tuple` of `torch.Tensor` of shape `[n, N, H]`): states of every layer.
             paths (`list[list[int]]`): the accepted nodes of each row.
         """
         for index, (row, length, path) in enumerate(zip(rows, lengths, paths, strict=True)):

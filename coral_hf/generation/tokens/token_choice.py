@@ -1,4 +1,4 @@
-"""Chooses tokens from the target's logits as plain `generate` does, ends rows where it ends them, and keeps what it returns."""
+"""Chooses tokens and ends rows as plain `generate` does, and collects the scores and logits that it returns."""
 
 import copy
 from typing import Any
@@ -12,8 +12,8 @@ from ..draft_tree import DraftTree
 from .text_rows import TextRows
 
 
-# Transformers' processors that treat each row by itself and keep nothing from call to call: rows may go at their own pace.
-# Those of the first list do not look at the text: one call serves rows of any lengths.
+# Transformers' processors that treat rows independently and keep no state between calls, so that rows may advance at their
+# own pace. Those in the first list do not read the text, so that one call serves rows of any lengths.
 _TEXT_FREE = {
     getattr(logits_process, name, None)
     for name in (
@@ -46,22 +46,23 @@ _PROCESSORS_OF_ROWS = _TEXT_FREE | {
         "WatermarkLogitsProcessor",
     )
 }
-# Criteria that the host answers from lengths and tokens alone, and those that treat each row by itself.
+# Criteria that the host evaluates from lengths and tokens, and criteria that treat rows independently.
 _ON_HOST = {stopping_criteria.MaxLengthCriteria, stopping_criteria.EosTokenCriteria}
 _CRITERIA_OF_ROWS = _ON_HOST | {stopping_criteria.StopStringCriteria, stopping_criteria.MaxTimeCriteria}
 
 
 class TokenChoice:
-    """Decides a tree's tokens for all rows of a batch, and which rows end with them.
+    """Chooses a tree's tokens for all rows of a batch, and decides which rows end with them.
 
-    Rows go at their own pace where all processors and criteria treat rows by themselves. Others (the caller's own, which may
-    count their calls or know rows by their index) and a streamer see the batch as plain decoding shows it: column by column,
-    all rows as long as each other (`in_step`); then every row accepts as many tokens as the one that accepts the fewest.
+    Rows advance at their own pace if all processors and criteria treat rows independently. Other processors and criteria (for
+    example the caller's own, which may count calls or identify rows by index) and streamers must see the batch as in plain
+    decoding: column by column, with rows of equal length (`in_step`). Every row then accepts as many tokens as the row that
+    accepts the fewest.
 
     Args:
         processors (`LogitsProcessorList`), criteria (`StoppingCriteriaList`), config ([`GenerationConfig`]), streamer: as
-            `generate` prepares them.
-        rows ([`TextRows`]): what is generated is written there.
+            prepared by `generate`.
+        rows ([`TextRows`]): receives the generated tokens.
     """
 
     def __init__(
@@ -75,10 +76,10 @@ class TokenChoice:
         self.processors, self.criteria, self.rows, self.streamer = processors, criteria, rows, streamer
         self.do_sample = config.do_sample
         wanted = config.return_dict_in_generate
-        # of every generated token, [B, V]; zeros after the end of a row
+        # for every generated token, [B, V]; zeros after the end of a row
         self.scores: list[torch.Tensor] | None = [] if wanted and config.output_scores else None
         self.logits: list[torch.Tensor] | None = [] if wanted and config.output_logits else None
-        self.ended = [False] * rows.batch  # by row of the batch; a row may have to continue all the same
+        self.ended = [False] * rows.batch  # by row of the batch; a row may have to continue nevertheless
         self._text_free = all(type(processor) in _TEXT_FREE for processor in processors)
         self._on_host = all(type(criterion) in _ON_HOST for criterion in criteria)
         self._eos_ids: set[int] = set()
@@ -91,7 +92,7 @@ class TokenChoice:
         by_rows &= all(type(criterion) in _CRITERIA_OF_ROWS for criterion in criteria)
         only_length = all(type(criterion) is stopping_criteria.MaxLengthCriteria for criterion in criteria)
         self.in_step = rows.batch > 1 and not (by_rows and (pads or only_length) and streamer is None)
-        # Without an EOS plain decoding pads nothing: rows that have ended continue until all have.
+        # Without an EOS token, plain decoding pads nothing, and rows continue until all have ended.
         self._together = self.in_step and not pads
         self._is_argmax = not self.do_sample and not processors and self.scores is None and self.logits is None
 
@@ -99,15 +100,16 @@ class TokenChoice:
         """Chooses the tokens of every live row and writes them.
 
         Args:
-            tree ([`DraftTree`]): of the live rows.
-            logits (`torch.Tensor` of shape `[n, N, V]`): the target's, after each node.
+            tree ([`DraftTree`]): trees of the live rows.
+            logits (`torch.Tensor` of shape `[n, N, V]`): the target's logits after each node.
 
         Returns:
-            `tuple`: of each live row the accepted nodes, root first (it has one new token for each), and whether it leaves.
+            `tuple`: for each live row, the accepted nodes, root first, each of which yields one new token, and whether the
+            row leaves.
         """
         columns = self.rows.ids().shape[1]
         if self._is_argmax and not self.in_step:
-            # as generate does it, and so that ties fall alike; on a CPU five times as fast as the argmax of bfloat16 values
+            # as in `generate`, so that ties are resolved alike; on a CPU five times as fast as the argmax of bfloat16 values
             choices = logits.float().argmax(dim=-1).to(tree.tokens.device)
             paths, ended = self._accept_argmax(tree, choices)
         else:
@@ -123,7 +125,7 @@ class TokenChoice:
         return paths, ended
 
     def _accept_argmax(self, tree: DraftTree, choices: torch.Tensor) -> tuple[list[list[int]], list[bool]]:
-        """Nothing but the argmax is asked for: a whole tree is decided at once."""
+        """Whether only the argmax is needed, so that a whole tree is decided at once."""
         paths, tokens = accept_greedy(tree, choices)
         if self._on_host:
             ends = [self._first_end(row, new) for row, new in zip(self.rows.live, tokens, strict=True)]
@@ -132,7 +134,7 @@ class TokenChoice:
             ended = [end is not None for end in ends]
             for row, end in zip(self.rows.live, ended, strict=True):
                 self.ended[row] = end
-        else:  # other criteria may count their calls, or show the text: they never see tokens after the end
+        else:  # other criteria may count calls or display the text, so they must not see tokens after the end
             counts = [0] * len(paths)
             going = list(range(len(paths)))
             while going:
@@ -150,7 +152,7 @@ class TokenChoice:
         return [path[:count] for path, count in zip(paths, counts, strict=True)], ended
 
     def _first_end(self, row: int, tokens: list[int]) -> int | None:
-        """The least number of new tokens with which a row of the batch ends; None if with none of them."""
+        """The smallest number of new tokens with which a row of the batch ends; None if it does not end."""
         length = self.rows.lengths[row]
         return next((n for n, token in enumerate(tokens, 1) if self._ends(length + n, token)), None)
 
@@ -166,7 +168,7 @@ class TokenChoice:
     # One token a row ------------------------------------------------------------------------------------------
 
     def _choose(self, indices: list[int], nodes: list[int], logits: torch.Tensor) -> list[int]:
-        """The next token of some live rows, from the logits after a node of each; written after their texts."""
+        """Chooses the next token of some live rows from the logits after a node of each, and appends it to their texts."""
         rows = [self.rows.live[index] for index in indices]
         if len(indices) == logits.shape[0] and len(set(nodes)) == 1:
             raw = logits[:, nodes[0]]
@@ -179,7 +181,7 @@ class TokenChoice:
         if not self.do_sample:
             tokens = scores.argmax(dim=-1)
         elif self.in_step:
-            # as plain decoding draws: for every row of the batch at once, those that have ended too
+            # as in plain decoding: draw for every row of the batch at once, including those that have ended
             whole = scores.new_zeros(self.rows.batch, scores.shape[1])
             whole[rows] = scores
             tokens = torch.multinomial(whole.softmax(dim=-1), num_samples=1).squeeze(1)[rows]
@@ -190,7 +192,7 @@ class TokenChoice:
         return known
 
     def _processed(self, rows: list[int], raw: torch.Tensor) -> torch.Tensor:
-        """Logits `[m, V]` of some rows of the batch, as the processors leave them."""
+        """Logits `[m, V]` of some rows of the batch after the processors."""
         if not self.processors:
             return raw
         lengths = [self.rows.lengths[row] for row in rows]
@@ -211,7 +213,7 @@ class TokenChoice:
         return torch.stack(scores)
 
     def _processors_of(self, rows: list[int]) -> LogitsProcessorList:
-        """The processors for some rows of the batch: a repetition penalty knows the padding of each by its index."""
+        """The processors for some rows of the batch. A repetition penalty finds the padding of each row by its index."""
         processors = LogitsProcessorList()
         for processor in self.processors:
             ignored = getattr(processor, "prompt_ignore_length", None)
@@ -234,7 +236,7 @@ class TokenChoice:
             kept[place][row] = value
 
     def _stop(self, indices: list[int], tokens: list[int]) -> list[bool]:
-        """Whether some live rows end with their last tokens, which have been written."""
+        """Whether some live rows end with the last tokens that were written."""
         rows = [self.rows.live[index] for index in indices]
         lengths = [self.rows.lengths[row] for row in rows]
         if self._on_host:

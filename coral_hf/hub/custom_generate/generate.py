@@ -2,7 +2,7 @@
 
 
 def generate(model, *args, assistant_model=None, **kwargs):
-    """Generates with a CORAL drafter; takes what `generate` takes."""
+    """Generates with a CORAL drafter. Arguments are those of `generate`."""
     try:
         import coral_hf  # noqa: F401  (lets generate() use CORAL drafters)
     except ImportError as error:

@@ -1,4 +1,4 @@
 """The terms of a drafter's loss, one file each, and `terms.TERMS`, the list from which everything else follows.
 
-Plain tensors: knows no model and no trainer.
+Losses work on plain tensors, independently of models and trainers.
 """

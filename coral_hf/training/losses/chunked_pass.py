@@ -1,7 +1,7 @@
 """One pass over the vocabulary for all terms that compare the drafter's distribution with the target's.
 
-It never keeps the logits of a whole batch: it works through chunks of rows and computes the gradient with respect to the
-drafter's output in the same pass, so that one chunk of fp32 logits exists at a time.
+It never stores the logits of a whole batch. It processes chunks of rows and computes the gradient with respect to the
+drafter's output in the same pass, so that only one chunk of fp32 logits exists at a time.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 
-# logits of [M, H] features, optionally only for some rows of the head: [M, V] or [M, A]
+# computes logits of [M, H] features, optionally only for some rows of the head: [M, V] or [M, A]
 LogitsFunction = Callable[..., torch.Tensor]
 
 
 @dataclass
 class Chunk:
-    """Distributions over A tokens of C rows, of the target and of the drafter in one step.
+    """Distributions of the target and of the drafter over A tokens of C rows, in one step.
 
     Args:
         p (`torch.Tensor` of shape `[C, A]`): the target's.
@@ -36,14 +36,14 @@ class Chunk:
     _entropy: torch.Tensor | None = None
 
     def target_top(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The target's likeliest tokens: their p and their places among the A, both `[C, count]`, once for all steps."""
+        """The target's most likely tokens: their p and their indices among the A, both `[C, count]`. Computed once."""
         if count not in self._top:
             p, places = self.p.topk(min(count, self.p.shape[-1]), dim=-1)
             self._top[count] = p, places
         return self._top[count]
 
     def target_entropy(self) -> torch.Tensor:
-        """-sum p log p, `[C]`, once for all steps."""
+        """-sum p log p, `[C]`. Computed once for all steps."""
         if self._entropy is None:
             self._entropy = torch.special.entr(self.p).sum(dim=-1)
         return self._entropy
@@ -59,9 +59,9 @@ class PassResult:
     """Result of [`chunked_pass`].
 
     Args:
-        means (`dict` of `torch.Tensor` of shape `[K]`): each comparison's mean over the rows of a step; differentiable in
-            the drafter's output where its gradient was asked for.
-        match (`torch.BoolTensor` of shape `[K, M]`): drafter's argmax equals the target's, in valid rows.
+        means (`dict` of `torch.Tensor` of shape `[K]`): each comparison's mean over the rows of a step, differentiable with
+            respect to the drafter's output if its gradient was requested.
+        match (`torch.BoolTensor` of shape `[K, M]`): whether the drafter's argmax equals the target's, in valid rows.
     """
 
     means: dict[Comparison, torch.Tensor]
@@ -69,12 +69,12 @@ class PassResult:
 
 
 def default_chunk_size(device_type: str, vocab_size: int) -> int:
-    """Rows of a chunk: on a CPU few, whose logits stay near its caches; elsewhere as many as make a product large."""
+    """Rows per chunk: few on a CPU, so that logits stay in its caches; elsewhere enough for large products."""
     return 256 if device_type == "cpu" else max(1, min(2048, 2**28 // vocab_size))
 
 
 class _GradientFromForward(torch.autograd.Function):
-    """K values whose gradient with respect to `hidden` `[K, M, H]` was already computed."""
+    """K values whose gradient with respect to `hidden` `[K, M, H]` is already computed."""
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ class _GradientFromForward(torch.autograd.Function):
 
 
 class _ChunkMemory:
-    """Tensors that every chunk overwrites: on a CPU, fresh memory for each costs more than a pass over it.
+    """Tensors that every chunk reuses, because allocating memory on a CPU costs more than a pass over it.
 
     Args:
         rows (`int`): rows of the largest chunk.
@@ -99,14 +99,14 @@ class _ChunkMemory:
         self.tensors: dict[str, torch.Tensor] = {}
 
     def like(self, name: str, values: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """An unfilled `[C, A]` of the shape of `values`, and its dtype unless one is given."""
+        """An uninitialised `[C, A]` with the shape of `values`, and its dtype unless another is given."""
         if name not in self.tensors:
             size = (self.rows, values.shape[1])
             self.tensors[name] = torch.empty(size, dtype=dtype or values.dtype, device=values.device)
         return self.tensors[name][: len(values)]
 
     def cast(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The values in a dtype; themselves where they have it."""
+        """The values in a dtype, without a copy if they already have it."""
         return values if values.dtype == dtype else self.like(name, values, dtype).copy_(values)
 
 
@@ -122,21 +122,21 @@ def chunked_pass(
     logit_offsets: torch.Tensor | None = None,
     chunk_size: int = 256,
 ) -> PassResult:
-    """Means over M rows of what compares the target's distribution p with the drafter's q in K steps.
+    """Means over M rows of comparisons between the target's distribution p and the drafter's q in K steps.
 
-    All steps predict the same rows, so that one pass of the target's head serves them.
+    All steps predict the same rows, so that one pass of the target's head is enough.
 
     Args:
         hidden (`torch.Tensor` of shape `[K, M, H]`): the drafter's outputs.
         target_features (`torch.Tensor` of shape `[M, H]`): the target's features at the same positions.
         logits_fn: `TargetAdapter.logits`; frozen, its weights get no gradient.
-        comparisons (`Mapping`): what is computed, each with whether its gradient is needed.
-        args: handed to the comparisons.
+        comparisons (`Mapping`): the comparisons to compute, and whether each needs its gradient.
+        args: passed to the comparisons.
         valid (`torch.BoolTensor` of shape `[K, M]`, *optional*): which rows of each step count; defaults to all.
         token_ids (`torch.LongTensor` of shape `[A]`, *optional*): compare p and q on these tokens only, both
             renormalised (cheaper; the default, the whole vocabulary, is exact).
-        logit_offsets (`torch.Tensor` of shape `[A]`, *optional*): added to both logits; log(1 / sampling probability)
-            lets sampled tokens stand for all those they were drawn from.
+        logit_offsets (`torch.Tensor` of shape `[A]`, *optional*): added to both logits. With log(1 / sampling
+            probability), sampled tokens represent all tokens that they were drawn from.
         chunk_size (`int`): rows whose logits exist at the same time.
 
     Returns:
@@ -154,9 +154,9 @@ def chunked_pass(
     trains = hidden.requires_grad and torch.is_grad_enabled()
     source = hidden.detach()
     gradients = {each: torch.empty_like(source) for each, needed in comparisons.items() if needed and trains}
-    # the last one's gradient takes the place of q
+    # the last gradient overwrites q
     order = sorted(comparisons, key=lambda each: each in gradients)
-    scale = valid.to(dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)  # [K, M]: what each row counts
+    scale = valid.to(dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)  # [K, M]: the weight of each row
     values = {each: torch.zeros(steps, rows, dtype=dtype, device=hidden.device) for each in comparisons}
     match = torch.empty(steps, rows, dtype=torch.bool, device=hidden.device)
     memory = _ChunkMemory(min(chunk_size, rows))
@@ -165,7 +165,7 @@ def chunked_pass(
             part = slice(start, min(start + chunk_size, rows))
             with torch.no_grad():
                 logits = memory.cast("logits", logits_fn(target_features[part], **kwargs), dtype)  # [C, A]
-                # before the offsets, which lift a sampled token by all that it stands for
+                # before the offsets, which raise a sampled token by all tokens that it represents
                 target_best = logits.argmax(dim=-1)
                 if logit_offsets is not None:
                     logits = logits + logit_offsets
@@ -194,13 +194,13 @@ def chunked_pass(
                 del raw, chunk.logits
     means = {each: (value.masked_fill_(~valid, 0.0) * scale).sum(dim=-1) for each, value in values.items()}
     for each, gradient in gradients.items():
-        gradient.masked_fill_(~valid[..., None], 0.0)  # outputs of other rows mean nothing, NaN included
+        gradient.masked_fill_(~valid[..., None], 0.0)  # outputs of other rows are arbitrary and may be NaN
         means[each] = _GradientFromForward.apply(hidden, means[each], gradient)
     return PassResult(means, match & valid)
 
 
 def _read_drafter(chunk: Chunk, logits: torch.Tensor, memory: _ChunkMemory) -> None:
-    """Sets what a chunk says of the drafter in one step."""
+    """Sets a chunk's values for the drafter in one step."""
     q = memory.like("q", logits)
     expected = torch.mul(chunk.p, logits, out=q).sum(dim=-1)
     torch.softmax(logits, dim=-1, out=q)

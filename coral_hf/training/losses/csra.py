@@ -19,14 +19,14 @@ def csra_loss(
 ) -> torch.Tensor:
     """Cross-Step Representation Alignment, the contrastive loss across rollout steps (CORAL section 3.1).
 
-    Outputs of one position in different steps are positives of each other, every other position's outputs are
-    negatives; each positive pair has a log-softmax term over all other views.
+    Outputs of one position in different steps are positives of each other. Outputs of all other positions are negatives.
+    Each positive pair has a log-softmax term over all other views.
 
     Args:
         steps (`torch.Tensor` of shape `[K, M, H]`): drafter outputs, row m of every step predicting the same feature.
         valid (`torch.BoolTensor` of shape `[K, M]`): which (step, position) pairs exist.
         temperature (`float`): softmax temperature.
-        target_features (`torch.Tensor` of shape `[M, H]`, *optional*): adds normalize(f) as one more, detached view.
+        target_features (`torch.Tensor` of shape `[M, H]`, *optional*): adds normalize(f) as another, detached view.
         max_positions (`int`, *optional*): sample at most this many positions.
         generator (`torch.Generator`, *optional*): draws that sample.
 
@@ -34,7 +34,7 @@ def csra_loss(
         `torch.Tensor`: scalar; 0 (still differentiable) if no position has two views.
 
     Raises:
-        ValueError: with one step and no target view, for which the loss is undefined.
+        ValueError: with one step and no target view, because the loss is then undefined.
     """
     views, live = steps, valid
     if target_features is not None:
@@ -47,10 +47,10 @@ def csra_loss(
         )
     if not (live.sum(dim=0) >= 2).any():
         return steps.sum() * 0.0
-    # a position with one view has no positive, but is a negative for the others
+    # a position with one view has no positive, but it is a negative for the others
     positions = live.any(dim=0).nonzero().squeeze(-1)
     if max_positions is not None and positions.numel() > max_positions:
-        # The draw happens where the generator lives, so that CPU and GPU runs agree.
+        # Drawn on the generator's device, so that CPU and GPU runs agree.
         device = generator.device if generator is not None else positions.device
         order = torch.randperm(positions.numel(), generator=generator, device=device)[:max_positions]
         positions = positions[order.to(positions.device)]

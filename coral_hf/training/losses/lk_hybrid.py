@@ -10,19 +10,19 @@ from .loss_term import LossBatch, LossTerm
 from .total_variation import total_variation
 
 
-# of the paper: how fast the share of the divergence falls as the overlap grows
+# from the paper: how fast the share of the divergence decreases as the overlap grows
 DECAY = 3.0
 
 
 def forward_kl(chunk: Chunk, args: Any, gradient: torch.Tensor | None) -> torch.Tensor:
-    """KL(p, q) per row: the cross-entropy less the target's entropy, and the cross-entropy's gradient."""
+    """KL(p, q) per row: the cross-entropy minus the target's entropy, with the cross-entropy's gradient."""
     return cross_entropy(chunk, args, gradient) - chunk.target_entropy()
 
 
 def _of_batch(batch: LossBatch, args: Any) -> torch.Tensor:
-    """lambda KL + (1 - lambda) TV of each step, lambda = exp(-3 alpha), with alpha the step's mean overlap, detached.
+    """lambda KL + (1 - lambda) TV of each step, with lambda = exp(-3 alpha) and alpha the step's mean overlap, detached.
 
-    Each rollout step of each batch has a lambda of its own.
+    Each rollout step of each batch has its own lambda.
     """
     divergence, variation = batch.compared[forward_kl], batch.compared[total_variation]
     share = torch.exp(-DECAY * (1 - variation.detach()))

@@ -1,4 +1,4 @@
-"""What a term of the loss is, and the rows that it is computed from."""
+"""A term of the loss, and the batch of rows that it is computed from."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ from .chunked_pass import Comparison
 
 @dataclass
 class LossBatch:
-    """The trained rows of a batch, of all rollout steps beside each other: every step predicts the same ones.
+    """The trained rows of a batch in all rollout steps. Every step predicts the same rows.
 
     Args:
         hidden (`torch.Tensor` of shape `[K, M, H]`): the drafter's outputs.
-        goals (`torch.Tensor` of shape `[M, H]`): the target's features that they predict.
+        goals (`torch.Tensor` of shape `[M, H]`): the target's features that the rows predict.
         valid (`torch.BoolTensor` of shape `[K, M]`): which rows of each step count.
-        places (`torch.LongTensor` of shape `[M]`): where the rows lie in the flattened batch.
-        compared (`dict`): the mean of each comparison that the terms asked for, `[K]`, see [`chunked_pass`].
+        places (`torch.LongTensor` of shape `[M]`): indices of the rows in the flattened batch.
+        compared (`dict`): the mean of each comparison that the terms need, `[K]`, see [`chunked_pass`].
     """
 
     hidden: torch.Tensor
@@ -28,7 +28,7 @@ class LossBatch:
     compared: dict[Comparison, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # found once, because every selection by a mask waits for the device
+        # computed once, because every selection by a mask waits for the device
         steps, rows = self.valid.nonzero().unbind(-1)
         self._rows = rows.split(steps.bincount(minlength=len(self.valid)).tolist())
 
@@ -36,10 +36,10 @@ class LossBatch:
     def of_rollout(
         cls, outputs: list[torch.Tensor], valid: list[torch.Tensor], goals: torch.Tensor, trained: torch.Tensor
     ) -> "LossBatch":
-        """Picks the trained rows.
+        """Selects the trained rows.
 
         Args:
-            outputs (`list` of `torch.Tensor` of shape `[B, S, H]`): of each step.
+            outputs (`list` of `torch.Tensor` of shape `[B, S, H]`): outputs of each step.
             valid (`list` of `torch.BoolTensor` of shape `[B, S]`): rows of each step that have a chain before them.
             goals (`torch.Tensor` of shape `[B, S, H]`): the target's features.
             trained (`torch.BoolTensor` of shape `[B, S]`): rows that predict a response token.
@@ -57,16 +57,16 @@ class LossBatch:
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One term of the loss; `terms.TERMS` lists all of them.
+    """One term of the loss. `terms.TERMS` lists all of them.
 
     Args:
-        name (`str`): in the log and the learning curve, where a term of single steps has the step's number after it.
-        weight (`str`): the field of [`CoralTrainingArguments`] that weighs it; at 0 it is left out.
-        function: of the [`LossBatch`] and the arguments; returns a mean for each step `[K]`, or a scalar.
-        settings (`tuple[str, ...]`): further fields that decide what it computes.
-        comparisons (`tuple`): what it needs of the pass over the vocabulary; found in `LossBatch.compared`.
-        across_steps (`bool`): it compares steps, so that it is a scalar and needs K >= 2.
-        always (`bool`): computed for the log at weight 0 too.
+        name (`str`): name in the log and the learning curve. Terms of single steps get the step's number as a suffix.
+        weight (`str`): the field of [`CoralTrainingArguments`] with its weight. At 0, the term is left out.
+        function: a function of the [`LossBatch`] and the arguments. Returns a mean for each step `[K]`, or a scalar.
+        settings (`tuple[str, ...]`): other fields that affect the term.
+        comparisons (`tuple`): comparisons that it needs from the pass over the vocabulary, in `LossBatch.compared`.
+        across_steps (`bool`): whether it compares steps, so that it is a scalar and needs K >= 2.
+        always (`bool`): compute it for the log even at weight 0.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Which tokens a sampled classification loss is over (`loss_vocab_size`)."""
+"""Chooses the tokens of a sampled classification loss (`loss_vocab_size`)."""
 
 import math
 from typing import Any
@@ -14,10 +14,10 @@ class LossTokens:
     Args:
         args ([`CoralTrainingArguments`]): `loss_vocab_size` (None: the exact loss) and `loss_negatives`.
         dataset: the training rows; None if nothing is trained.
-        vocab_size (`int`): of the target.
+        vocab_size (`int`): the target's vocabulary size.
 
     Raises:
-        ValueError: if `loss_vocab_size` is not part of the vocabulary.
+        ValueError: if `loss_vocab_size` is not smaller than the vocabulary.
     """
 
     def __init__(self, args: Any, dataset: Any, vocab_size: int):
@@ -33,11 +33,11 @@ class LossTokens:
         self.shortlist = dataset.response_counts(vocab_size).argsort(descending=True, stable=True)[:size]
 
     def __call__(self, labels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Tokens of this batch's classification loss and their logit offsets, both `[A]`; None, None: all, exactly.
+        """Tokens of this batch's classification loss and their logit offsets, both `[A]`; None, None: all tokens, exactly.
 
-        Shortlist and the batch's own responses always take part. Without the rest of the vocabulary the drafter never
-        learns not to propose it (27 % first-step accuracy with the full head against 43 % among the shortlist, measured
-        on SmolLM2-135M), so a uniform sample of it stands in, each token for all that it was drawn from.
+        The shortlist and the batch's own responses are always included. Without the rest of the vocabulary, the drafter would
+        never learn not to propose it: on SmolLM2-135M, first-step accuracy was 27 % with the full head and 43 % among the
+        shortlist. A uniform sample therefore represents the rest.
         """
         if self.shortlist is None:
             return None, None

@@ -12,9 +12,9 @@ from .total_variation import total_variation
 def negative_log_acceptance(chunk: Chunk, args: Any, gradient: torch.Tensor | None) -> torch.Tensor:
     """-log alpha per row, where alpha = sum min(p, q) is the chance of acceptance (LK losses, arXiv 2602.23881).
 
-    Its gradient is that of the total variation divided by alpha, so that it also trains a drafter with little overlap.
+    Its gradient is that of the total variation divided by alpha. It therefore also trains a drafter with little overlap.
     """
-    # a sum of minima: 1 - TV would round a small alpha away
+    # a sum of minima, because 1 - TV would round a small alpha to 0
     alpha = torch.minimum(chunk.p, chunk.q).sum(dim=-1).clamp(min=torch.finfo(chunk.p.dtype).tiny)
     if gradient is not None:
         total_variation(chunk, args, gradient)

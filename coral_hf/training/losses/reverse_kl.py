@@ -11,7 +11,7 @@ from .loss_term import LossBatch, LossTerm
 def reverse_kl(chunk: Chunk, args: Any, gradient: torch.Tensor | None) -> torch.Tensor:
     """KL(q, p) = sum q (log q - log p) per row; its gradient with respect to the logits is q (log q - log p - KL).
 
-    A p that underflows counts as the smallest normal number of its dtype.
+    If p underflows, the smallest normal number of its dtype is used.
     """
     log_ratio = chunk.logits - chunk.normaliser[:, None]
     log_ratio -= chunk.p.clamp(min=torch.finfo(chunk.p.dtype).tiny).log()

@@ -1,4 +1,4 @@
-"""What the LM-head router learns: the target's probability mass per group of tokens (CORAL section 3.2)."""
+"""The loss of the LM-head router, on the target's probability mass per group of tokens (CORAL section 3.2)."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ def target_group_mass(
     *,
     chunk_size: int = 256,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the LM-head router is trained towards: P(g), the target's probability mass per group (CORAL section 3.2).
+    """The training target of the LM-head router: P(g), the target's probability mass per group (CORAL section 3.2).
 
     Args:
         target_features (`torch.Tensor` of shape `[M, H]`).
@@ -38,7 +38,7 @@ def target_group_mass(
 
 
 def router_loss(group_logits: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the router's `[M, G]` logits against the target's mass per group `[M, G]`; scalar."""
+    """Mean cross-entropy between the router's `[M, G]` logits and the target's mass per group `[M, G]`; scalar."""
     log_probs = group_logits.to(mass.dtype).log_softmax(dim=-1)
     return -(mass * log_probs).sum() / max(len(mass), 1)
 

@@ -1,4 +1,4 @@
-"""The list of the loss's terms, from which its sum, the log, the learning curve and the checks of settings follow."""
+"""The list of loss terms. Their sum, the log, the learning curve and the checks of settings follow from it."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ TERMS: tuple[LossTerm, ...] = (
 
 
 def comparisons(args: Any) -> dict[Comparison, bool]:
-    """What the pass over the vocabulary computes under these arguments, each with whether it needs a gradient."""
+    """The comparisons that these arguments need, and whether each needs a gradient."""
     found: dict[Comparison, bool] = {}
     for term in TERMS:
         weighted = bool(getattr(args, term.weight))
@@ -44,20 +44,20 @@ def comparisons(args: Any) -> dict[Comparison, bool]:
 def weighted_sum(
     batch: LossBatch, args: Any, share: torch.Tensor | float
 ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor | int]]]:
-    """The loss of a batch, and what the log shows of it.
+    """The loss of a batch, and its values for the log.
 
     Args:
-        batch ([`LossBatch`]): with the comparisons that [`comparisons`] names.
+        batch ([`LossBatch`]): a batch with the comparisons that [`comparisons`] names.
         args ([`CoralTrainingArguments`])
-        share (`torch.Tensor` or `float`): of this batch's rows in all rows of the optimizer step. Every term is a mean over
-            rows; weighting it by the share makes gradient accumulation exact.
+        share (`torch.Tensor` or `float`): the share of this batch's rows in all rows of the optimizer step. Every term is
+            a mean over rows. Weighting it by the share makes gradient accumulation exact.
 
     Returns:
         `tuple`: a scalar, and `{name: (mean, rows)}`.
     """
     steps, rows = batch.valid.shape
     counts = batch.valid.sum(dim=-1)  # [K]
-    decay = args.step_decay ** torch.arange(steps, device=counts.device)  # on the device: a copy would wait for it
+    decay = args.step_decay ** torch.arange(steps, device=counts.device)  # on the device, to avoid a transfer
     of_steps, across = torch.zeros(steps, device=counts.device), torch.zeros((), device=counts.device)
     shown: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = {}
     for term in TERMS:

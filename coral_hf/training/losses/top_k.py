@@ -1,4 +1,4 @@
-"""Top-K distillation: cross-entropy over the tokens that the target finds likeliest (HASS eq. 5)."""
+"""Top-K distillation: cross-entropy over the target's most likely tokens (HASS eq. 5)."""
 
 from typing import Any
 

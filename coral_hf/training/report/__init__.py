@@ -1,4 +1,4 @@
-"""What a training tells: metrics, simulated chains, evaluations, the learning curve, the estimate before it.
+"""Reports of a training: metrics, simulated chains, evaluations, the learning curve and the estimate of its costs.
 
-Changes nothing in a training.
+Nothing here changes a training.
 """

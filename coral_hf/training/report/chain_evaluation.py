@@ -14,9 +14,9 @@ from .simulation import ChainStatistics
 
 
 class EvaluationMixin(Trainer):
-    """Evaluates with every row counted once, on however many processes; before [`~transformers.Trainer`] in the bases.
+    """Evaluates every row exactly once on any number of processes. Must precede [`~transformers.Trainer`] in the bases.
 
-    A subclass says what is summed up (`_start_evaluation`) and what a batch adds (`_evaluate_batch`).
+    A subclass defines the sums (`_start_evaluation`) and the contribution of a batch (`_evaluate_batch`).
     """
 
     adapter: Any
@@ -29,7 +29,7 @@ class EvaluationMixin(Trainer):
         self._kept_loaders = {}  # by the name of a set
 
     def _start_evaluation(self) -> Any:
-        """What sums up: `drain(accelerator)` returns its values over all processes."""
+        """Returns an accumulator. Its `drain(accelerator)` returns the values over all processes."""
         raise NotImplementedError
 
     def _evaluate_batch(self, totals: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
@@ -40,10 +40,10 @@ class EvaluationMixin(Trainer):
         """Simulates the drafter over the evaluation set, over all steps of a chain of `eval_chain_depth`.
 
         Args:
-            eval_dataset (*optional*): as for the trainer, by default its own, or the name of one of its sets. Of a `dict`
-                each set is evaluated, its values under `{prefix}_{name}_...`.
+            eval_dataset (*optional*): as for the trainer, or the name of one of its sets; by default the trainer's own. All
+                sets of a `dict` are evaluated, with values named `{prefix}_{name}_...`.
             ignore_keys: unused.
-            metric_key_prefix (`str`): begins every name.
+            metric_key_prefix (`str`): prefix of every name.
 
         Returns:
             `dict`: of a drafter, `{prefix}_loss` (cross-entropy of step 1 with the exact head), `{prefix}_acceptance_k`
@@ -57,13 +57,13 @@ class EvaluationMixin(Trainer):
                 given = name if eval_dataset is None else part
                 metrics |= self.evaluate(given, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        name = "" if eval_dataset is None else None  # of the trainer's own sets
+        name = "" if eval_dataset is None else None  # the name among the trainer's own sets
         if isinstance(rows, str):
             name, rows = rows, self._named_set(rows)
         self._memory_tracker.start()
         dataset = encode_dataset(rows, self.processing_class, self.args)
         if dataset is None:
-            raise ValueError("There is nothing to evaluate on: give an eval_dataset.")
+            raise ValueError("There is no data to evaluate on: give an eval_dataset.")
         check_ids(dataset, self.adapter.vocab_size)
         check_lengths(dataset, getattr(self.adapter.text_config, "max_position_embeddings", None))
         count, batch = len(dataset), self.args.eval_batch_size * self.args.world_size
@@ -71,7 +71,7 @@ class EvaluationMixin(Trainer):
             dataset = even_rows(dataset, batch)
         model: Any = self._wrap_model(self.model, training=False)
         if self.is_fsdp_enabled and self.model is self.model_wrapped:
-            self.model.to(self.args.device)  # not sharded yet: `Trainer` leaves it where it was
+            self.model.to(self.args.device)  # not sharded yet, so `Trainer` has not moved it
         was_training = self.model.training
         model.eval()
         totals = self._start_evaluation()
@@ -93,10 +93,10 @@ class EvaluationMixin(Trainer):
         return metrics
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        """The longest rows first, with those of similar length together.
+        """A sampler that orders rows by length, the longest first.
 
-        `Trainer`'s sampler groups rows by length at random: with persistent workers, each evaluation of a set then adds up
-        other batches, and rounds differently.
+        `Trainer`'s sampler groups rows by length at random. With persistent workers, each evaluation of a set would then sum
+        different batches and round differently.
         """
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_eval_sampler(eval_dataset)
@@ -110,9 +110,9 @@ class EvaluationMixin(Trainer):
         return sets[name]
 
     def _loader(self, dataset: ConversationDataset, name: str | None) -> Any:
-        """A loader, of which each own set keeps one with persistent workers.
+        """A data loader. Each of the trainer's own sets has one with persistent workers.
 
-        `Trainer` keeps one for all sets that it is given as objects.
+        `Trainer` would keep a single loader for all sets that are passed as objects.
         """
         if name in self._kept_loaders:
             return self._kept_loaders[name]
@@ -123,22 +123,22 @@ class EvaluationMixin(Trainer):
         return loader
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Not for a drafter.
+        """Not supported for a drafter.
 
         Raises:
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "A drafter predicts features of its target, which nothing reads by themselves: evaluate(rows) measures it on rows, "
-            "`coral-hf benchmark` while its target generates."
+            "A drafter predicts features of its target, which are of no use by themselves. Use evaluate(rows) to measure it on "
+            "rows, or `coral-hf benchmark` to measure it in generation."
         )
 
 
 def even_rows(dataset: ConversationDataset, multiple: int) -> ConversationDataset:
-    """A data set filled up to a multiple of rows, with rows that no loss counts.
+    """A data set that is padded to a multiple of rows, with rows that no loss counts.
 
-    Accelerate would fill the last batches with rows of the first, which sums over processes would then count twice; and
-    without filling some processes would leave the forwards of a sharded model to the others.
+    Accelerate would pad the last batches with rows of the first, and sums over processes would count them twice. Without
+    padding, some processes would skip forward passes that a sharded model needs on all of them.
     """
     filled = copy.copy(dataset)
     ids, mask = dataset.conversations[0]
@@ -148,14 +148,14 @@ def even_rows(dataset: ConversationDataset, multiple: int) -> ConversationDatase
 
 
 class ChainTotals:
-    """A drafter's loss of step 1 and the statistics of chains, over an evaluation set."""
+    """Accumulates a drafter's loss of step 1 and chain statistics over an evaluation set."""
 
     def __init__(self, depth: int):
         self.statistics = ChainStatistics(depth)
         self.loss = torch.zeros(2, dtype=torch.float64)  # sum, rows
 
     def add(self, loss: torch.Tensor, count: int, matches: torch.Tensor, trained: torch.Tensor) -> None:
-        """Adds a batch: mean loss over `count` rows, and what [`ChainStatistics.add`] takes."""
+        """Adds a batch: the mean loss over `count` rows, and the arguments of [`ChainStatistics.add`]."""
         self.loss += torch.tensor([float(loss) * count, count], dtype=torch.float64)
         self.statistics.add(matches, trained)
 

@@ -1,4 +1,4 @@
-"""What a training will cost: measured on two real steps, or on paper from configs alone."""
+"""Estimates the cost of a training: measured on two real steps, or computed from configs alone."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +21,16 @@ _GIB = 2**30
 
 @dataclass
 class TrainingEstimate:
-    """Costs of a training, every figure an estimate unless `measured` names it.
+    """Costs of a training. Every figure is an estimate unless `measured` names it.
 
     Args:
         drafter_parameters (`int`), trainable_parameters (`int`), target_parameters (`int`).
-        memory (`dict[str, int]`): bytes per part on one device; `peak` is their sum, or measured.
-        checkpoint_bytes (`int`): one checkpoint.
-        feature_cache_bytes (`int`): with `cache_features`.
-        tokens (`int`): tokens that the target and the drafter see over the whole training.
+        memory (`dict[str, int]`): bytes per part on one device. `peak` is their sum, or measured.
+        checkpoint_bytes (`int`): size of one checkpoint.
+        feature_cache_bytes (`int`): size of the feature cache with `cache_features`.
+        tokens (`int`): tokens that target and drafter read over the whole training.
         tokens_per_second (`float`, *optional*)
-        measured (`tuple[str, ...]`): what was measured instead of computed.
+        measured (`tuple[str, ...]`): figures that were measured instead of computed.
     """
 
     drafter_parameters: int
@@ -82,22 +82,22 @@ def estimate_on_paper(
     loss_chunk_size: int | None = None,
     activation_checkpointing: bool = False,
 ) -> TrainingEstimate:
-    """Estimates a training from configs, on the meta device: no weights are needed.
+    """Estimates a training from configs on the meta device, without weights.
 
-    Target in bf16, drafter in fp32 with bf16 autocast and AdamW. Activations are counted, not guessed: what autograd keeps
-    of a rollout in bf16.
+    Assumes a target in bf16 and a drafter in fp32 with bf16 autocast and AdamW. Activations are the tensors that autograd
+    keeps from a rollout in bf16.
 
     Args:
         target_config (`PreTrainedConfig`)
-        drafter_config ([`CoralDraftConfig`], *optional*): defaults to that of a new drafter (`recipe.drafter_settings`).
-        batch_size (`int`, *optional*), length (`int`): of one micro-batch on one device.
-        num_steps (`int`, *optional*): K, the deepest.
+        drafter_config ([`CoralDraftConfig`], *optional*): defaults to the config of a new drafter (`recipe.drafter_settings`).
+        batch_size (`int`, *optional*), length (`int`): sizes of one micro-batch on one device.
+        num_steps (`int`, *optional*): the largest K.
         tokens (`int`): tokens of the data set; epochs (`float`, *optional*): passes over it.
-        tokens_per_second (`float`, *optional*): speed of all devices; otherwise from flops_per_second.
-        flops_per_second (`float`, *optional*): what the devices reach in practice, together.
+        tokens_per_second (`float`, *optional*): speed of all devices; by default computed from flops_per_second.
+        flops_per_second (`float`, *optional*): speed that the devices reach together in practice.
         loss_chunk_size (`int`, *optional*), activation_checkpointing (`bool`): see [`CoralTrainingArguments`].
 
-    What is not given is what a training on an accelerator would choose (`recipe.choose_recipe`).
+        Missing values are those that a training on an accelerator would choose (`recipe.choose_recipe`).
 
     Returns:
         [`TrainingEstimate`]
@@ -125,9 +125,9 @@ def estimate_on_paper(
         # bf16 copies of the weights under autocast
         "autocast": 2 * drafter_size,
         "activations": rollout_bytes(drafter, batch_size, length, num_steps, activation_checkpointing),
-        # features, drafter outputs and their gradients, of which regression takes fp32 copies
+        # features, drafter outputs and their gradients; regression makes fp32 copies
         "features": rows * (2 * read + num_steps * hidden * (2 + 2 + 4)),
-        # both distributions, the logits under way and, where the head is bf16, their gradient in its dtype
+        # both distributions, the current logits and, for a bf16 head, their gradient in its dtype
         "loss": 4 * 4 * min(chunk, rows) * vocabulary,
         # the widest layer of a target forward
         "target forward": 2 * rows * (4 * hidden + 3 * getattr(text, "intermediate_size", 4 * hidden)),
@@ -135,7 +135,7 @@ def estimate_on_paper(
     memory["peak"] = sum(memory.values())
     if tokens_per_second is None and flops_per_second is not None:
         body = target_size - vocabulary * hidden * (1 if text.tie_word_embeddings else 2)
-        # forward 2, backward 4 per weight; the head runs for the target once, and twice (with its gradient) per step
+        # forward 2 and backward 4 per weight; the head runs once for the target, and twice (with its gradient) per step
         per_token = 2 * body + 6 * num_steps * drafter_size + 2 * vocabulary * hidden * (1 + 2 * num_steps)
         tokens_per_second = flops_per_second / per_token
     return TrainingEstimate(
@@ -155,7 +155,7 @@ def count(model: torch.nn.Module) -> int:
 
 
 def rollout_bytes(drafter: CoralDraftModel, batch_size: int, length: int, num_steps: int, checkpointing: bool) -> int:
-    """Bytes that autograd keeps of a rollout in bf16, parameters left out; for a drafter on the meta device."""
+    """Bytes that autograd keeps from a rollout in bf16, without parameters, for a drafter on the meta device."""
     if num_steps < 1:
         return 0
     config = drafter.config
@@ -172,18 +172,18 @@ def rollout_bytes(drafter: CoralDraftModel, batch_size: int, length: int, num_st
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        # fused attention keeps no weights; on the meta device step 1 runs the plain one
+        # fused attention keeps no weights, but on the meta device step 1 runs plain attention
         scores = batch_size * config.num_attention_heads * length**2
         weights = tensor.shape[-2:] == (length, length) and tensor.numel() == scores
         if storage._cdata not in parameters and not (weights and tensor.is_floating_point()):
-            kept[storage._cdata] = tensor  # held, so that its address is not given out again
+            kept[storage._cdata] = tensor  # referenced, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         outputs = copy(embeds, features, num_steps=num_steps, document_ids=documents)
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     if checkpointing:
-        # the outputs stay for the losses, and the deepest step is computed again in the backward
+        # the outputs stay for the losses, and the deepest step is recomputed in the backward pass
         total += sum(hidden.nbytes for hidden in outputs.hidden_states)
         whole = [rollout_bytes(drafter, batch_size, length, steps, False) for steps in (num_steps, num_steps - 1)]
         total += whole[0] - whole[1]
@@ -194,7 +194,7 @@ def rollout_bytes(drafter: CoralDraftModel, batch_size: int, length: int, num_st
 
 
 def without_traces(args: Any, folder: str) -> None:
-    """Sets arguments so that two steps at the deepest K run and nothing is written, reported or pushed."""
+    """Sets arguments so that two steps at the largest K run, and nothing is written, reported or pushed."""
     args.output_dir, args.max_steps = folder, STEPS
     args.save_strategy = args.eval_strategy = "no"
     args.report_to, args.push_to_hub, args.cache_features, args.learning_curve = [], False, None, False
@@ -209,18 +209,18 @@ def measure_training(trainer: Any, epochs: float) -> TrainingEstimate:
 
     Args:
         trainer ([`CoralTrainer`])
-        epochs (`float`): passes over the data in the training asked about.
+        epochs (`float`): passes over the data in the training to estimate.
 
     Returns:
-        [`TrainingEstimate`]: memory and speed measured on the longest rows and at the deepest K, so both are on the safe
-        side; tokens are response tokens.
+        [`TrainingEstimate`]: memory and speed are measured on the longest rows at the largest K, so both are conservative.
+        Tokens are response tokens.
     """
     clock = _Clock()
     trainer.add_callback(clock)
     device, dataset = trainer.args.device, trainer.train_dataset
     lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
     longest = sorted(range(len(dataset)), key=lengths.__getitem__, reverse=True)
-    # in this order, which sampling at random or by length does not keep
+    # in this order, which random sampling or sampling by length would change
     trainer.train_dataset = torch.utils.data.Subset(dataset, longest[: STEPS * trainer._global_batch()])
     trainer.args.train_sampling_strategy = "sequential"
     reset_peak(device)
@@ -253,18 +253,18 @@ class _Clock(TrainerCallback):
 
 
 def reset_peak(device: torch.device) -> None:
-    """Starts a new measurement of peak memory, where the system lets one."""
+    """Resets the measurement of peak memory, if the system supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # then the peak since the process began, model loading included
+    except OSError:  # the peak is then that since the start of the process, including model loading
         return
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's allocator on a GPU, of the whole process on a CPU."""
+    """Peak memory in bytes: of the device's allocator on a GPU, or of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

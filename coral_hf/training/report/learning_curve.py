@@ -1,4 +1,4 @@
-"""The learning curve of a training, as a picture in its output folder."""
+"""Plots the learning curve of a training to its output folder."""
 
 import importlib.util
 import logging
@@ -25,7 +25,7 @@ class DrawLearningCurve(TrainerCallback):
             path = Path(args.output_dir) / CURVE_FILE
             try:
                 draw_learning_curve(state.log_history, path)
-            except OSError as error:  # a training must not fail because of a picture
+            except OSError as error:  # a training must not fail because of a plot
                 logger.warning("The learning curve could not be written to %s (%s); training continues.", path, error)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -68,7 +68,7 @@ def draw_learning_curve(log_history: list[dict[str, Any]], path: str | Path) -> 
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         return None
-    # no pyplot: its state is global, and the user's notebook may have figures of its own
+    # not pyplot, because its state is global, and the user's notebook may have its own figures
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.5 * columns, 3.6 * lines), layout="constrained")

@@ -1,4 +1,4 @@
-"""What a training logs: weighted means over batches and processes between two entries, and how much was trained on."""
+"""Logged values of a training: weighted means over batches and processes, and the number of trained tokens."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,10 +8,10 @@ from transformers import TrainerCallback
 
 
 class WeightedMeans:
-    """Means of named values, each weighted by the rows behind it, so that small batches count little.
+    """Means of named values, weighted by their numbers of rows, so that small batches count less.
 
     Args:
-        dtype (`torch.dtype`): of the sums.
+        dtype (`torch.dtype`): dtype of the sums.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
@@ -29,7 +29,7 @@ class WeightedMeans:
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def drain(self, accelerator: Any) -> dict[str, float]:
-        """The means over everything added since the last call, over all processes."""
+        """The means over all values that were added since the last call, over all processes."""
         if not self._sums:
             return {}
         names = sorted(self._sums)
@@ -42,19 +42,19 @@ class WeightedMeans:
 
 
 class CountTokens(TrainerCallback):
-    """Counts the response tokens of the updates that were made.
+    """Counts the response tokens of completed updates.
 
-    Not those of a batch that was read: a checkpoint may be written between reading and updating, and with
-    `auto_find_batch_size` a try that ran out of memory restarts.
+    Batches that were only read do not count. A checkpoint may be written between reading and updating, and with
+    `auto_find_batch_size` training restarts after running out of memory.
     """
 
     def __init__(self) -> None:
         self.seen = 0
-        self.start = 0  # where the training under way began
+        self.start = 0  # tokens at the start of the current training
         self._read = 0
 
     def read(self, count: int) -> None:
-        """Notes the tokens of the next update, of all processes."""
+        """Records the tokens of the next update, over all processes."""
         self._read = count
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -65,7 +65,7 @@ class CountTokens(TrainerCallback):
 
 
 def chain_length(values: dict[str, float]) -> float | None:
-    """Expected acceptance length (bonus included) of a chain, from conditional rates `acceptance_1`, `acceptance_2`, ...
+    """Expected acceptance length (with the bonus token) of a chain, from conditional rates `acceptance_1`, ...
 
     Returns:
         `float`: 1 + a_1 + a_1 a_2 + ..., or None without rates.

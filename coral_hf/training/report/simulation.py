@@ -6,11 +6,11 @@ import torch
 
 
 class ChainStatistics:
-    """Counts what a greedy chain of `depth` drafts would have had accepted.
+    """Counts the drafts of a greedy chain of length `depth` that would have been accepted.
 
-    Step k's match at row r is what the k-th draft of a chain that starts at row r-(k-1) would see, because rollout
-    inputs are exactly those of generation as long as everything before was accepted. On greedy responses of the
-    target tau is therefore what `generate` with a chain of `depth` reaches.
+    Step k's match at row r equals the match of the k-th draft in a chain that starts at row r-(k-1), because rollout inputs
+    are exactly those of generation while all drafts before were accepted. On greedy responses of the target, tau therefore
+    equals that of `generate` with a chain of `depth`.
 
     Args:
         depth (`int`): length of the chain.
@@ -26,10 +26,10 @@ class ChainStatistics:
         """Adds a batch.
 
         Args:
-            matches (`torch.BoolTensor` of shape `[depth, B, S]`): step k's argmax at a row is the target's.
+            matches (`torch.BoolTensor` of shape `[depth, B, S]`): whether step k's argmax at a row equals the target's.
             trained (`torch.BoolTensor` of shape `[B, S]`): rows that predict a response token.
         """
-        # run[r]: drafts accepted by a chain that starts at row r
+        # run[r]: accepted drafts of a chain that starts at row r
         alive = trained
         run = torch.zeros(trained.shape, dtype=torch.long)
         for step in range(self.depth):
@@ -41,10 +41,10 @@ class ChainStatistics:
             run += alive
         for lengths, rows in zip(run.tolist(), trained.tolist(), strict=True):
             for start, end in _segments(rows):
-                # The response's first token comes out of the prefill, without a draft.
+                # The response's first token comes from the prefill, without a draft.
                 row = start + 1
                 while row < end:
-                    # The last drafts stop where the response does: there is no bonus token after its end.
+                    # The last drafts stop at the end of the response, without a bonus token.
                     produced = min(lengths[row] + 1, end - row)
                     self.tokens += torch.tensor([produced, 1.0], dtype=torch.float64)
                     row += produced
@@ -56,7 +56,7 @@ class ChainStatistics:
             setattr(self, name, accelerator.reduce(value, "sum").cpu())
 
     def summary(self) -> dict[str, float]:
-        """`acceptance_k` (conditional on reaching depth k) and `acceptance_length` (tau, pooled, bonus included)."""
+        """`acceptance_k` (conditional on reaching depth k) and `acceptance_length` (tau, pooled, with the bonus token)."""
         rates = (self.accepted / self.reached.clamp(min=1)).tolist()
         summary = {f"acceptance_{step}": rate for step, rate in enumerate(rates, start=1)}
         summary["acceptance_length"] = (self.tokens[0] / self.tokens[1].clamp(min=1)).item()
@@ -66,16 +66,16 @@ class ChainStatistics:
 def conditional_acceptance(
     match: torch.Tensor, places: torch.Tensor, valid: list[torch.Tensor], trained: torch.Tensor
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Acceptance of each rollout step where the chain before it was accepted.
+    """Acceptance of each rollout step, given that the chain before it was accepted.
 
     Args:
-        match (`torch.BoolTensor` of shape `[K, M]`): step k's argmax is the target's.
-        places (`torch.LongTensor` of shape `[M]`): where those rows lie in the flattened batch.
+        match (`torch.BoolTensor` of shape `[K, M]`): whether step k's argmax equals the target's.
+        places (`torch.LongTensor` of shape `[M]`): indices of these rows in the flattened batch.
         valid (`list` of `torch.BoolTensor` of shape `[B, S]`): rows of each step that have a chain before them.
         trained (`torch.BoolTensor` of shape `[B, S]`): rows that predict a response token.
 
     Returns:
-        `list` of `tuple`: for each step the rate and the rows that it is over.
+        `list` of `tuple`: for each step, the rate and its number of rows.
     """
     rates, alive = [], trained
     for step, here in enumerate(match):
@@ -88,7 +88,7 @@ def conditional_acceptance(
 
 
 def _segments(rows: list[bool]) -> list[tuple[int, int]]:
-    """Runs of True in a list, as (start, end): the responses of a conversation."""
+    """Runs of True in a list, as (start, end). These are the responses of a conversation."""
     edges = [i for i, (before, here) in enumerate(zip([False, *rows], [*rows, False], strict=True)) if before != here]
     return list(zip(edges[::2], edges[1::2], strict=True))
 

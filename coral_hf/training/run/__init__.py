@@ -1,4 +1,4 @@
-"""A training as a process: checkpoints, devices, faults, adapters, stages, publishing.
+"""The run of a training: checkpoints, devices, faults, adapters, stages, publishing.
 
-Knows nothing of what is optimised.
+This subpackage does not depend on the losses.
 """

@@ -1,4 +1,4 @@
-"""Adapting a drafter to a fine-tuned target with PEFT: put adapters on, merge them again."""
+"""Adapts a drafter to a fine-tuned target with PEFT: adds adapters and merges them."""
 
 import copy
 from pathlib import Path
@@ -23,7 +23,7 @@ def is_peft(model: nn.Module) -> bool:
 
 
 def add_adapters(drafter: CoralDraftModel, peft_config: Any, adapter: TargetAdapter) -> Any:
-    """Wraps a drafter in adapters and writes down the target that it is adapted to.
+    """Wraps a drafter in adapters and records the target that it is adapted to.
 
     Args:
         drafter ([`CoralDraftModel`]): trained for another checkpoint of this target.
@@ -42,7 +42,9 @@ def add_adapters(drafter: CoralDraftModel, peft_config: Any, adapter: TargetAdap
     except ImportError as error:
         raise ImportError("peft_config needs peft: pip install 'coral-hf[train]'.") from error
     if is_peft(drafter):
-        raise ValueError("The drafter has adapters already: pass it alone, or without them with a peft_config.")
+        raise ValueError(
+            "The drafter has adapters already: pass it without peft_config, or remove its adapters first."
+        )
     if getattr(peft_config, "target_modules", "") is None:
         peft_config = copy.deepcopy(peft_config)
         peft_config.target_modules = adaptable_modules(drafter)
@@ -58,7 +60,7 @@ def adaptable_modules(drafter: CoralDraftModel) -> list[str]:
 
 
 def rebuild(model: Any, state_dict: dict[str, Any]) -> Any:
-    """A new copy of an adapted drafter, whole, from the gathered weights of a sharded one, which can be neither copied nor merged."""
+    """A new, unsharded copy of an adapted drafter from its gathered weights, because a sharded one cannot be merged."""
     from peft import get_peft_model
 
     copied = get_peft_model(CoralDraftModel(model.get_base_model().config), model.active_peft_config)
@@ -67,17 +69,17 @@ def rebuild(model: Any, state_dict: dict[str, Any]) -> Any:
 
 
 def save_merged(model: Any, folder: str | Path) -> CoralDraftModel:
-    """Saves an adapted drafter as a plain one into `folder`, and its adapters into `folder/adapter`.
+    """Saves an adapted drafter as a merged drafter to `folder`, and its adapters to `folder/adapter`.
 
-    Adapters in `folder` itself (of a checkpoint, or of `Trainer`'s own saving) are removed: `from_pretrained` would apply
-    them to weights that hold them already. The model itself keeps its adapters, so that its training can continue.
+    Adapters in `folder` itself (of a checkpoint, or saved by `Trainer`) are removed, because `from_pretrained` would apply
+    them to the merged weights again. The model itself keeps its adapters, so that training can continue.
 
     Returns:
         [`CoralDraftModel`]: the merged drafter.
     """
     model.save_pretrained(Path(folder) / ADAPTER_FOLDER)
     follow_umask(Path(folder) / ADAPTER_FOLDER)
-    # PEFT's card of them: an empty form except for the path of the drafter that they were begun on
+    # PEFT's card: an empty form, except for the path of the original drafter
     (Path(folder) / ADAPTER_FOLDER / CARD_FILE).unlink(missing_ok=True)
     merged = copy.deepcopy(model).merge_and_unload()
     merged.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a killed process: written beside and renamed, and checked before a training resumes from one."""
+"""Checkpoints that survive an interruption: written to a temporary folder, renamed, and checked before resuming."""
 
 import hashlib
 import json
@@ -26,9 +26,9 @@ from .run_folder import PROGRESS_FILE, RunFolder, check_run_folder, last_checkpo
 logger = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-PARTIAL_FOLDER = "checkpoint-being-written"  # never taken for a checkpoint: those end in a number
+PARTIAL_FOLDER = "checkpoint-being-written"  # never mistaken for a checkpoint, whose names end in a number
 _FINGERPRINT_ROWS = 64
-# settings that decide which rows follow those that were trained on, and those that say what is learnt of them
+# settings that determine the order of rows, and settings that determine the losses
 _ORDER = ("seed", "train_sampling_strategy", "stream_buffer_size", "packing", "max_length")
 _RECIPE: tuple[str, ...] = (
     "rollout_schedule",
@@ -38,19 +38,19 @@ _RECIPE: tuple[str, ...] = (
     "loss_vocab_size",
     "loss_negatives",
 )
-# in the plain RuntimeErrors that `torch.save` makes of a write that failed
+# in the plain RuntimeErrors that `torch.save` raises for a failed write
 _TORCH_WRITING = ("PytorchStreamWriter", "inline_container", "iostream")
 
 
 class CheckpointMixin(Trainer):
-    """Saves and resumes exactly; before [`~transformers.Trainer`] in the bases.
+    """Saves and resumes exactly. Must precede [`~transformers.Trainer`] in the bases.
 
-    What a step draws at random (CSRA's positions, sampled negatives, feature noise) comes from the default generators,
-    whose states `Trainer` stores; the order of rows is a function of seed and epoch alone.
+    All random numbers of a step (CSRA's positions, sampled negatives, feature noise) come from the default generators, whose
+    states `Trainer` stores. The order of rows depends only on seed and epoch.
     """
 
     _staging: Path | None = None
-    _folder: RunFolder | None = None  # of the last call of `train`
+    _folder: RunFolder | None = None  # set by the last call of `train`
     _tokens: Any  # CountTokens
     _train_batch_size: int
     tokens_seen: Any
@@ -59,15 +59,14 @@ class CheckpointMixin(Trainer):
         """As [`~transformers.Trainer.train`]; `resume_from_checkpoint` may also be `"true"` or `"last"`.
 
         Raises:
-            ValueError: if the checkpoint is incomplete or belongs to another drafter, target, stage, data, order of rows or
-                batch size; or if `output_dir` contains a run that is neither resumed nor to be replaced
-                (`overwrite_output_dir`).
+            ValueError: if the checkpoint is incomplete, or belongs to another drafter, target, stage, data, order of rows or
+                batch size; or if `output_dir` contains a run that is neither resumed nor replaced (`overwrite_output_dir`).
             OSError: if a checkpoint cannot be written.
         """
         output = Path(self.args.output_dir)
         folder = check_run_folder(output, resume_from_checkpoint, self.args.overwrite_output_dir)
         if folder is None and resume_from_checkpoint and self.args.process_index == 0:
-            print(f"{output} contains no checkpoint to resume from: the training starts from the beginning.")
+            print(f"{output} contains no checkpoint to resume from: training starts from the beginning.")
         self._tokens.start = self.tokens_seen
         if folder is not None:
             self.check_checkpoint(folder)
@@ -76,7 +75,7 @@ class CheckpointMixin(Trainer):
                 self._tokens.start = read_json(progress)["response_tokens"]
         self._folder = RunFolder(output, folder)
         if self.args.should_save and output.is_dir():
-            shutil.rmtree(output / PARTIAL_FOLDER, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(output / PARTIAL_FOLDER, ignore_errors=True)  # left by an interrupted run
             if self.args.save_strategy != "no":
                 self._check_space(output)
         return super().train(None if folder is None else str(folder), *args, **kwargs)
@@ -87,7 +86,7 @@ class CheckpointMixin(Trainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # from its final place only
+        if self._staging is None:  # only from its final folder
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -116,7 +115,7 @@ class CheckpointMixin(Trainer):
             self._staging = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if final.exists():  # of an earlier run, replaced or resumed from an older checkpoint
+            if final.exists():  # from an earlier run that is replaced, or resumed from an older checkpoint
                 os.replace(final, staging / "old")
             os.replace(staging / name, final)
             shutil.rmtree(staging)
@@ -130,8 +129,8 @@ class CheckpointMixin(Trainer):
     def _finish_staged(self, staging: Path, name: str, final: Path) -> None:
         progress = {**self._progress(), "run": self._run_folder(staging.parent).run}
         (staging / name / PROGRESS_FILE).write_text(json.dumps(progress))
-        follow_umask(staging / name)  # of adapters, which are not saved by the drafter
-        # `Trainer` takes the best checkpoint for where this one is written now
+        follow_umask(staging / name)  # adapters are not saved by the drafter
+        # `Trainer` records the temporary folder as the best checkpoint
         if self.state.best_model_checkpoint == str(staging / name):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(staging / name / STATE_FILE))
@@ -142,7 +141,7 @@ class CheckpointMixin(Trainer):
         return self._folder
 
     def _check_space(self, folder: Path) -> None:
-        """Raises `OSError` unless one more checkpoint fits on the disk."""
+        """Raises `OSError` unless another checkpoint fits on the disk."""
         needed = checkpoint_bytes(self.model, self.args.save_only_model)
         place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
         free = shutil.disk_usage(place).free
@@ -168,10 +167,10 @@ class CheckpointMixin(Trainer):
             "max_length": args.max_length,
             "recipe": {name: getattr(args, name) for name in _RECIPE},
             "batch": self._global_batch(),
-            # the last part only: the same target may lie in another folder
+            # only the last part, because the same target may be in another folder
             "target": Path(name).name if (name := self.model.config.target_name_or_path) else None,
             "target_revision": self.target_revision,
-            # text, because nothing is less than nothing known
+            # as text, to distinguish no template variables from unknown ones
             "chat_template_kwargs": None
             if (mode := self.model.config.chat_template_kwargs) is None
             else json.dumps(mode),
@@ -180,7 +179,7 @@ class CheckpointMixin(Trainer):
 
     @property
     def target_revision(self) -> str | None:
-        """The target's own where it is of the Hub: a drafter that continues may name the commit that it was begun for."""
+        """The target's own commit if it is from the Hub. A continued drafter may name the commit of its first training."""
         return hub_commit(self.adapter.target.config) or self.model.config.target_revision
 
     def _global_batch(self) -> int:
@@ -190,7 +189,7 @@ class CheckpointMixin(Trainer):
     def check_checkpoint(self, folder: str | Path) -> None:
         """Raises `ValueError` unless a training of this drafter on this data can resume from `folder` exactly.
 
-        Another schedule or other weights of the losses are told of only: they change what is learnt, not what was.
+        A different schedule or different loss weights only cause a log message.
         """
         folder = Path(folder)
         again = "To start a new training from its weights, give that folder as the drafter (--drafter) instead."
@@ -200,7 +199,7 @@ class CheckpointMixin(Trainer):
             raise ValueError(
                 f"{folder} contains no readable {STATE_FILE}: it is not a checkpoint of a training. {again}"
             ) from error
-        if self.args.auto_find_batch_size:  # `Trainer` begins with the one that was found
+        if self.args.auto_find_batch_size:  # `Trainer` starts with the batch size that was found
             self._train_batch_size = state.get("train_batch_size") or self._train_batch_size
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         weights = ADAPTER_FILE if is_peft(self.model) else WEIGHTS_FILE
@@ -230,13 +229,13 @@ class CheckpointMixin(Trainer):
                 if name in _ORDER:
                     again = f"Continue with {name}={stored[name]}, or read the rows again with ignore_data_skip=True. {again}"
                 raise ValueError(
-                    f"{folder} was written by a training with another {name} ({stored[name]!r}, here {value!r}): its "
-                    f"steps would not continue. {again}"
+                    f"{folder} was written by a training with another {name} ({stored[name]!r}, here {value!r}), so it cannot be "
+                    f"resumed exactly. {again}"
                 )
         self._warn_of_recipe(folder, stored.get("recipe") or {}, recipe)
 
     def _warn_of_recipe(self, folder: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
-        """Tells of other losses than until now, which may be meant."""
+        """Logs changed losses, which may be intended."""
         changed = [
             f"{name}={here[name]!r} ({stored[name]!r} until now)"
             for name in stored.keys() & here.keys()
@@ -255,13 +254,13 @@ class CheckpointMixin(Trainer):
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):
-    """Rows of similar length together, in an order that depends on seed and epoch only.
+    """A sampler that groups rows of similar length, in an order that depends only on seed and epoch.
 
-    `Trainer`'s own draws it from the global generator, which a resumed run has in another state in the middle of an
-    epoch, and two processes in two states.
+    `Trainer`'s own sampler uses the global generator. Its state differs after resuming in the middle of an epoch, and
+    between processes.
 
     Args:
-        trainer ([`~transformers.Trainer`]): whose seed, epoch and global batch size count.
+        trainer ([`~transformers.Trainer`]): the source of seed, epoch and global batch size.
         dataset: rows with `input_ids`.
     """
 
@@ -273,7 +272,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         return len(self.lengths)
 
     def __iter__(self):
-        # the state's, because a loader that skips batches does not pass `set_epoch` on
+        # from the state, because a loader that skips batches does not forward `set_epoch`
         epoch = int(self.trainer.state.epoch or 0)
         args = self.trainer.args
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -282,7 +281,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
 
 
 def fingerprint(dataset: Any) -> str | None:
-    """A hash of a data set's size and of rows spread over it; of a stream's first rows."""
+    """A hash of a data set's size and a sample of its rows, or of a stream's first rows."""
     if dataset is None:
         return None
     if has_length(dataset):
@@ -298,7 +297,7 @@ def fingerprint(dataset: Any) -> str | None:
 
 
 def checkpoint_bytes(model: nn.Module, weights_only: bool = False) -> int:
-    """Size of a checkpoint: all weights and, unless they are saved alone, AdamW's two moments of each trained one."""
+    """Size of a checkpoint: all weights and, unless only the model is saved, AdamW's two moments of trained weights."""
     size = 0
     for parameter in model.parameters():
         copies = 3 if parameter.requires_grad and not weights_only else 1

@@ -1,4 +1,4 @@
-"""What stops a training before it spoils its weights."""
+"""Stops a training before an update destroys its weights."""
 
 from typing import Any
 
@@ -9,20 +9,20 @@ from .run_folder import last_of_run
 
 
 class StopOnNonFiniteGradient(TrainerCallback):
-    """Raises before an update whose loss or gradient is NaN or infinite, so that weights and checkpoints stay as they were.
+    """Raises before an update with a NaN or infinite loss or gradient, so that weights and checkpoints stay intact.
 
-    One such update turns every weight into NaN, and `Trainer` would continue with a logged loss of 0. Runs in float16
-    are left to the gradient scaler, which skips such updates itself.
+    One such update would turn every weight into NaN, and `Trainer` would continue with a logged loss of 0. In float16 runs,
+    the gradient scaler skips such updates itself.
 
     Raises:
-        FloatingPointError: naming the step, the batch and the last checkpoint.
+        FloatingPointError: with the step, the batch and the last checkpoint.
     """
 
     def __init__(self) -> None:
         self._batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def note(self, inputs: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
-        """Remembers a batch of the step under way and its loss."""
+        """Records a batch of the current step and its loss."""
         self._batches.append((inputs["input_ids"], loss.detach()))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -36,13 +36,13 @@ class StopOnNonFiniteGradient(TrainerCallback):
         wrong = [index for index, (_, loss) in enumerate(batches) if not loss.isfinite().all()]
         if wrong:
             raise _error("loss", _batch(batches[wrong[0]][0], f"batch {wrong[0] + 1} of {len(batches)}"), args, state)
-        # which of them spoilt the sum of the gradients is not known
+        # it is not known which batch made the sum of gradients invalid
         parts = [_batch(ids, f"batch {number}") for number, (ids, _) in enumerate(batches, start=1)]
         where = "".join(parts) if len(parts) < 2 else f"one of these {len(parts)} batches: {'; '.join(parts)}"
         raise _error("gradient", where, args, state)
 
     def check_loss(self, inputs: dict[str, torch.Tensor], loss: torch.Tensor, args: Any, state: Any) -> None:
-        """Raises before the backward of a loss that is not finite; DeepSpeed's updates the weights by itself."""
+        """Raises before the backward pass of a non-finite loss, because DeepSpeed's backward pass updates the weights."""
         if not args.fp16 and not bool(loss.isfinite().all()):
             raise _error("loss", _batch(inputs["input_ids"], f"batch {len(self._batches) + 1}"), args, state)
 
@@ -64,7 +64,7 @@ def _error(what: str, where: str, args: Any, state: Any) -> FloatingPointError:
 
 
 def _together(values: list[torch.Tensor]) -> list[bool]:
-    """Scalars of one device in one transfer; a sharded gradient answers for its own part."""
+    """Moves scalars of one device in one transfer. A sharded gradient counts with its local part."""
     local = [value.to_local() if hasattr(value, "to_local") else value for value in values]
     return torch.stack([value.reshape(()) for value in local]).tolist()
 

@@ -1,4 +1,4 @@
-"""Where the frozen target lies: whole on every process, or its layers sharded over them."""
+"""Places the frozen target: whole on every process, or with its layers sharded over the processes."""
 
 from typing import Any
 
@@ -9,27 +9,26 @@ from ...utils.hardware import check_one_device
 
 
 def check_devices(args: Any) -> None:
-    """Raises `ValueError` if `Trainer` would run the drafter on several GPUs of one process (`DataParallel`): the
-    target, which computes the features, is on one of them."""
+    """Raises `ValueError` if `Trainer` would run the drafter on several GPUs of one process (`DataParallel`), because
+    the target is on one of them."""
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process, which trains on one: start a process for each with `accelerate "
+            f"{args.n_gpu} GPUs are visible to one process, which trains on only one: start a process for each with `accelerate "
             "launch` (--multi_gpu), or make one visible (CUDA_VISIBLE_DEVICES=0)."
         )
 
 
 def place_target(adapter: TargetAdapter, accelerator: Any, shard: bool = False) -> None:
-    """Puts the target onto this process's device once; it is never wrapped, trained or saved with the drafter.
+    """Moves the target to this process's device once. It is never wrapped, trained or saved with the drafter.
 
     Args:
         adapter ([`TargetAdapter`])
         accelerator (`Accelerator`)
         shard (`bool`): split the decoder layers over the processes (FSDP2's `fully_shard`, gathered layer by layer in
-            each forward); embedding, norms and head stay whole, because losses read them at any time.
+            each forward pass). Embedding, norms and head stay whole, because losses read them at any time.
 
     Raises:
-        ValueError: if there is one process only to shard over, or the target was placed by its `device_map`, by that
-            on several devices.
+        ValueError: if there is only one process to shard over, or a `device_map` placed the target on several devices.
     """
     target = adapter.target
     check_one_device(target)
@@ -58,7 +57,7 @@ def place_target(adapter: TargetAdapter, accelerator: Any, shard: bool = False) 
 
 
 def plain_sharding(accelerator: Any) -> None:
-    """Makes FSDP treat the drafter as one unit: its rollout calls parts of its only layer, which units of their own
+    """Makes FSDP treat the drafter as one unit, because its rollout calls parts of its only layer, which separate units
     would leave sharded.
 
     Raises:
@@ -76,7 +75,7 @@ def plain_sharding(accelerator: Any) -> None:
 
 
 def _move_own(module: nn.Module, device: Any) -> None:
-    """Moves a module's own tensors, not its children's: a sharded child refuses to be moved."""
+    """Moves a module's own tensors, not its children's, because sharded children cannot be moved."""
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.to(device)
     for name, buffer in module.named_buffers(recurse=False):
@@ -84,7 +83,7 @@ def _move_own(module: nn.Module, device: Any) -> None:
 
 
 def decoder_layers(adapter: TargetAdapter) -> nn.ModuleList:
-    """The target's decoder layers, found by their number."""
+    """The target's decoder layers, identified by their number."""
     count = adapter.text_config.num_hidden_layers
     for module in adapter.target.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -112,10 +111,10 @@ def check_packing(adapter: TargetAdapter) -> None:
 
 
 def end_processes(trainer: Any) -> None:
-    """Ends the processes' communication, and its threads with it, before the interpreter shuts down.
+    """Ends the communication between processes, including its threads, before the interpreter shuts down.
 
-    The gradient synchronisation of a wrapped model keeps them alive after `destroy_process_group`, and a gloo thread that
-    lets go of its last tensor in a shutdown aborts the process (PyTorch's issue 190489).
+    The gradient synchronisation of a wrapped model keeps the threads alive after `destroy_process_group`. A gloo thread that
+    releases its last tensor during shutdown aborts the process (PyTorch issue 190489).
     """
     trainer.accelerator.wait_for_everyone()
     trainer.model_wrapped = trainer.model

@@ -1,4 +1,4 @@
-"""Which run a folder of checkpoints belongs to: an id of the run in every checkpoint and one for the folder."""
+"""Identifies the run that a folder of checkpoints belongs to, by a run id in every checkpoint and in the folder."""
 
 import re
 import shutil
@@ -13,10 +13,10 @@ from ...utils.replacing import check_replaceable
 from ...utils.whole_files import write_json
 
 
-PROGRESS_FILE = "coral_progress.json"  # in a checkpoint: what TrainerState has no field for
-RUN_FILE = "_coral_run.json"  # in output_dir: `Trainer` pushes no name that begins with `_`
+PROGRESS_FILE = "coral_progress.json"  # in a checkpoint: values without a field in TrainerState
+RUN_FILE = "_coral_run.json"  # in output_dir; `Trainer` does not push names that begin with `_`
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-# what a training replaces when it saves its drafter and card
+# files that a training replaces when it saves its drafter and card
 _DRAFTER_FILES = ("config.json", WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json", "README.md")
 
 
@@ -32,7 +32,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def run_of(folder: str | Path) -> str | None:
-    """The id of the run that wrote a checkpoint, or that an output folder belongs to; None where none is recorded."""
+    """The id of the run that wrote a checkpoint or owns an output folder; None if none is recorded."""
     for name in (PROGRESS_FILE, RUN_FILE):
         if (path := Path(folder) / name).is_file():
             return read_json(path).get("run")
@@ -46,25 +46,25 @@ def last_of_run(folder: str | Path) -> Path | None:
         return None
     if (Path(folder) / RUN_FILE).is_file():
         run = run_of(folder)
-    else:  # checkpoints of before there were ids, or a run that was killed right after its first one
+    else:  # checkpoints without ids, or a run that was interrupted right after its first checkpoint
         run = run_of(max(found, key=lambda path: path.stat().st_mtime))
     return next((path for path in reversed(found) if run_of(path) == run), None)
 
 
 def last_checkpoint(folder: Path) -> str:
-    """Says which checkpoint of a folder's run is the last, for a message."""
+    """Describes the last checkpoint of a folder's run, for a message."""
     if (last := last_of_run(folder)) is not None:
         return f"the last checkpoint is {last}"
     return f"{folder} contains no checkpoint" + (" of the run that wrote it last" if checkpoints(folder) else "")
 
 
 def resume_folder(given: str | bool | None, output: Path) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means: a folder, or with True, `"true"` or `"last"` the run's last one.
+    """The checkpoint that `resume_from_checkpoint` means: a folder, or the run's last one for True, `"true"` or `"last"`.
 
-    A folder without any checkpoint has no last one: None.
+    Returns None for a folder without any checkpoint.
 
     Raises:
-        ValueError: if there is no such folder, or all checkpoints are other runs'.
+        ValueError: if the folder does not exist, or all checkpoints belong to other runs.
     """
     if given is None or given is False:
         return None
@@ -86,8 +86,8 @@ def check_run_folder(output: str | Path, given: str | bool | None = None, overwr
         overwrite (`bool`): whether another run's checkpoints and drafter in `output` may be replaced.
 
     Raises:
-        ValueError: if the checkpoint does not exist, or `output` contains a run or a model and the training neither resumes
-            it nor may replace it.
+        ValueError: if the checkpoint does not exist, or if `output` contains a run or a model that the training neither
+            resumes nor may replace.
     """
     output = Path(output)
     resumed = resume_folder(given, output)
@@ -110,8 +110,8 @@ class RunFolder:
 
     Args:
         output (`Path`): `output_dir`.
-        resumed (`Path`, *optional*): the checkpoint that the run resumes from. The run keeps its id only where that is the
-            folder's last one: otherwise the checkpoints after it are another run's.
+        resumed (`Path`, *optional*): the checkpoint that the run resumes from. The run keeps its id only if that is the
+            folder's last checkpoint. Otherwise the later checkpoints belong to another run.
     """
 
     def __init__(self, output: Path, resumed: Path | None):
@@ -124,11 +124,11 @@ class RunFolder:
         self._written: set[str] = set()
 
     def claim(self, folder: Path, written: str | None = None) -> None:
-        """Makes a folder this run's and removes the checkpoints that it replaces, after something of the run is saved there.
+        """Claims a folder for this run and removes the checkpoints that it replaces. Called after the run's first save.
 
         Args:
-            folder (`Path`): the output folder, or that of a trial.
-            written (`str`, *optional*): the name of the checkpoint that was written.
+            folder (`Path`): the output folder, or the folder of a trial.
+            written (`str`, *optional*): the name of the written checkpoint.
         """
         self._written.add(written or "")
         write_json(folder / RUN_FILE, {"run": self.run})
@@ -138,14 +138,14 @@ class RunFolder:
         self._replaced = []
 
     def rotate(self, folder: Path, limit: int | None, best: str | None) -> None:
-        """Removes the run's oldest checkpoints, and those of the run that it resumed, down to `limit`.
+        """Removes the oldest checkpoints of this run and of the run that it resumed, down to `limit`.
 
-        Transformers' own function takes checkpoints of other runs into account, and removes them.
+        Transformers' own function would also count and remove checkpoints of other runs.
 
         Args:
             folder (`Path`): the output folder.
             limit (`int`, *optional*): `save_total_limit`; None and 0 keep all.
-            best (`str`, *optional*): the best checkpoint, which is kept like the last.
+            best (`str`, *optional*): the best checkpoint, which is always kept, like the last one.
         """
         own = [path for path in checkpoints(folder) if run_of(path) in self._runs]
         own.sort(key=lambda path: run_of(path) == self.run)  # stable: by step within each run

@@ -1,4 +1,4 @@
-"""What of a drafter a stage trains, and in which dtype."""
+"""Sets which parts of a drafter a stage trains, and in which dtype."""
 
 import logging
 from typing import Any
@@ -16,12 +16,12 @@ _HEADS = {"router": ("router", "CoralRouterTrainer"), "low_rank": ("low-rank hea
 
 
 def train_in_float32(drafter: nn.Module, say: bool = True) -> None:
-    """Casts a drafter in float16 or bfloat16 to float32, in place: half a dtype's digits lose most of AdamW's small steps.
+    """Casts a drafter from float16 or bfloat16 to float32 in place, because half precision loses most small AdamW steps.
 
-    What is frozen is cast too, because a drafter computes in one dtype.
+    Frozen parts are cast too, because a drafter computes in one dtype.
 
     Args:
-        drafter (`nn.Module`): in float32 or float64 it stays as it is.
+        drafter (`nn.Module`): unchanged if it is in float32 or float64.
         say (`bool`): log that it was cast.
     """
     half = {parameter.dtype for parameter in drafter.parameters()} & {torch.float16, torch.bfloat16}
@@ -30,7 +30,7 @@ def train_in_float32(drafter: nn.Module, say: bool = True) -> None:
     drafter.float()
     if say:
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
-        logger.warning("The drafter's %s weights were cast to float32: it is trained and saved in that.", names)
+        logger.warning("The drafter's %s weights were cast to float32. It is trained and saved in float32.", names)
 
 
 def train_stage(drafter: Any, stage: str, say: bool = True) -> None:

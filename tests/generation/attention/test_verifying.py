@@ -1,4 +1,4 @@
-"""The attention that verifies a tree equals eager attention with the tree's mask, and is there while a tree is verified only."""
+"""The attention that verifies a tree equals eager attention with the tree's mask, and is only used for that."""
 
 import threading
 
@@ -46,7 +46,7 @@ def test_forms_equal_plain_products(form, heads, kv_heads, batch):
 @pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_verifies_as_eager_attention_does(family, long, monkeypatch):
-    """Behind a prefix longer than the windows of the families that have them; in the store and in a dynamic cache."""
+    """After a prefix longer than the sliding windows, in the store and in a dynamic cache."""
     monkeypatch.setattr(module, "_LONG", 0 if long else 1000)
     logits = []
     for attention in ("eager", "sdpa"):
@@ -69,7 +69,7 @@ def test_verifies_as_eager_attention_does(family, long, monkeypatch):
 
 
 def test_is_there_while_a_tree_is_verified_only():
-    """Also after an error, and in one thread only: others attend as before."""
+    """Also after an error, and in one thread only: the attention in other threads is unchanged."""
     target, own = make_target(), ALL_ATTENTION_FUNCTIONS["sdpa"]
     ids, mask = torch.tensor([[5, 9, 3]]), torch.zeros(1, 1, 3, 3, dtype=torch.float64)  # which sees what comes after
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_a_compiled_target_is_left_alone():
 
 
 def test_generation_verifies_with_it(monkeypatch):
-    """Every forward over a tree attends by it; the prefill does not."""
+    """Every forward over a tree uses it; the prefill does not."""
     target = make_target()
     calls: list[int] = []
     attend = module._attend

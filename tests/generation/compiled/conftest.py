@@ -7,6 +7,6 @@ from coral_hf.generation.compiled import graphed_generator, static_forward
 
 @pytest.fixture
 def untraced(monkeypatch):
-    """What would be compiled runs as it is: for tests of what it computes."""
+    """Runs the functions uncompiled, for tests of their results."""
     for module in (graphed_generator, static_forward):
         monkeypatch.setattr(module, "compiled", lambda function, options: function)

@@ -1,4 +1,4 @@
-"""`draft_compile` is plain `generate`, token for token, in graphs that are compiled once."""
+"""`draft_compile` equals plain `generate`, token for token, in graphs that are compiled once."""
 
 import copy
 import pickle
@@ -50,7 +50,7 @@ def test_settings(target, tree, settings, untraced):
     "settings", [{}, {"eos_token_id": list(range(3, 30))}, {"do_sample": False, "no_repeat_ngram_size": 2}], ids=str
 )
 def test_batches(target, tree, settings, untraced):
-    """Ragged prompts; rows that end leave the text, and their places in the graphs do nothing."""
+    """Ragged prompts; rows that end leave the text, and their slots in the graphs do nothing."""
     ids, mask = padded([9, 1, 20, 17])
     _, stats = compare_graphed(
         target, make_drafter(target), ids, TREES[tree], attention_mask=mask, max_new_tokens=20, **settings
@@ -68,7 +68,7 @@ def test_a_conversation_goes_on_from_the_returned_cache(target, tree, untraced):
     assert torch.equal(first.sequences, plain.sequences)
     for ours, theirs in zip(cache_of(first).layers, cache_of(plain).layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys)
-    # the drafter's rows, which the next call goes on from, are those of a whole reading
+    # the drafter's rows, which the next call continues from, equal those of one full forward
     drafts = []
     longer = torch.cat([plain.sequences, prompt_of(4, seed=8)], dim=1)
     for past in (cache_kwarg(cache_of(first)), {}):
@@ -93,7 +93,7 @@ def test_hidden_states_scores_and_a_streamer(target, untraced):
 
 
 def test_two_hundred_steps_are_two_graphs():
-    """Whatever is accepted: no break, nothing compiled again, not by a second call either."""
+    """For any acceptance: no graph break and no recompilation, in a second call neither."""
     target = make_target()
     drafter, ids = make_drafter(target), prompt_of(9)
     plain = target.generate(ids, generation_config=config_of({}, max_new_tokens=460))
@@ -140,7 +140,7 @@ def test_weights_that_change_are_read_anew(target, untraced):
 @pytest.mark.slow
 @pytest.mark.parametrize("tree", ["chain", "tree8"])
 def test_compiled_by_inductor_in_float32(tree):
-    """What a user gets: the same tokens, from two graphs."""
+    """With a real backend: the same tokens, from two graphs."""
     target = make_target(dtype=torch.float32)
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -29,7 +29,7 @@ def paths_of(tree, row: int) -> dict[tuple, float]:
 
 
 def drafts_of(kind, monkeypatch, generate) -> list[list[dict]]:
-    """What a generator proposes at each step, for each row."""
+    """The proposals of a generator at each step, for each row."""
     trees, propose = [], kind.propose
 
     def recorded(self, *args):

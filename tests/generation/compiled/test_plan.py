@@ -1,4 +1,4 @@
-"""What a call asks to be compiled, by `draft_compile` or as plain `generate` would be, and what is refused before any forward."""
+"""What a call compiles, by `draft_compile` or as plain `generate` would, and the refusals before any forward."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_refusals_come_first_and_leave_no_trace(case):
 
 def test_a_cache_of_the_caller_is_refused(target):
     filled = target(prompt_of(5), use_cache=True)["cache" if "cache" in cache_kwarg(0) else "past_key_values"]
-    assert_refused(target, make_drafter(target), COMPILE, "the call passes a KV cache of its own", cache=filled)
+    assert_refused(target, make_drafter(target), COMPILE, "the call passes its own KV cache", cache=filled)
     static = StaticCache(config=target.config, max_cache_len=64)
     assert_refused(target, make_drafter(target), TREE, "not in StaticLayer", cache=static)
 
@@ -99,7 +99,7 @@ def options(monkeypatch, untraced):
     "asked", [{}, {"compile_config": CompileConfig(backend="eager")}, {"disable_compile": True}], ids=str
 )
 def test_a_static_cache_on_a_cpu_is_not_compiled(target, asked, options, transformers_log):
-    """As plain `generate`, which says so once where it was asked to compile."""
+    """Like plain `generate`, which logs once that it does not compile as requested."""
     drafter, ids = make_drafter(target), prompt_of(9)
     plain = target.generate(ids, generation_config=config_of({}))
     for _ in range(2):
@@ -137,7 +137,7 @@ def test_defaults(target, options):
 
 
 def test_a_drafter_cannot_ask_for_it(target):
-    """It is about the machine, not about the drafter."""
+    """It depends on the machine, not on the drafter."""
     drafter = make_drafter(target)
     drafter.config.draft_compile = True
     assert not coral_hf.generation.settings.DraftSettings.resolve(drafter.config).draft_compile

@@ -1,4 +1,4 @@
-"""Costs are measured once, kept, and measured again when what is kept cannot be used."""
+"""Costs are measured once, stored, and measured again if the stored ones cannot be used."""
 
 import json
 import os
@@ -43,14 +43,14 @@ def counted(tmp_path, monkeypatch):
 
 
 def forget(monkeypatch) -> None:
-    """What a new process knows."""
+    """The state of a new process."""
     monkeypatch.setattr(measurement, "_measured", {})
 
 
 def test_measured_once_and_kept(pair, counted, tmp_path, monkeypatch):
     state = torch.get_rng_state()
     costs = cost_table(*pair, SETTINGS)
-    assert torch.equal(state, torch.get_rng_state())  # a sampled answer stays plain's
+    assert torch.equal(state, torch.get_rng_state())  # a sampled answer equals that of plain generate
     assert len(costs.target_ms) == 6 and list(costs.target_ms) == sorted(costs.target_ms) and costs.target_ms[0] > 0
     assert costs.first_level_ms > 0 and costs.level_ms >= 0
     assert cost_table(*pair, SETTINGS) is costs and len(counted) == 1
@@ -67,7 +67,7 @@ def test_measured_once_and_kept(pair, counted, tmp_path, monkeypatch):
 
 
 def test_two_threads_measure_once(pair, counted, monkeypatch):
-    """They would time each other, and what is found is kept on the disk."""
+    """They would disturb each other's times, and the results are stored on disk."""
     original, running, most = measurement.measure_costs, [], []
 
     def slowly(*args, **how):
@@ -114,7 +114,7 @@ def test_the_key_tells_low_rank_heads_apart(pair):
 
 
 def test_a_shallow_draft_leaves_no_free_levels(pair, counted, monkeypatch):
-    """A call of depth 1 times no further level: what it keeps would make those of a deeper call cost nothing."""
+    """A call of depth 1 times no further level. With its stored times, the levels of a deeper call would cost nothing."""
     shallow, deep, deeper = (DraftSettings(depth, 4, draft_total_tokens=5) for depth in (1, 4, 9))
     assert cost_table(*pair, shallow).level_ms == 0
     forget(monkeypatch)
@@ -124,7 +124,7 @@ def test_a_shallow_draft_leaves_no_free_levels(pair, counted, monkeypatch):
 
 
 def test_the_key_tells_apart_what_is_computed(pair):
-    """How a router's rows are scored, and adapters beside the target's layers: not merged, not switched off."""
+    """The way a router's rows are scored, and active adapters of the target's layers that are not merged."""
     peft = pytest.importorskip("peft")
     target, drafter = pair
     keys = [costs_key(target, drafter, replace(SETTINGS, draft_scoring=way)) for way in ("active", "router")]
@@ -205,7 +205,7 @@ def test_a_measurement_says_what_it_is(pair, counted, caplog, capfd, monkeypatch
 
 
 class Clock:
-    """A machine on which every part takes `seconds`, on a clock of its own."""
+    """A machine on which every part takes `seconds`, on a simulated clock."""
 
     def __init__(self, seconds: float, monkeypatch):
         self.now, self.seconds, self.runs = 0.0, seconds, []
@@ -224,7 +224,7 @@ WIDE = DraftSettings(draft_depth=4, draft_top_k=4, draft_total_tokens=32)
 
 @pytest.mark.parametrize(("seconds", "least"), [(0.01, 4), (0.7, 1), (3.0, 1), (9.0, 1)])
 def test_a_slow_machine_measures_less(pair, seconds, least, monkeypatch):
-    """20 seconds at most, or once through the four parts without which there are no costs."""
+    """At most 20 seconds, or one pass over the four parts that the costs need."""
     clock = Clock(seconds, monkeypatch)
     costs = measure_costs(*pair, WIDE)
     assert clock.now <= max(20.0, 4 * seconds) + 1e-6
@@ -270,7 +270,7 @@ def test_measured_again_where_the_machine_has_plainly_changed(pair, counted, mon
     assert not probes and len(counted) == 1  # just looked
     monkeypatch.setattr(measurement, "CHECK_SECONDS", 0.0)
     cost_table(*pair, SETTINGS)
-    assert not probes and len(counted) == 1  # a new measurement stands for a while
+    assert not probes and len(counted) == 1  # a new measurement is used for a while
     monkeypatch.setattr(measurement, "KEEP_SECONDS", 0.0)
     cost_table(*pair, SETTINGS)
     assert len(counted) == measured
@@ -294,7 +294,7 @@ def test_one_slow_forward_is_no_change(pair, counted, monkeypatch):
 
 
 def test_a_file_has_room_for_other_prefixes(pair, counted, tmp_path, monkeypatch):
-    """One file for each pair and machine, a table for each length; measuring one again leaves the others."""
+    """One file for each pair and machine, a table for each length; measuring one again keeps the others."""
     cost_table(*pair, SETTINGS)
     monkeypatch.setattr(measurement, "PREFIX_LENGTH", 64)
     cost_table(*pair, SETTINGS)

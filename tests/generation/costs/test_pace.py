@@ -1,4 +1,4 @@
-"""Plain steps where drafting loses time: how soon, how long, and what a call loses at most."""
+"""Plain steps when drafting loses time: when they begin, how long they last, and how much a call can lose."""
 
 import math
 
@@ -25,7 +25,7 @@ DEAR = DraftCosts(tuple(10.0 * n for n in range(1, 65)), 10.0, 10.0)
 
 
 def lost(pace: Pace, promise: DraftPromise, accepted: float, steps: int) -> tuple[float, int]:
-    """Over so many tokens: plain steps' time that drafting has lost, and the steps that drafted."""
+    """The lost time over a number of tokens, in plain steps, and the steps that drafted."""
     time, drafted, tokens = 0.0, 0, 0.0
     while tokens < steps:
         if pace.drafts(FAIR):
@@ -40,7 +40,7 @@ def lost(pace: Pace, promise: DraftPromise, accepted: float, steps: int) -> tupl
 @pytest.mark.parametrize("step_ms", [11.0, 14.0, 30.0, 200.0])
 @pytest.mark.parametrize("promised", [0.0, 0.3, 2.0])
 def test_a_worthless_drafter_loses_a_bounded_time(step_ms, promised):
-    """Whatever it promises: the first credit, a small one for each look, and the step that was too much."""
+    """The limit for any prediction: the first credit, a small one for each retry, and the step that exceeded it."""
     step = step_ms / 10 - 1
     time, drafted = lost(Pace(), DraftPromise(promised, step_ms, 10.0), 0.0, 600)
     looks = 6  # pauses of 16, 32, 64, 128, 128, ...
@@ -123,7 +123,7 @@ class Turns:
 @pytest.mark.parametrize("tree", ["chain", "tree16"])
 @pytest.mark.parametrize("lengths", [[9], [9, 1, 17]], ids=str)
 def test_the_drafter_catches_up(target, monkeypatch, tree, lengths):
-    """After plain steps its cache holds the rows that it would have read one by one: the same drafts, whatever the turns."""
+    """After plain steps its cache contains the rows that it would have read one by one, so that drafts are the same."""
     monkeypatch.setattr("coral_hf.generation.candidate_generator.Pace", Turns)
     drafter = make_drafter(target)
     sizes = {**TREES[tree], "draft_cost_aware": True}
@@ -135,7 +135,7 @@ def test_the_drafter_catches_up(target, monkeypatch, tree, lengths):
 
 
 def test_rows_that_were_put_off_are_those_read_at_once(target):
-    """Ragged counts, a row that leaves: what the drafter then proposes is what it proposes without a pause."""
+    """With ragged counts and a removed row, the drafter then proposes the same as without a pause."""
     drafter = make_drafter(target)
     settings = DraftSettings(**TREES["tree16"])
     generator = torch.Generator().manual_seed(0)
@@ -190,7 +190,7 @@ def test_a_long_prompt_is_read_in_pieces(target, monkeypatch, rows):
 
 
 def test_the_next_turn_of_a_conversation_knows_what_was_put_off(target, monkeypatch):
-    """A call that ends in plain steps leaves their features beside the cache."""
+    """A call that ends in plain steps stores their features with the cache."""
     monkeypatch.setattr("coral_hf.generation.candidate_generator.Pace", Turns)
     monkeypatch.setattr(hook, "draft_costs", lambda *_: FAIR)
     drafter, ids, outputs = make_drafter(target), prompt_of(9), []

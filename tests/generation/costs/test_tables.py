@@ -1,4 +1,4 @@
-"""Costs between the batch sizes and contexts at which they are measured, and how little is measured for a call."""
+"""Costs between the measured batch sizes and contexts, and how little is measured for a call."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def table(rows: int, context: int) -> DraftCosts:
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What is measured, by rows and context; a measurement takes as many seconds as `asked.seconds`."""
+    """The measurements, by rows and context; each takes `asked.seconds` seconds."""
 
     class Asked(list):
         seconds, now, known = 1.0, 0.0, set()
@@ -53,7 +53,7 @@ def costs():
 
 
 def test_only_the_nearest_is_measured(costs, asked):
-    """One table for an ordinary chat, another where the context has become another."""
+    """One table for an ordinary chat, another after the context has grown."""
     assert costs.at(1, 40) is costs.at(1, 100)  # as long as a block
     assert costs.at(1, 300) == table(1, 256) and asked == [(1, 256)]
     costs.at(1, 700)
@@ -74,7 +74,7 @@ def test_between_and_beyond_the_measured(costs, asked):
     assert close(costs.at(1, 128 * 5 + 3), table(1, middle))
     assert close(costs.at(3, 128 * 5 + 3), table(3, middle))
     assert close(costs.at(6, 128 * 5 + 3), table(6, middle))
-    # 8 rows of 4,096 tokens are too many to measure: the line of the shorter contexts goes on
+    # 8 rows of 4,096 tokens are too many to measure: the line of the shorter contexts is extended
     assert close(costs.at(8, 128 * 40), table(8, 128 * 40 + 64))
     assert not asked
 
@@ -86,7 +86,7 @@ def test_rows_that_leave_need_no_measurement_each(costs, asked):
 
 
 def test_a_call_measures_for_a_bounded_time(costs, asked):
-    """20 seconds: then the nearest that is known serves, by preference of a larger batch."""
+    """After 20 seconds, the nearest known table is used, preferably that of a larger batch."""
     asked.seconds = 9.0
     costs.at(8, 100)
     costs.at(8, 700)
@@ -111,7 +111,7 @@ def test_mixed_never_falls_beyond_the_measured():
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
 @pytest.mark.parametrize(("rows", "context"), [(1, 700), (3, 40), (2, 300)])
 def test_a_bench_of_any_batch_and_context(family, rows, context):
-    """What is timed has the rows and the keys that it stands for, also where windows have dropped some."""
+    """The timed forwards have as many rows and keys as they represent, also if windows have dropped some."""
     target = make_target(family)
     with torch.inference_mode():
         check_bench(target, rows, context)

@@ -56,7 +56,7 @@ def test_tree_forward_equals_every_path_alone(family, attention, length):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 def test_compaction_rounds_equal_recomputation(family):
-    """Thirty rounds of accepting random paths leave the cache that a fresh forward over the text builds."""
+    """After thirty rounds of accepting random paths, the cache equals that of a new forward over the text."""
     target = make_target(family)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 128, (1, 5), generator=generator)
@@ -84,7 +84,7 @@ class Breaking(Recorder):
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 @pytest.mark.parametrize("fails", [False, True], ids=["whole", "failing"])
 def test_sliding_layers_keep_their_window_after_a_call(family, fails):
-    """A cache that a call returns or was given no longer records what plain generation then drops; also after an error."""
+    """A cache that a call returns or was given stops recording for a crop; also after an error."""
     target = make_target(family)
     drafter, ids, cache = make_drafter(target), prompt_of(30), DynamicCache(config=target.config)
     streamer = Breaking() if fails else None
@@ -107,7 +107,7 @@ def test_sliding_layers_keep_their_window_after_a_call(family, fails):
 
 
 def test_a_layer_without_keys_of_its_own_is_left_alone():
-    """Layers that share another's keys keep none."""
+    """Layers that use another layer's keys store none."""
     cache, generator = DynamicCache(), torch.Generator().manual_seed(0)
     rows = torch.randn(2, 1, 2, 8, 4, generator=generator)  # two of the prompt, six of the tree
     for layer in (0, 2):

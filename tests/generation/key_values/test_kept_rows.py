@@ -1,4 +1,4 @@
-"""A conversation continued with the target's cache: the drafter goes on too, and forgets where it must."""
+"""A conversation continued with the target's cache: the drafter continues too, and drops its rows when it must."""
 
 import gc
 import weakref
@@ -160,7 +160,7 @@ def test_nothing_is_kept_of_a_cache_that_is_gone(target):
 
 @sizes
 def test_padding_and_new_tokens_alone(target, size):
-    """Padded as before the drafter goes on, with the new ids alone it begins with them: the text is plain's."""
+    """With the same padding the drafter continues; with only the new ids it starts there. The text is the same."""
     drafter, padding = make_drafter(target), torch.zeros(1, 4, dtype=torch.long)
     ids = torch.cat([padding, prompt_of(9)], dim=1)
     cache = DynamicCache(config=target.config)

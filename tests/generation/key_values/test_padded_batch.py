@@ -1,4 +1,4 @@
-"""Batches of targets with recurrent layers: prompt by prompt what plain `generate` says, rows leave, new ones wait."""
+"""Batches of targets with recurrent layers: each prompt gets plain `generate`'s text, with removed and waiting rows."""
 
 import json
 

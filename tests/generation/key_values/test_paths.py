@@ -1,4 +1,4 @@
-"""Which targets and calls the key-value store takes, and the page that lists them."""
+"""The targets and calls that use the key-value store, and the page that lists them."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def test_calls_that_stay_in_the_dynamic_cache(target):
     assert "left padding" in store_obstacle(target, cache, torch.tensor([[1, 0, 1]]), 20)
     assert "OffloadedCache" in store_obstacle(target, type("OffloadedCache", (DynamicCache,), {})(), None, 20)
     target(prompt_of(3), use_cache=True, **cache_kwarg(cache))
-    assert "passes a KV cache" in store_obstacle(target, cache, None, 20)
+    assert "passes its own KV cache" in store_obstacle(target, cache, None, 20)
     target.config.rope_parameters = {**target.config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
     assert "RoPE" in store_obstacle(target, DynamicCache(config=target.config), None, 513)
     assert store_obstacle(target, DynamicCache(config=target.config), None, 512) is None

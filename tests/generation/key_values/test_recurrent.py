@@ -1,4 +1,4 @@
-"""Recurrent states over a verify forward: those of single steps along each path, for rows of a batch, chains and trees."""
+"""Recurrent states after a verify forward equal those of single steps along each path, in batches, chains and trees."""
 
 import copy
 import pickle
@@ -70,7 +70,7 @@ def path_to(parents, node):
 @families
 @pytest.mark.parametrize("parents", [PARENTS[0], list(range(-1, 6))], ids=["tree", "chain"])
 def test_each_node_is_a_single_step_after_its_parent(family, parents):
-    """Logits of all nodes, and the states after every path, are those of plain single steps along it."""
+    """Logits of all nodes, and the states after every path, equal those of plain single steps along it."""
     target, ids = make_hybrid(family), prompt_of(9)
     tree = DraftTree.chain(tree_of([parents]).tokens) if parents[-1] == len(parents) - 2 else tree_of([parents])
     for end in range(len(parents)):
@@ -116,7 +116,7 @@ def test_rows_accept_paths_of_their_own(family):
 
 
 def name_of(module):
-    """What the module calls its cache."""
+    """The module's name for its cache."""
     parameters = signature(module.forward).parameters
     return next(name for name in ("cache", "cache_params", "past_key_values") if name in parameters)
 
@@ -124,7 +124,7 @@ def name_of(module):
 @pytest.mark.parametrize("family", ["lfm2", "lfm2_moe"])
 @pytest.mark.parametrize("kept", [1, 3, 6])
 def test_convolutions_that_are_cropped_are_those_that_are_stepped(family, kept):
-    """Transformers records what they read until the crop: the states are those of reading one token after the other."""
+    """Transformers records their inputs until the crop: the states equal those of reading one token at a time."""
     target, ids = make_hybrid(family), prompt_of(9)
     chain = list(range(-1, 5))
     caches = []
@@ -162,7 +162,7 @@ def test_projections_are_products_over_all_nodes(family):
 
 
 def test_threads_and_copies_know_nothing_of_a_verification():
-    """While one thread verifies, the target reads as ever in another, and its copies and pickles are plain."""
+    """While one thread verifies, the target is unchanged in another thread, and so are its copies and pickles."""
     target, ids = make_hybrid("qwen3_5_text"), prompt_of(9)
     module = target.model.layers[0].linear_attn
     kind, expected = type(module), run(target, ids, DynamicCache(config=target.config)).logits

@@ -1,4 +1,4 @@
-"""The cache of regeneration, by hand: slots that move and are filled again, prefixes that are run once."""
+"""The cache of regeneration, by hand: slots that move and are refilled, prefixes that are computed once."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_slots_move_and_refill_by_hand(target):
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_shared_prefix_is_run_once(family, attention):
-    """Prefixes shorter and longer than the window of 16; one prompt begins otherwise, one is the prefix alone."""
+    """Prefixes shorter and longer than the window of 16; one prompt lacks the prefix, one consists of it."""
     target = make_target(family, attention=attention)
     atol = 1e-5 if attention == "eager" else 1e-10  # eager's softmax is float32
     for length in (5, 20):

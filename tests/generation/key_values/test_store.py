@@ -1,4 +1,4 @@
-"""The key-value store against full forwards: ragged rows, trees behind each row's own end, rows that leave, windows that roll."""
+"""The key-value store against full forwards: ragged rows, trees at each row's end, removed rows, rolling windows."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_rounds_equal_full_forwards(family, lengths, monkeypatch):
 
 
 def test_one_gather_and_one_scatter_for_all_layers(target, monkeypatch):
-    """However many layers and rows; none where the accepted nodes lie at the front."""
+    """For any number of layers and rows; none if the accepted nodes are at the front."""
     calls = []
     monkeypatch.setattr(store_module.KeyValueStore, "_move", lambda store, moves: calls.append(moves))
     with torch.no_grad():

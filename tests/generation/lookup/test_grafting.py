@@ -1,4 +1,4 @@
-"""A drafted tree and a path in one: against a dictionary of paths, and by hand."""
+"""A drafted tree merged with a path: against a dictionary of paths, and by hand."""
 
 import math
 
@@ -67,7 +67,7 @@ def test_the_best_of_both_are_kept(seed, calibrate):
                 key = (9, *path[row, : step + 1].tolist())
                 expected[key] = max(expected.get(key, 0.0), float(chances[row, step]))
         best = sorted(expected.values(), reverse=True)[:size]
-        # what the rule weighs, and what is kept of it
+        # the candidates that the rule compares, and those it keeps
         assert sorted(weighed[row].tolist(), reverse=True)[: size - 1] == pytest.approx(best[1:])
         kept = paths_of(tree, row)
         assert len(kept) == size and kept.keys() <= expected.keys()

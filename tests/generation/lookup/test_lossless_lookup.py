@@ -1,4 +1,4 @@
-"""With nodes that are looked up the tokens are plain `generate`'s, and what repeats itself takes fewer steps."""
+"""With looked-up nodes the tokens equal plain `generate`'s, and repetitive text takes fewer steps."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def looping_target():
 @pytest.mark.parametrize("name", list(SIZES))
 def test_a_text_that_repeats_itself_takes_fewer_steps(name):
     target = looping_target()
-    drafter = make_drafter(target)  # random: what is accepted was looked up
+    drafter = make_drafter(target)  # random: every accepted token was looked up
     settings = {"max_new_tokens": 80}
     without = {**SIZES[name], "draft_lookup": False}
     plain = target.generate(prompt_of(8), generation_config=config_of({}, **settings))
@@ -131,7 +131,7 @@ def test_the_whole_cache_is_plain_generates():
 
 
 def test_a_good_drafter_loses_nothing_to_it():
-    """On a text that does not repeat itself: as many tokens are accepted, and no step goes without a draft."""
+    """On a text without repetition, as many tokens are accepted, and every step has a draft."""
     target = make_target("qwen3")
     drafter = make_drafter(target)
     ids = prompt_of(24, seed=5)

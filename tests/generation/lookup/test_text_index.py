@@ -103,7 +103,7 @@ def test_rows_of_a_batch_have_their_own_continuations():
     assert tokens.tolist() == found.tokens and chances.tolist()[2] == pytest.approx(found.chances[2])
     nodes.extend([[3, 1], [9], [1]])
     nodes.keep_rows([2, 0])
-    found = nodes.find(2)  # the first of them has nothing any more, the second goes on in its loop
+    found = nodes.find(2)  # the first has no continuation any more, the second continues in its loop
     assert found.tokens == [[0, 0], [2, 3]] and found.chances[0] == [0.0, 0.0]
     nodes.keep_rows([0])
     assert nodes.find(4) is None

@@ -43,7 +43,7 @@ def chunked(monkeypatch):
 
 @refusal("This target has layers whose index cannot branch (")
 def index_of_unnamed_layers(monkeypatch):
-    """Of a target that does not name the types of its layers."""
+    """A cache of a target that does not name the types of its layers."""
     needs("deepseek_v32")
     target = build_indexed("deepseek_v32")
     monkeypatch.setattr("coral_hf.generation.call_checks.getattr", _without_layer_types, raising=False)
@@ -55,7 +55,7 @@ def _without_layer_types(value, name, *default):
     return default[0] if name == "layer_types" else getattr(value, name, *default)
 
 
-@refusal("which this target keeps its states in, cannot drop rejected drafts. ")
+@refusal("which contains this target's states, cannot drop rejected drafts. ")
 def convolutions_of_an_older_transformers(monkeypatch):
     target = make_hybrid("lfm2")
     mixin = next(c for c in cache_utils.LinearAttentionLayer.mro() if "activate_past_recording" in vars(c))
@@ -69,9 +69,9 @@ def convolutions_of_an_older_transformers(monkeypatch):
     return older, {"Generate without assistant_model": call.plain(), "install a newer Transformers": call}
 
 
-@refusal("which this target keeps its states in, cannot drop rejected drafts. ")
+@refusal("which contains this target's states, cannot drop rejected drafts. ")
 def index_of_an_older_transformers(monkeypatch):
-    """Whose layers crop keys and values and leave the index as it is: chains would be wrong, and trees are not sent there."""
+    """Its layers crop keys and values but not the index. Chains would be wrong, and trees do not use it."""
     needs("deepseek_v32")
     call = Call(build_indexed("deepseek_v32"), ids=prompt_of(20), size=TREE)
 

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from coral_hf.utils.compat import CACHE_NAME
 
 
-@refusal("CORAL verifies trees, whose attentions are not a sequence's")
+@refusal("CORAL verifies trees, whose attentions are not those of a sequence")
 def attentions(monkeypatch):
     call = Call(make_target(), settings={"output_attentions": True, "return_dict_in_generate": True})
     return call, {"set output_attentions=False": call.but(settings={"return_dict_in_generate": True})}
@@ -26,7 +26,7 @@ def no_chunk(monkeypatch):
     return call, {words: call.but(settings={"prefill_chunk_size": size}) for words, size in remedies.items()}
 
 
-@refusal("splits ids, positions and attention mask of a prompt, but no ")
+@refusal("splits ids, positions and attention mask of a prompt, but not ")
 def chunks_of_an_image(monkeypatch):
     target, ids, inputs = image_target("llava", "sdpa")
     call = Call(target, ids=ids, inputs=inputs, settings={"prefill_chunk_size": 8})
@@ -40,13 +40,13 @@ def embeddings_only(monkeypatch):
     return call, {"pass a prompt of at least one token, not inputs_embeds": call.but(ids=prompt_of(9), inputs={})}
 
 
-@refusal("CORAL needs the target's KV cache; use_cache=False leaves it none")
+@refusal("CORAL needs the target's KV cache, but use_cache=False disables it")
 def no_use_of_a_cache(monkeypatch):
     call = Call(make_target(), settings={"use_cache": False})
     return call, {"Set use_cache=True": call.but(settings={"use_cache": True})}
 
 
-@refusal("keeps no KV cache that drafts could be dropped from")
+@refusal("keeps no KV cache from which drafts could be dropped")
 def no_cache(monkeypatch):
     target = make_target()
     monkeypatch.setattr(target, "_supports_default_dynamic_cache", lambda: False)
@@ -64,7 +64,7 @@ def offloaded_embedding(monkeypatch):
 
 @refusal(" takes no tree mask. Load the target with attn_implementation='sdpa', ")
 def attention_without_masks(monkeypatch):
-    """Attention of a user's own; FlashAttention needs a GPU, FlexAttention a compiler."""
+    """A user's own attention function, because FlashAttention needs a GPU and FlexAttention a compiler."""
     AttentionInterface.register("of_my_own", ALL_ATTENTION_FUNCTIONS["sdpa"])
     AttentionMaskInterface.register("of_my_own", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     call = Call(make_target(attention="of_my_own"))
@@ -113,7 +113,7 @@ def alora(monkeypatch):
 
 @refusal("The active adapter is a learnt prompt (")
 def prompt_tuned(monkeypatch):
-    """Its text is that of a forward over the whole sequence at every step, which `use_cache=False` gives."""
+    """Its text equals that of a forward over the whole sequence at every step, as with `use_cache=False`."""
     peft = pytest.importorskip("peft")
     target, ids = make_target(), prompt_of(12)
     drafter = make_drafter(target)
@@ -140,7 +140,7 @@ def prompt_tuned(monkeypatch):
     return call, {"without assistant_model and with use_cache=False": without, "disable_adapter()": switched_off}
 
 
-@refusal("by cross-attention, which ")
+@refusal("by cross-attention, with which ")
 def image_behind_cross_attention(monkeypatch):
     target, ids, image = cross_attending_target()
     call = Call(target, ids=ids, inputs=image)
@@ -148,7 +148,7 @@ def image_behind_cross_attention(monkeypatch):
     return call, remedies
 
 
-@refusal("by cross-attention, which ")
+@refusal("by cross-attention, with which ")
 def image_in_the_cache(monkeypatch):
     target, ids, image = cross_attending_target()
 
@@ -162,7 +162,7 @@ def image_in_the_cache(monkeypatch):
     return call, remedies
 
 
-@refusal("by cross-attention, which ")
+@refusal("by cross-attention, with which ")
 def encoder_behind_cross_attention(monkeypatch):
     target = build("gpt2", {"n_embd": 32, "n_layer": 4, "n_head": 4, "add_cross_attention": True}, "sdpa")
     call = Call(randomize(target), inputs={"encoder_hidden_states": torch.randn(1, 5, 32).double()})

@@ -51,12 +51,12 @@ def compiled(monkeypatch):
         finally:
             del target.forward
 
-    return of_the_compiled, {"the target that is not compiled": call, "without assistant_model": call.plain()}
+    return of_the_compiled, {"the uncompiled target": call, "without assistant_model": call.plain()}
 
 
 @refusal("One module must write them, on its own device and ")
 def a_wrapped_module(monkeypatch):
-    """As Accelerate wraps it where it is offloaded."""
+    """Wrapped as by Accelerate when it is offloaded."""
     target = make_hybrid("qwen3_5_text")
     module = target.model.layers[0].linear_attn
     forward = module.forward
@@ -67,7 +67,7 @@ def a_wrapped_module(monkeypatch):
 
 @refusal("One module must write them, on its own device and ")
 def two_modules_of_a_layer(monkeypatch):
-    """Of a target whose states can be cropped, so that chains need not read level by level."""
+    """A target whose states can be cropped, so that chains need not read level by level."""
     target = make_hybrid("lfm2")
     target.model.layers[0].another = copy.deepcopy(target.model.layers[0].conv)
     call = Call(target, size=TREE)

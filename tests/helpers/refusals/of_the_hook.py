@@ -148,7 +148,7 @@ def ids_in_the_drafters_place(monkeypatch):
     return refused, {remedy: lambda: _generate(target, make_drafter(target))}
 
 
-@refusal(" drafts with a CORAL drafter, and was given ")
+@refusal(" drafts with a CORAL drafter, but was given ")
 def another_assistant(monkeypatch):
     target, folder = make_target(), tempfile.mkdtemp()
     make_drafter(target).save_pretrained(folder)

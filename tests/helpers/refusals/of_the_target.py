@@ -49,7 +49,7 @@ def encoder_decoder(monkeypatch):
 def several_states(monkeypatch):
     needs("gemma3n_text")
     target = build("gemma3n_text", {**PER_LAYER, **GEMMA_3N})
-    remedy = "choose another target (Gemma 3 or 4, for example)"
+    remedy = "choose another target (for example Gemma 3 or 4)"
     return partial(make, target), {remedy: lambda: Call(make_target("gemma3_text"))()}
 
 
@@ -62,7 +62,7 @@ def no_head(monkeypatch):
 
 @refusal("without a weight tensor (of ")
 def a_head_without_a_weight(monkeypatch):
-    """Of dynamic quantisation, whose layers below the head are no obstacle."""
+    """A head of dynamic quantisation; quantised layers below the head are accepted."""
     target = make_target("qwen2", dtype=torch.float32)
     drafter, quantise = make_drafter(target), torch.ao.quantization.quantize_dynamic
     whole = quantise(target, {torch.nn.Linear}, dtype=torch.qint8)
@@ -99,7 +99,7 @@ def adapters_on_the_head(monkeypatch):
 
 
 class _Codes(torch.Tensor):
-    """Stands for a quantised weight: its module multiplies by it, nothing else may."""
+    """Imitates a quantised weight: only its own module may multiply by it."""
 
 
 @refusal(", of which single ")
@@ -110,14 +110,14 @@ def rows_of_codes(monkeypatch):
     target.lm_head.weight = torch.nn.Parameter(weight.as_subclass(_Codes), requires_grad=False)
 
     def whole():
-        """The message's own words: what it drafts with, its text is plain `generate`'s."""
+        """Follows the message: drafts with the target it names, whose text equals plain `generate`'s."""
         call.but(size={**call.size, "draft_head": "full"})()
 
     def as_it_was():
         target.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
         call()
 
-    return call, {"draft_head='full'": whole, "load the target with its LM head as it was": as_it_was}
+    return call, {"draft_head='full'": whole, "load the target with an unquantised LM head": as_it_was}
 
 
 def _of_another(**change):

@@ -12,14 +12,14 @@ from coral_hf.generation.statistics import DraftStats
 
 
 _DESCRIPTION = """
-Tokens per target forward of speculative decoding, the bonus token included: tau = 1 + accepted / steps, pooled over all
-verify steps of all answers (an answer's own tau is never averaged), and how many of the steps that reached a depth of the
-draft accepted it.
+Tokens per forward pass of the target, including the bonus token: tau = 1 + accepted / steps, pooled over all verification
+steps of all answers (taus of answers are never averaged). Also, for each depth, the share of the steps that reached it and
+accepted it.
 """
 _KWARGS_DESCRIPTION = """
 Args:
-    steps (`list[int]`): verify steps of every answer.
-    n_accepted (`list[int]`): drafted tokens that an answer accepted, bonus tokens excluded.
+    steps (`list[int]`): verification steps of every answer.
+    n_accepted (`list[int]`): accepted drafted tokens of every answer, without bonus tokens.
     drafted_per_depth (`list[list[int]]`): steps of an answer that drafted to depth 1, 2, ...
     accepted_per_depth (`list[list[int]]`): steps of an answer that accepted depth 1, 2, ...
     reached_per_depth (`list[list[int]]`): steps of an answer that drafted to depth 1, 2, ... and accepted those before it.
@@ -72,7 +72,7 @@ class AcceptanceLength(evaluate.Metric):
             if stats.steps < 0 or not 0 <= stats.n_accepted == sum(stats.accepted_per_depth) or len(lengths) > 1:
                 raise ValueError(
                     f"{stats} are not the statistics of an answer: n_accepted must be the sum of accepted_per_depth, the counts per "
-                    "depth must go equally far, and none be negative. Pass the fields of drafter.last_stats as they are."
+                    "depth must have equal lengths, and none may be negative. Pass the unchanged fields of drafter.last_stats."
                 )
             pooled = pooled.merge(stats)
         return {

@@ -10,13 +10,13 @@ from coral_hf.evaluation.benchmark import paired_speedup
 
 
 _DESCRIPTION = """
-How much faster speculative decoding answers than plain decoding: the median over answers of the paired ratios of tokens per
-second, and their quartiles. Measure each pair side by side, so that a drift of the machine hits both.
+The speedup of speculative decoding over plain decoding: the median over answers of the paired ratios of tokens per second,
+and their quartiles. Measure each pair side by side, so that a drift of the machine affects both.
 """
 _KWARGS_DESCRIPTION = """
 Args:
-    plain_tokens, plain_seconds (`list[int]`, `list[float]`): new tokens of every plain answer, and how long it took.
-    tokens, seconds (`list[int]`, `list[float]`): the same for the answers that are compared with it.
+    plain_tokens, plain_seconds (`list[int]`, `list[float]`): new tokens of every plain answer, and its time.
+    tokens, seconds (`list[int]`, `list[float]`): the same for the compared answers.
 Returns:
     speedup (`float`): median; speedup_quartiles (`list[float]`); tokens_per_second, plain_tokens_per_second (`float`): pooled.
 Examples:
@@ -29,7 +29,7 @@ Examples:
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class SpeculativeSpeedup(evaluate.Metric):
-    """One row per prompt: a plain answer and the one compared with it."""
+    """One row per prompt: a plain answer and the compared answer."""
 
     def _info(self):
         count, seconds = datasets.Value("int64"), datasets.Value("float64")
