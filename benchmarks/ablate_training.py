@@ -1,4 +1,4 @@
-"""What each part of the recipe adds: eagle, hass and coral drafters for one target at equal data and steps, several seeds.
+"""Measures what each part of the recipe adds: eagle, hass and coral drafters for one target, at equal data and steps.
 
     python benchmarks/ablate_training.py --data responses/ --eval_data dev_responses.jsonl --output_dir outputs/ablation \
         --cache_features outputs/ablation/features --learning_rate 1e-3
@@ -6,14 +6,14 @@
         --variants hass coral "strong:preset=coral,csra_weight=0.3"
 
 Every training flag applies to all variants. A variant is a preset, or a name with the training arguments that it changes
-and, after `config.`, the drafter's settings; features of other layers need a cache of their own:
+and, after `config.`, the drafter's settings. Features of other layers need a separate cache:
 
     --variants eagle "one_layer:preset=eagle,config.target_feature_layers=[-1],cache_features=outputs/last_layer"
 
-The rows are the first in a shuffled order that add up to --response_tokens; `seed` moves a drafter's random weights, the
-order of the rows and all draws. Finished runs are in ablation.json and are not repeated; runs of
-other settings are refused. tau is that of a simulated greedy chain of
-`eval_chain_depth` on the answers in --eval_data, with the full head.
+The rows are the first ones in a shuffled order with --response_tokens tokens in total. `seed` sets a drafter's random
+weights, the order of the rows and all draws. Finished runs are in ablation.json and are not repeated. Runs with other
+settings are rejected. Tau is that of a simulated greedy chain of `eval_chain_depth` on the answers in --eval_data, with the
+full head.
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ class ScriptArguments:
     variants: list[str] = field(default_factory=lambda: ["eagle", "hass", "coral"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     response_tokens: int = field(default=200_000, metadata={"help": "Response tokens of every run."})
-    min_response_tokens: int = field(default=64, metadata={"help": "Rows with shorter responses are passed over."})
-    longest_row: int = field(default=320, metadata={"help": "Longer rows, in tokens, are passed over."})
+    min_response_tokens: int = field(default=64, metadata={"help": "Rows with shorter responses are skipped."})
+    longest_row: int = field(default=320, metadata={"help": "Longer rows, in tokens, are skipped."})
     config: str = field(default='{"shape": "eagle3"}', metadata={"help": "Settings of the drafters, as JSON."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
@@ -59,7 +59,7 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
         return name, {"preset": name}, {}
     kinds = {item.name: item.type for item in dataclasses.fields(CoralTrainingArguments)}
     arguments, config = {}, {}
-    for change in re.split(r",(?=[\w.]+=)", changes):  # a comma inside of a list does not part two changes
+    for change in re.split(r",(?=[\w.]+=)", changes):  # a comma inside a list does not separate changes
         key, _, value = change.partition("=")
         if key.startswith("config."):
             config[key.removeprefix("config.")] = parse_value(value)
@@ -71,7 +71,7 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 
 def parse_value(text: str) -> Any:
-    """JSON, or a bare word."""
+    """A value in JSON, or a bare word."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -79,7 +79,7 @@ def parse_value(text: str) -> Any:
 
 
 def pick_rows(script: ScriptArguments) -> list[dict[str, Any]]:
-    """Rows of the sizes asked for, in an order that depends on nothing but the files."""
+    """Rows of the requested sizes, in an order that depends only on the files."""
     rows = read_rows(script.data)
     random.Random(0).shuffle(rows)
     picked, tokens = [], 0
@@ -90,19 +90,19 @@ def pick_rows(script: ScriptArguments) -> list[dict[str, Any]]:
             tokens += size
         if tokens >= script.response_tokens:
             return picked
-    raise ValueError(f"--response_tokens {script.response_tokens}: the files hold {tokens} in rows that fit.")
+    raise ValueError(f"--response_tokens {script.response_tokens}: the files contain only {tokens} in matching rows.")
 
 
 def check_same(record: dict[str, Any], settings: dict[str, Any], file: Path) -> None:
-    """Stops before runs of other settings are pooled with those on file."""
-    apart = ("cache_features", "disable_tqdm", "logging_steps", "report_to")  # of no effect on the result
+    """Raises `ValueError` before runs with other settings would be pooled with those on file."""
+    apart = ("cache_features", "disable_tqdm", "logging_steps", "report_to")  # without an effect on the result
     for name, value in settings.items() if record["runs"] else ():
         found = record.get(name)
         if name == "training_arguments":
             found, value = ({key: one[key] for key in one if key not in apart} for one in (found or {}, value))
         if found != value:
             raise SystemExit(
-                f"{file} contains runs with {name} {found}, and these are with {value}: give the same, or another --output_dir."
+                f"{file} contains runs with {name} {found}, but this run has {value}: use the same value, or another --output_dir."
             )
 
 

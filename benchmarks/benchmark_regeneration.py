@@ -1,12 +1,12 @@
-"""Tokens per second of `regenerate` against plain `generate` on fixed batches sorted by length.
+"""Compares tokens per second of `regenerate` with plain `generate` on fixed batches sorted by length.
 
 python benchmarks/benchmark_regeneration.py --prompts prompts.jsonl --json FILE
 python benchmarks/benchmark_regeneration.py --prompts prompts.jsonl --drafter demo --json FILE
 
-Both answer the same prompts (first turns) greedily, in rounds that take turns: within a round `generate` runs batch by
-batch, left-padded and sorted by prompt length, and `regenerate` all of them through as many slots as a batch has rows.
-Prompt and response are capped; response tokens up to and with EOS count. `identical` is the share of equal answers (in
-float32 all, except for near-ties).
+Both answer the same prompts (first turns) greedily, in alternating rounds. In a round, `generate` runs batch by batch,
+left-padded and sorted by prompt length. `regenerate` runs all prompts through as many slots as a batch has rows. Lengths of
+prompts and responses are limited. Response tokens up to and including EOS count. `identical` is the share of equal answers
+(in float32 all, except for near-ties).
 """
 
 import json
@@ -37,12 +37,12 @@ class ScriptArguments:
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of both; auto: bfloat16 where it is computed natively."}
     )
-    rounds: int = field(default=1, metadata={"help": "Rounds, each with prompts of its own."})
+    rounds: int = field(default=1, metadata={"help": "Rounds, each with different prompts."})
     round_prompts: int = field(default=192, metadata={"help": "Prompts of a round."})
     batch_size: int = field(default=64, metadata={"help": "Rows of a batch of generate."})
     slots: int = field(default=64, metadata={"help": "Slots of regenerate."})
     max_new_tokens: int = field(default=512, metadata={"help": "Tokens per response, at most."})
-    max_prompt_tokens: int = field(default=256, metadata={"help": "Prompts with more tokens are passed over."})
+    max_prompt_tokens: int = field(default=256, metadata={"help": "Prompts with more tokens are skipped."})
     drafter: str | None = field(
         default=None,
         metadata={"help": "Path or Hub id of a drafter, or 'demo': adds regenerate with it, as 'drafts'."},

@@ -1,14 +1,14 @@
-"""Speed and memory of a training step, beside the reference step of `reference_training_step.py`.
+"""Compares speed and memory of a training step with the reference step of `reference_training_step.py`.
 
     python benchmarks/benchmark_training.py --json FILE
     python benchmarks/benchmark_training.py --vocab_size 262144 --hidden_size 640 --repeats 0 --reference none
 
-Random ids, the drafter's weights and losses the same on both sides (preset "hass"), steps in turn, medians. Tokens per second
-count all B * S tokens. The trainer runs in the precision it picks for the hardware, the reference in that precision
-("same") and in bf16 as published, which crawls where the hardware does not multiply bf16. Ratios are against the published
-form, `*_same_precision` against the other; `*_cached` compare the trainer with features given, as from a cache, with the
-reference that runs the target, `*_both_cached` with the reference given them too. Peak memory is the resident set of a
-process of its own over one step, libraries and target included; `*_above_start` is what the step added.
+Both sides have the same random ids, drafter weights and losses (preset "hass"). Steps alternate; figures are medians. Tokens
+per second count all B * S tokens. The trainer runs in the precision that it chooses for the hardware. The reference runs in
+that precision ("same") and in bf16 as published, which is very slow on hardware without native bf16. Ratios are relative to
+the published form, and `*_same_precision` to the other. `*_cached` compare the trainer with cached features and the reference
+that runs the target; in `*_both_cached` the reference has cached features too. Peak memory is the resident set of a separate
+process over one step, including libraries and target. `*_above_start` is the memory that the step added.
 """
 
 import copy
@@ -77,7 +77,7 @@ class Sides:
         ids = torch.randint(3, self.target.config.vocab_size, (script.batch, length)).tolist()
         rows = [{"prompt_ids": row[:64], "response_ids": row[64:]} for row in ids]
         self.trainer = CoralTrainer(self.drafter, self.target, args, train_dataset=rows)
-        self.trainer.current_gradient_accumulation_steps = 1  # what train() would set
+        self.trainer.current_gradient_accumulation_steps = 1  # as train() would set it
         batch = self.trainer.data_collator([self.trainer.train_dataset[index] for index in range(script.batch)])
         self.batch = {name: value.to(args.device) for name, value in batch.items()}
         self.optimizer = self.trainer.create_optimizer()
@@ -105,7 +105,7 @@ class Sides:
 
 
 def timings(script: ScriptArguments, precisions: list[str]) -> dict[str, Any]:
-    """Median seconds of every form, in rounds; forms of a bf16 that the hardware lacks run once, without a warm-up."""
+    """Median seconds of every form, in rounds. Forms in bf16 without native support run once, without a warm-up."""
     sides = Sides(script, script.length)
     given = {"features": sides.features()}
     forms = {"target": sides.features, "trainer": sides.train, "trainer_cached": partial(sides.train, **given)}
@@ -146,7 +146,7 @@ def timings(script: ScriptArguments, precisions: list[str]) -> dict[str, Any]:
 
 
 def memory_of(script: ScriptArguments) -> dict[str, float]:
-    """Peak of one step in this process, GiB: absolute, and above what stood before the step."""
+    """Peak memory of one step in this process in GiB: absolute, and relative to before the step."""
     sides = Sides(script, script.memory_length)
     step = sides.train if script.only_memory_of == "trainer" else sides.reference(script.only_memory_of)
     device = sides.args.device
@@ -158,7 +158,7 @@ def memory_of(script: ScriptArguments) -> dict[str, float]:
 
 
 def memory(precision: str, has_reference: bool) -> dict[str, Any]:
-    """Each side in a process of its own, both in the trainer's precision."""
+    """Measures each side in a separate process, both in the trainer's precision."""
     found = {}
     for side in ("trainer", precision) if has_reference else ("trainer",):
         command = [sys.executable, __file__, *sys.argv[1:], "--only_memory_of", side]

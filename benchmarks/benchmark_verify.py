@@ -1,11 +1,11 @@
-"""Time of the target's forward over 1, 4, 8, 16 nodes behind a context, as chains and as trees, beside plain `generate`'s.
+"""Times the target's forward pass over 1, 4, 8 and 16 nodes after a context, as chains and trees, and plain `generate`'s.
 
     python benchmarks/benchmark_verify.py --threads 2 --json outputs/verify_times.json
     python benchmarks/benchmark_verify.py --contexts 200,3000 --nodes 1,8 --rounds 20 --json FILE
 
-The demo's target over random tokens, in float32 unless --dtype says otherwise. Forms take turns, round by round; medians, and of
-each form the ratio to plain `generate`'s forward over one token (`plain`, in Transformers' dynamic cache). Nothing is kept after
-a forward, so that the context stays what it is.
+Runs the demo's target over random tokens, in float32 unless --dtype is set. Forms alternate in rounds. Reports medians, and the
+ratio of each form to plain `generate`'s forward pass over one token (`plain`, in Transformers' dynamic cache). No node is kept
+after a forward pass, so that the context stays the same.
 """
 
 import json
@@ -36,12 +36,12 @@ class Arguments:
     nodes: str = field(default="1,4,8,16", metadata={"help": "Nodes of each forward."})
     rounds: int = field(default=12, metadata={"help": "Timed rounds; one more warms up."})
     threads: int = field(default=2, metadata={"help": "CPU threads."})
-    dtype: str = field(default="float32", metadata={"help": "Of the target."})
-    device: str = field(default="cpu", metadata={"help": "Where it runs."})
+    dtype: str = field(default="float32", metadata={"help": "Dtype of the target."})
+    device: str = field(default="cpu", metadata={"help": "Device of the target."})
 
 
 def tree_of(ids: torch.Tensor, branches: int) -> DraftTree:
-    """A chain of `[1, N]` tokens for one branch, else a tree in which every node has so many children."""
+    """A chain of `[1, N]` tokens for one branch, else a tree in which every node has this many children."""
     if branches == 1:
         return DraftTree.chain(ids)
     order = torch.arange(ids.shape[1], device=ids.device)

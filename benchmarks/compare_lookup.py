@@ -1,4 +1,4 @@
-"""Acceptance length with and without lookup nodes, for a fixed tree and a chain, on the same prompts. No times.
+"""Compares acceptance lengths with and without lookup nodes, for a fixed tree and a chain, on the same prompts.
 
     python benchmarks/compare_lookup.py --data cnn_dm.jsonl --limit 8 --json benchmarks/records/lookup/cnn_dm.json
 
@@ -32,7 +32,7 @@ class Arguments:
     data: list[str] = field(metadata={"help": "Prompt files."})
     target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
     drafter: str = field(default=DEMO, metadata={"help": "Path or Hub id of the drafter, or 'demo'."})
-    dtype: str = field(default="float32", metadata={"help": "Of the target."})
+    dtype: str = field(default="float32", metadata={"help": "Dtype of the target."})
     limit: int = field(default=8, metadata={"help": "Prompts per file."})
     max_new_tokens: int = 64
     threads: int | None = None
@@ -45,7 +45,7 @@ def compare(
     """A row for each file and size: tau without and with lookup nodes, and the share of steps that had no draft.
 
     Raises:
-        RuntimeError: if a method gives other tokens than another in an exact dtype.
+        RuntimeError: if methods give different tokens in an exact dtype.
     """
     stats: dict[tuple[str, str, bool], DraftStats] = {}
     for prompt in prompts:

@@ -1,12 +1,12 @@
-"""What else drafts beside CORAL, on one target: texts, verify steps, and seconds.
+"""Compares other ways to draft with CORAL, on one target: texts, verification steps, and seconds.
 
 python benchmarks/compare_rivals.py --rival economize --drafter outputs/drafter --data prompts.jsonl --json FILE
 python benchmarks/compare_rivals.py --rival prompt_lookup dejavuu flashspec --data prompts.jsonl --json FILE
 
-`coral` drafts as its drafter is set; `coral chain` drafts chains of --depth, as economize does with the same drafter. An adapter
-is a file in `rivals/` with a class `Rival(target, drafter, depth)` that has a `version` and `answer(ids, max_new_tokens)`; a rival
-with settings of its own names some as `VARIANTS`, which are all measured: `fastest` names the one with the least CPU time on these very
-prompts. Rivals are installed by hand. Answers have one length, because packages count what follows an EOS differently.
+`coral` drafts with its drafter's settings. `coral chain` drafts chains of --depth, like economize with the same drafter. An
+adapter is a file in `rivals/` with a class `Rival(target, drafter, depth)` that has a `version` and `answer(ids, max_new_tokens)`.
+A rival with its own settings names some as `VARIANTS`, which are all measured; `fastest` names the one with the least CPU time on
+these prompts. Install rivals manually. All answers have the same length, because packages count tokens after an EOS differently.
 """
 
 import json
@@ -41,7 +41,7 @@ class ScriptArguments:
     data: list[str] = field(metadata={"help": "Prompts; first turns are answered."})
     drafter: str = field(default=DEMO, metadata={"help": "Folder or Hub id of a drafter that all read, or 'demo'."})
     target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
-    dtype: str = field(default="float32", metadata={"help": "Of both models."})
+    dtype: str = field(default="float32", metadata={"help": "Dtype of both models."})
     limit: int = field(default=10, metadata={"help": "Prompts per file."})
     max_new_tokens: int = field(default=64, metadata={"help": "Tokens of each answer."})
     depth: int = field(default=3, metadata={"help": "Tokens drafted per step, by methods that draft chains."})
@@ -108,7 +108,7 @@ def compare(
             rows[name]["identical"] += answer == answers["plain"]
         order = [*order[1:], order[0]]
     for row in rows.values():
-        # the prompt's forward gives each answer's first token
+        # the prefill gives each answer's first token
         row["tokens_per_step"] = len(prompts) * (new_tokens - 1) / row["steps"]
     return rows
 

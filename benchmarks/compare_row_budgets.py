@@ -1,10 +1,10 @@
-"""Whether the rows of a batch should share one budget of nodes, or get as many each: accepted tokens, replayed.
+"""Compares a shared node budget for the rows of a batch with equal budgets: accepted tokens, replayed.
 
     python benchmarks/compare_row_budgets.py --data mt_bench.jsonl --limit 8 --json benchmarks/records/row_budgets.json
 
-The drafter's trees are recorded at every token of the target's own answers. Batches of random tokens of different answers are
-then given a budget of nodes: the same number for every row, or the likeliest of all rows, whichever row they stand in. The
-second needs a forward without padding; in one that pads every row to the largest tree it costs `padded_nodes`.
+The drafter's trees are recorded at every token of the target's own answers. Batches of random tokens of different answers then
+get a budget of nodes: the same number for every row, or the most likely nodes of all rows together. The second way needs a
+forward pass without padding. If every row is padded to the largest tree, it costs `padded_nodes`.
 """
 
 import json
@@ -50,10 +50,10 @@ def chances_of(trace: DraftTrace, calibration: Calibration | None) -> torch.Tens
 
 
 def compare(chances: torch.Tensor, accepted: torch.Tensor, rows: int, nodes: int, batches: int, seed: int = 0) -> dict:
-    """Tokens a row and step, root's included, where `rows` rows have `rows * nodes` nodes in all.
+    """Tokens per row and step, including the root's, if `rows` rows have `rows * nodes` nodes in total.
 
     Args:
-        chances (`torch.Tensor` of shape `[P, M]`), accepted (`torch.BoolTensor` of shape `[P, M]`): of P tokens.
+        chances (`torch.Tensor` of shape `[P, M]`), accepted (`torch.BoolTensor` of shape `[P, M]`): for P tokens.
         rows (`int`), nodes (`int`), batches (`int`), seed (`int`)
     """
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +84,7 @@ def compare(chances: torch.Tensor, accepted: torch.Tensor, rows: int, nodes: int
 
 
 def kept(chances: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` likeliest of the last dimension; a parent before its children among equals, as it stands before them."""
+    """The `count` most likely nodes of the last dimension. Among equals, parents come before their children."""
     order = chances.argsort(dim=-1, descending=True, stable=True)
     return order.argsort(dim=-1) < count
 

@@ -1,10 +1,10 @@
-"""How much the speedups of two runs of the same benchmark differ.
+"""Compares the speedups of two runs of the same benchmark.
 
 coral-hf benchmark --data prompts.jsonl --output outputs/first
 coral-hf benchmark --data prompts.jsonl --output outputs/second
 python benchmarks/compare_runs.py --runs outputs/first outputs/second --json FILE
 
-`difference` is |first / second - 1| of a method's median speedup over all prompts of a benchmark and temperature; `all` are
+`difference` is |first / second - 1| for a method's median speedup over all prompts of a benchmark and temperature. `all` pools
 the prompts of all benchmarks.
 """
 

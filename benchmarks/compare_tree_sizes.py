@@ -1,4 +1,4 @@
-"""Cost-aware trees against twelve fixed sizes and EAGLE-2's own, in one paired run; then how they compare.
+"""Compares cost-aware trees with twelve fixed sizes and EAGLE-2's own size, in one paired run.
 
     coral-hf tune --data mt_bench.jsonl humaneval.jsonl gsm8k.jsonl --dtype float32 --output outputs/tune
     python benchmarks/compare_tree_sizes.py --data mt_bench.jsonl humaneval.jsonl gsm8k.jsonl --dtype float32 \
@@ -41,7 +41,7 @@ class Arguments:
 
 
 def summary(record: dict, eagle2: str, tuned: str) -> list[dict]:
-    """Each cost-aware box by benchmark and over their mean: its speedup as a share of the others'."""
+    """The speedup of each cost-aware setting relative to the others, by benchmark and for their mean."""
     speedups = {(row["method"], row["benchmark"]): row["speedup"] for row in record["runs"]}
     benchmarks = sorted({benchmark for _, benchmark in speedups if benchmark != "all"})
     for method in record["methods"]:

@@ -1,9 +1,9 @@
-"""Operations, kernels, uploads and host waits per decoding step, by the parts of a step.
+"""Counts operations, kernels, uploads and host waits per decoding step, by the parts of a step.
 
     python benchmarks/count_operations.py --json outputs/operations.json
     python benchmarks/count_operations.py --tiny true --json benchmarks/records/operations_tiny.json
 
-A GPU's time for one sequence is that of its launches and waits. They are counted on any device, in float32.
+For one sequence, a GPU's time is mostly that of launches and waits. They can be counted on any device, in float32.
 """
 
 import argparse
@@ -35,7 +35,7 @@ METHODS = {
     "default": {},
     "tree_of_60": PRESETS["eagle2"],
 }
-# What the default's rule decides by: measured once (bfloat16, AVX-512, two threads), so that it decides alike everywhere.
+# Costs for the default's rule, measured once (bfloat16, AVX-512, two threads), so that it decides the same everywhere.
 COSTS = DraftCosts(tuple(25.0 + 0.65 * node for node in range(64)), 2.3, 1.3)
 
 
@@ -44,11 +44,11 @@ class Arguments:
     json: str = field(metadata={"help": "File for the record."})
     tiny: bool = field(default=False, metadata={"help": "A tiny random pair instead of the demo's."})
     max_new_tokens: int = field(default=64, metadata={"help": "Per prompt."})
-    device: str = field(default="cpu", metadata={"help": "Where both models run."})
+    device: str = field(default="cpu", metadata={"help": "Device of both models."})
 
 
 def tiny_pair() -> tuple:
-    """A random target of few tokens, so that drafts are accepted by chance, and its drafter."""
+    """A random target with a small vocabulary, so that drafts are accepted by chance, and its drafter."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 12, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
@@ -66,7 +66,7 @@ def demo_pair() -> tuple:
 
 
 def count(target, drafter, prompts, max_new_tokens: int) -> dict:
-    """What the record contains of every method."""
+    """The record's entries for every method."""
     found = {}
     with patch.object(hook, "draft_costs", lambda *_: COSTS):
         for name, settings in METHODS.items():

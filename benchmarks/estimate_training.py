@@ -1,9 +1,9 @@
-"""What training a drafter will cost, on paper: from the target's config alone, without its weights.
+"""Estimates the cost of training a drafter from the target's config, without its weights.
 
 python benchmarks/estimate_training.py --target examples/recipes/llama-3-8b-instruct.config.json --tokens 40000000 \
     --flops_per_second 4e14
-Settings that are not given are those that `coral-hf train` would choose on an accelerator. Every figure is an estimate;
-`coral-hf train --estimate` measures two real steps instead.
+Missing settings are those that `coral-hf train` would choose on an accelerator. Every figure is an estimate. To measure two
+real steps instead, use `coral-hf train --estimate`.
 """
 
 import json
@@ -20,14 +20,14 @@ from coral_hf.training.report.estimate import estimate_on_paper
 @dataclass
 class ScriptArguments:
     target: str = field(metadata={"help": "Hub id, folder or config.json of the target."})
-    tokens: int = field(metadata={"help": "Tokens in the data, prompts included."})
+    tokens: int = field(metadata={"help": "Tokens in the data, including prompts."})
     epochs: float | None = field(default=None, metadata={"help": "Passes over the data."})
     batch_size: int | None = field(default=None, metadata={"help": "Conversations in a micro-batch on one device."})
-    length: int = field(default=2048, metadata={"help": "Their longest length in tokens."})
+    length: int = field(default=2048, metadata={"help": "Longest conversation in tokens."})
     activation_checkpointing: bool = field(default=False, metadata={"help": "As in training."})
     rollout_steps: int | None = field(default=None, metadata={"help": "K, the deepest."})
     tokens_per_second: float | None = field(default=None, metadata={"help": "Speed of all devices together."})
-    flops_per_second: float | None = field(default=None, metadata={"help": "Or what they reach in practice."})
+    flops_per_second: float | None = field(default=None, metadata={"help": "Or: FLOP/s that they reach in practice."})
     json: str | None = field(default=None, metadata={"help": "Write the figures here too."})
 
 

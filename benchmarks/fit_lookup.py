@@ -1,9 +1,9 @@
-"""How often the token after a match of each length is the target's: the prior chances of lookup nodes.
+"""Measures how often the token after a match of each length is the target's: the prior chances of lookup nodes.
 
     python benchmarks/fit_lookup.py --responses responses.jsonl --limit 2000 --json benchmarks/records/lookup/prior.json
 
-Reads the target's own answers as ids, and looks for a match at each of their tokens. `generation.lookup.lookup_nodes.PRIOR` has the
-rates, rounded.
+Reads the target's own answers as ids, and searches for a match at each token. `generation.lookup.lookup_nodes.PRIOR` contains
+the rounded rates.
 """
 
 import json
@@ -26,7 +26,7 @@ class Arguments:
 
 
 def count(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each length of a match how many there were, and how often the next token was right."""
+    """For each length: the number of matches, and how often the next token was right."""
     seen, right = [0] * (LONGEST + 1), [0] * (LONGEST + 1)
     for row in rows:
         index = TextIndex(row["prompt_ids"])

@@ -1,16 +1,16 @@
-"""What ten minutes on a GPU are to tell, a JSON file for each part; `scripts/gpu_check.sh` runs all parts.
+"""Measurements for ten minutes on a GPU, with a JSON file for each part. `scripts/gpu_check.sh` runs all parts.
 
     python benchmarks/gpu_check.py --part steps --model llama-3-8b --output outputs/gpu_check --minutes 5
     python benchmarks/gpu_check.py --part steps --model demo --output outputs/gpu_check
     python benchmarks/gpu_check.py --part tests --output outputs/gpu_check
 
-`steps`: milliseconds per step of plain `generate`, eager and compiled, and of a chain of 5, a tree of 16 and a tree of 60, eager
-and compiled, with the full head and a router's groups, for batches of 1, 4 and 16: a file for each cell, those that matter most
-first. Llama-3-8B is of random weights in its published shapes, made on the device: the time of a step does not depend on what
-the weights say. How many tokens a step accepts is set: every level of a draft is accepted with the probability `--share`. The
-tokens of such a text mean nothing. A cell whose file is there is not measured again, and none is begun after `--minutes`.
+`steps`: milliseconds per step of plain `generate`, a chain of 5, a tree of 16 and a tree of 60, eager and compiled, with the
+full head and with a router's groups, for batches of 1, 4 and 16. Each cell has a file, and the most important cells come
+first. Llama-3-8B has random weights in its published shapes, created on the device, because the time of a step does not depend
+on the weights. The acceptance is set: every level of a draft is accepted with probability `--share`. The generated text is
+meaningless. Cells with a file are not measured again, and no cell starts after `--minutes`.
 
-`tests`: `pytest -m gpu`, and what came of it.
+`tests`: `pytest -m gpu` and its results.
 """
 
 import json
@@ -71,9 +71,9 @@ class Arguments:
 
 @contextmanager
 def accepting(share: float, seed: int = 0) -> Iterator[None]:
-    """While active, the first child of each node is accepted with this probability, whatever the target says.
+    """Context in which the first child of each node is accepted with this probability, regardless of the target.
 
-    The host still reads what it reads otherwise: tokens, parents and the target's choices, in one transfer.
+    The host still reads the same values as normally: tokens, parents and the target's choices, in one transfer.
     """
     chance = random.Random(seed)
 
@@ -113,7 +113,7 @@ def models(arguments: Arguments, device: str) -> tuple[Any, Any]:
 
 
 def cells(small: bool) -> Iterator[dict[str, Any]]:
-    """What is measured, in the order of what it is worth."""
+    """The cells to measure, the most important first."""
     for batch in (1,) if small else (1, 4, 16):
         yield {"method": "plain", "batch": batch, "compiled": False}
         yield {"method": "plain", "batch": batch, "compiled": True}
@@ -124,7 +124,7 @@ def cells(small: bool) -> Iterator[dict[str, Any]]:
 
 
 def settings_of(cell: dict[str, Any], small: bool) -> dict[str, Any]:
-    """What a cell sets in the generation config."""
+    """A cell's settings in the generation config."""
     if cell["method"] == "plain":
         return {"cache_implementation": "static"} if cell["compiled"] else {}
     settings = {**SIZES[cell["method"]], "draft_head": cell["head"], "draft_compile": cell["compiled"]}
@@ -173,16 +173,14 @@ def measure_steps(arguments: Arguments, device: str) -> None:
         names[folder / f"{name.rstrip('_')}.json"] = cell
     missing = {path: cell for path, cell in names.items() if not path.exists()}
     if not missing:
-        print(f"{arguments.model}: all {len(names)} cells are there")
+        print(f"{arguments.model}: all {len(names)} cells are measured")
         return
     target, drafter = models(arguments, device)
     environment = describe_environment(target.device, target.dtype)
     prefills: dict[int, float] = {}
     for path, cell in missing.items():
         if time.monotonic() - began > 60 * arguments.minutes:
-            print(
-                f"{arguments.model}: {arguments.minutes:g} minutes are over; run it again for the cells that are left"
-            )
+            print(f"{arguments.model}: {arguments.minutes:g} minutes are over; run it again for the remaining cells")
             return
         batch = cell["batch"]
         if batch not in prefills:
@@ -196,7 +194,7 @@ def measure_steps(arguments: Arguments, device: str) -> None:
 
 
 def run_tests(arguments: Arguments, device: str) -> int:
-    """Runs the tests that need a GPU, and writes what came of them."""
+    """Runs the tests that need a GPU, and writes their results."""
     began = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n", "0", str(ROOT / "tests" / "test_gpu.py")]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

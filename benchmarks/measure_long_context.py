@@ -1,9 +1,9 @@
-"""Where a step's time goes and how much memory a prefill takes at a long context, with the demo pair.
+"""Measures the parts of a step's time and the memory of a prefill at a long context, with the demo pair.
 
     python benchmarks/measure_long_context.py --data mt_bench.jsonl --context 4096 --json FILE
 
-Peak memory is that of a process of its own (on Linux), with a drafter and without, which answers one prompt with two tokens. Speed over
-plain `generate` at a context is what `coral-hf benchmark --context` measures.
+Peak memory is that of a separate process (on Linux), with and without a drafter, which answers one prompt with two tokens. To
+measure the speedup at a context, use `coral-hf benchmark --context`.
 """
 
 import json
@@ -25,13 +25,13 @@ from coral_hf.evaluation.methods import measure
 from coral_hf.evaluation.step_profile import profile_step
 
 
-# sizes that are named: no costs are measured in a process whose memory counts
+# explicit sizes, so that no costs are measured in the process whose memory counts
 CHAIN = {"draft_depth": 3, "draft_top_k": 1}
 
 
 @dataclass
 class ScriptArguments:
-    data: list[str] = field(metadata={"help": "Prompts, brought to the context by each other's text."})
+    data: list[str] = field(metadata={"help": "Prompts, extended to the context with each other's text."})
     json: str | None = field(default=None, metadata={"help": "Write the record here."})
     context: int = field(default=4096, metadata={"help": "Tokens of a prompt."})
     prompts: int = field(default=2, metadata={"help": "Prompts whose steps are timed."})
@@ -39,14 +39,15 @@ class ScriptArguments:
     dtype: str = field(default="float32", metadata={"help": "Dtype of the demo pair."})
     threads: int = field(default=2, metadata={"help": "CPU threads."})
     peak_of: str | None = field(
-        default=None, metadata={"help": "Print the peak memory of this process alone: 'plain' or 'coral'."}
+        default=None, metadata={"help": "Only print the peak memory of this process: 'plain' or 'coral'."}
     )
 
 
 def peak_megabytes(script: ScriptArguments) -> float:
-    """Peak memory of this process during a prefill and two tokens, weights included."""
+    """Peak memory of this process during a prefill and two tokens, including weights."""
     ids, target, drafter = load(script, drafter=script.peak_of == "coral")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: reading the weights takes more than they do
+    # resets the peak, because reading the weights takes more memory than the weights
+    Path("/proc/self/clear_refs").write_text("5")
     measure(target, ids[0], 2, drafter, **(CHAIN if drafter is not None else {}))
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1e3

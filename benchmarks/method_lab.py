@@ -1,18 +1,18 @@
-"""A small real world in which drafters train in a minute: every part of the method, at equal data, over several seeds.
+"""A small but real setting in which drafters train in a minute: every part of the method, at equal data, over several seeds.
 
     python benchmarks/method_lab.py --output outputs/lab
     python benchmarks/method_lab.py --output outputs/lab --recipes eagle hass3 lk_hybrid --seeds 0 1 2 3 4
     python benchmarks/method_lab.py --output outputs/lab --text responses.jsonl --text_tokenizer demo --minutes 60
 
 The script trains a byte-level BPE vocabulary and a Llama of a few million parameters on text (--text; by default the
-repository's documents and code), lets it answer the beginnings of documents greedily and at temperature 1, and trains one-layer
-drafters on those answers with CoralTrainer. Vocabulary, target and answers are kept in the folder.
+repository's documents and code). This target continues the beginnings of documents, greedily and at temperature 1. One-layer
+drafters are then trained on these answers with CoralTrainer. Vocabulary, target and answers are kept in the folder.
 
-Of each (recipe, seed) the record has tau of simulated chains of five on held-out answers at temperature 0 and 1, by depth the overlap of
-both distributions and how often their best tokens agree, tau of trees of 16 in `generate`, and a learning curve. Finished pairs are in
-method_lab.json and are not repeated; one of other settings is refused. Seeds are the outer loop, so that a run
-that ends early (--minutes) has all recipes for fewer seeds. A seed moves a drafter's first weights, the order of the rows and all draws; data and
-target stay.
+For each (recipe, seed), the record contains tau of simulated chains of five on held-out answers at temperature 0 and 1; for each
+depth, the overlap of both distributions and how often their best tokens agree; tau of trees of 16 in `generate`; and a learning
+curve. Finished pairs are in method_lab.json and are not repeated. A record with other settings is rejected. Seeds are the outer
+loop, so that a run that ends early (--minutes) has all recipes for fewer seeds. A seed sets a drafter's first weights, the order
+of the rows and all draws; data and target stay the same.
 """
 
 import json
@@ -45,46 +45,46 @@ _WORLD = {item.name: item.default for item in fields(WorldSettings)}
 
 @dataclass
 class ScriptArguments:
-    output: str = field(metadata={"help": "Folder for the world, the record and the picture."})
+    output: str = field(metadata={"help": "Folder for the world, the record and the plot."})
     text: list[str] = field(
         default_factory=list,
         metadata={"help": "Files of text, prompts or responses (default: the repository's documents and code)."},
     )
     text_tokenizer: str | None = field(
-        default=None, metadata={"help": "Whose tokenizer made the ids in --text: path, Hub id or 'demo'."}
+        default=None, metadata={"help": "Model whose tokenizer made the ids in --text: path, Hub id or 'demo'."}
     )
     text_rows: str = field(default="", metadata={"help": "Only rows of --text whose id begins with this."})
-    recipes: list[str] = field(default_factory=lambda: list(RECIPES), metadata={"help": "What to compare."})
+    recipes: list[str] = field(default_factory=lambda: list(RECIPES), metadata={"help": "Recipes to compare."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW."})
-    muon_rate: float = field(default=0.01, metadata={"help": "Of Muon, in the recipe of that name."})
+    muon_rate: float = field(default=0.01, metadata={"help": "Learning rate of Muon, in the recipe muon."})
     epochs: float = field(default=1.0, metadata={"help": "Passes over the training answers."})
-    batch_size: int = field(default=8, metadata={"help": "Answers of a step."})
+    batch_size: int = field(default=8, metadata={"help": "Answers per step."})
     tree_prompts: int = field(
-        default=32, metadata={"help": "Prompts of each temperature that trees are drafted for (0: none)."}
+        default=32, metadata={"help": "Prompts per temperature for which trees are drafted (0: none)."}
     )
     measured_rows: int | None = field(
         default=None,
-        metadata={"help": "Held-out answers of each temperature that drafters are measured on (default: all)."},
+        metadata={"help": "Held-out answers per temperature for measuring drafters (default: all)."},
     )
-    curve_rows: int = field(default=32, metadata={"help": "Held-out answers that the learning curve is measured on."})
-    vocab_size: int = field(default=_WORLD["vocab_size"], metadata={"help": "Of the target."})
-    hidden_size: int = field(default=_WORLD["hidden_size"], metadata={"help": "Of the target."})
-    num_layers: int = field(default=_WORLD["num_layers"], metadata={"help": "Of the target."})
-    target_tokens: int = field(default=_WORLD["target_tokens"], metadata={"help": "Tokens the target is trained on."})
+    curve_rows: int = field(default=32, metadata={"help": "Held-out answers for the learning curve."})
+    vocab_size: int = field(default=_WORLD["vocab_size"], metadata={"help": "The target's vocabulary size."})
+    hidden_size: int = field(default=_WORLD["hidden_size"], metadata={"help": "The target's hidden size."})
+    num_layers: int = field(default=_WORLD["num_layers"], metadata={"help": "The target's number of layers."})
+    target_tokens: int = field(default=_WORLD["target_tokens"], metadata={"help": "Tokens to train the target on."})
     target_rate: float = field(default=_WORLD["target_rate"], metadata={"help": "AdamW's rate for the target."})
-    prompt_tokens: int = field(default=_WORLD["prompt_tokens"], metadata={"help": "Of each prompt."})
-    answer_tokens: int = field(default=_WORLD["answer_tokens"], metadata={"help": "At most, of each answer."})
-    answers: int = field(default=_WORLD["answers"], metadata={"help": "Answers of each temperature to train on."})
+    prompt_tokens: int = field(default=_WORLD["prompt_tokens"], metadata={"help": "Tokens of each prompt."})
+    answer_tokens: int = field(default=_WORLD["answer_tokens"], metadata={"help": "Most tokens of an answer."})
+    answers: int = field(default=_WORLD["answers"], metadata={"help": "Training answers per temperature."})
     held_out_answers: int = field(
-        default=_WORLD["held_out_answers"], metadata={"help": "Answers of each temperature to measure on."}
+        default=_WORLD["held_out_answers"], metadata={"help": "Held-out answers per temperature."}
     )
-    minutes: float | None = field(default=None, metadata={"help": "Start no further run after this long."})
+    minutes: float | None = field(default=None, metadata={"help": "Start no new run after this time."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
 
 
 def drafter_config(target: Any, recipe: Recipe) -> dict[str, Any]:
-    """Settings of a recipe's drafter: a new drafter's, and what the recipe changes; a width is a share of the target's."""
+    """Settings of a recipe's drafter: those of a new drafter with the recipe's changes. A width is a share of the target's."""
     config = {**drafter_settings(target.config), **recipe.config}
     if "intermediate_size" in recipe.config:
         config["intermediate_size"] = int(recipe.config["intermediate_size"] * target.config.intermediate_size)
@@ -92,7 +92,7 @@ def drafter_config(target: Any, recipe: Recipe) -> dict[str, Any]:
 
 
 def train_and_measure(world: World, recipe: Recipe, seed: int, script: ScriptArguments) -> dict[str, Any]:
-    """One drafter, from its first weights to what it is worth."""
+    """Trains and measures a drafter."""
     steps = -(-len(world.rows["train"]) // script.batch_size) * script.epochs
     args = CoralTrainingArguments(
         output_dir=str(Path(script.output) / "run"),
@@ -152,7 +152,7 @@ def open_record(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     record = json.loads(file.read_text()) if file.exists() else {"runs": []}
     if record["runs"] and record["settings"] != settings:
         raise ValueError(
-            f"{file} has runs with {record['settings']}, and these are with {settings}: give the same, or another --output."
+            f"{file} has runs with {record['settings']}, but this run has {settings}: use the same, or another --output."
         )
     return {**record, "settings": settings}
 

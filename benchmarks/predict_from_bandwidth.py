@@ -1,4 +1,4 @@
-"""Predicts what the paper's 7B targets would gain on a GPU, from bytes and bandwidth: nothing here is measured.
+"""Predicts speedups of the paper's 7B targets on a GPU from bytes and bandwidth. Nothing here is measured.
 
     python benchmarks/predict_from_bandwidth.py --json benchmarks/records/predictions_7b.json
     python benchmarks/predict_from_bandwidth.py --bandwidth_gb_s 2039 --gpu "A100 80GB" --acceptance 0.75 0.7 0.7 0.65
@@ -26,14 +26,14 @@ TARGETS = {
     "Qwen2.5-7B-Instruct": (3584, 18944, 28, 512, 152_064),
 }
 BYTES = 2  # bfloat16
-ROUTED_LENGTH = 4.63 / 4.90  # CORAL reports both for Qwen2.5-7B: acceptance length with the router and without
+ROUTED_LENGTH = 4.63 / 4.90  # acceptance length with and without the router, as CORAL reports for Qwen2.5-7B
 
 
 @dataclass
 class Arguments:
     gpu: str = field(default="", metadata={"help": f"One of {list(GPUS)} alone, or another with --bandwidth_gb_s."})
-    bandwidth_gb_s: float | None = field(default=None, metadata={"help": "Its memory bandwidth."})
-    achievable: float = field(default=0.8, metadata={"help": "Assumed share of the bandwidth that is reached."})
+    bandwidth_gb_s: float | None = field(default=None, metadata={"help": "Memory bandwidth of the GPU."})
+    achievable: float = field(default=0.8, metadata={"help": "Assumed achievable share of the bandwidth."})
     acceptance: list[float] = field(
         default_factory=lambda: [0.8] * 6, metadata={"help": "Assumed conditional acceptance by depth, full head."}
     )

@@ -1,9 +1,9 @@
-"""Predictions of the speedup: checked against a benchmark of this machine, or from numbers entered by hand.
+"""Predicts speedups: compares predictions with a benchmark on this machine, or uses numbers entered manually.
 
     python benchmarks/predict_speedup.py --tune outputs/tune/tune.json --benchmark outputs/bench/benchmark.json
     python benchmarks/predict_speedup.py --plain_ms 25 --verify_ms 28 --draft_ms 6 --acceptance 0.8 0.75 0.7 --source "..."
 
-A prediction needs three things: what a plain step takes, what drafting and verifying take, and how much is accepted.
+A prediction needs the time of a plain step, the time of drafting and verifying, and the acceptance.
 """
 
 import json
@@ -28,11 +28,13 @@ class Arguments:
     tune: str | None = field(default=None, metadata={"help": "tune.json of this machine."})
     benchmark: str | None = field(default=None, metadata={"help": "benchmark.json of the same machine and dtype."})
     json: str | None = field(default=None, metadata={"help": "Write the comparison to this file."})
-    plain_ms: float | None = field(default=None, metadata={"help": "A plain step of the target."})
-    verify_ms: float | None = field(default=None, metadata={"help": "Its forward over the draft's nodes, T(n)."})
-    draft_ms: float | None = field(default=None, metadata={"help": "Drafting, all levels together."})
+    plain_ms: float | None = field(default=None, metadata={"help": "Time of a plain step of the target."})
+    verify_ms: float | None = field(
+        default=None, metadata={"help": "Time of its forward pass over the draft's nodes, T(n)."}
+    )
+    draft_ms: float | None = field(default=None, metadata={"help": "Time of drafting all levels."})
     acceptance: list[float] = field(default_factory=list, metadata={"help": "Conditional acceptance by depth."})
-    acceptance_length: float | None = field(default=None, metadata={"help": "tau, in the place of --acceptance."})
+    acceptance_length: float | None = field(default=None, metadata={"help": "tau, instead of --acceptance."})
     source: str = field(default="entered by hand", metadata={"help": "Where the numbers come from."})
 
 

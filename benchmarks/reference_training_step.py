@@ -1,9 +1,10 @@
-"""What `benchmark_training.py` compares with: a plain implementation of HASS's training step (arXiv 2408.15766, section 3.2).
+"""The reference of `benchmark_training.py`: a plain implementation of HASS's training step (arXiv 2408.15766, section 3.2).
 
-Written from the papers in public PyTorch alone, the obvious way: in step k the queries meet the keys of all k steps in
-full [S, S] matrices, of which masks pick the entries that inference would see; logits of the response rows exist whole, in
-float32; one autograd graph contains all K steps; bf16 autocast; AdamW with clipping at 0.5. Nothing of `coral_hf` runs here,
-only its drafter's weights (shape "eagle") are taken over, so that both sides do the same work from the same start.
+Written from the papers in plain PyTorch, in the obvious way. In step k, the queries are multiplied by the keys of all k steps
+in full [S, S] matrices, from which masks select the entries that inference would see. Logits of all response rows are stored
+in float32. One autograd graph contains all K steps. It uses bf16 autocast, and AdamW with clipping at 0.5. No code of
+`coral_hf` runs here. Only its drafter's weights (shape "eagle") are copied, so that both sides do the same work from the same
+start.
 """
 
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ class ReferenceDrafter(nn.Module):
         super().__init__()
         config = drafter.config
         if config.shape != "eagle" or config.attention_bias or config.hidden_act != "silu":
-            raise ValueError(f"The reference knows the plain shape 'eagle' only, not {config.shape!r}.")
+            raise ValueError(f"The reference only supports the plain shape 'eagle', not {config.shape!r}.")
         size, self.dim, self.eps = config.hidden_size, config.head_dim, config.rms_norm_eps
         query, key = config.num_attention_heads * self.dim, config.num_key_value_heads * self.dim
         self.groups = config.num_attention_heads // config.num_key_value_heads
@@ -80,13 +81,13 @@ class ReferenceDrafter(nn.Module):
 
 
 class ReferenceStep:
-    """The training step around it; the target's weights are frozen.
+    """The training step. The target's weights are frozen.
 
     Args:
-        target: the target, in the dtype it runs in.
-        drafter: whose weights to start from.
+        target: the target, in its dtype.
+        drafter: the drafter with the initial weights.
         num_steps (`int`): K.
-        bf16 (`bool`): autocast, as published; off: float32 throughout.
+        bf16 (`bool`): autocast, as published. False: float32 throughout.
         regression_weight (`float`), classification_weight (`float`): EAGLE's and HASS's are 1.0 and 0.1.
     """
 

@@ -1,12 +1,12 @@
-"""Makes a drafter read other layers of its target, so that a serving engine can feed it, without training it again.
+"""Makes a drafter read other layers of its target without training it again, so that a serving engine supports it.
 
 coral-hf convert --to sglang outputs/drafter outputs/for-sglang     # names the layers that SGLang cannot capture
 python benchmarks/refit_features.py --drafter outputs/drafter --layers 3 15 26 29 --data responses/ --output outputs/refitted
 
-What a drafter of several features learns comes after `fc`. The script fits a new `fc` by least squares to give, from the
-new layers, what the old one gave from its own, on conversations with the target. It prints the share of the old output's
-variance that is not reproduced on held-out rows (below 1 %, the acceptance length hardly moves; measure it with
-`coral-hf benchmark`). Calibrations and heads are kept.
+The script fits a new `fc` by least squares, on conversations with the target, so that its output from the new layers equals
+that of the old `fc` from its layers. The rest of the drafter stays unchanged. It prints the share of the old output's
+variance that is not reproduced on held-out rows. Below 1 %, the acceptance length hardly changes; measure it with `coral-hf
+benchmark`. Calibrations and heads are kept.
 """
 
 import random
@@ -22,8 +22,8 @@ from coral_hf.commands.scripts import parse_script, run_script
 from coral_hf.data.dataset import ConversationDataset, read_rows
 
 
-HELD_OUT = 8  # every eighth row tells how well the fit reproduces the old output
-RIDGE = 1e-4  # of each feature's mean square: residual streams hold channels that nearly repeat each other
+HELD_OUT = 8  # every eighth row is used to measure the fit
+RIDGE = 1e-4  # relative to each feature's mean square, because some channels of residual streams are nearly equal
 
 
 @dataclass
@@ -33,7 +33,7 @@ class ScriptArguments:
     data: list[str] = field(metadata={"help": "Responses of the target."})
     output: str = field(metadata={"help": "Folder of the new drafter."})
     target: str = field(default=DEMO, metadata={"help": "Path or Hub id of the target, or 'demo'."})
-    dtype: str = field(default="auto", metadata={"help": "Of the target."})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the target."})
     device: str | None = field(default=None, metadata={"help": "Device (default: the accelerator, else cpu)."})
     rows: int = field(default=500, metadata={"help": "Conversations to fit on, drawn at random."})
     max_length: int = field(default=1024, metadata={"help": "Longer conversations are cut to this many tokens."})
@@ -45,7 +45,7 @@ def refit(drafter: CoralDraftModel, target, dataset, layers: list[int]) -> tuple
     """A drafter that reads `layers`, and the share of the old `fc` output's variance that it misses on held-out rows.
 
     Raises:
-        ValueError: if the drafter has no plain `fc` over several features, or `layers` is a single one.
+        ValueError: if the drafter has no plain `fc` over several features, or `layers` has only one entry.
     """
     config = drafter.config
     if config.shape != "eagle3" or config.num_target_features < 2 or config.norm_before_fc or config.fc_norm:
@@ -54,18 +54,18 @@ def refit(drafter: CoralDraftModel, target, dataset, layers: list[int]) -> tuple
             "several features that are not normed before fc can be refitted; train one for these layers instead."
         )
     if len(layers) < 2:
-        raise ValueError(f"layers={layers}: a single feature has no fc; name two layers at least.")
+        raise ValueError(f"layers={layers}: a single feature has no fc; name at least two layers.")
     settings = {**config.to_dict(), "target_feature_layers": layers}
     refitted = CoralDraftModel(type(config).from_dict(settings)).to(torch.float32)  # checks the layers
     adapter = TargetAdapter(target, [*layers, *config.target_feature_layers])
     width = len(layers) * adapter.hidden_size
     old = drafter.fc.weight.double()  # [H, m * H]
-    squares = torch.zeros(width, width, dtype=torch.float64)  # of the new features, summed over rows
+    squares = torch.zeros(width, width, dtype=torch.float64)  # products of the new features, summed over rows
     products = torch.zeros(width, config.hidden_size, dtype=torch.float64)
     held_out = []
 
     def split(features):
-        """The new features `[S, n * H]` and what the old `fc` gives from the old ones `[S, H]`."""
+        """The new features `[S, n * H]`, and the old `fc`'s output from the old features `[S, H]`."""
         return features[:, :width].double(), features[:, width:].double() @ old.T
 
     for index in range(len(dataset)):
@@ -79,7 +79,7 @@ def refit(drafter: CoralDraftModel, target, dataset, layers: list[int]) -> tuple
         squares += new.T @ new
         products += new.T @ wanted
     if not held_out:
-        raise ValueError(f"{len(dataset)} rows to fit on: give {HELD_OUT} at least.")
+        raise ValueError(f"{len(dataset)} rows to fit on: give at least {HELD_OUT}.")
     squares += torch.diag(RIDGE * squares.diagonal())
     fitted = torch.linalg.solve(squares, products).T  # [H, n * H]
     new, wanted = split(torch.cat(held_out))

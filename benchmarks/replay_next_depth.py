@@ -1,11 +1,11 @@
-"""Would the cost-aware rule lose anything if it decided the next step's depth, and the host never waited while it drafts?
+"""Replays a cost-aware rule that decides the next step's depth, so that the host would not wait while drafting.
 
     python benchmarks/replay_next_depth.py --data mt_bench.jsonl gsm8k.jsonl --limit 3 --json FILE
 
-Drafts once at every token of plain answers (`coral_hf.evaluation.draft_traces`) and replays on them: the rule as it is, which asks
-after every other level; the same asking after every level; and rules that draft to a depth that the step before decided: the level
-at which the rule would have stopped there, or one or two more than that step's where it would not have stopped. Times are
-those of a record of `coral-hf tune`, and those of a device on which nodes are nearly free.
+Drafts once at every token of plain answers (`coral_hf.evaluation.draft_traces`) and replays rules on them: the current rule,
+which decides after every second level; the same rule, deciding after every level; and rules that draft to a depth that the step
+before decided. That depth is the level at which the rule would have stopped, or one or two levels more if it would not have
+stopped. Times come from a record of `coral-hf tune`, and from a device on which nodes are nearly free.
 """
 
 import json
@@ -54,7 +54,7 @@ class NoLevel(TreeSizeRule):
 
 
 def costs() -> dict[str, DraftCosts]:
-    """The times that are weighed, by name."""
+    """The step times to use, by name."""
     tuned = json.loads(TUNED.read_text())
     drafting = next(row for row in tuned["drafting"] if row["draft_top_k"] == TOP_K)
     levels = drafting["first_level_ms"], drafting["level_ms"]
@@ -66,7 +66,7 @@ def costs() -> dict[str, DraftCosts]:
 
 
 def walked(traces: Sequence[DraftTrace], policy: str, times: DraftCosts, calibration: Any) -> dict[str, float]:
-    """The steps that a policy takes through all answers."""
+    """The steps of a policy over all answers."""
     box = DraftSettings(DEPTH, TOP_K, TOTAL)
     steps = tokens = levels = 0
     milliseconds = 0.0

@@ -1,4 +1,4 @@
-"""The paper's tables in miniature: eagle, hass, coral and coral + router drafters for one target, speedup and tau.
+"""Prints the paper's tables in miniature: speedup and tau of eagle, hass, coral and coral + router drafters for one target.
 
     python benchmarks/reproduce_tables.py --data mt_bench.jsonl humaneval.jsonl gsm8k.jsonl \
         --responses responses/ --output outputs/tables          # trains what is not in outputs/tables yet
@@ -52,7 +52,7 @@ class Arguments:
 
 
 def drafter_folders(arguments: Arguments) -> dict[str, str]:
-    """Drafters by name: those given, those trained earlier, and the others trained now."""
+    """Drafters by name: given ones, ones trained earlier, and others, which are trained now."""
     folders = dict(text.split("=", 1) for text in arguments.drafters)
     if folders:
         return folders
@@ -68,7 +68,7 @@ def train(arguments: Arguments, name: str, folder: Path, base: str | None) -> No
     if not arguments.responses:
         raise ValueError(f"{folder} contains no drafter: give --responses to train it, or --drafters NAME=FOLDER.")
     command = ["train", "--target", arguments.target, "--data", *arguments.responses, "--report_to", "none"]
-    command += ["--output_dir", str(folder), "--overwrite_output_dir", "true"]  # what an interrupted run left
+    command += ["--output_dir", str(folder), "--overwrite_output_dir", "true"]  # left by an interrupted run
     command += ["--max_steps", str(arguments.max_steps), "--learning_rate", str(arguments.learning_rate)]
     if name == ROUTED:
         command += ["--stage", "router", "--drafter", base, "--router_groups", str(arguments.router_groups)]

@@ -1,6 +1,6 @@
 """Chat in the terminal. The last line shows tokens per second and acceptance length (tau) live.
 
-python examples/chat.py                                       # the embedded SmolLM2-135M-Instruct and its drafter
+python examples/chat.py                                       # the demo pair: SmolLM2-135M-Instruct and its drafter
 python examples/chat.py --target my/model --drafter org/name
 """
 
@@ -24,7 +24,7 @@ class ScriptArguments:
 
 
 class LiveStreamer(TextStreamer):
-    """Prints an answer while it is made, and what it costs in the terminal's last line."""
+    """Prints an answer while it is generated, and its speed in the terminal's last line."""
 
     def __init__(self, tokenizer, drafter):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -54,7 +54,7 @@ def main() -> None:
     messages = []
     if sys.stdout.isatty():  # keep the last line out of the scrolling part
         print(f"\n\033[1;{shutil.get_terminal_size().lines - 1}r\033[{shutil.get_terminal_size().lines - 1};1H")
-    print("Say something; an empty line ends the chat.")
+    print("Type a message; an empty line ends the chat.")
     try:
         while question := input("\n> ").strip():
             messages.append({"role": "user", "content": question})

@@ -41,7 +41,7 @@ def main() -> None:
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        # all linear layers but the router's, which is trained afterwards, by --stage router
+        # all linear layers except the router's, which is trained later with --stage router
         peft_config=LoraConfig(r=script.rank, lora_alpha=2 * script.rank),
     )
     before = trainer.evaluate()["eval_acceptance_length"]

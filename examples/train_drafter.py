@@ -34,7 +34,7 @@ def main() -> None:
     # on the CPU: the trainer moves it to each process's device
     target, tokenizer = script.load_target(resolve_dtype("auto", args.device), "cpu")
     rows, held_out = hold_out(read_rows(script.data), script.eval_rows)
-    set_seed(args.seed)  # the trainer seeds after the new drafter's weights are drawn
+    set_seed(args.seed)  # the trainer sets the seed after the new drafter's weights are drawn
     trainer = CoralTrainer(
         model=CoralDraftModel.from_target(target, tokenizer, **drafter_settings(target.config)),
         target_model=target,
@@ -43,13 +43,13 @@ def main() -> None:
         eval_dataset=held_out or None,
         processing_class=tokenizer,
     )
-    trainer.data_names = script.data  # for the record behind the drafter's card
+    trainer.data_names = script.data  # for the record that the drafter's card uses
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate() if held_out else {}
     if trainer.is_world_process_zero():
         print(metrics)
     trainer.save_model()
-    trainer.end_training()  # several processes leave together
+    trainer.end_training()  # all processes exit together
 
 
 if __name__ == "__main__":

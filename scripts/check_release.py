@@ -1,5 +1,5 @@
 """
-Builds sdist and wheel, installs the wheel in an environment of its own and uses it there, away from the checkout.
+Builds sdist and wheel, installs the wheel in a separate environment and uses it there, outside the checkout.
 
     python scripts/check_release.py                    # a fresh environment with every core dependency
     python scripts/check_release.py --reuse-packages   # over this interpreter's packages: seconds, for CI
@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-# What no import would miss: data that the package reads from beside its code.
+# Data files of the package, whose absence no import would notice.
 NEEDED = [
     "coral_hf/model_cards/smollm2-135m-instruct-coral/config.json",
     "coral_hf/model_cards/smollm2-135m-instruct-coral/model.safetensors",
@@ -66,7 +66,7 @@ def build(folder: Path) -> tuple[Path, Path]:
     missing = [name for name in NEEDED if name not in names]
     stray = [name for name in names if not name.startswith(("coral_hf/", "coral_hf-"))]
     if missing or stray:
-        raise SystemExit(f"{wheel.name} lacks {missing} and should not hold {stray}")
+        raise SystemExit(f"{wheel.name} lacks {missing} and should not contain {stray}")
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     missing = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "tests/conftest.py"} - inside

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that is wanted of ten minutes on a GPU, as JSON files in a folder. What is there is not done again: run it until it says
-# that nothing is left. On a machine without a GPU, --small tries it in minutes.
+# All measurements for ten minutes on a GPU, as JSON files in a folder. Existing files are not measured again: run it until it
+# reports that nothing is left. On a machine without a GPU, --small tries it in minutes.
 # usage: scripts/gpu_check.sh [FOLDER] [--small]
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -12,11 +12,11 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 mkdir -p "$folder"
 failed=()
 
-# part NAME COMMAND...: does it unless NAME.json is there
+# part NAME COMMAND...: runs the command unless NAME.json exists
 part() {
     local name=$1
     shift
-    [ -e "$folder/$name.json" ] && { echo "$name: there"; return; }
+    [ -e "$folder/$name.json" ] && { echo "$name: exists"; return; }
     echo "$name: $*"
     "$@" || failed+=("$name")
 }

@@ -6,10 +6,9 @@ Runs a selection of the tests in one environment per combination of Python, torc
     python scripts/run_matrix.py --list quick                        # the files of a selection, for .ci/run
     python scripts/run_matrix.py --requirement transformers floor    # what pip is asked for, for .ci/run
 
-Environments are kept under `--environments` and used again. `--transformers` and `--torch` take versions, `floor` (the
-lowest that pyproject.toml allows) and `newest`. On Linux `pip install torch` brings the CUDA build, gigabytes of it, where
-no CPU wheel of that version is at hand (`PIP_FIND_LINKS`): by default the matrix therefore keeps this interpreter's torch
-version and tells pip to take it.
+Environments are kept under `--environments` and reused. `--transformers` and `--torch` take versions, `floor` (the lowest that
+pyproject.toml allows) and `newest`. On Linux, `pip install torch` downloads the large CUDA build unless a CPU wheel of that
+version is available (`PIP_FIND_LINKS`). By default, the matrix therefore keeps this interpreter's torch version.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SELECTIONS = {
-    # Two to three minutes on one core: what breaks first with another release.
+    # Two to three minutes on one core: the tests that fail first with another release.
     "quick": [
         *(
             "test_imports.py",
@@ -92,7 +91,7 @@ def files_of(selection: str) -> list[str]:
 
 
 def requirement(package: str, version: str) -> str:
-    """What pip is asked for: `floor` is the lowest version of pyproject.toml, `newest` the range itself."""
+    """The requirement for pip: `floor` is the lowest version of pyproject.toml, `newest` the range itself."""
     specifier = re.search(rf'"{package}(>=([\d.]+)[^"]*)"', (ROOT / "pyproject.toml").read_text())
     if version == "newest":
         return package + specifier[1]
@@ -106,7 +105,7 @@ def prepare(python: str, torch: str, transformers: str, folder: Path) -> Path:
     if not interpreter.exists():
         subprocess.run([python, "-m", "venv", str(environment)], check=True)
     install = [str(interpreter), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    # torch first: resolved together with the rest, pip may prefer another build of it.
+    # torch first, because pip may prefer another build if it resolves torch together with the rest
     subprocess.run([*install, requirement("torch", torch)], check=True)
     subprocess.run([*install, "-e", ".[dev]", requirement("transformers", transformers)], check=True, cwd=ROOT)
     return interpreter

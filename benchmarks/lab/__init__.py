@@ -1,1 +1,1 @@
-"""The method lab's parts: text, the small target's world, recipes, what is measured of a drafter, and the record."""
+"""The parts of the method lab: text, the small target's world, recipes, measurements of a drafter, and the record."""

@@ -1,4 +1,4 @@
-"""What a drafter is worth: simulated chains over the target's own answers, and trees in real generation."""
+"""Measures drafters: simulated chains over the target's own answers, and trees in real generation."""
 
 from typing import Any
 
@@ -26,9 +26,9 @@ def chains(trainer: Any, rows: list[dict[str, Any]], temperature: float, depth: 
             target drew, as in our sampled decoding.
 
     Returns:
-        `dict`: `tau`, and of each depth `acceptance`, where the depths before were accepted. Then two that count every row,
-        whatever was accepted before it, and so vary least: `agreement`, how often both have the same best token, and
-        `overlap`, the mean of alpha = sum min(p, q), at which drafts that are themselves drawn from q are accepted.
+        `dict`: `tau` and, for each depth, `acceptance` given that the depths before were accepted. Two further measures count
+        every row, regardless of acceptance before it, and vary least: `agreement` is how often both have the same best token,
+        and `overlap` is the mean of alpha = sum min(p, q), the acceptance rate of drafts that are drawn from q.
     """
     statistics = ChainStatistics(depth)
     totals = torch.zeros(depth, 3, dtype=torch.float64)  # sums of overlap and agreement, and rows

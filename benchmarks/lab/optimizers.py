@@ -1,4 +1,4 @@
-"""Muon for matrices and AdamW for all else, as one optimizer."""
+"""Muon for matrices and AdamW for everything else, as one optimizer."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,8 +9,8 @@ import torch
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon on hidden matrices, AdamW on embeddings, heads and vectors.
 
-    As `torch.optim.Muon`, but orthogonalised in float32: bfloat16, which that computes in, takes ten times as long as a
-    whole training step on CPUs that do not multiply it.
+    The same as `torch.optim.Muon`, but orthogonalised in float32. In bfloat16, as there, this would take ten times as long as a
+    whole training step on CPUs without native bfloat16.
 
     Args:
         parameters (`Iterable`): (name, parameter).

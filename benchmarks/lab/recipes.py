@@ -1,4 +1,4 @@
-"""What is compared: each recipe is a change of training arguments, of the drafter's settings, or of the optimizer."""
+"""The recipes to compare. Each changes training arguments, the drafter's settings, or the optimizer."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -31,11 +31,11 @@ def _coral(**arguments: Any) -> Recipe:
 
 
 def _only(name: str, **arguments: Any) -> Recipe:
-    """Another divergence in the cross-entropy's place, at K = 3."""
+    """Another divergence instead of the cross-entropy, at K = 3."""
     return _rollout(3, classification_loss_weight=0.0, **{f"{name}_loss_weight": 1.0}, **arguments)
 
 
-# All but the first two are compared with hass3, from which each differs in what its name says.
+# All except the first two are compared with hass3, from which they differ as their names say.
 BASELINE = "hass3"
 RECIPES: dict[str, Recipe] = {
     "eagle": Recipe({"preset": "eagle"}),
@@ -78,7 +78,7 @@ def chosen(names: list[str]) -> dict[str, Recipe]:
     """The recipes of these names, in this order.
 
     Raises:
-        ValueError: if there is none of a name.
+        ValueError: for unknown names.
     """
     unknown = [name for name in names if name not in RECIPES]
     if unknown:

@@ -1,4 +1,4 @@
-"""From runs to means, intervals, differences, and one picture."""
+"""Summarises runs as means, intervals, differences, and a plot."""
 
 import math
 import statistics
@@ -33,7 +33,7 @@ def interval(values: list[float]) -> dict[str, Any]:
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each recipe and measure the mean with its interval, and the difference from the baseline over the same seeds."""
+    """For each recipe and measure, the mean with its interval, and the difference from the baseline over the same seeds."""
     found: dict[str, dict[str, Any]] = {}
     by_seed = {(run["recipe"], run["seed"]): run for run in runs}
     for name in dict.fromkeys(run["recipe"] for run in runs):
@@ -41,7 +41,7 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         found[name] = {}
         for measure, (part, key) in MEASURES.items():
             if any(key not in run[part] for run in runs):
-                continue  # trees were not asked for
+                continue  # trees were not measured
             values = {seed: _value(by_seed[name, seed][part][key]) for seed in seeds}
             found[name][measure] = interval(list(values.values()))
             shared = [seed for seed in seeds if (BASELINE, seed) in by_seed and name != BASELINE]
@@ -52,7 +52,7 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _value(found: float | list[float]) -> float:
-    """Of values by depth their mean."""
+    """The mean of values by depth."""
     return statistics.mean(found) if isinstance(found, list) else found
 
 

@@ -1,4 +1,4 @@
-"""Documents to learn from: the repository's own text, or files that are given."""
+"""Documents for training: the repository's own text, or given files."""
 
 import gzip
 import hashlib
@@ -15,7 +15,7 @@ _LONGEST = 2000  # characters of a document: longer files are cut into several
 
 
 def documents(paths: list[str], tokenizer: Any = None, prefix: str = "") -> list[str]:
-    """The texts of files, in an order that depends on nothing but them.
+    """The texts of files, in an order that depends only on them.
 
     Args:
         paths (`list[str]`): `.jsonl` and `.jsonl.gz` with `text`, with `turns`, or with `response_ids`; anything else is read as text and cut at blank lines. Empty: the repository's documents and code.
@@ -33,7 +33,7 @@ def documents(paths: list[str], tokenizer: Any = None, prefix: str = "") -> list
 
 
 def held_out(text: str, one_of: int = 10) -> bool:
-    """Whether a document is kept for measuring, by a hash of it."""
+    """Whether a document is held out for measuring, by its hash."""
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % one_of == 0
 
 
@@ -57,7 +57,7 @@ def _of_row(row: dict[str, Any], where: str, tokenizer: Any) -> str:
         raise ValueError(f"{where} has none of text, turns and response_ids: give other --text files.")
     if tokenizer is None:
         raise ValueError(f"{where} contains ids: name the tokenizer that made them with --text_tokenizer.")
-    # not the prompt: a chat template begins all of them alike
+    # not the prompt, because a chat template begins all of them in the same way
     return tokenizer.decode(row["response_ids"], skip_special_tokens=True)
 
 

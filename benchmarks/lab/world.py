@@ -21,14 +21,14 @@ _ANSWER_BATCH = 64
 
 @dataclass(frozen=True)
 class WorldSettings:
-    """What a world is made of; another folder for another one.
+    """The settings of a world. Different settings need different folders.
 
     Args:
-        vocab_size, hidden_size, num_layers (`int`): of the target.
-        target_tokens (`int`): that it is trained on, in blocks of `block` tokens, `batch` of them a step.
+        vocab_size, hidden_size, num_layers (`int`): the target's sizes.
+        target_tokens (`int`): tokens that it is trained on, in blocks of `block` tokens, `batch` of them per step.
         target_rate (`float`): AdamW's learning rate.
-        prompt_tokens, answer_tokens (`int`): of each row.
-        answers, held_out_answers (`int`): rows to train drafters on and to measure them on, of each temperature.
+        prompt_tokens, answer_tokens (`int`): tokens of each row.
+        answers, held_out_answers (`int`): rows for training and for measuring drafters, per temperature.
     """
 
     vocab_size: int = 4096
@@ -46,12 +46,12 @@ class WorldSettings:
 
 @dataclass
 class World:
-    """What drafters are trained in.
+    """The world in which drafters are trained.
 
     Args:
         target, tokenizer
-        rows (`dict[str, list[dict]]`): `train`, and held-out ones by the temperature that they were sampled at.
-        facts (`dict`): about the target, for the record.
+        rows (`dict[str, list[dict]]`): `train`, and held-out rows by their temperature.
+        facts (`dict`): facts about the target, for the record.
     """
 
     target: Any
@@ -71,18 +71,18 @@ def make_world(
 
     Args:
         folder (`Path`), settings ([`WorldSettings`])
-        paths (`list[str]`), prefix (`str`): of the text, see [`documents`].
-        text_tokenizer (`Callable`): loads what decodes ids in it; called where text is still needed.
+        paths (`list[str]`), prefix (`str`): the text, see [`documents`].
+        text_tokenizer (`Callable`): loads the tokenizer that decodes ids in the text. Only called if text is needed.
 
     Raises:
-        ValueError: if the folder contains a world of other settings, or there is too little text.
+        ValueError: if the folder contains a world with other settings, or there is too little text.
     """
     folder.mkdir(parents=True, exist_ok=True)
     asked = {**asdict(settings), "text": [Path(path).name for path in paths], "rows": prefix}
     known = folder / "world.json"
     if known.exists() and (found := json.loads(known.read_text())) != asked:
         raise ValueError(
-            f"{folder} contains a world of {found}, and these settings are {asked}: give another --output."
+            f"{folder} contains a world with {found}, but these settings are {asked}: give another --output."
         )
     known.write_text(json.dumps(asked, indent=2) + "\n")
     file = folder / "rows.json"
@@ -160,7 +160,7 @@ def _target(folder: Path, tokenizer: Any, seen: list[str], kept: list[str], sett
 
 
 def _blocks(tokenizer: Any, texts: list[str], settings: WorldSettings) -> torch.Tensor:
-    """All documents one after the other, `[blocks, block + 1]`."""
+    """All documents concatenated, `[blocks, block + 1]`."""
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     ids = torch.tensor([token for document in encoded for token in (BEGIN, *document, END)])
     size = settings.block + 1
@@ -168,7 +168,7 @@ def _blocks(tokenizer: Any, texts: list[str], settings: WorldSettings) -> torch.
 
 
 def _train(target: Any, blocks: torch.Tensor, settings: WorldSettings) -> list[float]:
-    """Trains the target over the blocks, again and again until it has seen enough; its loss at twenty places."""
+    """Trains the target repeatedly over the blocks. Returns its loss at twenty points."""
     steps = max(1, settings.target_tokens // (settings.batch * settings.block))
     optimizer = torch.optim.AdamW(target.parameters(), settings.target_rate, betas=(0.9, 0.95), weight_decay=0.01)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20, 1.1 - step / steps))
@@ -203,7 +203,7 @@ def _loss(target: Any, blocks: torch.Tensor) -> float:
 
 
 def _prompts(tokenizer: Any, texts: list[str], settings: WorldSettings, place: int, count: int) -> torch.Tensor:
-    """The first tokens of as many documents, or those that follow them (`place` 1); `[count, prompt]`."""
+    """The first tokens of `count` documents, or the tokens after them (`place` 1), `[count, prompt]`."""
     size, first = settings.prompt_tokens - 1, place * (settings.prompt_tokens - 1)
     picked = []
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
@@ -212,8 +212,8 @@ def _prompts(tokenizer: Any, texts: list[str], settings: WorldSettings, place: i
         if len(picked) == count:
             return torch.tensor(picked)
     raise ValueError(
-        f"The text has {len(picked)} documents of {first + size} tokens, and {count} prompts are asked for: give more --text, or "
-        "ask for fewer answers."
+        f"The text has {len(picked)} documents of {first + size} tokens, but {count} prompts are requested: give more --text, or "
+        "request fewer answers."
     )
 
 
@@ -221,7 +221,7 @@ def _prompts(tokenizer: Any, texts: list[str], settings: WorldSettings, place: i
 def _answers(
     target: Any, prompts: torch.Tensor, temperature: float, settings: WorldSettings, generator: torch.Generator
 ) -> list[dict[str, Any]]:
-    """The target's own continuations, up to and with its end of a document."""
+    """The target's own continuations, up to and including its end of a document."""
     torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     rows = []

@@ -1,7 +1,7 @@
-"""EAGLE-3 chains of the `economize` package (PyPI, read at 0.3.2) with a CORAL drafter, behind `compare_rivals.py`.
+"""EAGLE-3 chains of the `economize` package (PyPI, version 0.3.2) with a CORAL drafter, for `compare_rivals.py`.
 
-economize reads published EAGLE-3 folders: the feature fed back is the state before the norm, nothing is normed before `fc`, and
-the LM head lies in the folder.
+economize reads published EAGLE-3 folders. The fed-back feature is the state before the norm, nothing is normed before `fc`, and
+the folder contains the LM head.
 """
 
 import importlib.metadata
@@ -39,20 +39,20 @@ class Rival:
         refused = [name for name in names if getattr(config, name)]
         if config.shape != "eagle3" or refused:
             found = ", ".join(f"{name}=True" for name in refused) or f"shape={config.shape!r}"
-            raise ValueError(f"economize cannot express this drafter: {found}. It reads EAGLE-3's first form only.")
+            raise ValueError(f"economize cannot express this drafter: {found}. It only reads EAGLE-3's original form.")
         self.version = f"economize {importlib.metadata.version('economize')}"
         self.decoding = economize.DecodeConfig(cycle_length=depth)
         with TemporaryDirectory() as scratch:
             self.model = economize.load(target, str(write_with_head(drafter, target, Path(scratch) / "drafter")))
 
     def answer(self, ids: torch.Tensor, max_new_tokens: int) -> tuple[list[int], int]:
-        """The greedy answer to ids `[1, L]`, and its verify steps: the target's forwards after the prompt's."""
+        """The greedy answer to ids `[1, L]`, and its verification steps: the target's forward passes after the prefill."""
         result = self.model.decode(ids[0], max_new_tokens, decoding=self.decoding)
         return result.tokens[-max_new_tokens:].tolist(), result.cost_summary()["exact_calls"] - 1
 
 
 def write_with_head(drafter: Any, target: Any, folder: Path) -> Path:
-    """The folder that vLLM reads, with the target's LM head where the drafter has none of its own."""
+    """Writes the folder that vLLM reads, with the target's LM head if the drafter has none."""
     export_drafter(drafter, "vllm", folder, target, "target")
     if drafter.draft_head is None:
         weights, path = load_file(folder / "model.safetensors"), folder / "config.json"

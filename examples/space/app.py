@@ -11,7 +11,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # before gradio, which --help can do without
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported; the page calls nobody
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported; the page contacts no other server
 
 import gradio as gr
 import torch
@@ -27,16 +27,16 @@ FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "mon
 LEGEND = (
     '<div class="legend"><div><span class="drafted">drafted</span>and accepted</div>'
     '<div><span class="own">own</span>chosen by the target</div>'
-    "<div>both take turns, each clock counts its own</div></div>"
+    "<div>both alternate; each clock counts its own time</div></div>"
 )
 TITLES = ("Plain generate", "CORAL")
 
 
 def build(load: Callable[[], Pair] = load_pair) -> gr.Blocks:
-    """The page. What keeps `load` from loading is shown in it, with what to change."""
+    """The page. If `load` fails, the page shows the error and a remedy."""
     try:
         pair, problem = load(), None
-    except Exception as error:  # whatever it is, the page is where it is read
+    except Exception as error:  # shown on the page
         pair, problem = None, error
     tokenizer = None if pair is None else pair.tokenizer
 
@@ -63,7 +63,7 @@ def build(load: Callable[[], Pair] = load_pair) -> gr.Blocks:
         gr.HTML(LEGEND, elem_id="legend")
         with gr.Row():
             outputs = [gr.HTML(pane, elem_id=f"lane-{i}", min_width=340) for i, pane in enumerate(panes())]
-        # a second visitor would share the processor, and spoil both clocks
+        # a second visitor would share the processor and distort both clocks
         one_visitor = {"concurrency_limit": 1, "concurrency_id": "pair"}
         for start in (go.click, prompt.submit):
             start(generate, [prompt, length], [verdict, *outputs], show_progress="hidden", **one_visitor)
@@ -71,7 +71,7 @@ def build(load: Callable[[], Pair] = load_pair) -> gr.Blocks:
 
 
 def launch(page: gr.Blocks, **settings):
-    """Starts the page with its style; nothing is loaded from elsewhere."""
+    """Starts the page with its style. Nothing is loaded from other servers."""
     style = Path(__file__).with_name("style.css")
     return page.launch(theme=gr.themes.Base(**FONTS), css_paths=style, footer_links=[], ssr_mode=False, **settings)
 

@@ -1,7 +1,7 @@
-"""Plain `generate` and CORAL on one prompt, taking turns. This is everything that the page shows, without the page.
+"""Plain `generate` and CORAL alternate on one prompt. This module computes everything that the page shows.
 
-Both seem to generate at the same time, but they take turns: each uses the processor for a fifth of a second, then hands it
-over. Each clock counts its own turns only, so neither slows the other's figures down.
+Both seem to generate at the same time, but they alternate: each uses the processor for a fifth of a second. Each clock counts
+only its own turns, so neither slows the other's figures.
 """
 
 import os
@@ -42,10 +42,11 @@ class Pair:
 
 def load_pair(settings: Mapping[str, str] = os.environ) -> Pair:
     """
-    Loads what TARGET, DRAFTER and DTYPE name; by default the demo pair, float32 on a CPU and bfloat16 elsewhere.
+    Loads the pair named by TARGET, DRAFTER and DTYPE. Default: the demo pair, in float32 on a CPU and bfloat16 elsewhere.
 
     Raises:
-        ValueError: if only one of TARGET and DRAFTER is given, the drafter is none, or it belongs to another target.
+        ValueError: if only one of TARGET and DRAFTER is given, the drafter is not a CORAL drafter, or it belongs to another
+            target.
     """
     names = {key: settings.get(key, "") for key in ("TARGET", "DRAFTER")}
     device = default_device()
@@ -69,17 +70,17 @@ def load_pair(settings: Mapping[str, str] = os.environ) -> Pair:
     TargetAdapter(target).check_drafter(drafter.config)
     target, drafter = target.eval().to(device), drafter.eval().to(device=device, dtype=target.dtype)
     pair = Pair(target, tokenizer, drafter, names["TARGET"], names["DRAFTER"])
-    for _ in race(pair, "Hello", 8):  # the first run of a process is slower: not the visitor's
+    for _ in race(pair, "Hello", 8):  # a warm-up, because the first run of a process is slower
         pass
     return pair
 
 
 class Stopped(Exception):
-    """Raised inside a generation that nobody waits for any more."""
+    """Raised inside a generation whose visitor has left."""
 
 
 class Turns:
-    """Lets one of several threads run at a time; `running[0]` has the turn."""
+    """Lets one of several threads run at a time: `running[0]`."""
 
     def __init__(self, lanes: int):
         self.running = list(range(lanes))
@@ -110,7 +111,7 @@ class Turns:
 
 
 class Lane(BaseStreamer):
-    """One generation as it goes: its tokens, the target forward each came from, and the seconds of its own turns."""
+    """A running generation: its tokens, the target's forward pass of each token, and the seconds of its own turns."""
 
     def __init__(self, turns: Turns, index: int, drafter: Any = None):
         self.turns, self.index, self.drafter = turns, index, drafter
@@ -131,7 +132,7 @@ class Lane(BaseStreamer):
             return
         self.seconds += now - self._resumed
         forward = self._forward()
-        # Only between two forwards, so that the page never shows half a step for long.
+        # Only between two forward passes, so that the page never shows half a step for long.
         if now - self._turn_began > TURN_SECONDS and self.forwards and forward != self.forwards[-1]:
             self.turns.pass_on(self.index)
             self._turn_began = time.perf_counter()
@@ -144,10 +145,10 @@ class Lane(BaseStreamer):
             self.acceptance_length = self.drafter.last_stats.acceptance_length
 
     def _forward(self) -> int:
-        """The target forward that the token being put came from; 0 is the prompt's."""
+        """The target's forward pass of the current token; 0 is the prefill."""
         if self.drafter is None or not self.tokens:
             return len(self.tokens)
-        # A step is counted after its tokens were streamed: what comes now belongs to the one after the counted ones.
+        # A step is counted after its tokens are streamed, so the current token belongs to the step after the counted ones.
         stats = self.drafter.last_stats
         self.acceptance_length = stats.acceptance_length
         return stats.steps + 1
@@ -158,7 +159,7 @@ class Lane(BaseStreamer):
 
     @property
     def drafted(self) -> list[bool]:
-        """Whether a token was drafted: the last one of every forward is the target's own."""
+        """Whether a token was drafted. The last token of every forward pass is the target's own."""
         forwards = list(self.forwards)
         return [this == after for this, after in zip_longest(forwards, forwards[1:])]
 
@@ -168,7 +169,7 @@ def race(pair: Pair, prompt: str, max_new_tokens: int) -> Iterator[tuple[Lane, L
     Generates with and without the drafter, greedily, and yields both lanes ten times a second while they grow.
 
     Raises:
-        ValueError: for an empty prompt, and whatever either generation raised.
+        ValueError: for an empty prompt, and any error of either generation.
     """
     if not prompt.strip():
         raise ValueError("The prompt is empty: write a question, or choose an example.")
@@ -185,7 +186,7 @@ def race(pair: Pair, prompt: str, max_new_tokens: int) -> Iterator[tuple[Lane, L
             )
         except Stopped:
             pass
-        except Exception as error:  # raised again where the page can show it
+        except Exception as error:  # raised again in the page's thread
             lane.error = error
         finally:
             lane.done = True
@@ -209,7 +210,7 @@ def race(pair: Pair, prompt: str, max_new_tokens: int) -> Iterator[tuple[Lane, L
 
 
 def encode(tokenizer: Any, prompt: str) -> Any:
-    """The prompt as the target's chat template wants it, or as it is where the tokenizer has none."""
+    """The prompt rendered with the target's chat template, or unchanged without one."""
     if tokenizer.chat_template is None:
         return tokenizer(prompt, return_tensors="pt")
     return tokenizer.apply_chat_template(
@@ -218,7 +219,7 @@ def encode(tokenizer: Any, prompt: str) -> Any:
 
 
 def pieces(decode: Callable[[list[int]], str], tokens: list[int]) -> list[str]:
-    """The text that each token adds; a character of several tokens comes with its last one."""
+    """The text that each token adds. A character of several tokens appears with its last one."""
     texts, shown = [], ""
     for count in range(1, len(tokens) + 1):
         text = decode(tokens[:count])
@@ -251,7 +252,7 @@ def render_lane(title: str, lane: Lane | None, tokenizer: Any) -> str:
 
 
 def render_verdict(lanes: tuple[Lane, Lane] | None, float32: bool) -> str:
-    """One line: how much sooner, and whether both texts are equal."""
+    """One line with the speedup, and whether both texts are equal."""
     if lanes is None:
         return '<div class="verdict">Greedy decoding of one prompt, twice: alone, and with a drafter.</div>'
     plain, coral = lanes
@@ -267,11 +268,11 @@ def render_verdict(lanes: tuple[Lane, Lane] | None, float32: bool) -> str:
         same = f"the same {len(plain.tokens)} tokens"
     else:
         place = min(len(plain.tokens), len(coral.tokens)) if parted is None else parted
-        why = "which float32 should not do" if float32 else "a near-tie that rounding decides outside float32"
-        same = f"texts that part at token {place + 1}, {why}"
+        why = "which must not happen in float32" if float32 else "a near-tie, which rounding decides outside float32"
+        same = f"texts that differ from token {place + 1} on, {why}"
     return f'<div class="verdict done"><b>{speedup:.2f}&times;</b> as fast, {same}; {share:.0%} of them were drafted.</div>'
 
 
 def render_error(error: Exception) -> str:
-    """An error where the verdict would be."""
+    """An error in the place of the verdict."""
     return f'<div class="verdict error" role="alert"><b>{type(error).__name__}</b> {escape(str(error))}</div>'
