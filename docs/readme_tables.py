@@ -41,6 +41,7 @@ def help_by_size() -> str:
     names = listed(list(dict.fromkeys(row["target"] for row in predicted)))
     rows = [
         ["SmolLM2-135M, shipped drafter", "1", _cpu(shipped), times(rows_of(shipped)["coral"]["speedup"]), "measured"],
+        *_batches(),
         [
             "Gemma-3-270M, drafter trained for minutes",
             "1",
@@ -48,9 +49,7 @@ def help_by_size() -> str:
             f"{times(min(slow))} to {times(max(slow))}: slower",
             "measured",
         ],
-        [names, "1", gpus, f"at most {times(min(bounds))} to {times(max(bounds))}", "predicted"],
-        *_batches(),
-        ["any", "any", "any GPU", "?", "not known: not measured yet"],
+        [names, "1", gpus, f"{times(min(bounds))} to {times(max(bounds))} at most", "predicted; no GPU was measured"],
     ]
     return table(["target", "prompts at once", "device", "speedup", "how we know"], rows)
 
@@ -63,12 +62,13 @@ def _batches() -> list[list[str]]:
     for label, some in ((listed([str(size) for size in sizes[:-1]]), sizes[:-1]), (str(sizes[-1]), sizes[-1:])):
         found = [coral_row(record, batch_size=size)["speedup"] for record in records for size in some]
         speedups = f"{times(min(found))} to {times(max(found))}"
-        rows.append(["SmolLM2-135M, shipped drafter", label, f"{_cpu(records[0])}, AVX2", speedups, "measured"])
+        rows.append(["SmolLM2-135M, shipped drafter", label, f"{_cpu(records[0])}", speedups, "measured"])
     return rows
 
 
 def _cpu(record: dict[str, Any]) -> str:
-    return f"{record['environment']['threads']} CPU threads"
+    where = record["environment"]
+    return f"{where['threads']} CPU threads, {where['dtype']}"
 
 
 BLOCKS = {"results": results, "help": help_by_size}

@@ -293,7 +293,7 @@ def test_figures_are_those_of_the_records(monkeypatch):
     assert downloads in text
     estimate = json.loads((ROOT / "benchmarks/records/llama-3-8b-instruct_estimate.json").read_text())
     cost = f"{estimate['hours']:.0f} hours and {estimate['memory']['peak'] / 2**30:.0f} GiB"
-    assert f"we estimate {cost} of memory on one H100" in text
+    assert f"we estimate {cost} of GPU memory on one H100" in text
     assert f"about {2 * estimate['drafter_parameters'] / 1e9:.1f} GB in bfloat16 for Llama-3-8B" in text
     drafters = json.loads((ROOT / "docs/hub_drafters.json").read_text())
     count = len(drafters["drafters"])
