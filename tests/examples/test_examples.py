@@ -245,7 +245,7 @@ def test_refit_features(tiny_demo, tmp_path, monkeypatch, capsys):
         (["--output", str(output), "--layers", "0", "1"], "exists; name another folder"),
         (["--output", str(tmp_path / "x"), "--layers", "1"], "name at least two layers"),
         (["--output", str(tmp_path / "x"), "--layers", "1", "99"], "99"),
-        (["--output", str(tmp_path / "x"), "--layers", "0", "1", "--rows", "7"], "give 8 at least"),
+        (["--output", str(tmp_path / "x"), "--layers", "0", "1", "--rows", "7"], "give at least 8"),
         (
             ["--output", str(tmp_path / "x"), "--layers", "0", "1", "--drafter", str(tiny_demo)],
             "only an eagle3 drafter",

@@ -130,7 +130,7 @@ def test_rendering_escapes_and_marks(pair):
     assert "caret" not in html and ">2.0<" in html
     assert "the same 4 tokens; 25% of them" in race.render_verdict((plain, coral), float32=True)
     coral.tokens[2] += 1
-    assert "part at token 3, a near-tie" in race.render_verdict((plain, coral), float32=False)
+    assert "differ from token 3 on, a near-tie" in race.render_verdict((plain, coral), float32=False)
     assert "&lt;script&gt;" in race.render_error(ValueError("<script>"))
 
 

@@ -47,7 +47,7 @@ def test_image_targets(kind, attention):
 def test_an_image_is_not_split_into_chunks():
     target, ids, inputs = image_target("llava", "sdpa")
     drafter = make_drafter(target)
-    with pytest.raises(ValueError, match=r"prefill_chunk_size=8 .* no (pixel_values|mm_encoder)"):
+    with pytest.raises(ValueError, match=r"prefill_chunk_size=8 .* not (pixel_values|mm_encoder)"):
         target.generate(
             ids, generation_config=config_of(CHAIN, prefill_chunk_size=8), assistant_model=drafter, **inputs
         )

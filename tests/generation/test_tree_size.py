@@ -126,7 +126,7 @@ def test_a_calibrated_tree_is_a_tree():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="up to 8 nodes, draft_total_tokens=9"):
+    with pytest.raises(ValueError, match="up to 8 nodes, but draft_total_tokens=9"):
         TreeSizeRule(STAIRS, 9)
     for times in ((), (1.0, float("nan")), (-1.0,)):
         with pytest.raises(ValueError, match="not a table of times"):
