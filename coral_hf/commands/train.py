@@ -1,4 +1,4 @@
-"""`coral-hf train`: a drafter, or a part of its head."""
+"""`coral-hf train`: trains a drafter, or a part of its head."""
 
 import json
 import tempfile

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 LOW_RANK_CANDIDATES = 64  # of a low-rank head, for each row
 
-# None until `__post_init__` derives it from other settings; readers see what it is then
+# None until `__post_init__` derives it from other settings
 DERIVED: Any = None
 
 # Keys that `PreTrainedConfig` accepts in addition to its declared fields (`Trainer` writes the tokenizer's special ids). Every
@@ -121,8 +121,8 @@ class CoralDraftConfig(PreTrainedConfig):
         draft_cost_aware (`bool`, defaults to `False`):
             Choose a draft's size at every step within these limits, from measured costs (`generation.tree_size`).
         draft_lookup (`bool`, defaults to `False`):
-            Let trees also take nodes that continue the text as it continued before (`generation.lookup`). False, which is
-            not written: it pays where answers repeat their prompts.
+            Add continuations from the text itself to drafts (`generation.lookup`). This pays if answers repeat their prompts.
+            False is not written to the config.
         draft_head (`str`, *optional*):
             Head that drafting uses, see `generation.settings.DraftSettings`. None, which is not written: all that the drafter has.
         draft_calibration (`list[list[float]]`, *optional*):
@@ -139,8 +139,8 @@ class CoralDraftConfig(PreTrainedConfig):
         router_hidden_size (`int`, *optional*):
             Width of the router's MLP (ours); defaults to half of `hidden_size`.
         shortlist_size (`int`, defaults to 0):
-            Ids of the frequency shortlist that drafting is limited to; with a router they are active besides its
-            groups. 0: no shortlist.
+            Number of ids in the frequency shortlist, to which drafting is limited. With a router, they are active in addition
+            to its groups. 0: no shortlist.
         low_rank_size (`int`, defaults to 0):
             r, rank of a low-rank head, which finds the ids that are scored with the target's rows (EAGLE-4's); 0, which is not
             written: no such head.
@@ -241,7 +241,7 @@ class CoralDraftConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()
-        # drafters of before these settings keep their config.json byte for byte, and releases without them load them
+        # drafters without these settings keep their config.json byte for byte, and older releases can load them
         for name in ("target_embedding_scale", "draft_lookup", "draft_head", *LOW_RANK_SETTINGS, *FC_NORMS):
             if not settings.get(name):
                 settings.pop(name, None)

@@ -40,7 +40,7 @@ class FrequencyShortlist(nn.Module):
 
 
 class LowRankHead(nn.Module):
-    """The target's LM head as a product of two small matrices, which says which ids are worth their exact row.
+    """The target's LM head as a product of two small matrices, which selects the ids to score exactly.
 
     It begins as the truncated SVD of the head (`draft_initialization.truncated_svd`) and is trained towards the full head's
     distribution (EAGLE-4; SlimSpec, arXiv 2605.10453, drafts from such a head alone).
@@ -62,18 +62,18 @@ class LowRankHead(nn.Module):
         return cls(config.hidden_size, config.vocab_size, config.low_rank_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Drafter outputs `[..., H]` -> their products with the head's rows, estimated, `[..., V]`."""
+        """Drafter outputs `[..., H]` -> estimated products with the head's rows, `[..., V]`."""
         return self.up_proj(self.down_proj(hidden.to(self.down_proj.weight.dtype)))
 
     def logits(self, hidden: torch.Tensor, adapter: Any) -> torch.Tensor:
-        """Drafter outputs `[..., H]` -> the target's logits, estimated, `[..., V]`: with its bias, scale and soft-cap."""
+        """Drafter outputs `[..., H]` -> the target's estimated logits `[..., V]`, with its bias, scale and soft-cap."""
         logits = self(hidden)
         bias = getattr(adapter.head, "bias", None)
         return adapter.transform_logits(logits if bias is None else logits + bias.to(logits))
 
 
 class DraftVocabularyHead(nn.Linear):
-    """An LM head of the drafter's own over a part of the vocabulary (EAGLE-3 section 3), instead of the target's.
+    """The drafter's own LM head over a part of the vocabulary (EAGLE-3 section 3), in place of the target's.
 
     Args:
         hidden_size (`int`): H.
@@ -185,7 +185,7 @@ class DraftHead:
 
     @property
     def fewest_tokens(self) -> int:
-        """How many different tokens every row can choose from, whatever groups are active and whatever was read."""
+        """The smallest number of tokens that every row can choose from, for any active groups and texts."""
         if self.low_rank is not None:
             return self.candidates
         listed = 0 if self._listed is None else self._listed.numel()
@@ -197,12 +197,12 @@ class DraftHead:
 
     @property
     def reads_text(self) -> bool:
-        """Whether [`read`] is to be given the ids of the texts."""
+        """Whether [`read`] needs the ids of the texts."""
         return self._context is not None
 
     @torch.inference_mode()
     def read(self, token_ids: torch.Tensor) -> None:
-        """Makes ids active, of any shape, for all rows of a call; of a head that reads the text."""
+        """Makes ids (of any shape) active for all rows of a call, in a head that reads the text."""
         if self._context is not None:
             self._context.add(token_ids)
             self._listed = self._context.token_ids
@@ -227,7 +227,7 @@ class DraftHead:
     def likeliest(
         self, hidden: torch.Tensor, k: int, weights: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[`top_k`] in whatever mode the caller is in, as a graph needs it."""
+        """[`top_k`] in the caller's gradient mode, as graphs require."""
         logits, chosen, normalizer = self._active_logits(hidden, weights)
         log_z = logits.logsumexp(dim=-1, keepdim=True) if normalizer is None else normalizer()
         best, index = logits.topk(min(k, logits.shape[-1]), dim=-1)
@@ -242,8 +242,8 @@ class DraftHead:
     def _active_logits(
         self, hidden: torch.Tensor, weights: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, Callable[[], torch.Tensor] | None]:
-        """fp32 logits `[B, T, A]` (-inf where a slot contains no token); the active groups, or a low-rank head's candidates; and
-        what computes log Z where it is not these logits' own."""
+        """fp32 logits `[B, T, A]` (-inf for slots without a token); the active groups, or a low-rank head's candidates; and a
+        function for log Z if it is not that of these logits."""
         if self.low_rank is not None:
             return self._rescored_logits(hidden)
         if self.router is None:
@@ -267,7 +267,7 @@ class DraftHead:
         return logits, groups, normalizer
 
     def _rescored_logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]]:
-        """The full head's logits of the low-rank head's best ids `[B, T, m]`, those ids, and what computes log Z over all."""
+        """The full head's logits of the low-rank head's best ids `[B, T, m]`, these ids, and a function for log Z over all."""
         low_rank: Any = self.low_rank
         estimate = low_rank.logits(hidden, self.adapter).float()  # [B, T, V]
         best = estimate.topk(self.candidates, dim=-1).indices

@@ -1,4 +1,4 @@
-"""Starting weights of a drafter, scaled by its target's, and parts of a draft head that it gets later."""
+"""Initial weights of a drafter, scaled by its target's, and parts of a draft head that are added later."""
 
 import os
 from typing import Any

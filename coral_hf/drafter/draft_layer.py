@@ -227,7 +227,7 @@ class CoralRolloutOutput(ModelOutput):
         hidden_states (`tuple` of K `torch.Tensor` of shape `[B, S, H]`):
             Step k's output at row r predicts feature f_{r+1}; `lm_head` of it predicts token x_{r+2}.
         valid (`tuple` of K `torch.BoolTensor` of shape `[B, S]`):
-            Rows whose whole chain r-(k-1)..r lies in one document; outputs of other rows mean nothing.
+            Rows whose whole chain r-(k-1)..r is in one document. Outputs of other rows are meaningless.
         scores (*optional*):
             What the `scorer` of a call returned, tensors or tuples of them.
     """

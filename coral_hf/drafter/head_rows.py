@@ -1,4 +1,4 @@
-"""A target's LM head by its rows: groups that a router chooses, ids that a text contains, and copies of rows that are kept."""
+"""Rows of a target's LM head: groups that a router chooses, ids that a text contains, and stored copies of rows."""
 
 import weakref
 from collections.abc import Callable
@@ -22,7 +22,7 @@ FEWEST_ROWS = 256  # that a list of a text's ids makes room for at a time
 
 
 class LMHeadRouter(nn.Module):
-    """Which groups of token ids are worth computing (CORAL section 3.2).
+    """Chooses the groups of token ids to compute (CORAL section 3.2).
 
     Group g contains the ids at places `g * group_size` on of the router's order: the ids themselves (a group is then a view
     of the target's own weight), or, clustered, the permutation `token_order`, for which drafting keeps one copy of the
@@ -80,7 +80,7 @@ class LMHeadRouter(nn.Module):
 class ContextList:
     """The head's rows of the ids that a call's texts contain, in addition to those of a list.
 
-    Text repeats its own words, so that its ids are likely to come again (MicroSpec, arXiv 2605.26444). Nothing is trained.
+    Text repeats its own words, so its ids are likely to occur again (MicroSpec, arXiv 2605.26444). Nothing is trained.
 
     Args:
         adapter ([`TargetAdapter`])
@@ -93,7 +93,7 @@ class ContextList:
     def __init__(self, adapter: Any, token_ids: torch.Tensor):
         self.token_ids = token_ids
         self._adapter, self._known = adapter, set(token_ids.tolist())
-        self._weight: torch.Tensor | None = None  # rows `[n, H]`, and room for more
+        self._weight: torch.Tensor | None = None  # rows `[n, H]`, with space for more
         self._bias: torch.Tensor | None = None
         self._count = 0
 
@@ -135,7 +135,7 @@ def _appended(rows: torch.Tensor | None, new: torch.Tensor, count: int) -> torch
 
 
 def ordered_head(adapter: Any, router: Any) -> Any:
-    """What `grouped_logits` reads: the adapter itself, or for a clustered router its head in the router's order.
+    """The head for `grouped_logits`: the adapter itself, or for a clustered router its head in the router's order.
 
     Args:
         adapter ([`TargetAdapter`])
@@ -161,13 +161,13 @@ def ordered_head(adapter: Any, router: Any) -> Any:
 
 
 def kept_copy(owner: Any, ids: torch.Tensor, head: Any, make: Callable[[], T]) -> T:
-    """What `make` makes of a head's rows: made once for an owner of ids and a head, again when either has changed.
+    """The result of `make` for a head's rows, computed once for an owner of ids and a head, and again if either changes.
 
     Args:
-        owner (`nn.Module`): whose ids they are.
-        ids (`torch.Tensor`): the rows that are taken.
-        head (`nn.Module`): with `weight` and perhaps `bias`.
-        make (`Callable`): may contain neither owner nor head in what it returns.
+        owner (`nn.Module`): the module that owns the ids.
+        ids (`torch.Tensor`): the selected rows.
+        head (`nn.Module`): a module with `weight` and optionally `bias`.
+        make (`Callable`): a function whose result must not reference owner or head.
     """
     tensors = (head.weight, getattr(head, "bias", None), ids)
     state: list[Any] = [None if tensor is None else tensor_state(tensor) for tensor in tensors]
@@ -181,7 +181,7 @@ def kept_copy(owner: Any, ids: torch.Tensor, head: Any, make: Callable[[], T]) -
 
 
 def tensor_state(tensor: torch.Tensor) -> tuple:
-    """What changes when a tensor is written to or replaced (except for writes to inference tensors)."""
+    """A value that changes if a tensor is written to or replaced (except for writes to inference tensors)."""
     version = None if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tensor.device
 

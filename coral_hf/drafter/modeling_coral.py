@@ -226,7 +226,7 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
             num_steps (`int`): number of steps K.
             position_ids (`torch.LongTensor` of shape `[B, S]`, *optional*): defaults to 0..S-1.
             document_ids (`torch.LongTensor` of shape `[B, S]`, *optional*): rows attend inside one document only;
-                padding has an id of its own (-1). Defaults to one document a row.
+                padding has its own id (-1). Defaults to one document per row.
             scorer (`Callable`, *optional*): called with the drafter and its outputs; what it returns becomes `scores`. Within the
                 forward, sharded weights are whole, and processes wait for the gradients of all that it reads.
 

@@ -84,7 +84,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         self._filled: torch.Tensor | None = None
         self._pace = Pace()
         self._seen = 0  # columns of the texts that the head has read in every row
-        # features that plain steps have left for the next draft, [B, n, F] each, and how many of them each row has
+        # features that plain steps left for the next draft, [B, n, F] each, and their number in each row
         self._unread: list[tuple[torch.Tensor, list[int]]] = []
         # depth of the stock loop's last draft, for the statistics; None until it has drafted
         self._unverified_depth: int | None = None

@@ -18,21 +18,21 @@ class DraftSettings:
     Args:
         draft_depth (`int`): levels drafted below the root; a chain's length.
         draft_top_k (`int`): branches per node and nodes expanded per level; 1 drafts a chain.
-        draft_total_tokens (`int`, *optional*): nodes verified, the root included; None: all that depth and top_k can
-            produce. A draft is never deeper than this allows: one level less.
-        draft_head (`str`, *optional*): tokens to draft from: "full" vocabulary (or the whole head of the drafter's own),
-            "shortlist", "router" (its active groups) or "both"; "low_rank", the best ids of its low-rank head; or "context", the ids
-            of the text so far and of its shortlist. None: the low-rank head of a drafter that has one, else all that it has.
+        draft_total_tokens (`int`, *optional*): verified nodes, including the root; None: all that depth and top_k can
+            produce. The depth is at most one less than this.
+        draft_head (`str`, *optional*): tokens to draft from: the "full" vocabulary (or all of the drafter's own head),
+            "shortlist", "router" (its active groups) or "both"; "low_rank", the best ids of the low-rank head; or "context", the ids
+            of the text so far and of the shortlist. None: the low-rank head, else shortlist and router, else the whole head.
         draft_active_groups (`int`, *optional*): router groups per step; None: the drafter's.
-        draft_groups_per_row (`bool`): every node of a tree level has groups of its own instead of sharing them.
-        draft_scoring (`str`): log q from the "active" logits, or from the "router" times the softmax in the group.
-        draft_stock_loop (`bool`): run Transformers' own assisted loop (chains only) instead of ours.
-        draft_cost_aware (`bool`): choose depth and nodes at every step, by measured costs (see
-            `generation.tree_size`); depth, top_k and total_tokens are then the most that is drafted. A call that names
-            sizes drafts exactly those, unless it sets this as well.
-        draft_lookup (`bool`): let the tree also take nodes that continue the text as it continued before, where its last
-            tokens occurred earlier in prompt or answer (see `generation.lookup`); a step may verify those alone. A chain
-            is drafted or looked up, step by step.
+        draft_groups_per_row (`bool`): choose groups for every node of a tree level, instead of sharing them.
+        draft_scoring (`str`): log q from the "active" logits, or from the "router" times the softmax within the group.
+        draft_stock_loop (`bool`): use Transformers' assisted loop (chains only) instead of CORAL's.
+        draft_cost_aware (`bool`): choose depth and nodes at every step from measured costs (see
+            `generation.tree_size`); depth, top_k and total_tokens are then upper limits. A call that sets sizes drafts exactly
+            these, unless it sets this as well.
+        draft_lookup (`bool`): if the last tokens occurred earlier in prompt or answer, also add the tokens that followed them
+            there to the tree (see `generation.lookup`). A step may verify only these. A chain is either drafted or looked
+            up at each step.
         draft_compile (`bool`): draft and verify in compiled graphs of fixed shapes (see `generation.compiled`), with the
             `compile_config` of the generation config. This is a setting of calls, not of drafters, because it depends on the
             machine.

@@ -1,4 +1,4 @@
-"""HeadTrainer: what the trainers of a part of a draft head share, on top of a frozen drafter."""
+"""HeadTrainer: the common part of the trainers of a part of a draft head. The drafter is frozen."""
 
 from typing import Any, ClassVar
 
@@ -10,18 +10,17 @@ from .trainer import CoralTrainer
 
 
 class HeadTrainer(CoralTrainer):
-    """Trains a part of a drafter's head, and nothing else of it. The outputs of all K rollout steps take part, because drafting
-    uses them all.
+    """Trains only a part of a drafter's head. Uses the outputs of all K rollout steps, as in drafting.
 
     Args:
-        as for [`CoralTrainer`].
+        the same as for [`CoralTrainer`].
 
     Raises:
         ValueError: if the drafter has no such part, or `args.stage` is not this trainer's.
     """
 
-    part: ClassVar[str]  # of the head, as it is called
-    remedy: ClassVar[str]  # for a drafter that has none
+    part: ClassVar[str]  # name of the part of the head
+    remedy: ClassVar[str]  # for a drafter without this part
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any):
         model = resolve_drafter(model)
@@ -38,7 +37,7 @@ class HeadTrainer(CoralTrainer):
         loss, rows, count, metrics, outputs = self._head_terms(model, inputs, num_steps)
         if model.training:
             self._metrics.add({name: (value, rows) for name, value in metrics.items()})
-        # A row counts the same in whichever batch it lies: how many of later steps' rows are there differs.
+        # A row has the same weight in every batch, although the number of later steps' rows differs.
         items = max(count, 1) if num_items_in_batch is None else num_items_in_batch
         loss = self._finish_loss(loss * rows / (num_steps * items), model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -46,7 +45,7 @@ class HeadTrainer(CoralTrainer):
     def _head_terms(
         self, model: Any, inputs: dict[str, torch.Tensor], num_steps: int
     ) -> tuple[torch.Tensor, int, int, dict[str, torch.Tensor], Any]:
-        """Mean loss over all steps' rows, how many those are, trained rows of a step, what is measured over all steps' rows,
+        """Mean loss over all steps' rows, their number, the number of trained rows of a step, measures over all steps' rows,
         and the outputs."""
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""CoralLowRankTrainer: a drafter's low-rank head on top of a frozen drafter."""
+"""CoralLowRankTrainer: trains the low-rank head of a frozen drafter."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from .losses.low_rank import low_rank_loss
 class CoralLowRankTrainer(HeadTrainer):
     """Trains `drafter.low_rank` towards the distribution of the target's full head on the drafter's outputs (EAGLE-4).
 
-    The drafter itself stays frozen. Its outputs of all K rollout steps take part, because drafting uses them all. With n
-    candidates it logs `recall_n` (the full head's likeliest id is a candidate) and `uncovered_n` (what the full head gives to
-    all other ids).
+    The drafter itself stays frozen. Its outputs of all K rollout steps are used, as in drafting. With n candidates, logs
+    `recall_n` (how often the full head's likeliest id is a candidate) and `uncovered_n` (the full head's probability of all
+    other ids).
 
     Args:
-        as for [`CoralTrainer`].
+        the same as for [`CoralTrainer`].
 
     Raises:
         ValueError: if the drafter has no low-rank head, or `args.stage` is not `"low_rank"`.

@@ -98,8 +98,8 @@ def choose_recipe(
         hidden_size (`int`), vocab_size (`int`): the target's sizes.
         response_tokens (`int`, *optional*): response tokens in one pass over the data. None (a stream) counts as a large number.
         device_type (`str`): `"cpu"`, `"cuda"`, ...
-        num_processes (`int`): which share a step's conversations.
-        rows_per_conversation (`float`): below 1 where conversations are packed into rows, which batches then count.
+        num_processes (`int`): processes that share a step's conversations.
+        rows_per_conversation (`float`): below 1 if conversations are packed into rows. Batches then count rows.
         stage (`str`): `"drafter"`, `"router"` or `"low_rank"`.
         continued (`bool`): the drafter was trained before.
 

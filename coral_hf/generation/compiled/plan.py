@@ -104,7 +104,7 @@ def graph_plan(
     if static:
         model_kwargs.update(cache_kwarg(empty))
     if not (settings.draft_compile or by_itself) or settings.draft_lookup or settings.draft_head == "context":
-        return None  # graphs of fixed shapes have no place for nodes that are looked up, or for a list that grows
+        return None  # graphs of fixed shapes cannot take looked-up nodes or a growing list
     options = _options(target, generation_config, settings.draft_compile)
     most = padded_count(settings.draft_total_tokens)
     tokens = max(longest, generation_config.max_cache_len or 0)

@@ -1,4 +1,4 @@
-"""What a low-rank head learns: the distribution of the full head on the drafter's outputs (EAGLE-4)."""
+"""The loss of a low-rank head: its divergence from the full head's distribution on the drafter's outputs (EAGLE-4)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,15 +29,15 @@ def low_rank_loss(
     *,
     chunk_size: int = 256,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean forward KL, sum p (log p - log q), of the low-rank head's distribution q to the full head's p on the same outputs.
+    """Mean forward KL, sum p (log p - log q), from the full head's distribution p to the low-rank head's q on the same outputs.
 
-    The gradients are computed with the values, chunk by chunk, so that the logits of a whole batch never exist.
+    The gradients are computed with the values, chunk by chunk, so that the logits of a whole batch are never stored.
 
     Args:
         hidden (`torch.Tensor` of shape `[M, H]`): the drafter's outputs, which get no gradient.
         full_logits, low_rank_logits (`Callable`): outputs `[C, H]` -> logits `[C, V]`.
-        weights (`Sequence[torch.Tensor]`): of the low-rank head, which get one.
-        candidates (`int`): how many of its best ids are scored exactly.
+        weights (`Sequence[torch.Tensor]`): the low-rank head's weights, which get gradients.
+        candidates (`int`): number of its best ids that are scored exactly.
         chunk_size (`int`): rows whose logits exist at the same time.
 
     Returns:

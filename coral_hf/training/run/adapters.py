@@ -26,7 +26,7 @@ def add_adapters(drafter: CoralDraftModel, peft_config: Any, adapter: TargetAdap
     """Wraps a drafter in adapters and records the target that it is adapted to.
 
     Args:
-        drafter ([`CoralDraftModel`]): trained for another checkpoint of this target.
+        drafter ([`CoralDraftModel`]): a drafter trained for another checkpoint of this target.
         peft_config (`PeftConfig`): without `target_modules`, all linear layers but those of router and low-rank head are adapted.
         adapter ([`TargetAdapter`]): the target to adapt to.
 
@@ -54,7 +54,7 @@ def add_adapters(drafter: CoralDraftModel, peft_config: Any, adapter: TargetAdap
 
 
 def adaptable_modules(drafter: CoralDraftModel) -> list[str]:
-    """Names of a drafter's linear layers, without those of router and low-rank head, which have trainings of their own."""
+    """Names of a drafter's linear layers, except those of router and low-rank head, which have their own trainings."""
     linear = [name for name, module in drafter.named_modules() if isinstance(module, nn.Linear)]
     return [name for name in linear if not name.startswith(("router", "low_rank", "draft_head"))]
 

@@ -11,7 +11,7 @@ from .adapters import is_peft
 
 logger = logging.getLogger(__name__)
 
-# parts of a draft head that a stage of its own trains: what they are called, and by which trainer
+# parts of a draft head with their own training stage: name and trainer
 _HEADS = {"router": ("router", "CoralRouterTrainer"), "low_rank": ("low-rank head", "CoralLowRankTrainer")}
 
 
@@ -34,13 +34,12 @@ def train_in_float32(drafter: nn.Module, say: bool = True) -> None:
 
 
 def train_stage(drafter: Any, stage: str, say: bool = True) -> None:
-    """Freezes what a stage leaves as it is: the drafter beside a part of its head, or the parts that no loss of the drafter's
-    reaches.
+    """Freezes everything that a stage does not train: the drafter except for a part of its head, or the head's parts.
 
-    A drafter that the training of a part froze whole is trained again; what was frozen in part stays so.
+    A drafter that the training of a part froze completely is trained again. Other frozen weights stay frozen.
 
     Args:
-        drafter ([`CoralDraftModel`]): perhaps with adapters.
+        drafter ([`CoralDraftModel`]): with or without adapters.
         stage (`str`): `"drafter"`, `"router"` or `"low_rank"`.
         say (`bool`): log that a part of the head will no longer fit its drafter.
     """
