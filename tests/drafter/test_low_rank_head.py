@@ -171,7 +171,9 @@ def test_what_a_drafter_has_and_what_a_call_names(target, prompt):
         head = DraftSettings(draft_head=name).draft_head_of(drafter, adapter)
         assert (head.router is not None, head.low_rank is not None, head._listed is not None) == parts, name
         assert head.reads_text == (name == "context")
-    with pytest.raises(ValueError, match="draft_active_groups=3 is about router groups, but no router is used"):
+    with pytest.raises(
+        ValueError, match="draft_active_groups=3 is a setting for router groups, but no router is used"
+    ):
         DraftSettings(draft_active_groups=3).draft_head_of(drafter, adapter)
     drafter.config.draft_head = "router"
     plain = target.generate(prompt, max_new_tokens=6, do_sample=False)
