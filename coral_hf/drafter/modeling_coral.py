@@ -154,7 +154,7 @@ class CoralDraftModel(PackageMethods, PreTrainedModel):
     ) -> LowRankHead:
         """Gives the drafter a low-rank head, which begins as the truncated SVD of the target's, replacing any it has.
 
-        Drafting can use it at once; `CoralLowRankTrainer` trains it.
+        Train it (`CoralLowRankTrainer`) before drafting: the SVD alone finds too few of the likely tokens.
 
         Args:
             target (`PreTrainedModel` or `str`): the drafter's target, or its path or Hub id.
