@@ -9,6 +9,7 @@ from batch_tables import batches, long_contexts
 from measured import AVX2, OWN, RECORDS, ROOT, SETS, answers, listed, machine, percent, read, rows_of, times
 from operations import compiled, operations
 from readme_tables import with_tables
+from rival_tables import rivals
 
 from coral_hf.hub.card_tables import table
 
@@ -296,7 +297,7 @@ differences are small, so the default is the shape that every engine serves."""
 
 def page() -> str:
     sections = (
-        step_time, operations, compiled, batches, long_contexts, tree_sizes, predictions_7b, two_runs, training_step, recipes, shapes, regeneration, draft_heads,
+        step_time, operations, compiled, batches, long_contexts, tree_sizes, predictions_7b, two_runs, training_step, recipes, shapes, regeneration, draft_heads, rivals,
     )  # fmt: skip
     head = """# Measurements
 
