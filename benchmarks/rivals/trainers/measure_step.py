@@ -7,6 +7,7 @@ loss, and what the record says of it. Its `published(folder, settings)` runs the
 with the place that raised it. Prints one line of JSON last. Imports only torch: rivals' environments have no `coral_hf`.
 """
 
+import argparse
 import ctypes
 import gc
 import importlib
@@ -77,19 +78,24 @@ def where_it_stopped(error: BaseException, package: str) -> dict[str, str]:
 
 
 def main() -> None:
-    name, folder, *rest = sys.argv[1:]
-    settings = json.loads((Path(folder) / "settings.json").read_text())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("published", nargs="?", choices=["published"])
+    arguments = parser.parse_args()
+    name, folder = arguments.name, arguments.folder
+    settings = json.loads((folder / "settings.json").read_text())
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
     module = importlib.import_module(f"{name}_step")
-    if rest == ["published"]:
+    if arguments.published:
         try:
-            module.published(Path(folder), settings)
+            module.published(folder, settings)
             found = {"stopped_by": None}
         except Exception as error:
             found = where_it_stopped(error, name)
     else:
-        step, described = module.load(Path(folder), settings)
+        step, described = module.load(folder, settings)
         found = {**described, **measure(step, settings["repeats"])}
     print(json.dumps(found))
 
