@@ -12,7 +12,6 @@ import ctypes
 import gc
 import importlib
 import json
-import sys
 import time
 import traceback
 from collections.abc import Callable
