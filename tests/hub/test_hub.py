@@ -113,7 +113,7 @@ def test_connection_cut_during_upload(hub, drafter):
     with torch.no_grad():
         drafter.norm.weight.add_(1.0)
     hub.cuts = 100
-    with pytest.raises(ConnectionError, match="push again"):
+    with pytest.raises(ConnectionError, match="Push again"):
         drafter.push_to_hub("org/drafter", token=TOKEN)
     assert hub.files("org/drafter") == before
     hub.cuts = 0
