@@ -193,6 +193,7 @@ def lines_of(page: str) -> list[list[str]]:
     return [words for block in blocks(page, "bash") for words in command_lines(block) if words[0] == "coral-hf"]
 
 
+@pytest.mark.slow
 def test_command_lines_run_in_order(workplace, capsys):
     """The manual's own lines, from regenerating to publishing, on a tiny `your/model`."""
     wanted = ("regenerate", "train", "verify", "benchmark", "card")

@@ -52,7 +52,7 @@ def test_greedy_identity(real, name):
     """Token for token in float32, with a drafter that is really accepted."""
     target, tokenizer, drafter = real
     stats = DraftStats()
-    for prompt in PROMPTS:
+    for prompt in PROMPTS if name == "tree16" else PROMPTS[:1]:
         ids = encode_context(tokenizer, [prompt])
         settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 32, "do_sample": False}
         plain = target.generate(ids, **settings)
@@ -63,7 +63,7 @@ def test_greedy_identity(real, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "tokens"), [(4, 48), pytest.param(40, 128, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(("count", "tokens"), [(4, 16), pytest.param(40, 128, marks=pytest.mark.exhaustive)])
 def test_batches_are_plain_generates(count, tokens, real, monkeypatch):
     """Prompts in batches of four, row for row, where the shipped drafter's rule sizes the trees."""
     # not this machine's, which under load are those of another one

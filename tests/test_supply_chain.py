@@ -89,6 +89,7 @@ assert coral_hf.cli.main(["card", sys.argv[3], "--unmeasured", "true"]) == 0
 """
 
 
+@pytest.mark.slow
 def test_no_network_unless_asked(tmp_path, monkeypatch):
     """Import, load from folders, generate, save and the card, with every connection refused and the Hub not offline."""
     target = make_target(dtype=torch.float32)

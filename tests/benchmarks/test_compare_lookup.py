@@ -12,6 +12,7 @@ from coral_hf.generation.lookup.lookup_nodes import PRIOR
 from coral_hf.generation.tree_size import isotonic
 
 
+@pytest.mark.slow
 def test_rows():
     script = runpy.run_path(str(BENCHMARKS / "compare_lookup.py"))
     target = make_target()

@@ -86,6 +86,7 @@ def test_what_economize_lacks_is_refused(rivals, target, monkeypatch):
         rivals.economize.Rival(target, make_drafter(target, dtype=torch.float32, **THREE), depth=2)
 
 
+@pytest.mark.slow
 def test_prompt_lookup_over_its_lengths(rivals, target):
     found = rivals.script.make_rivals(["prompt_lookup"], target, None, 2)
     assert len(found) == 8 and found["prompt_lookup: 5 after 3-grams"].settings["prompt_lookup_num_tokens"] == 5

@@ -64,12 +64,14 @@ def test_where_a_trainer_stops_is_named(scripts, tmp_path, monkeypatch):
     assert found["line"] == "torch.zeros(2) @ torch.zeros(3)"
 
 
+@pytest.mark.slow
 def test_a_failed_worker_is_one_error(scripts, tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
     with pytest.raises(OSError, match=r"nobody's step failed in .*No module named 'nobody_step'"):
         scripts.compare.run_worker(sys.executable, "nobody", tmp_path, 1)
 
 
+@pytest.mark.slow
 def test_the_worker_needs_no_coral():
     """Rivals' environments have other releases of Transformers, and no coral_hf."""
     for name in ("measure_step", "speculators_step", "specforge_step"):

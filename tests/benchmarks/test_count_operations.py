@@ -25,6 +25,7 @@ def found():
     return script["count"](*script["tiny_pair"](), RECORD["max_new_tokens"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", RECORD["methods"])
 def test_counts_are_the_committed_table(method, found):
     """Operations differ between releases of torch and Transformers; waits are checked with all."""

@@ -49,6 +49,7 @@ def check_run(found: dict) -> None:
         assert len(part["agreement"]) == 5 and all(0 <= rate <= 1 for rate in part["agreement"])
 
 
+@pytest.mark.slow
 def test_the_lab_resumes(common, tmp_path, monkeypatch, capsys):
     file = tmp_path / "lab" / "method_lab.json"
     run(monkeypatch, "method_lab.py", *common, "--recipes", "hass3", "--seeds", "0")
@@ -72,13 +73,19 @@ def test_the_lab_resumes(common, tmp_path, monkeypatch, capsys):
         run(monkeypatch, "method_lab.py", *common, "--recipes", "eagle9")
 
 
+# the shapes, a loss, CSRA, another optimizer
+SOME = ["eagle", "csra_0.3", "lk_hybrid", "muon", "eagle_shape", "half_width"]
+
+
 @pytest.mark.slow
-def test_every_recipe_trains(common, tmp_path, monkeypatch):
+@pytest.mark.parametrize("some", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["some", "all"])
+def test_recipes_train(some, common, tmp_path, monkeypatch):
     from lab.recipes import RECIPES
 
-    run(monkeypatch, "method_lab.py", *common, "--seeds", "3")
+    names = SOME if some else list(RECIPES)
+    run(monkeypatch, "method_lab.py", *common, "--seeds", "3", "--recipes", *names)
     record = json.loads((tmp_path / "lab" / "method_lab.json").read_text())
-    assert [one["recipe"] for one in record["runs"]] == list(RECIPES)
+    assert [one["recipe"] for one in record["runs"]] == names
     assert len({one["response_tokens"] for one in record["runs"]}) == 1
     for one in record["runs"]:
         check_run(one)

@@ -44,6 +44,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_mode_of_a_training_is_in_checkpoint_drafter_and_card(thinking, capsys):
     rows = [{"turns": [f"w{i} w{i + 1}"], "responses": ["ok so be it"]} for i in range(6)]
     (thinking / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -86,6 +86,7 @@ def test_a_budget_is_spent_and_kept(make, folder, monkeypatch):
     assert 15 < time.monotonic() - started < 60 and found["training"]["steps"] > 1
 
 
+@pytest.mark.slow
 def test_without_data_the_target_writes_its_prompts(make, folder, capsys, monkeypatch):
     """As many as its answers need, the first held out; a function replaces the random target's text here."""
 
@@ -167,7 +168,13 @@ def kill_in(stage: str, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    [
+        stage if stage in ("answers", "training", "benchmark") else pytest.param(stage, marks=pytest.mark.exhaustive)
+        for stage in STAGES
+    ],
+)
 def test_a_killed_make_resumes(stage, make, folder, monkeypatch):
     """Finished stages are kept unchanged; the killed stage's files are used, and no answer is repeated."""
     command = [*make, "--tokens", "150", "--yes"]

@@ -185,6 +185,7 @@ def test_the_revision_is_loaded_and_recorded(revisions, tmp_path, capsys):
         assert (config.target_name_or_path, config.target_revision) == ("org/target", revisions[branch])
 
 
+@pytest.mark.slow
 def test_what_is_continued_notices_another_revision(revisions, capsys):
     rows_to_train_on(Path())
     train = [*TRAIN_ON, "--cache_features", "features"]
@@ -206,6 +207,7 @@ def test_what_is_continued_notices_another_revision(revisions, capsys):
     assert main([*arguments, "--target_revision", revisions["v2"]]) == 0
 
 
+@pytest.mark.slow
 def test_what_says_no_revision_is_continued(revisions):
     """Checkpoints, feature caches and response files of earlier versions, or of a target that was in a folder then."""
     rows_to_train_on(Path())

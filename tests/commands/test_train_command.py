@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from coral_hf.cli import main
@@ -80,6 +81,7 @@ def test_the_default_is_the_best_recipe_known(folder, capsys, monkeypatch):
     assert record["arguments"]["learning_rate"] == 1e-4 and "rollout_schedule" not in record["chosen"]
 
 
+@pytest.mark.slow
 def test_the_seed_decides_new_weights(folder, monkeypatch):
     monkeypatch.chdir(folder)
     rows = [{"id": str(i), "prompt_ids": [5, 6, 7], "response_ids": [9, 8, 7, 6 + i]} for i in range(3)]
@@ -126,6 +128,7 @@ def test_streamed_packed_and_compared_with_evaluation_prompts(folder, capsys, mo
         assert record["conversations"] == conversations and record["arguments"]["packing"] is True
 
 
+@pytest.mark.slow
 def test_a_training_that_goes_on_keeps_the_records_of_its_stages(folder, monkeypatch):
     monkeypatch.chdir(folder)
     rows = [{"turns": [f"w{i} w{i + 1}"], "responses": ["ok so be it"]} for i in range(6)]

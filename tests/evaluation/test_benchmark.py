@@ -73,6 +73,7 @@ def test_temperatures(pair, tmp_path):
     assert record["prompts"] == ids
 
 
+@pytest.mark.slow
 def test_methods_that_compile(pair, tmp_path, monkeypatch, capsys):
     """Their times exclude compilation. One store is used for all lengths, so that nothing is compiled twice."""
     target, tokenizer, drafter = pair

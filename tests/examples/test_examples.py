@@ -82,6 +82,7 @@ def test_benchmark_training(tiny_demo, tmp_path, monkeypatch, capsys):
         assert found["peak"] >= found["above_start"] >= 0
 
 
+@pytest.mark.slow
 def test_ablate_training(tiny_demo, tmp_path, monkeypatch, capsys):
     data, output = tmp_path / "responses.jsonl", tmp_path / "ablation"
     data.write_text("".join(json.dumps({"turn": 0, **row}) + "\n" for row in random_rows(16)))

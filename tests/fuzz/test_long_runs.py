@@ -88,6 +88,7 @@ def test_interrupted_training_leaves_whole_files(tmp_path):
     assert again.state.global_step == 6
 
 
+@pytest.mark.slow
 def test_two_threads_share_target_and_drafter(target):
     """Each call has its own caches and statistics; `drafter.last_stats` belongs to the call that began last."""
     drafter = make_drafter(target)

@@ -55,7 +55,7 @@ def vars_of(tree):
     return tree.tokens, tree.parents, tree.depths, tree.scores, tree.ancestors
 
 
-def _pairs(rule, draws: int = 20_000, seed: int = 0) -> torch.Tensor:
+def _pairs(rule, draws: int = 8_000, seed: int = 0) -> torch.Tensor:
     """Counts of the first two tokens that a rule yields when p depends on the token before, vocabulary of 4."""
     generator = torch.Generator().manual_seed(seed)
     p = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]])

@@ -17,14 +17,20 @@ from coral_hf.utils.compat import cache_kwarg, cache_of
 
 
 # Of the forms that Transformers' recurrences take: a gated delta rule, two of Mamba 2 (one beside attention in each layer),
-# Mamba 1, whose forward over several tokens forgets its state.
+# Mamba 1, whose forward over several tokens forgets its state. CI takes these; `-m ""` takes all families.
 QUICK = ("qwen3_5_text", "falcon_h1", "nemotron_h", "jamba")
+
+
+def marked(family):
+    if family == QUICK[0]:
+        return family
+    return pytest.param(family, marks=pytest.mark.slow if family in QUICK else pytest.mark.exhaustive)
+
+
 every_state = pytest.mark.parametrize(
-    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STATES]
+    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.exhaustive) for name in STATES]
 )
-some = pytest.mark.parametrize(
-    "family", [name if name == QUICK[0] else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS]
-)
+some = pytest.mark.parametrize("family", [marked(name) for name in HYBRIDS])
 sizes = pytest.mark.parametrize("size", [CHAIN, TREES["tree16"]], ids=["chain", "tree16"])
 SAMPLED = {"do_sample": True, "temperature": 0.9, "top_k": 20}
 
@@ -37,7 +43,7 @@ def rejections(stats) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"do_sample": False}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
-    "family", [name if name in QUICK[:2] else pytest.param(name, marks=pytest.mark.exhaustive) for name in STATES]
+    "family", [name if name == QUICK[0] else pytest.param(name, marks=pytest.mark.exhaustive) for name in STATES]
 )
 def test_chains(family, settings):
     """Random drafts and mostly right ones, for prompts of 1, 20 and 300 tokens, with rejections at every depth."""

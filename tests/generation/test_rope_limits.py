@@ -34,7 +34,7 @@ def build(kind: str):
 
 # around the limits of 32 and 48, and what lies further from them
 lengths = pytest.mark.parametrize(
-    "lengths", [(20, 31, 33, 47), pytest.param((9, 29, 32, 60, 47), marks=pytest.mark.slow)], ids=["near", "far"]
+    "lengths", [(20, 31, 33, 47), pytest.param((9, 29, 32, 60, 47), marks=pytest.mark.exhaustive)], ids=["near", "far"]
 )
 
 
@@ -54,7 +54,7 @@ def test_texts_that_cross_the_limit(kind, tree, lengths):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tree", ["chain", "tree16"])
+@pytest.mark.parametrize("tree", [pytest.param("chain", marks=pytest.mark.exhaustive), "tree16"])
 @kinds
 def test_padded_texts_that_cross_the_limit(kind, tree):
     target, padding = build(kind), 5

@@ -23,7 +23,7 @@ from coral_hf.utils.compat import cache_kwarg
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen2_vl"])
 def test_image_targets(kind, attention):
     """With and without an image in the prefill; Qwen2-VL's image spans fewer positions than tokens."""
@@ -110,7 +110,7 @@ def test_windows_that_are_global_take_trees():
         assert stats.n_accepted > stats.steps
 
 
-@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("shared", [0, 2])
 def test_gemma_4(shared, attention):
     """Sizes that differ from layer to layer, with and without layers that share keys."""

@@ -44,11 +44,19 @@ FAMILIES = {
     "olmo2": {},
 }
 
-# The default run takes those that differ most in what generation does; `-m ""` takes all.
+# Those that differ most in what generation does. The default run takes them; CI takes the others where plain drafting is tested,
+# and `-m ""` takes all everywhere.
 QUICK_FAMILIES = ("llama", "mistral", "gemma3_text", "qwen3")
-every_family = pytest.mark.parametrize(
-    "family", [name if name in QUICK_FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+
+
+def families(of_the_others):
+    """A parametrization over all families, in which those that are not quick have the given mark."""
+    marked = [name if name in QUICK_FAMILIES else pytest.param(name, marks=of_the_others) for name in FAMILIES]
+    return pytest.mark.parametrize("family", marked)
+
+
+every_family = families(pytest.mark.slow)
+quick_families = families(pytest.mark.exhaustive)
 
 
 def make_target(family: str = "llama", dtype: torch.dtype = torch.float64, attention: str = "sdpa", seed: int = 0):

@@ -195,6 +195,7 @@ class OutOfMemory(CoralTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("found", [True, False])
 def test_a_batch_size_that_was_found_is_written_down(found, tmp_path):
     """Training can also resume from it, whether it is found or given."""

@@ -131,7 +131,7 @@ def test_a_routed_drafter_is_trained_on_by_several_processes(tmp_path):
     assert CoralDraftModel.from_pretrained(tmp_path).router.num_groups == 8
 
 
-@pytest.mark.parametrize("kind", list(LAUNCH))
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.exhaustive), "fsdp"])
 def test_a_low_rank_head_is_trained_by_several_processes(kind, tmp_path):
     """Its gradients are computed within the forward, where it is whole, and reach all processes."""
     settings = {**SETTINGS, "preset": "recipe", "stage": "low_rank", "learning_rate": 5.0}

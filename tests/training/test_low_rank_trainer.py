@@ -113,6 +113,7 @@ def test_rows_that_fill_up_the_processes_count_nothing(tmp_path):
     assert measured(trainer.evaluate(rows)) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_stages_may_follow_each_other(tmp_path, caplog):
     """On one object: each trains its part and leaves the others as they are."""
     target = make_target(dtype=torch.float32)

@@ -107,6 +107,7 @@ def test_last_is_never_a_checkpoint_of_another_run(tmp_path, target):
         check_run_folder(tmp_path / "b", "last")
 
 
+@pytest.mark.slow
 def test_checkpoints_after_the_one_resumed_from_are_of_another_run(tmp_path, target):
     train(tmp_path, target, max_steps=6, save_total_limit=None)
     first = run_of(tmp_path)

@@ -9,6 +9,7 @@ from coral_hf import coral_generate
 from coral_hf.training.report.simulation import ChainStatistics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("shape", ["eagle", "eagle3"])
 def test_simulated_tau_is_what_generate_reaches(shape, depth, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from helpers.batches import padded
 from helpers.graphs import compare_graphed, graph_oracle, graphed
 from helpers.parity import TREES, Recorder, config_of, prompt_of
-from helpers.tiny_models import every_family, make_drafter, make_target
+from helpers.tiny_models import make_drafter, make_target, quick_families
 from torch._dynamo.utils import counters
 
 from coral_hf import coral_generate
@@ -19,7 +19,7 @@ from coral_hf.utils.compat import cache_kwarg, cache_of
 trees = pytest.mark.parametrize("tree", ["chain", "tree16"])
 
 
-@every_family
+@quick_families
 def test_families(family, untraced):
     """Prompts below and beyond the sliding window of 16."""
     target = make_target(family)
@@ -92,6 +92,7 @@ def test_hidden_states_scores_and_a_streamer(target, untraced):
         torch.testing.assert_close(torch.cat(ours), torch.cat(theirs))
 
 
+@pytest.mark.slow
 def test_two_hundred_steps_are_two_graphs():
     """For any acceptance: no graph break and no recompilation, in a second call neither."""
     target = make_target()
@@ -110,7 +111,9 @@ def test_two_hundred_steps_are_two_graphs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [TREES["chain"], TREES["tree60"]], ids=["chain", "tree60"])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(TREES["chain"], marks=pytest.mark.exhaustive), TREES["tree60"]], ids=["chain", "tree60"]
+)
 def test_batches_are_two_graphs(sizes):
     target = make_target()
     ids, mask = padded([9, 1, 20])
@@ -138,7 +141,7 @@ def test_weights_that_change_are_read_anew(target, untraced):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tree", ["chain", "tree8"])
+@pytest.mark.parametrize("tree", ["chain", pytest.param("tree8", marks=pytest.mark.exhaustive)])
 def test_compiled_by_inductor_in_float32(tree):
     """With a real backend: the same tokens, from two graphs."""
     target = make_target(dtype=torch.float32)

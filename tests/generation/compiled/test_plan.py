@@ -70,6 +70,7 @@ def test_without_a_compiler_inductor_is_refused(target, monkeypatch):
     assert_refused(target, make_drafter(target), COMPILE, r"needs a C\+\+ compiler")
 
 
+@pytest.mark.slow
 def test_a_target_that_is_no_one_graph_is_refused_or_compiled_in_parts(target, monkeypatch):
     drafter, ids, forward = make_drafter(target), prompt_of(9), type(target.lm_head).forward
     plain = target.generate(ids, generation_config=config_of({}, max_new_tokens=6))

@@ -5,7 +5,7 @@ import torch
 from helpers.oracle import oracle
 from helpers.parity import CHAIN, TREES, compare, config_of, prompt_of
 from helpers.recurrent_targets import make_hybrid
-from helpers.tiny_models import every_family, make_drafter, make_target
+from helpers.tiny_models import make_drafter, make_target, quick_families
 
 from coral_hf.generation import hook
 from coral_hf.generation.candidate_generator import CoralCandidateGenerator
@@ -23,7 +23,7 @@ def repeated(length: int = 40, period: int = 9, seed: int = 3) -> torch.Tensor:
     return prompt_of(period, seed).repeat(1, -(-length // period))[:, :length]
 
 
-@every_family
+@quick_families
 @pytest.mark.parametrize("name", list(SIZES))
 def test_parity(family, name):
     target = make_target(family)
@@ -35,7 +35,7 @@ def test_parity(family, name):
     compare(target, drafter, repeated(), SIZES[name], eos_token_id=list(range(3, 20)), max_new_tokens=30)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", pytest.param("falcon_h1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["qwen3_5_text", pytest.param("falcon_h1", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", list(SIZES))
 def test_parity_of_recurrent_targets(family, name):
     target = make_hybrid(family)
