@@ -68,12 +68,12 @@ class Bench:
         if in_store:
             _repeat(cache, rows, context)
             self.verifier.enter_store(padding)
-        features = self.generator.features_of(outputs.hidden_states).expand(rows, -1, -1)
+        features = self.generator.features_of(outputs.hidden_states)[:, -NEW_ROWS:]
+        self.features = features.expand(rows, -1, -1)
         self.ids = torch.cat([ids, ids[:, :1]], dim=1).expand(rows, -1)  # the root follows the context
-        # the drafter's rows before those are zeros
-        self.generator.cache.length = context - features.shape[1]
-        self.generator.propose(self.ids, features, max_depth=0)
-        self.features = features[:, -NEW_ROWS:]
+        # The drafter's rows before those stay zeros, because reading the context of a large batch would take seconds.
+        self.generator.cache.length = context - NEW_ROWS
+        self.generator.propose(self.ids, self.features, max_depth=0)
 
     def star(self, size: int) -> DraftTree:
         """Trees that consist of a root and leaves, because times depend only on the number of nodes.

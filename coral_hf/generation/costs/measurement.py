@@ -35,12 +35,14 @@ logger = logging.getLogger(__name__)
 
 PREFIX_LENGTH = 256  # tokens before the root in an ordinary chat
 MOST_LEVELS = 4  # levels of a timed draft; each level after the first costs about the same
+BATCH_LEVELS = 2  # levels of a timed draft of a batch, whose further levels take long and rarely pay
 LONGEST_SECONDS = 20.0  # most time for a measurement, because the user waits for it
 PLAIN_CHANGE = 2.0  # measure again if the machine is this many times faster or slower
 CHECK_SECONDS, KEEP_SECONDS = 60.0, 600.0  # between two speed checks; shortest life of a measurement
 MOST_NODES = 128  # most nodes over all rows of a timed forward pass; costs of more are extrapolated in proportion
 _FEW_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60, 64)
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 12
+_MIN_BATCH_ROUNDS = 2
 _measured: dict[str, KeptCosts] = {}  # this process's measurements, by file name, rows and prefix length
 _checked: dict[str, float] = {}  # when the speed was last compared
 _lock = threading.Lock()  # two simultaneous measurements would disturb each other, and the results are kept
@@ -190,7 +192,7 @@ def measure_costs(
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
-        seconds (`float`): stop after this long, but not before three rounds.
+        seconds (`float`): stop after this long, but not before three rounds, or two of a batch.
         most_seconds (`float`): stop after this long in any case.
         rows (`int`): batch size. Every row has the same number of nodes. More than one needs a target that the store
             supports.
@@ -198,6 +200,8 @@ def measure_costs(
     """
     deadline = time.perf_counter() + most_seconds
     depth, total = _levels(settings), settings.draft_total_tokens
+    if rows > 1:
+        depth = min(depth, BATCH_LEVELS)
     usual = prefix_length(target, settings)
     bench = Bench(target, drafter, settings, rows, context or usual, usual, depth)
     sizes = measured_sizes(total)
@@ -213,7 +217,7 @@ def measure_costs(
     needed = [("levels", 1), ("levels", depth), ("target", 1), ("target", sizes[-1])]
     with few_row_linears(target, drafter):
         devices = {bench.device, next(drafter.parameters()).device}
-        times = _take_turns(parts, needed, devices, seconds, deadline)
+        times = _take_turns(parts, needed, devices, seconds, deadline, _MIN_BATCH_ROUNDS if rows > 1 else _MIN_ROUNDS)
     medians = {name: statistics.median(values) for name, values in times.items()}
     first = medians["levels", 1]
     level = max(0.0, medians["levels", depth] - first) / (depth - 1) if depth > 1 else 0.0
@@ -234,13 +238,14 @@ def _take_turns(
     devices: set[torch.device],
     seconds: float,
     deadline: float,
+    min_rounds: int,
 ) -> dict[tuple[str, int], list[float]]:
     """Milliseconds of every part in every round after a warm-up. Parts that ran only in the warm-up return that time."""
     times: dict[tuple[str, int], list[float]] = {}
     start = time.perf_counter()
     with tqdm(total=len(parts) * (1 + _MAX_ROUNDS), desc="draft costs", leave=False) as progress:
         for round_ in range(1 + _MAX_ROUNDS):
-            if round_ > _MIN_ROUNDS and time.perf_counter() - start > seconds:
+            if round_ > min_rounds and time.perf_counter() - start > seconds:
                 break
             for name, part in parts.items():
                 before = synchronized_clock(devices)
