@@ -4,7 +4,9 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -28,12 +30,19 @@ from .statistics import DraftStats
 
 logger = logging.getLogger(__name__)
 
+# What a drafter, a target and a number of rows (as a power of two) have shown so far. Later calls in this process resume there.
+_PACES: WeakKeyDictionary[CoralDraftModel, WeakKeyDictionary[PreTrainedModel, dict[int, Pace]]] = WeakKeyDictionary()
+
 
 class SlotDrafts:
     """Steps a [`SlotCache`] with draft trees when they save time.
 
     Every slot's rows are at the front of the drafter's cache. New rows are written after those of the longest slot, like
-    drafts, and then moved to the end of their slot.
+    drafts, and then moved to the end of their slot. Features wait until the next draft, those of prompts too: while drafting
+    pauses, the drafter does not run.
+
+    Greedy steps are timed as a whole, plain ones and drafted ones, because the costs of forward passes leave out what slots
+    add to a step. Sampled steps are not: their draws depend on which steps draft, and equal seeds must give equal samples.
 
     Attributes:
         on (`bool`): whether slots draft, so that they need [`step`], and [`take`] for their prompts.
@@ -58,7 +67,9 @@ class SlotDrafts:
         head = settings.draft_head_of(drafter, self.adapter)
         self.costs = draft_costs(target, drafter, settings) if costs is None else costs
         self.levels = LevelDrafter(drafter, self.adapter, head, settings, self.costs)
-        self.settings, self.pace, self.stats = settings, Pace(), DraftStats()
+        self.settings, self.stats = settings, DraftStats()
+        self._timed = _PACES.setdefault(drafter, WeakKeyDictionary()).setdefault(target, {})
+        self._untimed = Pace()
         self.device, self.dtype = self.levels.device, self.levels.dtype
         self._rotary = RotaryTable(drafter)
         self._rows = DraftKeyValues(drafter.config, BLOCK, self.dtype, self.device, cache.slots)
@@ -91,7 +102,6 @@ class SlotDrafts:
         self._asked_at = n
         self.on = self.costs.at(n, max(map(len, texts))).can_pay
         if self.on:
-            self.cache.share_prefix([])  # later prompts are read whole
             self.cache.read(range(n), texts, self.take, self.states)
         return self.on
 
@@ -104,21 +114,30 @@ class SlotDrafts:
     def take(self, slots: Sequence[int], texts: Sequence[list[int]], states: tuple[torch.Tensor, ...]) -> None:
         """Begins slots with the states of all tokens of their texts except the last. See [`SlotCache.prefill`]."""
         features = self._features(states)  # [m, L, F]
-        counts = [len(text) - 1 for text in texts]
-        for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
-            # the last feature waits for the first draft, which needs a new row
-            self._read[slot] = max(count - 1, 0)
-            self._unread[slot] = [features[index, max(count - 1, 0) : count]]
-        width = max(counts) - 1
-        if width < 1:
-            return
-        tokens = torch.tensor([(text[1:] + [0] * width)[:width] for text in texts], device=self.cache.device)
-        rows = DraftKeyValues(self.drafter.config, width, self.dtype, self.device, len(slots))
-        projected = self.drafter.project_features(features[:, :width].to(self.dtype))
-        self.drafter.draft(self.levels.embed(tokens), projected, None, rows, 0, None, self._rotary.rows(0, width))
-        self._reserve(width)
-        self._rows.keys[list(slots), :, :width] = rows.keys[:, :, :width]
-        self._rows.values[list(slots), :, :width] = rows.values[:, :, :width]
+        for index, (slot, text) in enumerate(zip(slots, texts, strict=True)):
+            self._read[slot] = 0
+            self._unread[slot] = [features[index, : len(text) - 1]]
+
+    def _read_texts(self, texts: Sequence[list[int]]) -> None:
+        """Reads the texts of slots of which nothing was read yet, up to the last feature, which waits for the draft."""
+        new = [slot for slot in range(len(texts)) if not self._read[slot] and sum(map(len, self._unread[slot])) > 1]
+        for group, _ in self.cache.groups([texts[slot] for slot in new], 0):
+            slots = [new[index] for index in group]
+            unread = [torch.cat(self._unread[slot]) for slot in slots]
+            counts = [len(features) for features in unread]
+            width = max(counts) - 1
+            ids = [(texts[slot][1:count] + [0] * width)[:width] for slot, count in zip(slots, counts, strict=True)]
+            rows = DraftKeyValues(self.drafter.config, width, self.dtype, self.device, len(slots))
+            features = pad_sequence(unread, batch_first=True)[:, :width]  # [m, width, F]
+            projected = self.drafter.project_features(features.to(self.dtype))
+            embeddings = self.levels.embed(torch.tensor(ids, device=self.cache.device))
+            self.drafter.draft(embeddings, projected, None, rows, 0, None, self._rotary.rows(0, width))
+            self._reserve(width)
+            self._rows.keys[slots, :, :width] = rows.keys[:, :, :width]
+            self._rows.values[slots, :, :width] = rows.values[:, :, :width]
+            for slot, count, features in zip(slots, counts, unread, strict=True):
+                # a copy, so that the others can be freed
+                self._read[slot], self._unread[slot] = count - 1, [features[-1:].clone()]
 
     def move(self, source: int, destination: int) -> None:
         """Moves slot `source` into slot `destination`."""
@@ -150,7 +169,9 @@ class SlotDrafts:
         n, context = len(texts), max(map(len, texts))
         depth = min(self.settings.max_levels, max(room) - 1)
         rule = self.levels.rule_at(n, context)
-        plain = depth < 1 or rule is None or not self.pace.drafts(rule.costs)
+        pace = self._pace(n, greedy)
+        # after the rule, which may measure costs: the step is timed from here
+        plain = rule is None or not pace.drafts(rule.costs) or depth < 1
         tree = self.cache.roots(n) if plain else self._propose(texts, depth, rule)
         outputs = self.cache.verify(tree, self.positions, output_hidden_states=self.states)
         counts = [0] * n
@@ -177,9 +198,17 @@ class SlotDrafts:
             self._unread[slot].append(features[slot, : len(path)])
         for path, depth in zip(paths, tree.row_depths(), strict=True):
             self.stats.add_step(depth, len(path) - 1, plain=plain)
-        if tree.promise is not None:
-            self.pace.add(tree.promise, sum(len(path) for path in paths) / n - 1)
+        pace.add(tree.promise, sum(len(path) for path in paths) / n - 1)
         return tokens
+
+    def _pace(self, n: int, greedy: bool) -> Pace:
+        """The pace of steps of about `n` rows."""
+        if not greedy:
+            return self._untimed
+        size = (n - 1).bit_length()
+        if size not in self._timed:
+            self._timed[size] = Pace(perf_counter)
+        return self._timed[size]
 
     def _features(self, states: tuple[torch.Tensor, ...], paths: list[list[int]] | None = None) -> torch.Tensor:
         """The target's features `[n, L, F]`, only of the accepted nodes if paths are given."""
@@ -199,6 +228,7 @@ class SlotDrafts:
     def _propose(self, texts: Sequence[list[int]], depth: int, rule: Any) -> DraftTree:
         """Reads the new features and drafts."""
         n = len(texts)
+        self._read_texts(texts)
         unread = [torch.cat(self._unread[slot]) for slot in range(n)]
         counts, read = [len(features) for features in unread], self._read[:n]
         width, longest = max(1, *counts), max(read)

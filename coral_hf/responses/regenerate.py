@@ -246,8 +246,10 @@ def decode_all(
 ) -> None:
     """The loop: fills free slots with jobs from `queue.pop`, steps all slots, and passes finished ones to `writer.write`."""
     common = queue.common_prefix()
-    # a shared prefix has no states for the drafter
-    if drafts is None or not drafts.begin(queue.context()):
+    if drafts is not None and isinstance(cache, SlotCache):
+        drafts.begin(queue.context())
+        cache.share_prefix(common, drafts.states)
+    else:
         cache.share_prefix(common)
     jobs: list[Job] = []  # jobs[i] is in slot i
     refill_at = cache.refill_at

@@ -23,6 +23,14 @@ CHEAP = DraftCosts(tuple(10.0 + 0.2 * n for n in range(1, 65)), 0.5, 0.2)
 DEAR = DraftCosts(tuple(10.0 * n for n in range(1, 65)), 10.0, 10.0)
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Steps take no time, so that only the costs decide; a test may let it pass."""
+    times = [0.0]
+    monkeypatch.setattr(slot_drafts, "perf_counter", lambda: times[0])
+    return times
+
+
 def make_prompts(count: int, longest: int = 30, turns: int = 2, seed: int = 0) -> list[dict]:
     rng = random.Random(seed)
     text = lambda: "".join(chr(rng.randint(97, 122)) for _ in range(rng.randint(1, longest)))  # noqa: E731
@@ -88,6 +96,59 @@ def test_the_last_slots_draft(tmp_path, monkeypatch, caplog):
     assert stats["acceptance_length"] > 1.2
 
 
+@pytest.mark.parametrize(("outside_ms", "pays"), [(0.5, True), (40.0, False)])
+def test_what_slots_add_to_a_step_counts(tmp_path, monkeypatch, clock, outside_ms, pays):
+    """The costs promise a gain. If drafting takes longer than they say, drafts end, and the next call begins without."""
+    target, drafts = make_target(), []
+    drafter = make_drafter(target, draft_depth=4)
+    verify, propose = SlotCache.verify, SlotDrafts._propose
+
+    def slow_verify(self, tree, *args, **kwargs):
+        clock[0] += CHEAP.target_ms[tree.num_nodes - 1] / 1e3
+        return verify(self, tree, *args, **kwargs)
+
+    def slow_propose(self, texts, depth, rule):
+        drafts.append(len(texts))
+        clock[0] += (CHEAP.drafting_ms(depth) + outside_ms) / 1e3
+        return propose(self, texts, depth, rule)
+
+    monkeypatch.setattr(SlotCache, "verify", slow_verify)
+    monkeypatch.setattr(SlotDrafts, "_propose", slow_propose)
+    settings = {"max_new_tokens": 40, "slots": 3}
+    shares = []
+    for number in range(2):
+        (folder := tmp_path / str(number)).mkdir()
+        drafts.clear()
+        prompts = make_prompts(9, seed=number)
+        stats = both(target, drafter, prompts, folder, CHEAP, monkeypatch, **settings)
+        shares.append(stats["plain_steps"])
+        full = [rows for rows in drafts if rows == 3]
+        assert len(full) > 20 if pays else len(full) <= (12 if number == 0 else 4)
+    if pays:
+        assert max(shares) < 0.4
+    else:
+        assert min(shares) > 0.6 and shares[1] > shares[0]
+
+
+def test_drafts_after_a_shared_prefix(tmp_path, monkeypatch):
+    """A system text that all prompts share is run once, and the drafter reads its states with every prompt."""
+    target = make_target(dtype=torch.float64)
+    drafter = make_drafter(target, draft_depth=3, draft_top_k=2)
+    found = []
+    for prefix in ([], [5, 6, 7, 8]):
+        cache = SlotCache(target, 3)
+        drafts = SlotDrafts(cache, drafter, CHEAP)
+        texts = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 3], [9, 5, 6]]
+        with torch.inference_mode():
+            cache.share_prefix(prefix, drafts.states)
+            cache.prefill(range(3), texts, drafts.take, drafts.states)
+            tree = drafts._propose(texts, 3, drafts.levels.rule_at(3, 7))
+        assert cache.prefix == prefix
+        found.append(tree)
+    assert torch.equal(found[0].tokens, found[1].tokens)
+    torch.testing.assert_close(found[0].scores, found[1].scores)
+
+
 def test_where_it_never_pays_no_drafter_runs(tmp_path, monkeypatch):
     target = make_target()
     monkeypatch.setattr(SlotDrafts, "step", None)
@@ -148,7 +209,8 @@ def test_drafts_are_those_of_a_sequence_by_itself():
             room = [1 if step in (4, 9, 10) else 9] * 3  # without a draft
             tokens = drafts.step(texts, lambda logits: logits.argmax(-1), True, room, ())
             texts = [text + new for text, new in zip(texts, tokens, strict=True)]
-    assert len(seen) == 17 * 3 and drafts.stats.plain_steps == 9 and drafts.stats.n_accepted > 10
+    # two plain steps come first, to be timed; three others have no room
+    assert len(seen) == 15 * 3 and drafts.stats.plain_steps == 5 * 3 and drafts.stats.n_accepted > 10
     for text, start in zip(texts, begun, strict=True):
         whole = target.generate(torch.tensor([text[:start]]), max_new_tokens=len(text) - start, do_sample=False)
         assert whole[0].tolist() == text

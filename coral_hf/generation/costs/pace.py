@@ -1,9 +1,12 @@
 """Decides whether a step drafts. If drafting loses time, plain steps follow, and drafting is tried again later."""
 
+import math
+from collections.abc import Callable
 from typing import Protocol
 
 from ..draft_tree import DraftPromise
 from ..tree_size import DraftCosts
+from .step_times import StepTimes
 
 
 class AnyCosts(Protocol):
@@ -18,6 +21,9 @@ class AnyCosts(Protocol):
 FIRST_CREDIT, LATER_CREDIT, MOST_CREDIT = 1.0, 0.25, 2.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 16, 128  # plain steps; each pause is twice as long as the last
 PRIOR = 2.0  # weight of the promises themselves, in accepted tokens
+MARGIN = 0.03  # by which drafting must be faster where steps are timed, because times are noisy
+LOST_SHARE = 0.01  # a pause is long enough that the time lost before it is at most this share
+LONGEST_TIMED_PAUSE = 2048  # plain steps, for pauses that follow a measured loss
 
 
 class Pace:
@@ -29,41 +35,60 @@ class Pace:
 
     The gain of a step is computed from the tokens that its rule promised, scaled by how well the promises of this call have
     come true. The outcome of a single step has little weight.
+
+    With a clock, the promised time of a drafted step is corrected too: by how much longer whole steps take than their costs
+    when they draft, compared with plain steps ([`StepTimes`]). Drafting then has to be faster by [`MARGIN`].
+
+    Args:
+        clock (`Callable`, *optional*): returns seconds. None: steps are not timed, so that decisions depend only on the costs
+            and the tokens, and equal seeds draw equal samples.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
         self._credit = FIRST_CREDIT
         self._pause, self._plain_left = SHORTEST_PAUSE, 0
         self._promised = self._accepted = PRIOR
+        self._times = None if clock is None else StepTimes(clock)
+        self._lost = 0.0  # measured since the last pause, in plain steps
 
     def drafts(self, costs: DraftCosts | None) -> bool:
-        """Whether the next step drafts.
+        """Whether the next step drafts. The step begins now.
 
         Args:
             costs ([`DraftCosts`], *optional*): costs of the step; None: sizes are fixed and every step drafts.
         """
         if costs is None:
             return True
+        if self._times is not None:
+            self._times.begin(costs.target_ms[0])
         if self._plain_left:
             self._plain_left -= 1
             return False
-        return costs.can_pay
+        return costs.can_pay and not (self._times is not None and self._times.plain_is_due)
 
     def add(self, promise: DraftPromise | None, accepted: float) -> None:
-        """Records a step that drafted.
+        """Records a step, which ends now.
 
         Args:
-            promise ([`DraftPromise`], *optional*): the promise of its tree; None: its size was fixed.
+            promise ([`DraftPromise`], *optional*): the promise of its tree; None: it was plain, or its size was fixed.
             accepted (`float`): accepted drafted tokens per row, on average.
         """
+        correction, margin = 1.0, 0.0
+        if self._times is not None:
+            took = self._times.end(None if promise is None else promise.step_ms)
+            correction, margin = self._times.correction, MARGIN
+            if promise is not None and took is not None:
+                self._lost += took - 1 - accepted
         if promise is None:
             return
         self._promised += promise.accepted
         self._accepted += accepted
         expected = promise.accepted * self._accepted / self._promised
-        self._credit += expected + 1 - promise.step_ms / max(promise.plain_ms, 1e-9)
+        step = correction * promise.step_ms / max(promise.plain_ms, 1e-9)
+        self._credit += expected + 1 - step * (1 + margin)
         if self._credit < 0:
-            self._plain_left, self._credit = self._pause, LATER_CREDIT
+            repaid = min(math.ceil(self._lost / LOST_SHARE), LONGEST_TIMED_PAUSE)
+            self._plain_left, self._credit, self._lost = max(self._pause, repaid), LATER_CREDIT, 0.0
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
         elif self._credit >= FIRST_CREDIT:
             self._credit, self._pause = min(self._credit, MOST_CREDIT), SHORTEST_PAUSE

@@ -55,18 +55,21 @@ class SlotCache:
         self.last_tokens = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.prefix: list[int] = []
         self.prefix_states: list[tuple[torch.Tensor, torch.Tensor]] = []  # for each layer, [1, heads, P, d]
+        self.prefix_hidden: tuple[torch.Tensor, ...] = ()  # for each asked layer, [1, P, H]
 
-    def share_prefix(self, ids: list[int]) -> None:
+    def share_prefix(self, ids: list[int], states: list[int] | bool = False) -> None:
         """
         Runs a prefix that most prompts share (a chat template's system text) once instead of in every prefill.
 
         Args:
             ids (`list[int]`):
                 The prefix. A prompt that does not begin with it, or is not longer, is prefilled whole.
+            states (`list[int]` or `bool`):
+                The layers whose hidden states a later `take` needs; True: all.
         """
         self.prefix = []
         if ids:
-            cache, _ = self._run([[*ids, 0]], 0)
+            cache, self.prefix_hidden = self._run([[*ids, 0]], 0, states)
             self.prefix_states = [(layer.keys, layer.values) for layer in cache.layers]
             self.prefix = list(ids)
 
@@ -87,26 +90,31 @@ class SlotCache:
             prompts (`Sequence[list[int]]`):
                 Their ids, of any lengths.
             take (`Callable`, *optional*):
-                Receives the hidden states of each forward pass. Only without a shared prefix.
+                Receives the hidden states of each forward pass, after those of the shared prefix.
             states (`list[int]` or `bool`):
-                The layers whose hidden states are needed; True: all.
+                The layers whose hidden states are needed; True: all. A shared prefix must have been run with the same.
         """
-        for group, start in self._groups(prompts, len(self.prefix)):
+        for group, start in self.groups(prompts, len(self.prefix)):
             group_slots, group_prompts = [slots[i] for i in group], [prompts[i] for i in group]
             self.last_tokens[group_slots] = torch.tensor([prompt[-1] for prompt in group_prompts], device=self.device)
             cache, found = self._run(group_prompts, start, states)
             self.store.load(cache, group_slots, [0] * len(group), [len(prompt) - 1 for prompt in group_prompts])
             if take is not None:
+                if start:
+                    found = tuple(
+                        new if new is None else torch.cat([old.expand(len(group), -1, -1), new], dim=1)
+                        for old, new in zip(self.prefix_hidden, found, strict=True)
+                    )
                 take(group_slots, group_prompts, found)
 
     def read(self, slots: Sequence[int], texts: Sequence[list[int]], take: States, states: list[int] | bool) -> None:
         """Runs texts again only for their hidden states. Slots stay unchanged. Arguments are those of [`prefill`]."""
-        for group, _ in self._groups(texts, 0):
+        for group, _ in self.groups(texts, 0):
             group_texts = [texts[i] for i in group]
             take([slots[i] for i in group], group_texts, self._run(group_texts, 0, states)[1])
 
-    def _groups(self, prompts: Sequence[list[int]], start: int) -> Iterator[tuple[list[int], int]]:
-        """The groups of prompts to run together, longest first, with the length of their shared prefix."""
+    def groups(self, prompts: Sequence[list[int]], start: int) -> Iterator[tuple[list[int], int]]:
+        """The groups of prompts to run together, longest first, with the length of the prefix that they share."""
         begins = [bool(start) and len(prompt) > start + 1 and prompt[:start] == self.prefix for prompt in prompts]
         for shared in (True, False):
             order = [index for index in range(len(prompts)) if begins[index] == shared]
