@@ -62,13 +62,16 @@ def methods() -> str:
         rows.append([names.get(name, f"`{name}`, {versions.get(name)}{chosen}"), *speeds, str(equal)])
     total = sum(found["n_prompts"] for found in benchmarks.values())
     columns = [cell for name in SETS.values() for cell in (name, "tokens per step")]
+    # the packages were changed in memory, each by its adapter in benchmarks/rivals/
+    changed = [f"`{name}` had to be given {listed(what)}" for name, what in record.get("adapted", {}).items()]
+    adapted = f"\n\nTo run this drafter, {listed(changed)} by its adapter." if changed else ""
     return f"""### Other ways to draft
 
 What else drafts for this target in Transformers, on {total} prompts with {record["new_tokens"]} new tokens each. Speeds are relative to plain
 `generate`{unit and ", by CPU time"}. A method with settings of its own has its fastest one in each column. Equal answers are of
 {total}; in float32 near-ties are rare. `python benchmarks/compare_rivals.py` (`{FOLDER}/methods.json`, {machine(record)}):
 
-{table(["method", *columns, "equal answers"], rows)}"""
+{table(["method", *columns, "equal answers"], rows)}{adapted}"""
 
 
 def trainers() -> str:

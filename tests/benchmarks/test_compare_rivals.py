@@ -67,16 +67,56 @@ def test_a_head_of_the_drafters_own_stays(rivals, target, tmp_path):
     settings = {**THREE, "norm_output": False, "draft_vocab_size": 10}
     drafter = make_drafter(target, dtype=torch.float32, **settings)
     drafter.draft_head.token_ids.copy_(DRAFT_IDS)
-    config, tensors = read(rivals.economize.write_with_head(drafter, target, tmp_path / "out"))
+    config, tensors = read(rivals.economize.write_folder(drafter, target, tmp_path / "out"))
     assert config["draft_vocab_size"] == 10 and torch.equal(tensors["lm_head.weight"], drafter.draft_head.weight)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["norm_output"] is False
+
+
+def test_a_shortlist_becomes_rows_of_the_head(rivals, target, tmp_path):
+    drafter = make_drafter(target, dtype=torch.float32, **{**THREE, "norm_output": False, "shortlist_size": 10})
+    drafter.shortlist.token_ids.copy_(DRAFT_IDS)
+    config, tensors = read(rivals.economize.write_folder(drafter, target, tmp_path / "out"))
+    assert config["draft_vocab_size"] == 10
+    assert torch.equal(torch.arange(10) + tensors["d2t"], DRAFT_IDS)
+    assert torch.equal(tensors["lm_head.weight"], target.get_output_embeddings().weight[DRAFT_IDS])
+
+
+class FakeEagle3Drafter:
+    """Doubles the state of the rows that draft, as economize's draft step replaces it by its output."""
+
+    def __init__(self, technique):
+        self.technique, self._state = technique, torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+
+    def step(self, tokens, positions, valid):
+        out = 2 * self._state
+        self._state = out if valid is None else torch.where(valid[:, None], out, self._state)
+        return out.sum(-1)
+
+
+def test_a_drafter_that_feeds_back_the_normed_state(rivals, target, monkeypatch):
+    package = fake_economize(seen := {})
+    technique = SimpleNamespace(norm=lambda state: state - 100)
+    load = package.load
+    package.load = lambda *given: SimpleNamespace(**vars(load(*given)), techniques={"eagle3": technique})
+    monkeypatch.setitem(sys.modules, "economize", package)
+    monkeypatch.setitem(sys.modules, "economize.techniques", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "economize.techniques.eagle3", SimpleNamespace(Eagle3Drafter=FakeEagle3Drafter))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.2")
+    rival = rivals.economize.Rival(target, make_drafter(target, dtype=torch.float32, **THREE), depth=2)
+    assert rival.adapted == ["norm_output"] and seen["config"]["norm_output"] is False
+    drafting = technique.drafter(None)
+    assert drafting.step(None, None, None).tolist() == [6.0, 14.0]  # the logits are those of the output itself
+    assert drafting._state.tolist() == [[-98.0, -96.0], [-94.0, -92.0]]
+    drafting.step(None, None, torch.tensor([True, False]))
+    assert drafting._state.tolist() == [[-296.0, -292.0], [-94.0, -92.0]]
+    plain = make_drafter(target, dtype=torch.float32, **{**THREE, "norm_output": False})
+    assert rivals.economize.Rival(target, plain, depth=2).adapted == []
 
 
 def test_what_economize_lacks_is_refused(rivals, target, monkeypatch):
     monkeypatch.setitem(sys.modules, "economize", fake_economize({}))
     for settings, message in (
-        ({**THREE}, "norm_output=True"),
-        ({**THREE, "norm_output": False, "norm_before_fc": True}, "norm_before_fc=True"),
+        ({**THREE, "norm_before_fc": True}, "norm_before_fc=True"),
         ({"shape": "eagle"}, "shape='eagle'"),
     ):
         with pytest.raises(ValueError, match=f"economize cannot express this drafter: {message}"):

@@ -41,6 +41,12 @@ def test_each_rival_has_its_fastest_settings(tables):
     assert "| **CORAL, the shipped drafter** | 2.00x | 1.50 | 2.00x | 1.50 | 2.00x | 1.50 | 6 |" in text
     assert "| the same drafter, chain of 3 | 1.25x |" in text and "by CPU time" not in text
     assert "| `prompt_lookup`, transformers 5.24.0 (5 after 2-grams) | 0.50x |" in text
+    assert "To run this drafter" not in text
+    record["adapted"] = {"prompt_lookup": ["norm_output"]}
+    assert (
+        text + "\n\nTo run this drafter, `prompt_lookup` had to be given norm_output by its adapter."
+        == tables(record).methods()
+    )
     for row in rows.values():
         del row["seconds"]
     text = tables(record).methods()
