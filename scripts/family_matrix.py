@@ -1,11 +1,15 @@
 """Tries which families of causal LMs support trees, chains, batches and the static store. Writes docs/supported_models.md.
 
-    python scripts/family_matrix.py                 # all families, half an hour on one core
+    python scripts/family_matrix.py                 # all families, less than ten minutes on one core
     python scripts/family_matrix.py --only llama mamba
 
 A tiny target of every family is built from its config, with random weights in float64, which has no near-ties. A family
-supports a way to draft if its greedy text equals plain `generate`'s, with random drafts and with mostly correct ones. Results
-are kept in docs/supported_models.json, by Transformers version. If texts differ, the exit status is 1.
+supports a way to draft if its greedy text equals plain `generate`'s, with random drafts and with mostly correct ones. If texts
+differ, the exit status is 1.
+
+Results are kept in docs/supported_models.json, by Transformers version. To add a version, run the script in an environment that
+has it. The column "Transformers" of the page compares all versions on file. For the lowest supported version, use
+`pip install "$(python scripts/run_matrix.py --requirement transformers floor)"`.
 """
 
 import argparse
@@ -229,18 +233,28 @@ def newest(record: Record) -> str:
     return max(record, key=_parts)
 
 
+def _span(versions: list[str]) -> str:
+    return versions[0] if len(versions) == 1 else f"{versions[0]} to {versions[-1]}"
+
+
 def _versions(name: str, record: Record) -> str:
-    """The versions in which a family gave the row's results, and differing results of others."""
-    row, same, others = record[newest(record)][name], [], []
+    """The versions in which a family gave the row's results, and the differing results of others.
+
+    A span such as "5.17.0 to 5.24.0" ends at versions on file, without a differing one between them.
+    """
+    row, spans, others, previous_same = record[newest(record)][name], [], [], False
     for version in sorted(record, key=_parts):
         if (found := record[version].get(name)) is None:
             continue
         differing = [f"{kind} {_short(found[kind])}" for kind in COLUMNS if _short(found[kind]) != _short(row[kind])]
         if differing:
             others.append(f"{version}: {', '.join(differing)}")
+        elif previous_same:
+            spans[-1].append(version)
         else:
-            same.append(version)
-    return "; ".join([", ".join(same), *others])
+            spans.append([version])
+        previous_same = not differing
+    return "; ".join([", ".join(_span(versions) for versions in spans), *others])
 
 
 def cells(name: str, record: Record) -> list[str]:
@@ -269,6 +283,7 @@ def page(record: Record) -> str:
     table = [head, ["---"] * len(head), *(cells(name, record) for name in names)]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     number, rows = counts(record), "\n".join(lines)
+    listed = " and ".join(sorted(record, key=_parts))
     return f"""# Supported models
 
 `python scripts/family_matrix.py` tries every family and writes this page. Each family was built as a tiny target with random
@@ -283,7 +298,8 @@ Of {number["families"]} families, {number["tree"]} take draft trees, {number["ch
 - *batch*: three prompts at once ([batches](batches.md)). Other families draft for one sequence at a time.
 - *static store*: the buffers of fixed size that `draft_compile=True` uses. They were tried without compilation here. The tests
   compile nine families (`tests/generation/compiled/test_compiled_grid.py`).
-- *Transformers*: the versions in which these results were found. Differing results of other versions are listed too.
+- *Transformers*: the versions that gave these results. {listed} were tried. "A to B" means that both ends were
+  tried. Differing results of another version are listed. A family without an entry for a version does not exist in it.
 
 `generation/key_values/paths.py` decides between the store, which batches and static store need, and Transformers' cache. A family
 that is not listed is checked when a drafter is made for it: `CoralDraftModel.from_target` rejects a target whose logits it

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import family_matrix
+import run_matrix
 
 
 RECORD = family_matrix.read_record()
@@ -36,6 +37,19 @@ def test_the_page_is_what_the_script_writes():
     assert family_matrix.PAGE.read_text(encoding="utf-8") == family_matrix.page(RECORD), "run scripts/family_matrix.py"
 
 
+def test_the_lowest_supported_version_was_tried():
+    """Its results are those of the newest, apart from what is listed here: a change of these is for the changelog."""
+    floor = run_matrix.requirement("transformers", "floor").removeprefix("transformers==")
+    (lowest,) = [version for version in RECORD if version == floor or version.startswith(f"{floor}.")]
+    assert lowest == min(RECORD, key=family_matrix._parts)
+    assert NEWEST.keys() - RECORD[lowest].keys() == {"lara_mini"}
+    columns = [family_matrix.cells(name, RECORD)[-2] for name in NEWEST]
+    span = f"{lowest} to {family_matrix.newest(RECORD)}"
+    others = {name: column for name, column in zip(NEWEST, columns, strict=True) if column != span}
+    assert others.keys() == {"lara_mini", "nemotron_h", "recurrent_gemma"}
+    assert f"{lowest}: tree no, chain no" in others["nemotron_h"]
+
+
 def test_versions_are_listed_with_what_differs():
     found = dict.fromkeys(family_matrix.COLUMNS, "yes") | {"sliding window": "no"}
     old = found | {"tree": "no: no positions", "batch": "no: no positions"}
@@ -43,6 +57,8 @@ def test_versions_are_listed_with_what_differs():
     assert family_matrix.newest(record) == "5.24.0"
     assert family_matrix.cells("llama", record)[-2] == "5.9.1, 5.24.0; 5.17.0: tree no, batch no"
     assert family_matrix.cells("mpt", record)[-2] == "5.24.0"
+    record["5.17.0"]["llama"] = found
+    assert family_matrix.cells("llama", record)[-2] == "5.9.1 to 5.24.0"
     assert family_matrix.counts(record) == {"families": 2, "tree": 2, "chain": 2, "batch": 2, "static store": 2}
 
 
