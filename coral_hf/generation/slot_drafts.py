@@ -30,6 +30,8 @@ from .statistics import DraftStats
 
 logger = logging.getLogger(__name__)
 
+# Most time for measuring costs in a call, half of the usual: the times of whole steps correct them.
+MOST_SECONDS = 10.0
 # What a drafter, a target and a number of rows (as a power of two) have shown so far. Later calls in this process resume there.
 _PACES: WeakKeyDictionary[CoralDraftModel, WeakKeyDictionary[PreTrainedModel, dict[int, Pace]]] = WeakKeyDictionary()
 
@@ -65,7 +67,7 @@ class SlotDrafts:
         if settings.draft_head == "context":  # the ids of many texts would soon be most of the vocabulary
             settings = replace(settings, draft_head=None)
         head = settings.draft_head_of(drafter, self.adapter)
-        self.costs = draft_costs(target, drafter, settings) if costs is None else costs
+        self.costs = draft_costs(target, drafter, settings, MOST_SECONDS) if costs is None else costs
         self.levels = LevelDrafter(drafter, self.adapter, head, settings, self.costs)
         self.settings, self.stats = settings, DraftStats()
         self._timed = _PACES.setdefault(drafter, WeakKeyDictionary()).setdefault(target, {})

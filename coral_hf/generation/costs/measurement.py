@@ -35,14 +35,14 @@ logger = logging.getLogger(__name__)
 
 PREFIX_LENGTH = 256  # tokens before the root in an ordinary chat
 MOST_LEVELS = 4  # levels of a timed draft; each level after the first costs about the same
-BATCH_LEVELS = 2  # levels of a timed draft of a batch, whose further levels take long and rarely pay
+LARGE_BATCH = 16  # rows from which less is timed: two levels, because deeper drafts rarely pay there, and fewer rounds
 LONGEST_SECONDS = 20.0  # most time for a measurement, because the user waits for it
 PLAIN_CHANGE = 2.0  # measure again if the machine is this many times faster or slower
 CHECK_SECONDS, KEEP_SECONDS = 60.0, 600.0  # between two speed checks; shortest life of a measurement
 MOST_NODES = 128  # most nodes over all rows of a timed forward pass; costs of more are extrapolated in proportion
 _FEW_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60, 64)
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 12
-_MIN_BATCH_ROUNDS = 2
+_MIN_LARGE_ROUNDS = 2
 _measured: dict[str, KeptCosts] = {}  # this process's measurements, by file name, rows and prefix length
 _checked: dict[str, float] = {}  # when the speed was last compared
 _lock = threading.Lock()  # two simultaneous measurements would disturb each other, and the results are kept
@@ -192,7 +192,7 @@ def measure_costs(
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
-        seconds (`float`): stop after this long, but not before three rounds, or two of a batch.
+        seconds (`float`): stop after this long, but not before three rounds, or two of a large batch.
         most_seconds (`float`): stop after this long in any case.
         rows (`int`): batch size. Every row has the same number of nodes. More than one needs a target that the store
             supports.
@@ -200,8 +200,9 @@ def measure_costs(
     """
     deadline = time.perf_counter() + most_seconds
     depth, total = _levels(settings), settings.draft_total_tokens
-    if rows > 1:
-        depth = min(depth, BATCH_LEVELS)
+    min_rounds = _MIN_ROUNDS
+    if rows >= LARGE_BATCH:
+        depth, min_rounds, seconds = min(depth, 2), _MIN_LARGE_ROUNDS, seconds / 2
     usual = prefix_length(target, settings)
     bench = Bench(target, drafter, settings, rows, context or usual, usual, depth)
     sizes = measured_sizes(total)
@@ -217,7 +218,7 @@ def measure_costs(
     needed = [("levels", 1), ("levels", depth), ("target", 1), ("target", sizes[-1])]
     with few_row_linears(target, drafter):
         devices = {bench.device, next(drafter.parameters()).device}
-        times = _take_turns(parts, needed, devices, seconds, deadline, _MIN_BATCH_ROUNDS if rows > 1 else _MIN_ROUNDS)
+        times = _take_turns(parts, needed, devices, seconds, deadline, min_rounds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     first = medians["levels", 1]
     level = max(0.0, medians["levels", depth] - first) / (depth - 1) if depth > 1 else 0.0

@@ -22,20 +22,27 @@ class MeasuredCosts:
     Batch sizes are measured at powers of two. Contexts are measured at that of an ordinary chat and at each further factor
     of four. A size is measured when a call comes closer to it than to the one before. Times between measured sizes are
     interpolated linearly, because attention grows with the context and matrix products grow with the rows. Longer contexts
-    are extrapolated. All measurements of a call take at most [`LONGEST_SECONDS`].
+    are extrapolated.
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
+        seconds (`float`): the most time for all measurements of the call.
     """
 
-    def __init__(self, target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings):
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: CoralDraftModel,
+        settings: DraftSettings,
+        seconds: float = LONGEST_SECONDS,
+    ):
         self.pair = target, drafter, settings
         self.key = costs_key(target, drafter, settings)
         self.usual = prefix_length(target, settings)
         self.in_store = target_obstacle(target) is None
         positions = getattr(target.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
         self.longest = min(positions - settings.draft_total_tokens - settings.draft_depth, MOST_TOKENS)
-        self.seconds_left = LONGEST_SECONDS
+        self.seconds = self.seconds_left = seconds
         self._tables: dict[tuple[int, int], DraftCosts | None] = {}  # by rows and context; None: unavailable
         self._at: dict[tuple[int, int], DraftCosts] = {}
 
@@ -95,7 +102,7 @@ class MeasuredCosts:
             began = time.monotonic()
             # the first table of a call is always measured
             first = not any(self._tables.values())
-            seconds = (LONGEST_SECONDS if first else max(self.seconds_left, 0.0)) if measure else 0.0
+            seconds = (self.seconds if first else max(self.seconds_left, 0.0)) if measure else 0.0
             self._tables[place] = cost_table(
                 *self.pair, rows=rows, context=context, seconds=seconds if seconds >= 1 else 0.0, key=self.key
             )
@@ -117,9 +124,11 @@ def mixed(first: DraftCosts, second: DraftCosts, share: float) -> DraftCosts:
     )
 
 
-def draft_costs(target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings) -> MeasuredCosts:
-    """The costs of a call with these settings, not measured yet."""
-    return MeasuredCosts(target, drafter, settings)
+def draft_costs(
+    target: PreTrainedModel, drafter: CoralDraftModel, settings: DraftSettings, seconds: float = LONGEST_SECONDS
+) -> MeasuredCosts:
+    """The costs of a call with these settings, not measured yet. Measurements take at most this many seconds."""
+    return MeasuredCosts(target, drafter, settings, seconds)
 
 
 __all__ = ["MeasuredCosts", "draft_costs", "mixed"]

@@ -236,12 +236,16 @@ def test_a_slow_machine_measures_less(pair, seconds, least, monkeypatch):
         assert len(clock.runs) <= 20 / seconds + 4
 
 
-@pytest.mark.parametrize(("rows", "sizes"), [(4, {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}), (64, {1, 2})])
-def test_a_batch_measures_less(pair, rows, sizes, monkeypatch):
-    """Few sizes, two levels, and two rounds after the warm-up where a round takes long."""
+@pytest.mark.parametrize(
+    ("rows", "levels", "rounds", "sizes"),
+    [(4, 4, 3, {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}), (16, 2, 2, {1, 2, 3, 4, 6, 8}), (64, 2, 2, {1, 2})],
+)
+def test_a_batch_measures_less(pair, rows, levels, rounds, sizes, monkeypatch):
+    """Few sizes, and for a large batch two levels and two rounds after the warm-up where a round takes long."""
     clock = Clock(1.5, monkeypatch)
     costs = measure_costs(*pair, WIDE, rows=rows, most_seconds=1e9)
-    assert set(clock.runs) == {-1, -2, *sizes} and all(clock.runs.count(part) == 3 for part in set(clock.runs))
+    parts = {-1, -levels, *sizes}
+    assert set(clock.runs) == parts and all(clock.runs.count(part) == 1 + rounds for part in parts)
     assert len(costs.target_ms) == 32 and costs.level_ms == 0
 
 

@@ -7,7 +7,9 @@ from helpers.tiny_models import make_drafter, make_target
 from coral_hf.generation.costs import tables
 from coral_hf.generation.costs.bench import Bench
 from coral_hf.generation.costs.tables import MeasuredCosts, mixed
+from coral_hf.generation.key_values.slot_cache import SlotCache
 from coral_hf.generation.settings import DraftSettings
+from coral_hf.generation.slot_drafts import SlotDrafts
 from coral_hf.generation.tree_size import DraftCosts
 
 
@@ -94,6 +96,16 @@ def test_a_call_measures_for_a_bounded_time(costs, asked):
     assert asked.now == pytest.approx(20.0)
     assert costs.at(2, 100) == costs.at(4, 100) and costs.at(3, 100) == costs.at(4, 100)
     assert asked == [(8, 256), (8, 1024), (4, 256)]
+
+
+def test_slots_measure_for_a_shorter_time(asked):
+    """Half of the usual, which a first table may use up; then that table is used for fewer rows too."""
+    target = make_target()
+    costs = SlotDrafts(SlotCache(target, 8), make_drafter(target)).costs
+    asked.seconds = 12.0
+    costs.at(8, 100)
+    assert asked.now == pytest.approx(10.0)
+    assert costs.at(2, 100) == costs.at(8, 100) and len(asked) == 1
 
 
 def test_a_target_whose_positions_end_early(asked):
