@@ -73,10 +73,10 @@ class Pace:
             promise ([`DraftPromise`], *optional*): the promise of its tree; None: it was plain, or its size was fixed.
             accepted (`float`): accepted drafted tokens per row, on average.
         """
-        correction, margin = 1.0, 0.0
+        correction, margin, decided = 1.0, 0.0, True
         if self._times is not None:
             took = self._times.end(None if promise is None else promise.step_ms)
-            correction, margin = self._times.correction, MARGIN
+            correction, margin, decided = self._times.correction, MARGIN, self._times.enough
             if promise is not None and took is not None:
                 self._lost += took - 1 - accepted
         if promise is None:
@@ -86,7 +86,9 @@ class Pace:
         expected = promise.accepted * self._accepted / self._promised
         step = correction * promise.step_ms / max(promise.plain_ms, 1e-9)
         self._credit += expected + 1 - step * (1 + margin)
-        if self._credit < 0:
+        if self._credit < 0 and decided:
+            if self._times is not None:
+                self._times.pause()
             repaid = min(math.ceil(self._lost / LOST_SHARE), LONGEST_TIMED_PAUSE)
             self._plain_left, self._credit, self._lost = max(self._pause, repaid), LATER_CREDIT, 0.0
             self._pause = min(2 * self._pause, LONGEST_PAUSE)

@@ -5,20 +5,19 @@ from collections import deque
 from collections.abc import Callable
 
 
-WINDOW = 15  # latest steps of each kind that count
+PLAIN_WINDOW, DRAFTED_WINDOW = 5, 15  # latest steps that count
 OUTLIER = 1.5  # a step counts at most this many times the median
-FIRST_DRAFTS, MOST_DRAFTS = (
-    4,
-    32,
-)  # drafted steps between two plain ones: first this many, then twice as many each time
+FEWEST = 2  # drafted steps that are timed before a decision to pause
+FIRST_DRAFTS, MOST_DRAFTS = 4, 32  # drafted steps between two plain ones: at first, doubled each time, and later
 
 
 class StepTimes:
     """Compares the actual times of plain and drafted steps with their costs.
 
     A step takes longer than the forward passes in its costs: drafts are built and accepted, the drafter reads new prompts
-    and rows, and rows are moved. The ratio of actual to expected time is averaged over the latest steps of each kind.
-    The ratio for drafted steps divided by that for plain steps is the correction of a promised time.
+    and rows, and rows are moved. For plain steps, the ratio of actual to expected time is averaged over the latest ones.
+    For drafted steps, that ratio is divided by that of plain steps at the time, so that changes in the machine's speed cancel
+    out. Its average is the correction of a promised time.
 
     The first step of each kind does not count, because it may set things up. Nor does a drafted step after a pause, because
     the drafter then reads what it missed.
@@ -30,8 +29,9 @@ class StepTimes:
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
         self._began = self._plain_ms = 0.0
-        self._plain: deque[float] = deque(maxlen=WINDOW)
-        self._drafted: deque[float] = deque(maxlen=WINDOW)
+        self._plain: deque[float] = deque(maxlen=PLAIN_WINDOW)
+        self._drafted: deque[float] = deque(maxlen=DRAFTED_WINDOW)  # relative to plain steps
+        self._counted = 0  # drafted steps since the last pause that count
         self._set_up = False  # a plain step has been taken
         self._plain_in_a_row = 2  # so that the first drafted step does not count
         self._drafts, self._most_drafts = 0, 0  # drafted steps since the last plain one, and before the next
@@ -44,8 +44,20 @@ class StepTimes:
     @property
     def correction(self) -> float:
         """Factor on a promised ratio of step times; 1 until both kinds of steps were timed."""
-        plain, drafted = _typical(self._plain), _typical(self._drafted)
-        return drafted / plain if plain and drafted else 1.0
+        return _typical(self._drafted) or 1.0
+
+    @property
+    def enough(self) -> bool:
+        """Whether enough drafted steps have been timed since the last pause for a decision."""
+        return self._counted >= FEWEST
+
+    def pause(self) -> None:
+        """Drafting pauses. Its correction is kept, but the next drafted steps soon outweigh it."""
+        if self._drafted:
+            kept = self.correction
+            self._drafted.clear()
+            self._drafted.append(kept)
+        self._counted = 0
 
     def begin(self, plain_ms: float) -> None:
         """A step begins, whose plain form should take this many milliseconds."""
@@ -67,12 +79,15 @@ class StepTimes:
                 self._most_drafts = min(max(2 * self._most_drafts, FIRST_DRAFTS), MOST_DRAFTS)
             self._set_up = True
             self._plain_in_a_row, self._drafts = self._plain_in_a_row + 1, 0
-        else:
+        plain = _typical(self._plain)
+        if step_ms is not None:
             if self._plain_in_a_row < 2:
-                self._drafted.append(elapsed / max(step_ms, 1e-9))
+                self._counted += 1
+                if plain:
+                    self._drafted.append(elapsed / max(step_ms, 1e-9) / plain)
             self._plain_in_a_row, self._drafts = 0, self._drafts + 1
-        plain = _typical(self._plain) * self._plain_ms
-        return elapsed / plain if plain else None
+        expected = plain * self._plain_ms
+        return elapsed / expected if expected else None
 
 
 def _typical(ratios: deque[float]) -> float:

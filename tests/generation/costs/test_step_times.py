@@ -66,6 +66,19 @@ def test_a_drafter_that_pays_stays_on():
     assert machine.speed > 1.12
 
 
+@pytest.mark.parametrize("change", [0.4, 2.5])
+def test_another_speed_of_the_machine_is_no_correction(change):
+    """It changes during a pause, in which only plain steps are timed, and while steps draft."""
+    machine = Machine(1.1, 1.15).run(40)
+    assert machine.kinds[-20:] == 20 * "p"
+    machine.slow, machine.outside = change, 1.0
+    machine.run(600)
+    assert machine.kinds[-300:].count("d") > 280
+    machine.slow = 1.0
+    machine.run(600)
+    assert machine.kinds[-300:].count("d") > 280
+
+
 @pytest.mark.parametrize(("gain", "drafts"), [(MARGIN - 0.01, False), (MARGIN + 0.01, True)])
 def test_the_margin(gain, drafts):
     machine = Machine(1.2, 1.2 / (1 + gain)).run(1000)
