@@ -295,7 +295,12 @@ def test_figures_are_those_of_the_records(monkeypatch):
     estimate = json.loads((ROOT / "benchmarks/records/llama-3-8b-instruct_estimate.json").read_text())
     cost = f"{estimate['hours']:.0f} hours and {estimate['memory']['peak'] / 2**30:.0f} GiB"
     assert f"we estimate {cost} of GPU memory on one H100" in text
-    assert f"about {2 * estimate['drafter_parameters'] / 1e9:.1f} GB in bfloat16 for Llama-3-8B" in text
+    weights, own = (2 * estimate[name] / 1e9 for name in ("target_parameters", "drafter_parameters"))
+    assert f"Llama-3-8B ({weights:.1f} GB in bfloat16) and its drafter ({own:.1f} GB) fit on a 24 GB GPU" in text
+    assert f"Llama-3-8B takes {weights:.1f} GB in bfloat16, and its drafter {own:.1f} GB." in limits
+    peak, least = estimate["memory"]["peak"], estimate["peak_with_activation_checkpointing"]
+    assert weights + own < 24 < least / 1e9 and "Their training does not." in text
+    assert f"takes {peak / 2**30:.0f} GiB, or {least / 2**30:.0f} GiB with" in limits
     drafters = json.loads((ROOT / "docs/hub_drafters.json").read_text())
     count = len(drafters["drafters"])
     assert f"names {count + len(drafters['named'])} drafters. The published config of {count} was tested" in text
