@@ -5,7 +5,7 @@ python benchmarks/compare_rivals.py --rival prompt_lookup dejavuu flashspec --da
 
 `coral` drafts with its drafter's settings. `coral chain` drafts chains of --depth, like economize with the same drafter. An
 adapter is a file in `rivals/` with a class `Rival(target, drafter, depth)` that has a `version` and `answer(ids, max_new_tokens)`.
-It may also have `adapted`, a list of what it changes in the package, in memory, to express the drafter; the record contains it.
+It may also have `adapted`, a list of the changes that it makes to the package in memory. The record contains the list.
 A rival with its own settings names some as `VARIANTS`, which are all measured; `fastest` names the one with the least CPU time on
 these prompts. Install rivals manually. All answers have the same length, because packages count tokens after an EOS differently.
 """

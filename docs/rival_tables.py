@@ -1,4 +1,4 @@
-"""The section of docs/measurements.md on what a user would take instead: EAGLE's code, other packages, other trainers."""
+"""The section of docs/measurements.md that compares with EAGLE's code, other packages and other trainers."""
 
 from typing import Any
 
@@ -29,14 +29,14 @@ def eagle() -> str:
     adapted = listed(record["adapted"])
     return f"""### EAGLE's own code
 
-EAGLE's own code and CORAL draft with the same drafter for the same target: trees of {record["draft_total_tokens"]} nodes, depth
-{record["draft_depth"]}, {record["draft_top_k"]} branches, greedy, {record["n_prompts"]} prompts of {record["new_tokens"]} new tokens. {record["identical"]} of
-{record["n_prompts"]} answers are equal. `benchmarks/rivals/eagle_reference.py` runs EAGLE's code from a checkout and says what it changes to
-load it; this drafter also needed {adapted}. Per step, outside the target's forward pass (`{FOLDER}/eagle.json`, {machine(record)}):
+EAGLE's own code and CORAL ran with the same drafter and target, on {record["n_prompts"]} prompts with {record["new_tokens"]} new tokens each. Decoding was
+greedy. The trees had {record["draft_total_tokens"]} nodes, depth {record["draft_depth"]} and {record["draft_top_k"]} branches. {record["identical"]} of {record["n_prompts"]} answers are equal.
+`benchmarks/rivals/eagle_reference.py` runs EAGLE's code from a checkout and lists the changes that loading needs. This drafter also
+needed {adapted}. Per step, outside the target's forward pass (`{FOLDER}/eagle.json`, {machine(record)}):
 
 {table(["code", "steps", "tokens per step", *KINDS, f"ms{unit}"], rows)}
 
-Of EAGLE's waits, three read tensors that it makes on the CPU and would cost nothing on a GPU."""
+Three of EAGLE's waits read tensors that it creates on the CPU. They would cost nothing on a GPU."""
 
 
 def methods() -> str:
@@ -63,13 +63,15 @@ def methods() -> str:
     total = sum(found["n_prompts"] for found in benchmarks.values())
     columns = [cell for name in SETS.values() for cell in (name, "tokens per step")]
     # the packages were changed in memory, each by its adapter in benchmarks/rivals/
-    changed = [f"`{name}` had to be given {listed(what)}" for name, what in record.get("adapted", {}).items()]
-    adapted = f"\n\nTo run this drafter, {listed(changed)} by its adapter." if changed else ""
+    changed = [f"`{name}` ({listed(what)})" for name, what in record.get("adapted", {}).items()]
+    adapted = (
+        f"\n\nTo run this drafter, adapters changed these packages in memory: {listed(changed)}." if changed else ""
+    )
     return f"""### Other ways to draft
 
-What else drafts for this target in Transformers, on {total} prompts with {record["new_tokens"]} new tokens each. Speeds are relative to plain
-`generate`{unit and ", by CPU time"}. A method with settings of its own has its fastest one in each column. Equal answers are of
-{total}; in float32 near-ties are rare. `python benchmarks/compare_rivals.py` (`{FOLDER}/methods.json`, {machine(record)}):
+Other methods that draft for this target in Transformers, on {total} prompts with {record["new_tokens"]} new tokens each. Speeds are relative to plain
+`generate`{unit and ", by CPU time"}. If a method has settings, each column shows its fastest one. "Equal answers" counts
+answers out of {total}. In float32, near-ties are rare. `python benchmarks/compare_rivals.py` (`{FOLDER}/methods.json`, {machine(record)}):
 
 {table(["method", *columns, "equal answers"], rows)}{adapted}"""
 
@@ -95,20 +97,20 @@ def trainers() -> str:
     return f"""### Other trainers
 
 One EAGLE-3 training step of K = {record["steps"]} rollout steps over {record["batch"]} x {record["length"]:,} tokens of {record["target"]}, float32,
-features given, the target's whole vocabulary, each trainer in a process of its own. `python benchmarks/compare_trainers.py`
+features given, the target's whole vocabulary, each trainer in its own process. `python benchmarks/compare_trainers.py`
 (`{FOLDER}/trainers.json`, {machine(record)}):
 
 {table(["trainer", f"tokens per {per}", "peak memory", "added by the step"], rows)}
 
-`CoralTrainer`'s process also holds the target, which the others do not load. On a CPU, {listed(stops)}. What was changed to run them:
+`CoralTrainer`'s process also contains the target, which the others do not load. On a CPU, {listed(stops)}. Running them needed these changes:
 
 {chr(10).join(changed)}"""
 
 
 def rivals() -> str:
-    """Those that were measured: rivals are installed by hand, and each record is made apart."""
+    """The parts whose records exist. Rivals are installed by hand, and each record is made separately."""
     made = [part() for part in (eagle, methods, trainers) if (ROOT / FOLDER / f"{part.__name__}.json").exists()]
-    return "\n\n".join(["## What a user would take instead", *made])
+    return "\n\n".join(["## Comparison with other projects", *made])
 
 
 __all__ = ["rivals"]

@@ -1,7 +1,7 @@
 """EAGLE-3 chains of the `economize` package (PyPI, version 0.3.2) with a CORAL drafter, for `compare_rivals.py`.
 
-economize reads published EAGLE-3 folders: nothing is normed before `fc`, and the folder contains the LM head. A shortlist becomes
-that head's rows.
+economize reads published EAGLE-3 folders: nothing is normed before `fc`, and the folder contains the LM head. A shortlist selects
+rows of that head.
 
 economize refuses `norm_output=True`, because its fed-back feature is the state before the norm. For such a drafter this file
 gives the loaded model a subclass of economize's drafter that feeds back the normed state. The installed package stays as it is.
@@ -22,7 +22,7 @@ from coral_hf.drafter.configuration_coral import FC_NORMS
 
 
 class Rival:
-    """A target with economize's EAGLE-3 attached. `adapted` lists what was changed in memory to express the drafter.
+    """A target with economize's EAGLE-3 attached. `adapted` lists the changes made in memory to run the drafter.
 
     Args:
         target (`PreTrainedModel`)
@@ -59,7 +59,7 @@ class Rival:
 
 
 def feed_back_normed(technique: Any) -> None:
-    """Lets a technique's drafter feed back what its norm made of a draft step's output. Other models stay as they are."""
+    """Makes a technique's drafter feed back the normed output of a draft step. Other models are not changed."""
     from economize.techniques.eagle3 import Eagle3Drafter
 
     class NormedDrafter(Eagle3Drafter):
@@ -75,8 +75,8 @@ def feed_back_normed(technique: Any) -> None:
 
 
 def write_folder(drafter: Any, target: Any, folder: Path) -> Path:
-    """Writes what economize reads: vLLM's folder without `norm_output`, and with the target's LM head, of which a drafter
-    with a shortlist gets its rows, if the drafter has none."""
+    """Writes the folder that economize reads: vLLM's, without `norm_output`. A drafter without an LM head gets the target's,
+    or the shortlisted rows of it."""
     export_drafter(drafter, "vllm", folder, target, "target")
     weights, path = load_file(folder / "model.safetensors"), folder / "config.json"
     config = {**json.loads(path.read_text()), "norm_output": False}

@@ -30,9 +30,9 @@ from .statistics import DraftStats
 
 logger = logging.getLogger(__name__)
 
-# Most time for measuring costs in a call, half of the usual: the times of whole steps correct them.
+# Longest time for measuring costs in a call: half of the usual, because the times of whole steps correct them.
 MOST_SECONDS = 10.0
-# What a drafter, a target and a number of rows (as a power of two) have shown so far. Later calls in this process resume there.
+# Paces by drafter, target and number of rows (as a power of two). Later calls in this process continue with them.
 _PACES: WeakKeyDictionary[CoralDraftModel, WeakKeyDictionary[PreTrainedModel, dict[int, Pace]]] = WeakKeyDictionary()
 
 
@@ -40,8 +40,8 @@ class SlotDrafts:
     """Steps a [`SlotCache`] with draft trees when they save time.
 
     Every slot's rows are at the front of the drafter's cache. New rows are written after those of the longest slot, like
-    drafts, and then moved to the end of their slot. Features wait until the next draft, those of prompts too: while drafting
-    pauses, the drafter does not run.
+    drafts, and then moved to the end of their slot. Features, those of prompts too, are kept until the next draft: while
+    drafting pauses, the drafter does not run.
 
     Greedy steps are timed as a whole, plain ones and drafted ones, because the costs of forward passes leave out what slots
     add to a step. Sampled steps are not: their draws depend on which steps draft, and equal seeds must give equal samples.
@@ -121,7 +121,7 @@ class SlotDrafts:
             self._unread[slot] = [features[index, : len(text) - 1]]
 
     def _read_texts(self, texts: Sequence[list[int]]) -> None:
-        """Reads the texts of slots of which nothing was read yet, up to the last feature, which waits for the draft."""
+        """Reads the texts of slots that were not read yet, except for the last feature, which the draft reads."""
         new = [slot for slot in range(len(texts)) if not self._read[slot] and sum(map(len, self._unread[slot])) > 1]
         for group, _ in self.cache.groups([texts[slot] for slot in new], 0):
             slots = [new[index] for index in group]

@@ -44,7 +44,7 @@ def test_each_rival_has_its_fastest_settings(tables):
     assert "To run this drafter" not in text
     record["adapted"] = {"prompt_lookup": ["norm_output"]}
     assert (
-        text + "\n\nTo run this drafter, `prompt_lookup` had to be given norm_output by its adapter."
+        text + "\n\nTo run this drafter, adapters changed these packages in memory: `prompt_lookup` (norm_output)."
         == tables(record).methods()
     )
     for row in rows.values():

@@ -1,9 +1,9 @@
-"""One trainer's EAGLE-3 step on the batch that `compare_trainers.py` wrote, in a process and an environment of its own.
+"""One trainer's EAGLE-3 step on the batch that `compare_trainers.py` wrote, in its own process and environment.
 
     PYTHON measure_step.py NAME FOLDER [published]
 
-NAME names a file `NAME_step.py` beside this one. Its `load(folder, settings)` returns what a step is, a function that returns the
-loss, and what the record says of it. Its `published(folder, settings)` runs the trainer's own code unchanged; a failure is recorded
+NAME names a file `NAME_step.py` beside this one. Its `load(folder, settings)` returns a function that takes a step and returns the
+loss, and the entries that describe it in the record. Its `published(folder, settings)` runs the trainer's own code unchanged; a failure is recorded
 with the place that raised it. Prints one line of JSON last. Imports only torch: rivals' environments have no `coral_hf`.
 """
 

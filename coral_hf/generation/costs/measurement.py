@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX_LENGTH = 256  # tokens before the root in an ordinary chat
 MOST_LEVELS = 4  # levels of a timed draft; each level after the first costs about the same
-LARGE_BATCH = 16  # rows from which less is timed: two levels, because deeper drafts rarely pay there, and fewer rounds
+LARGE_BATCH = 16  # from this many rows, fewer rounds and only two levels are timed: deeper drafts rarely pay there
 LONGEST_SECONDS = 20.0  # most time for a measurement, because the user waits for it
 PLAIN_CHANGE = 2.0  # measure again if the machine is this many times faster or slower
 CHECK_SECONDS, KEEP_SECONDS = 60.0, 600.0  # between two speed checks; shortest life of a measurement
@@ -192,7 +192,7 @@ def measure_costs(
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
-        seconds (`float`): stop after this long, but not before three rounds, or two of a large batch.
+        seconds (`float`): stop after this long, but not before three rounds (two for a large batch).
         most_seconds (`float`): stop after this long in any case.
         rows (`int`): batch size. Every row has the same number of nodes. More than one needs a target that the store
             supports.

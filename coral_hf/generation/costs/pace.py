@@ -22,7 +22,7 @@ FIRST_CREDIT, LATER_CREDIT, MOST_CREDIT = 1.0, 0.25, 2.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 16, 128  # plain steps; each pause is twice as long as the last
 PRIOR = 2.0  # weight of the promises themselves, in accepted tokens
 MARGIN = 0.03  # by which drafting must be faster where steps are timed, because times are noisy
-LOST_SHARE = 0.01  # a pause is long enough that the time lost before it is at most this share
+LOST_SHARE = 0.01  # a pause lasts until the time lost before it is at most this share
 LONGEST_TIMED_PAUSE = 2048  # plain steps, for pauses that follow a measured loss
 
 
@@ -36,8 +36,8 @@ class Pace:
     The gain of a step is computed from the tokens that its rule promised, scaled by how well the promises of this call have
     come true. The outcome of a single step has little weight.
 
-    With a clock, the promised time of a drafted step is corrected too: by how much longer whole steps take than their costs
-    when they draft, compared with plain steps ([`StepTimes`]). Drafting then has to be faster by [`MARGIN`].
+    With a clock, the promised time of a drafted step is corrected too. The correction compares the actual times of drafted
+    and plain steps with their costs ([`StepTimes`]). Drafting then has to be faster by [`MARGIN`].
 
     Args:
         clock (`Callable`, *optional*): returns seconds. None: steps are not timed, so that decisions depend only on the costs

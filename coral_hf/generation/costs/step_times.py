@@ -60,17 +60,17 @@ class StepTimes:
         self._counted = 0
 
     def begin(self, plain_ms: float) -> None:
-        """A step begins, whose plain form should take this many milliseconds."""
+        """Starts timing a step, which should take this many milliseconds without drafts."""
         self._began, self._plain_ms = self._clock(), plain_ms
 
     def end(self, step_ms: float | None) -> float | None:
-        """The step ends.
+        """Stops timing the step.
 
         Args:
             step_ms (`float`, *optional*): expected milliseconds of a drafted step; None: it was plain.
 
         Returns:
-            `float`: its time in plain steps; None until a plain step was timed.
+            `float`: its time divided by that of a plain step; None until a plain step was timed.
         """
         elapsed = 1e3 * (self._clock() - self._began)
         if step_ms is None:

@@ -26,7 +26,7 @@ class MeasuredCosts:
 
     Args:
         target (`PreTrainedModel`), drafter ([`CoralDraftModel`]), settings ([`DraftSettings`])
-        seconds (`float`): the most time for all measurements of the call.
+        seconds (`float`): upper limit for all measurements of the call.
     """
 
     def __init__(
