@@ -27,9 +27,13 @@ def new_ids(target, ids, **settings):
 
 
 def explain(target, ids, expected, found):
-    """Where two answers diverge, and the gap between the target's logits of the two tokens; None if they are equal."""
-    place = next((i for i, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1]), None)
+    """Where two answers diverge, and the gap between the target's logits of the two tokens; None if they are equal.
+
+    An answer that ends with an EOS may be shorter than the other one.
+    """
+    place = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), None)
     if place is None:
+        assert len(expected) == len(found), "one answer is the start of the other"
         return None
     with torch.no_grad():
         logits = target(torch.cat([ids, torch.tensor([expected[:place]])], dim=1).long()).logits[0, -1]
