@@ -1,4 +1,4 @@
-"""The figures of the vLLM server in README and docs/serving.md are those of the committed record."""
+"""The figures of vLLM servers in README and the manual are those of the committed records."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RECORD = json.loads((ROOT / "benchmarks" / "records" / "vllm_server.json").read_text())
+REGENERATED = json.loads((ROOT / "benchmarks" / "records" / "vllm_regenerate.json").read_text())
 FORMS = ("shipped drafter, vllm", "shipped drafter, speculators")
 
 
@@ -33,3 +34,18 @@ def test_the_pages_say_what_was_measured():
     assert f"counts {1 + accepted / drafts:.2f}" in serving
     answered = RECORD["prompts"] * (RECORD["new_tokens"] - 1)  # the prompt's forward gives each answer's first token
     assert f"{answered / drafts:.2f} by the tokens of the answers" in serving
+
+
+def test_regenerated_answers_are_the_local_ones():
+    runs, answers = REGENERATED["runs"], REGENERATED["answers"]
+    for mode in ("ids", "texts"):
+        killed = runs[f"killed, {mode}"]
+        assert 0 < killed["on_file"] == killed["resumed"] == answers - killed["new"] < answers
+    assert (
+        runs["ids"]["equal"] + len(runs["ids"]["near_ties"]) == answers
+        and runs["texts"]["equal"] == runs["ids"]["equal"]
+    )
+    assert all(tie["gap"] < 1e-3 for tie in runs["ids"]["near_ties"])
+    page = plain_text("docs/training.md")
+    assert f"A vLLM {REGENERATED['vllm']} server on a CPU ({REGENERATED['date']}, float32, greedy;" in page
+    assert f"gave {runs['ids']['equal']} of {answers} answers with the ids and texts of local regeneration" in page
