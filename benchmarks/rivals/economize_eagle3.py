@@ -45,7 +45,8 @@ class Rival:
             found = ", ".join(f"{name}=True" for name in refused) or f"shape={config.shape!r}"
             raise ValueError(f"economize cannot express this drafter: {found}. It only reads EAGLE-3's original form.")
         self.version = f"economize {importlib.metadata.version('economize')}"
-        self.decoding = economize.DecodeConfig(cycle_length=depth)
+        # a cycle also contains the exact token that a verification step adds
+        self.decoding = economize.DecodeConfig(cycle_length=depth + 1)
         with TemporaryDirectory() as scratch:
             self.model = economize.load(target, str(write_folder(drafter, target, Path(scratch) / "drafter")))
         self.adapted = ["norm_output"] if config.norm_output else []

@@ -36,7 +36,7 @@ def fake_economize(seen):
         seen["config"], seen["tensors"] = read(Path(folder))
 
         def decode(ids, new_tokens, decoding):
-            assert decoding == {"cycle_length": 2}
+            assert decoding == {"cycle_length": 3}  # two drafted tokens and the exact one
             tokens = target.generate(ids[None], max_new_tokens=new_tokens, do_sample=False)[0]
             return SimpleNamespace(tokens=tokens, cost_summary=lambda: {"exact_calls": new_tokens})
 
