@@ -17,6 +17,9 @@ from torch.nn import functional as F
 
 
 _MOST_ROWS = 32
+# Outputs that are computed at a time for more than 8 rows. A larger transposed product leaves the cache before it is transposed
+# back: with 49,152 outputs and 16 rows, blocks took 13 ms and one product 18 ms (AVX2, two threads).
+_MOST_OUTPUTS = 4096
 _lock = threading.Lock()
 # The number of CPU threads when `few_row_linears` was last entered, as a constant, because a graph cannot query it.
 _threads = 1
@@ -55,7 +58,13 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     if padding := -rows % block:
         flat = F.pad(flat, (0, 0, 0, padding))
     # Contiguous: attention has no fast path for anything else.
-    product = (weight @ flat.t())[:, :rows].t().contiguous()  # [rows, out]
+    if rows <= 8 or len(weight) <= _MOST_OUTPUTS:
+        product = (weight @ flat.t())[:, :rows].t().contiguous()  # [rows, out]
+    else:
+        product = flat.new_empty(rows, len(weight))
+        for start in range(0, len(weight), _MOST_OUTPUTS):
+            stop = min(start + _MOST_OUTPUTS, len(weight))
+            product[:, start:stop] = (weight[start:stop] @ flat.t())[:, :rows].t()
     if bias is not None:
         product += bias
     return product.view(*x.shape[:-1], -1)

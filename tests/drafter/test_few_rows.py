@@ -38,6 +38,17 @@ def test_equals_the_plain_product(rows, bias):
     torch.testing.assert_close(found, F.linear(x, weight, offset))
 
 
+@pytest.mark.parametrize("rows", [8, 9, 24, 32])
+@pytest.mark.parametrize("outputs", [20, 21, 59])
+def test_many_outputs_are_computed_in_blocks(rows, outputs, monkeypatch):
+    monkeypatch.setattr(few_rows, "_MOST_OUTPUTS", 20)
+    x, weight, bias = torch.randn(1, rows, 12), torch.randn(outputs, 12), torch.randn(outputs)
+    with torch.no_grad():
+        found = few_row_linear(x, weight, bias)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, F.linear(x, weight, bias))
+
+
 def plain_calls(monkeypatch):
     calls, linear = [], F.linear
     monkeypatch.setattr(F, "linear", lambda *args: calls.append(args) or linear(*args))
