@@ -95,7 +95,7 @@ def test_same_seed_same_sample(real):
     assert torch.equal(plain, drafted)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # .ci/run calls the command itself
 def test_demo_command(tmp_path, capsys):
     path = tmp_path / "demo.json"
     assert main(["demo", "--max-new-tokens", "24", "--prompt", "Name three colours.", "--json", str(path)]) == 0

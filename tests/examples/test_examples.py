@@ -333,7 +333,7 @@ def test_predict_from_bandwidth(tmp_path, monkeypatch, capsys):
         run(monkeypatch, "predict_from_bandwidth.py", "--achievable", "0")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_reproduce_tables(tiny_demo, prompt_file, tmp_path, monkeypatch, capsys):
     data, output = tmp_path / "responses.jsonl", tmp_path / "tables"
     data.write_text("".join(json.dumps({"turn": 0, **row}) + "\n" for row in random_rows(80)))
