@@ -156,6 +156,7 @@ def test_malformed_line_is_named(folder, capsys):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_regenerate_train_benchmark(folder, capsys, monkeypatch):
     """Prompts -> responses -> drafter -> record, each by its verb; the three presets train by the same command."""
     monkeypatch.chdir(folder)

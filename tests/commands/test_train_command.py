@@ -10,6 +10,7 @@ from coral_hf.drafter.weight_files import file_sha256
 from coral_hf.training import recipe
 
 
+@pytest.mark.slow
 def test_settings_and_evaluation_data_of_a_new_drafter(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     rows = [{"id": str(i), "prompt_ids": [5, 6, 7], "response_ids": [9, 8, 7, 6 + i]} for i in range(3)]
@@ -97,6 +98,7 @@ def test_the_seed_decides_new_weights(folder, monkeypatch):
         assert hashes[0] == hashes[1] != hashes[2]
 
 
+@pytest.mark.slow
 def test_streamed_packed_and_compared_with_evaluation_prompts(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     rows = [{"turns": [f"w{i} w{i + 1} w{i + 2}"], "responses": ["ok so be it"], "system": "be"} for i in range(5, 12)]

@@ -175,6 +175,7 @@ def test_calls_in_sharegpt(tmp_path):
         read_row({"conversations": share(("function_call", "look"))}, "here")
 
 
+@pytest.mark.slow
 def test_the_manual_lists_the_formats(tmp_path):
     page = ROOT / "docs" / "data_formats.md"
     copy = tmp_path / page.name

@@ -35,7 +35,7 @@ def uses():
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("use", list(uses()))
 def test_a_used_target_can_be_copied(use, family):
     target, ids = make_target(family), prompt_of(9)

@@ -23,6 +23,7 @@ def pair():
     return target, make_tokenizer(), make_drafter(target, draft_depth=3, draft_top_k=2)
 
 
+@pytest.mark.slow
 def test_record(pair, tmp_path):
     target, tokenizer, drafter = pair
     methods = [Method("coral", drafter), Method("chain", drafter, {"draft_top_k": 1})]

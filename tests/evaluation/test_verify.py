@@ -50,6 +50,7 @@ def wrong_choice(monkeypatch):
     monkeypatch.setattr(TokenChoice, "_processed", wrong_at_the_fifth)
 
 
+@pytest.mark.slow
 def test_equal_answers(pair, tmp_path):
     target, tokenizer, drafter = pair
     methods = [Method.parse(text, drafter) for text in METHODS]

@@ -15,7 +15,7 @@ from coral_hf.generation.tree_size import DraftCosts
 from coral_hf.utils.compat import cache_kwarg, cache_of
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @every_family
 def test_families(family, attention):
     """Every family, prompts below and beyond the sliding window of 16, chain and tree."""

@@ -17,6 +17,8 @@ from helpers.refusals import (  # noqa: F401  (register cases)
 import coral_hf
 
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(coral_hf.__file__).parent
 FILES = (
     "generation/call_checks.py",

@@ -44,7 +44,8 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
 
 
-@pytest.mark.parametrize("how", ["drafter", pytest.param("trainer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["drafter", "trainer"])
 def test_a_saved_folder_loads_without_the_package(how, tmp_path):
     drafter = saved(tmp_path / "saved", how)
     config = json.loads((tmp_path / "saved" / "config.json").read_text())

@@ -223,7 +223,9 @@ def test_what_costs_are_measured_of_is_as_deep_as_drafts_are(size):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("size", [CHAIN, TREES["tree16"]], ids=["chain", "tree16"])
+@pytest.mark.parametrize(
+    "size", [CHAIN, pytest.param(TREES["tree16"], marks=pytest.mark.slow)], ids=["chain", "tree16"]
+)
 def test_costs_decide_the_size_of_drafts(size, tmp_path, monkeypatch):
     monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path))
     target, ids = make_hybrid("qwen3_5_text"), prompt_of(12)

@@ -24,7 +24,7 @@ def repeated(length: int = 40, period: int = 9, seed: int = 3) -> torch.Tensor:
 
 
 @quick_families
-@pytest.mark.parametrize("name", list(SIZES))
+@pytest.mark.parametrize("name", ["tree", pytest.param("chain", marks=pytest.mark.slow)])
 def test_parity(family, name):
     target = make_target(family)
     drafter = make_drafter(target)
@@ -35,6 +35,7 @@ def test_parity(family, name):
     compare(target, drafter, repeated(), SIZES[name], eos_token_id=list(range(3, 20)), max_new_tokens=30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_5_text", pytest.param("falcon_h1", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", list(SIZES))
 def test_parity_of_recurrent_targets(family, name):
