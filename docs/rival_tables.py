@@ -71,7 +71,7 @@ def methods() -> str:
 
 Other methods that draft for this target in Transformers, on {total} prompts with {record["new_tokens"]} new tokens each. Speeds are relative to plain
 `generate`{unit and ", by CPU time"}. If a method has settings, each column shows its fastest one. "Equal answers" counts
-answers out of {total}. In float32, near-ties are rare. `python benchmarks/compare_rivals.py` (`{FOLDER}/methods.json`, {machine(record)}):
+answers out of {total}. In float32, near-ties are rare. `benchmarks/compare_rivals.py` (`{FOLDER}/methods.json`, {machine(record)}):
 
 {table(["method", *columns, "equal answers"], rows)}{adapted}"""
 

@@ -231,6 +231,7 @@ def test_auto_dtype_is_what_the_cpu_multiplies(native, dtype, tmp_path, monkeypa
     assert demo.load_target(torch.float16, path=tmp_path)[0].dtype == torch.float16
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_the_real_target_answers_sensibly_and_float32_holds_the_same_weights():
     target, tokenizer = demo.load_target(torch.bfloat16)

@@ -290,8 +290,7 @@ def test_figures_are_those_of_the_records(monkeypatch):
     sizes = {row["stage"]: row.get("downloaded_bytes", 0) / 1e6 for row in contact["stages"]}
     assert contact["machine"]["cpus"] == 2
     assert f"it took {contact['seconds_to_demo']:.0f} seconds on two cores" in text
-    downloads = f"it downloads {contact['downloaded_bytes'] / 1e6:.0f} MB ({sizes['torch']:.0f} MB of them torch)"
-    assert downloads in text
+    assert f"it downloads {contact['downloaded_bytes'] / 1e6:.0f} MB ({sizes['torch']:.0f} MB of them torch)" in text
     estimate = json.loads((ROOT / "benchmarks/records/llama-3-8b-instruct_estimate.json").read_text())
     cost = f"{estimate['hours']:.0f} hours and {estimate['memory']['peak'] / 2**30:.0f} GiB"
     assert f"we estimate {cost} of GPU memory on one H100" in text
@@ -303,7 +302,10 @@ def test_figures_are_those_of_the_records(monkeypatch):
     assert f"takes {peak / 2**30:.0f} GiB, or {least / 2**30:.0f} GiB with" in limits
     drafters = json.loads((ROOT / "docs/hub_drafters.json").read_text())
     count = len(drafters["drafters"])
-    assert f"names {count + len(drafters['named'])} drafters. We tested the published configs of {count}, but no weights" in text
+    assert (
+        f"names {count + len(drafters['named'])} drafters. We tested the published configs of {count}, but no weights"
+        in text
+    )
 
 
 def test_readme_counts_the_families_of_the_table(monkeypatch):

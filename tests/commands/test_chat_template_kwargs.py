@@ -93,6 +93,7 @@ def test_the_tuning_after_a_training_is_in_its_mode(thinking, monkeypatch):
     assert seen == [{"enable_thinking": False}]
 
 
+@pytest.mark.slow
 def test_a_rows_own_mode_goes_before_the_runs(thinking, capsys):
     prompts = [
         {"id": "a", "turns": ["one"]},

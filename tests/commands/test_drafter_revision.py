@@ -44,6 +44,7 @@ MEASURE = [
 RECORDS = {"verify": "check_coral.json", "benchmark": "benchmark.json", "tune": "tune.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", list(RECORDS))
 def test_the_revision_is_measured(verb, digests, monkeypatch):
     monkeypatch.setenv("CORAL_HF_CACHE", "costs")

@@ -54,6 +54,7 @@ def test_settings_and_evaluation_data_of_a_new_drafter(folder, capsys, monkeypat
     assert "has its own" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_default_is_the_best_recipe_known(folder, capsys, monkeypatch):
     """The shape, features, shortlist and tuned draft size of README's table; a preset changes the method alone."""
     monkeypatch.chdir(folder)

@@ -310,6 +310,7 @@ def test_shipped_drafter_generates_the_same_after_a_round_trip(engine, shipped, 
     assert found[0] == found[1] and found[0].acceptance_length > 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_real_model_generates_the_same(tmp_path):
     """A new drafter of the eagle shape for the real target, there and back."""

@@ -110,6 +110,7 @@ def test_rope_survives_a_cast():
         assert torch.equal(cast.rotary_emb.inv_freq.float(), exact)
 
 
+@pytest.mark.slow
 def test_round_trip_with_remote_code(tmp_path):
     """The saved folder loads if coral_hf cannot be imported, and drafts if it can."""
     code = f"""

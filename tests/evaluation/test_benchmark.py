@@ -42,6 +42,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_temperatures(pair, tmp_path):
     target, tokenizer, drafter = pair
     methods = [

@@ -153,6 +153,7 @@ def folder(tmp_path, monkeypatch):
 TUNE = ["tune", "--target", "target", "--drafter", "drafter", "--dtype", "float32", "--output", "out"]
 
 
+@pytest.mark.slow
 def test_tune_command(folder, capsys):
     sizes = ["--draft-depth", "3", "--draft-top-k", "2", "--draft-total-tokens", "8", "--max-new-tokens", "10"]
     weights = (folder / "drafter" / "model.safetensors").read_bytes()

@@ -61,6 +61,7 @@ def counted_slowly(target, drafter, length):
     return ordinary(target, drafter, longest)
 
 
+@pytest.mark.slow
 def test_the_last_step_counts_whole(pair):
     target, drafter, _ = pair
     beyond = 0

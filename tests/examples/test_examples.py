@@ -275,6 +275,7 @@ def test_large_vocabulary(prompt_file, tmp_path, monkeypatch, capsys):
     assert all(row["identical"] == 1 for row in json.loads((folder / "benchmark.json").read_text())["runs"])
 
 
+@pytest.mark.slow
 def test_compare_tree_sizes_and_check_the_prediction(tiny_demo, prompt_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CORAL_HF_CACHE", str(tmp_path / "cache"))
     for name in ("_MIN_ROUNDS", "_MAX_ROUNDS"):

@@ -13,6 +13,7 @@ from coral_hf.utils import jsonl
 from coral_hf.utils.jsonl import read_json, read_jsonl
 
 
+@pytest.mark.slow
 def test_corrupted_inputs():
     total = fuzz_inputs.run(seed=1, start=0, count=120)
     assert total["faults"] == 0  # each was printed with the command that shows it alone

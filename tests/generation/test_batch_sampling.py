@@ -75,6 +75,7 @@ def worst_neighbours(tokens) -> float:
     return excess(joint, (single[0][:, None] * single[1]).flatten() * len(first))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [CHAIN, TREE], ids=["chain", "tree"])
 def test_texts_have_the_targets_chances(pair, size):
     tokens = sampled(pair, size)

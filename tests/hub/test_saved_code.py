@@ -58,6 +58,7 @@ def test_a_saved_folder_loads_without_the_package(how, tmp_path):
     assert CoralDraftModel.from_pretrained(tmp_path / "again").config.auto_map
 
 
+@pytest.mark.slow
 def test_without_the_package_the_message_speaks_of_custom_code(tmp_path):
     saved(tmp_path / "saved", "drafter")
     code = "import sys; from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1])"

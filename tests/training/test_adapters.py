@@ -45,6 +45,7 @@ def test_the_seed_decides_new_adapters(tmp_path):
     assert any(not torch.equal(value, drawn[2][name]) for name, value in drawn[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["eagle", "eagle3"])
 def test_an_adapted_drafter_is_merged_and_drafts(shape, tmp_path):
     drafter = quick_drafter(make_target(dtype=torch.float32), shape)

@@ -62,6 +62,7 @@ def test_a_wrong_checkpoint_is_refused(trained):
     resume("contains no readable trainer_state.json")
 
 
+@pytest.mark.slow
 def test_other_losses_are_told_of_when_going_on(trained, caplog):
     target, folder, settings = trained
     settings = {**settings, "max_steps": 3}

@@ -131,6 +131,7 @@ def test_every_step_can_be_resumed(at_step, tmp_path, uninterrupted):
     assert trainer.tokens_seen == uninterrupted[1]
 
 
+@pytest.mark.slow
 def test_resuming_into_an_existing_checkpoint_replaces_it(tmp_path, uninterrupted):
     target = make_target(dtype=torch.float32)
     settings = {**EVERY_DRAW, "save_total_limit": None}

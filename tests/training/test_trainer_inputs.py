@@ -315,6 +315,7 @@ def test_responses_end_as_the_targets_generation_config_says(streamed, tmp_path,
     assert "[a]⟦yo<2>⟧\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_answers_of_another_target_are_told_of_once(streamed, tmp_path, capsys):
     target = make_target()

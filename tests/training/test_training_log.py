@@ -38,6 +38,7 @@ class Reporter(TrainerCallback):
         self.entries.append(logs)
 
 
+@pytest.mark.slow
 def test_the_log_shows_every_rollout_step_and_reports_it(tmp_path):
     pytest.importorskip("matplotlib")
     target, rows = make_target(dtype=torch.float32), random_rows(16)

@@ -21,6 +21,7 @@ def plain(target, prompt_ids):
     return output[0, len(prompt_ids) :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["qwen3_5_text", *(pytest.param(f, marks=pytest.mark.slow) for f in ("jamba", "lfm2"))]
 )

@@ -45,6 +45,7 @@ def test_parity_of_recurrent_targets(family, name):
         compare(target, drafter, ids, SIZES[name], max_new_tokens=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("costs", [FAIR, DEAR], ids=["fair", "dear"])
 def test_parity_by_costs(costs, monkeypatch):
     monkeypatch.setattr(hook, "draft_costs", lambda *args: costs)
